@@ -1,0 +1,113 @@
+"""What the benchmarks share: fresh processes, peak memory, the machine's description, the printed report."""
+
+import json
+import multiprocessing
+import time
+from collections.abc import Callable
+from statistics import median
+
+
+def quiet() -> None:
+    """Keeps progress bars, warnings and a note on bitsandbytes' optional CPU kernel out of the report."""
+    import logging
+    import warnings
+
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    warnings.simplefilter("ignore")
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+
+
+def in_fresh_process(function: Callable, *args):
+    """`function(*args)` in a new process, so that nothing measured before it counts towards its memory."""
+    with multiprocessing.get_context("spawn").Pool(1, quiet) as pool:
+        return pool.apply(function, args)
+
+
+def reset_peak_memory() -> None:
+    """Starts the count of `peak_memory_gb` anew, from what is held now."""
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    reset_peak_rss()
+
+
+def peak_memory_gb() -> float:
+    """The most memory held since the last reset, in GB (1e9 bytes): on the GPU where there is one, else resident."""
+    import torch
+
+    return torch.cuda.max_memory_allocated() / 1e9 if torch.cuda.is_available() else peak_rss_gb()
+
+
+def reset_peak_rss() -> None:
+    with open("/proc/self/clear_refs", "w") as file:
+        file.write("5")
+
+
+def _status_gb(field: str) -> float:
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) for line in file if line.startswith(field)) * 1024 / 1e9
+
+
+def peak_rss_gb() -> float:
+    """The peak resident memory of this process since the last reset, in GB. `ru_maxrss` would be its parent's too."""
+    return _status_gb("VmHWM:")
+
+
+def rss_gb() -> float:
+    """The resident memory of this process now, in GB."""
+    return _status_gb("VmRSS:")
+
+
+def seconds_of(function: Callable[[], object]) -> float:
+    """Seconds that one call takes, the GPU's work included."""
+    import torch
+
+    synchronize = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
+    synchronize()
+    started = time.perf_counter()
+    function()
+    synchronize()
+    return time.perf_counter() - started
+
+
+def interleaved_medians(functions: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
+    """Median seconds of each function over `repeats` rounds that run all of them in turn."""
+    seconds = {name: [] for name in functions}
+    for _ in range(repeats):
+        for name, function in functions.items():
+            seconds[name].append(seconds_of(function))
+    return {name: median(values) for name, values in seconds.items()}
+
+
+def machine() -> dict[str, str | int]:
+    """The torch version, the CPU threads it uses, and the GPU's or the CPU's name."""
+    import torch
+
+    if torch.cuda.is_available():
+        hardware = torch.cuda.get_device_name()
+    else:
+        with open("/proc/cpuinfo") as file:
+            hardware = next((line.split(":")[1].strip() for line in file if line.startswith("model name")), "CPU")
+    return {"torch": torch.__version__, "threads": torch.get_num_threads(), "hardware": hardware}
+
+
+def print_table(rows: list[dict[str, object]]) -> None:
+    """Rows with the same keys as a Markdown table; floats with three digits that count."""
+
+    def text(value: object) -> str:
+        if isinstance(value, float):
+            return f"{value:.2f}" if abs(value) < 100 else f"{value:,.0f}"
+        return f"{value:,}" if isinstance(value, int) else str(value)
+
+    print("| " + " | ".join(rows[0]) + " |")
+    print("|" + "---|" * len(rows[0]))
+    for row in rows:
+        print("| " + " | ".join(map(text, row.values())) + " |")
+
+
+def print_json(benchmark: str, **results: object) -> None:
+    """One line of JSON: the results and the machine."""
+    print(json.dumps({"benchmark": benchmark, **machine(), **results}))

@@ -1,0 +1,211 @@
+"""Measures constrained beam search: prompts/s beside `generate`, and what a catalogue of a million SIDs costs.
+
+1. `minionerec.sid` against `generate` of transformers with a Python function that looks up the allowed tokens of every
+   beam in a dictionary of prefixes. Both must give the same scores and the same beams.
+2. The same search in 1,000,000 SIDs and in 4,000: milliseconds a batch; seconds and memory (GB) to build the trie from
+   SID texts.
+
+    python benchmarks/decode.py
+    python benchmarks/decode.py --hidden_size 896 --num_hidden_layers 24 --num_attention_heads 14 --vocab_size 151936
+"""
+
+import os
+import random
+import sys
+import time
+from collections import defaultdict
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+from benchmarks.common import (
+    in_fresh_process,
+    interleaved_medians,
+    peak_rss_gb,
+    print_json,
+    print_table,
+    quiet,
+    reset_peak_rss,
+    rss_gb,
+)
+from minionerec import checks, cli
+from minionerec.data import Problems
+
+LEVELS = "abc"
+CODES = 256  # of a level
+TOLERANCE = 1e-3  # of a score, a sum of four log-probabilities
+
+
+def random_sids(count: int) -> list[str]:
+    """Distinct SIDs of three levels."""
+    codes = random.Random(0).sample(range(CODES ** len(LEVELS)), count)
+    return [f"<a_{code >> 16}><b_{code >> 8 & 255}><c_{code & 255}>" for code in codes]
+
+
+def sid_tokenizer(vocab_size: int):
+    """A tokenizer of `vocab_size` entries and the tokens of all SIDs behind them."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    entries = Tokenizer(models.WordLevel({f"t{i}": i for i in range(vocab_size)}, unk_token="t1"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=entries, eos_token="t0", pad_token="t0")
+    tokenizer.add_tokens([f"<{level}_{code}>" for level in LEVELS for code in range(CODES)])
+    return tokenizer
+
+
+def build_cost(count: int, vocab_size: int) -> dict[str, float]:
+    """Seconds and extra resident memory to build the trie of `count` SID texts."""
+    from minionerec import sid
+
+    sids, tokenizer = random_sids(count), sid_tokenizer(vocab_size)
+    tokenizer.backend_tokenizer.encode_batch_fast(sids[:1000])  # starts the threads
+    reset_peak_rss()
+    before, started = rss_gb(), time.perf_counter()
+    trie = sid.Trie(sid.sid_sequences(tokenizer, sids), tokenizer.eos_token_id)
+    assert len(trie) == count
+    return {"seconds": time.perf_counter() - started, "extra_gb": peak_rss_gb() - before}
+
+
+def generate(model, input_ids, attention_mask, sequences: list[list[int]], eos_token_id: int, num_beams: int):
+    """Beams [B, K, D] and scores [B, K] of transformers, constrained by a Python function."""
+    prompt_tokens = input_ids.shape[1]
+    allowed = defaultdict(set)
+    for sequence in sequences:
+        path = [*sequence, eos_token_id]
+        for depth, token in enumerate(path):
+            allowed[tuple(path[:depth])].add(token)
+    allowed = {prefix: list(tokens) for prefix, tokens in allowed.items()}
+
+    def search():
+        output = model.generate(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            num_beams=num_beams,
+            num_return_sequences=num_beams,
+            max_new_tokens=len(LEVELS) + 1,
+            do_sample=False,
+            length_penalty=0.0,
+            prefix_allowed_tokens_fn=lambda _, ids: allowed.get(tuple(ids[prompt_tokens:].tolist()), [eos_token_id]),
+            return_dict_in_generate=True,
+            output_scores=True,
+        )
+        beams = output.sequences[:, prompt_tokens:].view(len(input_ids), num_beams, -1)
+        return beams, output.sequences_scores.view(len(input_ids), num_beams)
+
+    return search
+
+
+def decode(
+    hidden_size: int = 256,
+    num_hidden_layers: int = 6,
+    num_attention_heads: int = 4,
+    vocab_size: int = 32000,
+    prompts: int = 4,
+    prompt_tokens: int = 200,
+    sids: int = 3670,
+    small_catalogue: int = 4000,
+    large_catalogue: int = 1000000,
+    repeats: int = 5,
+) -> None:
+    """Prints the speed-up over `generate` at 16 and 50 beams, then the cost of a large catalogue.
+
+    Args:
+        hidden_size: width of the model, a Qwen2 with random weights in float32.
+        num_hidden_layers: decoder layers.
+        num_attention_heads: query heads; half as many key and value heads.
+        vocab_size: tokens besides those of the SIDs.
+        prompts: prompts of a batch, of different lengths.
+        prompt_tokens: tokens of the longest prompt.
+        sids: catalogue of the comparison with `generate`.
+        small_catalogue: catalogue that the large one is compared with.
+        large_catalogue: SIDs of the large catalogue, 16,777,216 at most.
+        repeats: timed rounds; the median counts.
+    """
+    problems = Problems()
+    checks.check_positive(problems, prompts=prompts, sids=sids, small_catalogue=small_catalogue, repeats=repeats)
+    if min(sids, small_catalogue) < 50 or max(sids, small_catalogue, large_catalogue) > CODES ** len(LEVELS):
+        problems.add("--sids, --small_catalogue and --large_catalogue must be between 50 and 16777216")
+    problems.check()
+    build = in_fresh_process(build_cost, large_catalogue, vocab_size)
+
+    import torch
+    from transformers import AutoModelForCausalLM, Qwen2Config, set_seed
+
+    from minionerec import modeling, sid
+
+    quiet()
+    set_seed(0)
+    tokenizer = sid_tokenizer(vocab_size)
+    config = Qwen2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=hidden_size,
+        num_hidden_layers=num_hidden_layers,
+        num_attention_heads=num_attention_heads,
+        num_key_value_heads=max(num_attention_heads // 2, 1),
+        intermediate_size=4 * hidden_size,
+        tie_word_embeddings=True,
+        initializer_range=0.1,  # scores far enough apart for an order that rounding does not decide
+        bos_token_id=0,
+        eos_token_id=0,
+        pad_token_id=0,
+    )
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).to(modeling.local_device()).eval()
+    input_ids = torch.randint(2, vocab_size, (prompts, prompt_tokens))
+    attention_mask = torch.ones_like(input_ids)
+    for row in range(prompts):
+        attention_mask[row, : row * prompt_tokens // (4 * prompts)] = 0  # padded on the left
+    input_ids[attention_mask == 0] = 0
+    batch = input_ids.to(model.device), attention_mask.to(model.device)
+
+    def trie_of(count: int) -> tuple[sid.Trie, list[list[int]]]:
+        sequences = sid.sid_sequences(tokenizer, random_sids(count))
+        return sid.Trie(sequences, tokenizer.eos_token_id).to(model.device), sequences.tolist()
+
+    trie, sequences = trie_of(sids)
+    small, large = trie_of(small_catalogue)[0], trie_of(large_catalogue)[0]
+    against_generate, catalogues, results = [], [], {}
+    for beams in (16, 50):
+        reference = generate(model, *batch, sequences, tokenizer.eos_token_id, beams)
+
+        def search(trie: sid.Trie = trie, beams: int = beams):
+            return sid.constrained_beam_search(model, *batch, trie, beams)
+
+        rows, scores = search()
+        expected, expected_scores = reference()
+        difference = (scores - expected_scores).abs().max().item()
+        assert difference < TOLERANCE, f"scores differ by {difference}"
+        equal = (trie.sequences[rows] == expected).all(dim=2).float().mean().item()
+        seconds = interleaved_medians({"generate": reference, "sid": search}, repeats)
+        ratio = seconds["generate"] / seconds["sid"]
+        against_generate.append(
+            {
+                "beams": beams,
+                "generate prompts/s": prompts / seconds["generate"],
+                "minionerec.sid prompts/s": prompts / seconds["sid"],
+                "times as fast": ratio,
+                "equal beams": f"{equal:.1%}",
+                "largest score difference": f"{difference:.0e}",
+            }
+        )
+        search(large)
+        both = {"small": lambda: search(small), "large": lambda: search(large)}
+        seconds = interleaved_medians(both, 3 * repeats)
+        growth = seconds["large"] / seconds["small"]
+        catalogues.append(
+            {
+                "beams": beams,
+                f"ms/batch, {small_catalogue:,} SIDs": 1000 * seconds["small"],
+                f"ms/batch, {large_catalogue:,} SIDs": 1000 * seconds["large"],
+                "ratio": growth,
+            }
+        )
+        results[beams] = {"speed_up": ratio, "equal_beams": equal, "large_over_small": growth}
+    print_table(against_generate)
+    print()
+    print_table(catalogues)
+    print(f"\ntrie of {large_catalogue:,} SIDs: {build['seconds']:.1f} s, {build['extra_gb']:.2f} GB extra\n")
+    shape = {"hidden_size": hidden_size, "num_hidden_layers": num_hidden_layers, "vocab_size": vocab_size}
+    print_json("decode", shape=shape, prompts=prompts, prompt_tokens=prompt_tokens, results=results, build=build)
+
+
+if __name__ == "__main__":
+    cli.run(decode)

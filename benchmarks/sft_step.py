@@ -1,0 +1,206 @@
+"""Measures one SFT step (forward, backward, AdamW update, cleared gradients): rows/s and peak memory in GB.
+
+Each way to train is run beside full fine-tuning with logits at every position, on the same model and batch: two
+processes that take their steps in turn, so that whatever else the machine does slows both. The ways are full with
+logits at response positions only (`response_logits`), LoRA as PEFT does it (dense SID rows, logits at every position),
+this project's LoRA, and its QLoRA. The model has the shape of Qwen2-0.5B and random weights; 560 SID tokens are added.
+Memory counts from before a process's first step, which is not timed. float32 on a CPU, bfloat16 on a GPU. A pair of
+full fine-tunings holds 25 GB on a CPU, full and LoRA 18 GB.
+
+    python benchmarks/sft_step.py
+    python benchmarks/sft_step.py --methods full_response,peft,lora,qlora --rows 16 --repeats 20
+"""
+
+import multiprocessing
+import os
+import sys
+import tempfile
+from statistics import median
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+from benchmarks.common import (
+    in_fresh_process,
+    peak_memory_gb,
+    print_json,
+    print_table,
+    quiet,
+    reset_peak_memory,
+    seconds_of,
+)
+from minionerec import checks, cli
+from minionerec.data import Problems
+
+METHODS = {
+    "full": "full, all logits",
+    "full_response": "full, response logits",
+    "peft": "LoRA by PEFT, all logits",
+    "lora": "LoRA",
+    "qlora": "QLoRA",
+}
+
+SPARE_ROWS = 271  # rows that Qwen2-0.5B has beyond its tokenizer's entries
+
+
+def save_base(folder: str, shape: dict[str, int]) -> None:
+    """Writes a Qwen2 model with random weights and a tokenizer that leaves it as many spare rows as Qwen2-0.5B has."""
+    from tokenizers import Tokenizer, models
+    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Config, set_seed
+
+    set_seed(42)
+    AutoModelForCausalLM.from_config(Qwen2Config(**shape, tie_word_embeddings=True)).save_pretrained(folder)
+    entries = {f"t{i}": i for i in range(max(shape["vocab_size"] - SPARE_ROWS, 2))}
+    tokenizer = Tokenizer(models.WordLevel(entries, unk_token="t1"))
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="t0", pad_token="t0").save_pretrained(folder)
+
+
+def train(connection, method: str, folder: str, rows: int, tokens: int, response_tokens: int, sids: int) -> None:
+    """Takes a step whenever asked, answers with its seconds, and at the end with peak memory in GB and the first loss."""
+    quiet()
+    import torch
+    import torch.nn.functional as F
+    from peft import get_peft_model
+
+    import lora_utils
+    from minionerec import modeling
+    from minionerec.dataset import IGNORE
+    from minionerec.trainer import response_logits
+
+    torch.manual_seed(0)
+    tokenizer = modeling.load_tokenizer(folder)
+    model = modeling.load_base(folder, lora_utils.quantization_config(use_qlora=method == "qlora"))
+    ids = modeling.add_sid_tokens(model, tokenizer, [f"<a_{i}>" for i in range(sids)])
+    if method in ("peft", "lora", "qlora"):
+        config = lora_utils.lora_config(model, ids, lora_r=16, lora_target_modules="all")
+        model = get_peft_model(model, config) if method == "peft" else lora_utils.add_lora(model, config)
+    model.train()
+    device = modeling.local_device()
+    input_ids = torch.randint(0, ids[0], (rows, tokens))
+    input_ids[:, tokens // 2 :] = torch.tensor(ids)[torch.randint(0, len(ids), (rows, tokens - tokens // 2))]
+    labels = input_ids.clone()
+    labels[:, : tokens - response_tokens] = IGNORE
+    inputs = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids), "labels": labels}
+    inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=3e-4, fused=True)
+    losses = []
+
+    def step() -> None:
+        with torch.autocast(device.type, torch.bfloat16, enabled=modeling.computes_in_bf16(model)):
+            if method in ("full", "peft"):
+                loss = model(**inputs, use_cache=False).loss
+            else:
+                logits, targets = response_logits(model, inputs)
+                loss = F.cross_entropy(logits.float(), targets)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+
+    reset_peak_memory()
+    step()
+    connection.send("ready")
+    while connection.recv() == "step":
+        connection.send(seconds_of(step))
+    connection.send({"peak_gb": peak_memory_gb(), "loss": losses[0]})
+
+
+def in_turn(methods: list[str], repeats: int, *settings) -> dict[str, dict]:
+    """Each method in its own process, `repeats` steps in turn: seconds of the steps, peak memory, first loss."""
+    context = multiprocessing.get_context("spawn")
+    connections, processes = {}, []
+    for method in methods:
+        connections[method], theirs = context.Pipe()
+        processes.append(context.Process(target=train, args=(theirs, method, *settings), daemon=True))
+        processes[-1].start()
+        theirs.close()
+        connections[method].recv()
+    seconds = {method: [] for method in methods}
+    for _ in range(repeats):
+        for method, connection in connections.items():
+            connection.send("step")
+            seconds[method].append(connection.recv())
+        print({method: round(values[-1], 1) for method, values in seconds.items()}, file=sys.stderr)
+    results = {}
+    for method, connection in connections.items():
+        connection.send("stop")
+        results[method] = {"seconds": seconds[method], **connection.recv()}
+    for process in processes:
+        process.join()
+    return results
+
+
+def sft_step(
+    hidden_size: int = 896,
+    num_hidden_layers: int = 24,
+    num_attention_heads: int = 14,
+    num_key_value_heads: int = 2,
+    intermediate_size: int = 4864,
+    vocab_size: int = 151936,
+    sids: int = 560,
+    rows: int = 4,
+    tokens: int = 240,
+    response_tokens: int = 5,
+    methods: str = "lora,qlora",
+    repeats: int = 3,
+) -> None:
+    """Prints rows/s and peak memory of each way to train, beside full fine-tuning with all logits.
+
+    Args:
+        hidden_size: width of the model.
+        num_hidden_layers: decoder layers.
+        num_attention_heads: query heads.
+        num_key_value_heads: key and value heads.
+        intermediate_size: width of the feed-forward layers.
+        vocab_size: rows of the embedding before the SID tokens are added.
+        sids: SID tokens that are added.
+        rows: rows of a step.
+        tokens: tokens of a row.
+        response_tokens: tokens of a row that carry loss.
+        methods: some of full_response, peft, lora, qlora, separated by commas.
+        repeats: timed steps of a process; medians count.
+    """
+    problems = Problems()
+    checks.check_positive(problems, rows=rows, tokens=tokens, response_tokens=response_tokens, repeats=repeats)
+    checks.check_positive(problems, sids=sids, vocab_size=vocab_size)
+    chosen = methods.split(",")
+    known = [method for method in METHODS if method != "full"]
+    problems += [f"--methods {name!r}: there are {', '.join(known)}" for name in chosen if name not in known]
+    if tokens <= response_tokens:
+        problems.add(f"--tokens {tokens}: must be above --response_tokens")
+    problems.check()
+    shape = {
+        "hidden_size": hidden_size,
+        "num_hidden_layers": num_hidden_layers,
+        "num_attention_heads": num_attention_heads,
+        "num_key_value_heads": num_key_value_heads,
+        "intermediate_size": intermediate_size,
+        "vocab_size": vocab_size,
+    }
+    table, results = [], {}
+    with tempfile.TemporaryDirectory() as folder:
+        in_fresh_process(save_base, folder, shape)
+        for method in chosen:
+            pair = in_turn(["full", method], repeats, folder, rows, tokens, response_tokens, sids)
+            full = pair["full"]
+            for name, run in pair.items():
+                speed_up = median(f / s for f, s in zip(full["seconds"], run["seconds"], strict=True))
+                saved = 1 - run["peak_gb"] / full["peak_gb"]
+                table.append(
+                    {
+                        "way": METHODS[name],
+                        "s/step": median(run["seconds"]),
+                        "rows/s": rows / median(run["seconds"]),
+                        "times full": speed_up,
+                        "peak GB": run["peak_gb"],
+                        "memory saved": f"{saved:.0%}",
+                        "first loss": run["loss"],
+                    }
+                )
+            results[method] = {"speed_up": speed_up, "memory_saved": saved, **pair}
+    print_table(table)
+    print_json("sft_step", shape=shape, sids=sids, rows=rows, tokens=tokens, repeats=repeats, results=results)
+
+
+if __name__ == "__main__":
+    cli.run(sft_step)

@@ -1,0 +1,157 @@
+"""Ranks the next item of every row of a test file by constrained beam search: HR@K, NDCG@K and MRR.
+
+Takes the flags of MiniOneRec's evaluate.py. New are adapter checkpoints, a trie in tensors that decodes all beams of a
+prompt against one prompt cache, sharding over processes, and MRR.
+
+    python evaluate.py --base_model out/lora/final_checkpoint --info_file info.txt --test_data_path test.csv \\
+        --category Industrial_and_Scientific --result_json_data out/lora/result.json
+    torchrun --nproc_per_node 2 evaluate.py --base_model ...
+"""
+
+import os
+import time
+from dataclasses import replace
+
+from minionerec import checks, cli
+from minionerec.checkpoint import base_of_adapter, is_adapter, read_run
+from minionerec.data import Problems, count_rows, read_info, read_interactions
+from minionerec.metrics import format_metrics, popularity, rank_of, ranking_metrics
+from minionerec.prompts import RECOMMENDATION, Prompts, load_prompts
+
+
+def evaluate(
+    base_model: str = "",
+    train_file: str = "",
+    info_file: str = "",
+    category: str = "",
+    test_data_path: str = "",
+    result_json_data: str = "",
+    batch_size: int = 4,
+    K: int = 0,
+    seed: int = 42,
+    length_penalty: float = 0.0,
+    max_new_tokens: int = 256,
+    num_beams: int = 50,
+    adapter: str = "",
+    prompt_file: str | None = None,
+) -> dict[str, float]:
+    """Evaluates a checkpoint on a test file.
+
+    Args:
+        base_model: a whole checkpoint, or an adapter one, whose base is then found from the adapter.
+        train_file: CSV of training interactions; given, the popularity baseline is printed too.
+        info_file: the catalogue, one SID, title and item id a line, separated by tabs.
+        category: what the items are; a checkpoint that recorded its prompts needs none.
+        test_data_path: CSV of test interactions.
+        result_json_data: file for the rankings; the metrics go beside it, as .metrics.json.
+        batch_size: prompts of a forward pass.
+        K: one more cut-off beside 1, 3, 5, 10, 20, 50; 0 for none.
+        seed: kept for MiniOneRec's argument lists; nothing here is random.
+        length_penalty: beam scores are divided by their length to this power.
+        max_new_tokens: the most tokens a SID may have.
+        num_beams: items to rank a row.
+        adapter: an adapter checkpoint to put on base_model, in place of the base it names.
+        prompt_file: JSON that replaces the wording of the prompts, also that of the checkpoint.
+    """
+    problems = Problems()
+    checks.check_base_model(problems, base_model)
+    if adapter and not is_adapter(adapter):
+        problems.add(f"--adapter {adapter}: no adapter_config.json there; give the folder of an adapter checkpoint")
+    checks.check_positive(problems, batch_size=batch_size, num_beams=num_beams, max_new_tokens=max_new_tokens)
+    if K < 0:
+        problems.add(f"--K {K}: must be 0 or more")
+    if not result_json_data or os.path.isdir(result_json_data):
+        problems.add(f"--result_json_data {result_json_data!r}: give the path of a file for the rankings")
+    checkpoint = adapter or base_model
+    if not adapter and is_adapter(base_model):
+        base_model, adapter = problems.attempt(base_of_adapter, base_model) or "", base_model
+    prompts = problems.attempt(_prompts, checkpoint, category, prompt_file)
+    sids = problems.attempt(read_info, info_file)
+    rows = problems.attempt(count_rows, test_data_path, "test_data_path", sids, titles=False)
+    if train_file:
+        problems.attempt(count_rows, train_file, "train_file", titles=False)
+    problems.check()
+
+    import torch
+    from accelerate import PartialState
+    from accelerate.utils import gather_object
+    from tqdm import tqdm
+
+    import lora_utils
+    from minionerec import modeling, sid
+    from minionerec.dataset import Encoder, left_padded
+    from minionerec.trainer import write_json
+
+    started = time.perf_counter()
+    state = PartialState(cpu=not torch.cuda.is_available())
+    flags = read_run(checkpoint).get("flags", {})
+    tokenizer = modeling.load_tokenizer(checkpoint)
+    trie = sid.Trie(sid.sid_sequences(tokenizer, sids), tokenizer.eos_token_id)
+    if trie.depth > max_new_tokens:
+        raise cli.InputError(
+            f"--max_new_tokens {max_new_tokens}: the SIDs of {info_file} have up to {trie.depth} tokens"
+        )
+    quantization = lora_utils.quantization_config(flags.get("use_qlora", False), flags.get("load_in_8bit", False))
+    model = modeling.load_base(base_model, quantization if adapter else None)
+    if adapter:
+        modeling.fit_embeddings(model, tokenizer)
+        model = lora_utils.load_adapter(model, adapter)
+    model.eval()
+    trie.to(model.device)
+
+    examples = list(read_interactions(test_data_path, "test_data_path", sids, titles=False))
+    encoder = Encoder(tokenizer, prompts, flags.get("cutoff_len", 2048))
+    task = prompts.tasks[RECOMMENDATION]
+    encoded = encoder.encode_prompts(task, examples, [encoder.cutoff_len - trie.depth] * rows)
+    # Rows of similar length share a batch; the processes take turns, so that each gets short and long ones.
+    order = sorted(range(rows), key=lambda i: len(encoded[i]))
+    batches = [order[start : start + batch_size] for start in range(0, rows, batch_size)]
+    mine = batches[state.process_index :: state.num_processes]
+    rankings: list[tuple[int, list[str]]] = []
+    decoding = time.perf_counter()
+    with tqdm(total=sum(map(len, mine)), unit="row", disable=not state.is_main_process) as progress:
+        for batch in mine:
+            input_ids, attention_mask = left_padded([encoded[i] for i in batch], tokenizer.pad_token_id)
+            beams, _ = sid.constrained_beam_search(
+                model, input_ids.to(model.device), attention_mask.to(model.device), trie, num_beams, length_penalty
+            )
+            for i, row in zip(batch, beams.tolist(), strict=True):
+                rankings.append((i, [sids[trie.source[beam]] for beam in row]))
+            progress.update(len(batch))
+    decoded = time.perf_counter() - decoding
+    ranking_of = dict(gather_object(rankings))
+    ranks = [rank_of(example.sid, ranking_of[i]) for i, example in enumerate(examples)]
+    length = min(num_beams, len(trie))
+    metrics = ranking_metrics(ranks, length, K)
+
+    if state.is_main_process:
+        results = [
+            {"input": tokenizer.decode(encoded[i]), "output": example.sid, "predict": ranking_of[i]}
+            for i, example in enumerate(examples)
+        ]
+        os.makedirs(os.path.dirname(os.path.abspath(result_json_data)), exist_ok=True)
+        write_json(result_json_data, results)
+        summary = {**metrics, "rows": rows, "decode_seconds": decoded, "seconds": time.perf_counter() - started}
+        write_json(os.path.splitext(result_json_data)[0] + ".metrics.json", summary)
+        print(format_metrics(metrics))
+        if train_file:
+            top = popularity((row.sid for row in read_interactions(train_file, "train_file", titles=False)), length)
+            print("popularity, for comparison:")
+            print(format_metrics(ranking_metrics([rank_of(example.sid, top) for example in examples], length, K)))
+        print(f"{rows} rows, {rows / decoded:.1f} rows/s; rankings in {result_json_data}")
+    return metrics
+
+
+def _prompts(checkpoint: str, category: str, prompt_file: str | None) -> Prompts:
+    """The recommendation prompt: of the prompt file, else the checkpoint's own, else the built-in one."""
+    built_in = load_prompts(category, prompt_file, RECOMMENDATION)
+    recorded = read_run(checkpoint).get("prompts")
+    if prompt_file or recorded is None:
+        return built_in
+    prompts = Prompts.from_json(recorded)
+    # A checkpoint trained on other tasks is asked in its own template and category.
+    return prompts if RECOMMENDATION in prompts.tasks else replace(prompts, tasks=built_in.tasks)
+
+
+if __name__ == "__main__":
+    cli.run(evaluate)

@@ -1,0 +1,332 @@
+"""LoRA and QLoRA for any causal LM: find the layers, configure, wrap, train the SID rows, report, load.
+
+The functions are called by `sft.py` before training and by `rl.py` before it builds its trainer:
+
+    quantization = quantization_config(use_qlora=True)
+    model = load_base(base_model, quantization)
+    ids = add_sid_tokens(model, tokenizer, catalogue.sid_tokens)
+    model = add_lora(model, lora_config(model, ids, lora_r=16, ...), gradient_checkpointing=False)
+    print(trainable_report(model))
+"""
+
+import os
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from peft import LoraConfig, PeftModel, TaskType, TrainableTokensConfig, get_peft_model, get_peft_model_state_dict
+from peft.tuners.trainable_tokens import TrainableTokensLayer
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors import safe_open
+from torch import nn
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers.pytorch_utils import Conv1D
+
+from minionerec.cli import InputError
+
+# --- Which layers -----------------------------------------------------------------------------------------------------
+
+
+def meta_model(config):
+    """The architecture of a configuration on the meta device: every module, no weights."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
+
+
+def _linear_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """The linear layers of the decoder by full name; the output head is none of them."""
+    head = model.get_output_embeddings()
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, (nn.Linear, Conv1D)) and module is not head
+    }
+
+
+def _in_attention(model: nn.Module, name: str) -> bool:
+    parents = name.split(".")[:-1]
+    return any(
+        type(model.get_submodule(".".join(parents[:depth]))).__name__.endswith("Attention")
+        for depth in range(1, len(parents) + 1)
+    )
+
+
+def _suffixes(wanted: list[str], others: list[str]) -> list[str]:
+    """The shortest dotted endings that match all of `wanted` and none of `others` as PEFT matches them."""
+    endings = set()
+    for name in wanted:
+        parts = name.split(".")
+        for length in range(1, len(parts) + 1):
+            ending = ".".join(parts[-length:])
+            if not any(other == ending or other.endswith(f".{ending}") for other in others):
+                endings.add(ending)
+                break
+    return sorted(endings)
+
+
+def find_target_modules(model: nn.Module, spec: str = "all") -> list[str]:
+    """The names to give LoRA as target modules.
+
+    Args:
+        model: a causal LM; one on the meta device will do.
+        spec: "all" for every linear layer of the decoder, "qkv" for the attention projections q, k, v and o (whatever
+            the architecture calls them, fused or not), or layer names separated by commas.
+
+    Returns:
+        names as PEFT matches them: the end of a module's dotted path, sorted.
+
+    Raises InputError for a name that matches no linear layer, listing those there are.
+    """
+    linear = list(_linear_layers(model))
+    if spec == "all":
+        return _suffixes(linear, [])
+    attention = [name for name in linear if _in_attention(model, name)]
+    if spec == "qkv":
+        if not attention:
+            raise InputError(
+                f"--lora_target_modules qkv: {type(model).__name__} has no attention layers that can be recognized; "
+                f"name them: {', '.join(_suffixes(linear, []))}"
+            )
+        return _suffixes(attention, [name for name in linear if name not in attention])
+    names = [name.strip() for name in spec.split(",") if name.strip()]
+    unmatched = [name for name in names if not any(f".{layer}".endswith(f".{name}") for layer in linear)]
+    if unmatched or not names:
+        raise InputError(
+            f"--lora_target_modules {spec!r}: {', '.join(unmatched) or 'nothing'} matches no linear layer of "
+            f"{type(model).__name__}; there are all, qkv, {', '.join(_suffixes(linear, []))}"
+        )
+    return sorted(set(names))
+
+
+# --- Configurations ---------------------------------------------------------------------------------------------------
+
+
+def quantization_config(use_qlora: bool = False, load_in_8bit: bool = False) -> BitsAndBytesConfig | None:
+    """How bitsandbytes stores the frozen base: NF4 with double quantization and bfloat16 products for QLoRA, LLM.int8
+    for `load_in_8bit`, None for neither. Source: Dettmers et al., QLoRA (2023) and LLM.int8 (2022)."""
+    if use_qlora:
+        return BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.bfloat16,
+        )
+    return BitsAndBytesConfig(load_in_8bit=True) if load_in_8bit else None
+
+
+def _embedding_names(model: nn.Module) -> list[str]:
+    """The module names of the input embedding and, where its weight is its own, of the output head."""
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    modules = [embedding] if head is None or head.weight is embedding.weight else [embedding, head]
+    return [next(name for name, module in model.named_modules() if module is wanted) for wanted in modules]
+
+
+def lora_config(
+    model: nn.Module,
+    sid_token_ids: list[int],
+    lora_r: int = 16,
+    lora_alpha: int = 32,
+    lora_dropout: float = 0.05,
+    lora_target_modules: str = "all",
+    use_rslora: bool = False,
+    use_dora: bool = False,
+    init_lora_weights: str = "True",
+) -> LoraConfig:
+    """The adapter of a model: low-rank updates of the target modules, and the SID rows of the embedding matrices.
+
+    Args:
+        model: the base the adapter is for, resized, with its weights or on the meta device.
+        sid_token_ids: the rows to train, in the input embedding and, where it is not tied, in the output head.
+        init_lora_weights: "True" (B starts at zero), "gaussian" or "orthogonal".
+
+    Source: Hu et al., LoRA (2021); Kalajdzievski, rsLoRA (2023); Liu et al., DoRA (2024).
+    """
+    targets = find_target_modules(model, lora_target_modules)
+    endings = tuple(f".{target}" for target in targets)
+    targeted = [module for name, module in _linear_layers(model).items() if f".{name}".endswith(endings)]
+    return LoraConfig(
+        task_type=TaskType.CAUSAL_LM,
+        r=lora_r,
+        lora_alpha=lora_alpha,
+        lora_dropout=lora_dropout,
+        target_modules=targets,
+        use_rslora=use_rslora,
+        use_dora=use_dora,
+        init_lora_weights=True if init_lora_weights == "True" else init_lora_weights,
+        fan_in_fan_out=any(isinstance(module, Conv1D) for module in targeted),  # GPT-2 stores [in, out]
+        trainable_token_indices=dict.fromkeys(_embedding_names(model), sid_token_ids) if sid_token_ids else None,
+    )
+
+
+# --- SID rows ---------------------------------------------------------------------------------------------------------
+
+
+class SidRows(TrainableTokensLayer):
+    """PEFT's trainable token rows with a forward that touches the rows alone.
+
+    PEFT writes the trained rows into a copy of the whole [V, H] matrix on every forward, and its gradient is as large.
+    Here the base matrix is used as it is; embeddings of SID tokens are then overwritten by their rows, and so are the
+    logits of SID columns. Parameters, names and files stay PEFT's.
+    """
+
+    def forward_adapters(self, x: torch.Tensor, active_adapters, *args, **kwargs) -> torch.Tensor:
+        result = self.base_layer(x, *args, **kwargs)
+        if self.disable_adapters or self.merged:
+            return result
+        self._check_overlapping_tokens(active_adapters)
+        for adapter in active_adapters:
+            rows = self.trainable_tokens_delta[adapter]
+            if isinstance(self.base_layer, nn.Embedding):
+                result = self._overwrite_embeddings(result, x, rows, adapter)
+            else:
+                result = self._overwrite_logits(result, x, rows, adapter)
+        return result
+
+    def _ids(self, adapter: str, device: torch.device) -> torch.Tensor:
+        """The token ids of the rows, [n], kept on the device."""
+        cache = self.__dict__.setdefault("_ids_cache", {})
+        if (adapter, device) not in cache:
+            cache[adapter, device] = torch.tensor(self.token_indices[adapter], device=device)
+        return cache[adapter, device]
+
+    def _row_of(self, adapter: str, device: torch.device) -> torch.Tensor:
+        """[V], the row of every token id, -1 for those that have none."""
+        cache = self.__dict__.setdefault("_row_of_cache", {})
+        if (adapter, device) not in cache:
+            ids = self._ids(adapter, device)
+            row_of = torch.full((self.base_layer.num_embeddings,), -1, device=device)
+            row_of[ids] = torch.arange(len(ids), device=device)
+            cache[adapter, device] = row_of
+        return cache[adapter, device]
+
+    def _overwrite_embeddings(
+        self, result: torch.Tensor, token_ids: torch.Tensor, rows: torch.Tensor, adapter: str
+    ) -> torch.Tensor:
+        row = self._row_of(adapter, token_ids.device)[token_ids]
+        trained = F.embedding(row.clamp(min=0), rows)
+        scale = self._get_embed_scale()  # Gemma scales its embeddings in the layer itself
+        if scale is not None:
+            trained = trained * scale.to(trained.dtype)
+        return torch.where((row >= 0).unsqueeze(-1), trained.to(result.dtype), result)
+
+    def _overwrite_logits(
+        self, result: torch.Tensor, hidden: torch.Tensor, rows: torch.Tensor, adapter: str
+    ) -> torch.Tensor:
+        ids = self._ids(adapter, hidden.device)
+        bias = self.base_layer.bias
+        columns = F.linear(hidden, rows.to(hidden.dtype), None if bias is None else bias[ids])
+        return result.index_copy(-1, ids, columns.to(result.dtype))
+
+
+def use_sid_rows(model: nn.Module) -> None:
+    """Gives every trainable-tokens layer of a PEFT model the row-only forward, in place."""
+    for module in model.modules():
+        if type(module) is TrainableTokensLayer:
+            module.__class__ = SidRows
+
+
+# --- Wrapping ---------------------------------------------------------------------------------------------------------
+
+
+def prepare_quantized(model: nn.Module) -> None:
+    """Freezes a quantized base and keeps its norms in float32; embeddings and head stay as they are.
+
+    PEFT's own preparation turns everything that is not quantized into float32, 2.2 GB more for a 7B model.
+    """
+    model.requires_grad_(False)
+    for module in model.modules():
+        if "norm" in type(module).__name__.lower():
+            module.float()
+
+
+def _wrap(model: nn.Module, config, gradient_checkpointing: bool) -> PeftModel:
+    if getattr(model, "is_quantized", False):
+        prepare_quantized(model)
+    wrapped = get_peft_model(model, config)
+    wrapped.peft_config["default"].base_model_name_or_path = _lasting_path(model.config._name_or_path)
+    use_sid_rows(wrapped)
+    # PEFT would add the whole embedding matrix of a resized model to every checkpoint.
+    wrapped.save_pretrained = partial(wrapped.save_pretrained, save_embedding_layers=False)
+    if gradient_checkpointing:
+        wrapped.enable_input_require_grads()
+    return wrapped
+
+
+def _lasting_path(name: str) -> str:
+    """A local folder as an absolute path, so that the adapter loads from any directory; a hub name as it is."""
+    return os.path.abspath(name) if os.path.isdir(name) else name
+
+
+def add_lora(model: nn.Module, config: LoraConfig, gradient_checkpointing: bool = False) -> PeftModel:
+    """The model with a new adapter; the base is frozen, and nothing but the adapter trains.
+
+    With `gradient_checkpointing` the embedding output requires gradients, without which no checkpointed layer would
+    receive any.
+    """
+    return _wrap(model, config, gradient_checkpointing)
+
+
+def train_sid_rows_only(model: nn.Module, sid_token_ids: list[int], gradient_checkpointing: bool = False) -> PeftModel:
+    """The model with everything frozen but the SID rows, input and output side (`freeze_LLM`)."""
+    config = TrainableTokensConfig(
+        task_type=TaskType.CAUSAL_LM, token_indices=sid_token_ids, target_modules=_embedding_names(model)
+    )
+    return _wrap(model, config, gradient_checkpointing)
+
+
+def load_adapter(model: nn.Module, path: str, trainable: bool = False) -> PeftModel:
+    """The model with the adapter of a checkpoint. Raises InputError where their shapes do not fit."""
+    if getattr(model, "is_quantized", False) and trainable:
+        prepare_quantized(model)
+    try:
+        wrapped = PeftModel.from_pretrained(model, path, is_trainable=trainable)
+    except (RuntimeError, ValueError, IndexError) as error:
+        reason = next((line.strip() for line in str(error).splitlines() if "size mismatch" in line), str(error))
+        raise InputError(
+            f"adapter {path} does not fit the base {model.config._name_or_path}: {reason.strip()[:300]}"
+        ) from None
+    _check_names(wrapped, path)
+    use_sid_rows(wrapped)
+    return wrapped
+
+
+def _check_names(wrapped: PeftModel, path: str) -> None:
+    """Raises InputError where the adapter on disk has tensors the wrapped model lacks, or lacks some it has.
+
+    PEFT loads what matches and leaves the rest out, so an adapter of a deeper base would load in part.
+    """
+    file = os.path.join(path, SAFETENSORS_WEIGHTS_NAME)
+    if not os.path.isfile(file):
+        return
+    with safe_open(file, "pt") as tensors:
+        saved = set(tensors.keys())
+    model = set(get_peft_model_state_dict(wrapped, save_embedding_layers=False))
+    different = sorted(n for n in saved ^ model if "lora_" in n or "trainable_tokens_delta" in n)
+    if different:
+        holder = "the adapter alone" if different[0] in saved else "the base alone"
+        raise InputError(
+            f"adapter {path} does not fit the base {wrapped.config._name_or_path}: {len(different)} tensors differ, "
+            f"such as {different[0]}, which {holder} has a place for; name the base it was trained on"
+        )
+
+
+# --- Reporting --------------------------------------------------------------------------------------------------------
+
+
+def count_parameters(model: nn.Module) -> tuple[int, int]:
+    """(trainable, all) parameters; tied ones count once, 4-bit ones as the values they stand for."""
+    trainable = total = 0
+    for parameter in model.parameters():
+        count = parameter.numel()
+        state = getattr(parameter, "quant_state", None)
+        if state is not None:
+            count = state.shape.numel()
+        total += count
+        trainable += count if parameter.requires_grad else 0
+    return trainable, total
+
+
+def trainable_report(model: nn.Module) -> str:
+    """One line: how many parameters train, of how many, in percent."""
+    trainable, total = count_parameters(model)
+    return f"trainable parameters: {trainable:,} of {total:,} ({100 * trainable / total:.3f}%)"

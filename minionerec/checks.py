@@ -1,0 +1,94 @@
+"""Checks of flags that both trainers share, made before anything heavy is imported.
+
+Each adds what it finds to a `Problems` list; paths and cells are checked by `minionerec.data`.
+"""
+
+import os
+
+from minionerec.data import Problems
+
+INIT_LORA_WEIGHTS = ("True", "gaussian", "orthogonal")
+
+
+def check_base_model(problems: Problems, base_model: str) -> None:
+    """A folder that exists, or something that can be the name of a hub model."""
+    if not base_model:
+        problems.add("--base_model is missing; give a folder with a model, or the name of a hub model")
+    elif os.path.isdir(base_model):
+        if not any(os.path.isfile(os.path.join(base_model, name)) for name in ("config.json", "adapter_config.json")):
+            problems.add(f"--base_model {base_model}: the folder has no config.json; is it a model?")
+    elif base_model.startswith((".", "/", "~")) or base_model.count("/") > 1 or os.path.exists(base_model):
+        problems.add(f"--base_model {base_model}: no such folder")
+
+
+def check_adapter_flags(
+    problems: Problems,
+    use_lora: bool,
+    use_qlora: bool,
+    load_in_8bit: bool,
+    lora_r: int,
+    lora_alpha: int,
+    lora_dropout: float,
+    lora_target_modules: str,
+    init_lora_weights: str,
+) -> None:
+    """The flags of the adapter: one method, sensible numbers."""
+    if use_lora and use_qlora:
+        problems.add("--use_lora and --use_qlora exclude each other; keep one (QLoRA is LoRA on a 4-bit base)")
+    if load_in_8bit and not use_lora:
+        problems.add("--load_in_8bit stores the base of --use_lora True in 8 bits; QLoRA's base has 4 bits already")
+    if lora_r < 1:
+        problems.add(f"--lora_r {lora_r}: the rank must be 1 or more")
+    if lora_alpha < 1:
+        problems.add(f"--lora_alpha {lora_alpha}: must be 1 or more")
+    if not 0 <= lora_dropout < 1:
+        problems.add(f"--lora_dropout {lora_dropout}: must be at least 0 and below 1")
+    if not lora_target_modules.strip():
+        problems.add("--lora_target_modules is empty; give all, qkv, or layer names separated by commas")
+    if init_lora_weights not in INIT_LORA_WEIGHTS:
+        problems.add(
+            f"--init_lora_weights {init_lora_weights!r}: must be one of {', '.join(INIT_LORA_WEIGHTS)}; the others of "
+            "PEFT change the base weights, and the adapter would not fit the published base any more"
+        )
+
+
+def check_positive(problems: Problems, **values: float) -> None:
+    for name, value in values.items():
+        if value <= 0:
+            problems.add(f"--{name} {value}: must be above 0")
+
+
+def check_batch(problems: Problems, batch_size: int, micro_batch_size: int) -> None:
+    """The global batch must be a whole number of micro-batches on every process."""
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if batch_size > 0 and micro_batch_size > 0 and batch_size % (micro_batch_size * processes):
+        of_processes = f" x {processes} processes" if processes > 1 else ""
+        problems.add(
+            f"--batch_size {batch_size} is no multiple of --micro_batch_size {micro_batch_size}{of_processes}; "
+            f"try --batch_size {-(-batch_size // (micro_batch_size * processes)) * micro_batch_size * processes}"
+        )
+
+
+def check_output_dir(problems: Problems, output_dir: str, resume: bool) -> None:
+    """A run never overwrites another one."""
+    if not output_dir:
+        problems.add("--output_dir is missing; give a folder for the checkpoints")
+    elif os.path.exists(output_dir) and not os.path.isdir(output_dir):
+        problems.add(f"--output_dir {output_dir}: is a file, not a folder")
+    elif os.path.isdir(output_dir) and not resume:
+        held = [name for name in os.listdir(output_dir) if name.startswith(("checkpoint-", "final_checkpoint"))]
+        if held:
+            problems.add(
+                f"--output_dir {output_dir}: holds another run ({sorted(held)[0]}); name another folder, remove this "
+                "one, or continue it with --resume_from_checkpoint True"
+            )
+
+
+def check_report_to(problems: Problems, report_to: str) -> None:
+    """The tracker must be known and installed."""
+    from importlib.util import find_spec
+
+    if report_to not in ("none", "tensorboard", "wandb"):
+        problems.add(f"--report_to {report_to!r}: must be none, tensorboard or wandb")
+    elif report_to != "none" and find_spec(report_to) is None:
+        problems.add(f"--report_to {report_to}: {report_to} is not installed; pip install {report_to}")

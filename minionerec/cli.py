@@ -1,0 +1,150 @@
+"""Fire made strict, and the two ways a command ends badly: bad input (exit code 2) and out of memory (exit code 1).
+
+Fire itself forgives too much: an unknown flag fails only after the whole run, `--use_lora false` is the (true) string
+'false', `q_proj,v_proj` becomes a tuple, `--output_dir 2018` an int. Here every flag is checked against the signature
+and its annotation before the command starts, and Fire receives values that can be read in one way only.
+"""
+
+import difflib
+import inspect
+import logging
+import math
+import os
+import sys
+import types
+import typing
+from collections.abc import Callable
+
+
+class InputError(Exception):
+    """Input that cannot be used. Carries every problem found, one line each, naming the place and the remedy."""
+
+    def __init__(self, problems: str | list[str]):
+        self.problems = [problems] if isinstance(problems, str) else list(problems)
+        super().__init__("\n".join(self.problems))
+
+
+def parse_value(text: str, annotation) -> object:
+    """The value of a flag from its text. Raises ValueError, naming what is expected, where the text does not fit.
+
+    `annotation` is bool, int, float or str, or one of them `| None` (then the text None gives None).
+    """
+    choices = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
+    if type(None) in choices and text in ("None", "none"):
+        return None
+    kind = next(choice for choice in choices if choice is not type(None))
+    if kind is bool:
+        if text.lower() not in ("true", "false"):
+            raise ValueError("True or False")
+        return text.lower() == "true"
+    if kind is int:
+        try:
+            return int(text)
+        except ValueError:
+            raise ValueError("a whole number") from None
+    if kind is float:
+        try:
+            value = float(text)
+        except ValueError:
+            raise ValueError("a number") from None
+        if not math.isfinite(value):
+            raise ValueError("a finite number")
+        return value
+    return text
+
+
+def parse_flags(argv: list[str], parameters: dict[str, inspect.Parameter]) -> dict[str, str]:
+    """Flag texts by name from `--name value`, `--name=value` and, for a switch, `--name` alone.
+
+    Raises InputError with every unknown, repeated, valueless, positional or mistyped argument.
+    """
+    values: dict[str, str] = {}
+    problems: list[str] = []
+    position = 0
+    while position < len(argv):
+        word = argv[position]
+        position += 1
+        if not word.startswith("--") or word == "--":
+            problems.append(f"{word!r} is not a flag; write every value as --name value")
+            continue
+        name, equals, text = word[2:].partition("=")
+        name = name.replace("-", "_")
+        parameter = parameters.get(name)
+        if not equals:
+            if position < len(argv) and not argv[position].startswith("--"):
+                text = argv[position]
+                position += 1
+            elif parameter is not None and parameter.annotation is bool:
+                text = "True"
+            elif parameter is not None:
+                problems.append(f"--{name} needs a value")
+                continue
+        if parameter is None:
+            close = difflib.get_close_matches(name, parameters, n=1, cutoff=0.6)
+            hint = f"did you mean --{close[0]}?" if close else "--help lists the flags"
+            problems.append(f"unknown flag --{name}; {hint}")
+        elif name in values:
+            problems.append(f"--{name} is given twice; keep one")
+        else:
+            try:
+                parse_value(text, parameter.annotation)
+                values[name] = text
+            except ValueError as expected:
+                problems.append(f"--{name} {text!r} is not valid; expected {expected}")
+    if problems:
+        raise InputError(problems)
+    return values
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    text = str(error)
+    return (
+        type(error).__name__ in ("OutOfMemoryError", "MemoryError")
+        or "CUDA out of memory" in text
+        or "DefaultCPUAllocator: can't allocate memory" in text
+    )
+
+
+def run(command: Callable[..., object]) -> None:
+    """Runs `command` as a Fire command line built from `sys.argv` and exits.
+
+    Exit codes: 0 done, 1 failed, 2 bad input. Problems go to standard error, one line each, from the first process of
+    a distributed run only.
+    """
+    import fire
+
+    # Its optional CPU kernel comes from a hub and is not used; without this every command would warn of it.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    script = os.path.basename(sys.argv[0])
+    parameters = dict(inspect.signature(command).parameters)
+    argv = sys.argv[1:]
+    if not argv or "--help" in argv or "-h" in argv:
+        fire.Fire(command, command=["--help"], name=script)
+        return
+    try:
+        values = parse_flags(argv, parameters)
+        parsers = {
+            name: (lambda text, annotation=parameter.annotation: parse_value(text, annotation))
+            for name, parameter in parameters.items()
+        }
+        # Fire prints whatever a command returns; the commands print for themselves.
+        fire.Fire(
+            fire.decorators.SetParseFns(**parsers)(command),
+            command=[f"--{name}={text}" for name, text in values.items()],
+            name=script,
+            serialize=lambda result: None,
+        )
+    except InputError as error:
+        if os.environ.get("RANK", "0") == "0":
+            for problem in error.problems:
+                print(f"{script}: error: {problem}", file=sys.stderr)
+        sys.exit(2)
+    except Exception as error:
+        if not _out_of_memory(error):
+            raise
+        print(
+            f"{script}: error: out of memory. What helps, in this order: a smaller --micro_batch_size (or --batch_size "
+            "and --num_beams in evaluate.py), --gradient_checkpointing True, a smaller --cutoff_len, --use_qlora True",
+            file=sys.stderr,
+        )
+        sys.exit(1)

@@ -1,0 +1,209 @@
+"""From rows to token ids: prompts and responses are tokenized in batches, written to an Arrow file once and read back
+memory-mapped, so memory does not grow with the number of rows."""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict
+from itertools import chain, islice
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import torch
+
+from minionerec.data import Catalogue, Interaction, Item
+from minionerec.prompts import SEPARATOR, Prompts, Task
+
+IGNORE = -100  # the label of a token that carries no loss
+
+BATCH_ROWS = 1000
+
+SCHEMA = pa.schema([("input_ids", pa.list_(pa.int32())), ("prompt_length", pa.int32()), ("length", pa.int32())])
+
+
+def _fields(row: Interaction | Item) -> dict[str, str]:
+    if isinstance(row, Item):
+        return {"sid": row.sid, "title": row.title, "description": row.description}
+    return {
+        "sid_history": SEPARATOR.join(row.sid_history),
+        "title_history": SEPARATOR.join(row.title_history),
+        "sid": row.sid,
+        "title": row.title,
+    }
+
+
+class Encoder:
+    """Turns rows into token ids: a prompt, and the response with its end-of-sequence token.
+
+    No sequence is longer than `cutoff_len`. The oldest items of a history go first, as many as needed; what cannot be
+    shortened that way loses the end of its longest part. The instruction always stays.
+    """
+
+    def __init__(self, tokenizer, prompts: Prompts, cutoff_len: int):
+        self.tokenizer, self.prompts, self.cutoff_len = tokenizer, prompts, cutoff_len
+        # Llama and Gemma begin every text with a token, Qwen and GPT-2 do not.
+        self.start = [tokenizer.bos_token_id] if tokenizer("").input_ids[:1] == [tokenizer.bos_token_id] else []
+
+    def _ids(self, texts: list[str]) -> list[list[int]]:
+        encodings = self.tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        return [encoding.ids for encoding in encodings]
+
+    def responses(self, task: Task, rows: list[Interaction | Item]) -> list[list[int]]:
+        """Token ids of the responses, at most half of `cutoff_len` each; equal texts are tokenized once."""
+        texts = [task.response.format(**_fields(row)) for row in rows]
+        distinct = list(dict.fromkeys(texts))
+        most = self.cutoff_len // 2 - 1
+        ids = {
+            text: [*ids[:most], self.tokenizer.eos_token_id]
+            for text, ids in zip(distinct, self._ids(distinct), strict=True)
+        }
+        return [ids[text] for text in texts]
+
+    def encode_prompts(self, task: Task, rows: list[Interaction | Item], budgets: list[int]) -> list[list[int]]:
+        """Token ids of the prompts, row i at most `budgets[i]` of them."""
+        texts = [self.prompts.render(task, _fields(row)) for row in rows]
+        encoded = [self.start + ids for ids in self._ids(texts)]
+        for i, budget in enumerate(budgets):
+            if len(encoded[i]) > budget:
+                encoded[i] = self._shortened(task, rows[i], budget)
+        return encoded
+
+    def _shortened(self, task: Task, row: Interaction | Item, budget: int) -> list[int]:
+        def ids_of(fields: dict[str, str]) -> list[int]:
+            return self.start + self._ids([self.prompts.render(task, fields)])[0]
+
+        if isinstance(row, Interaction):
+            while len(row.sid_history) > 1:
+                row = row.without_oldest()
+                ids = ids_of(_fields(row))
+                if len(ids) <= budget:
+                    return ids
+        fields = _fields(row)
+        ids = ids_of(fields)
+        while len(ids) > budget:
+            longest = max(
+                (name for name in fields if "{" + name + "}" in task.input), key=lambda name: len(fields[name])
+            )
+            if not fields[longest]:
+                return ids[:budget]  # the instruction alone is too long
+            # A token is at least one character long, so this never cuts more than one step too far.
+            fields[longest] = fields[longest][: -(len(ids) - budget)]
+            ids = ids_of(fields)
+        return ids
+
+    def encode(self, task: Task, rows: list[Interaction | Item]) -> list[tuple[list[int], list[int]]]:
+        """(prompt, response) token ids of every row."""
+        responses = self.responses(task, rows)
+        prompts = self.encode_prompts(task, rows, [self.cutoff_len - len(response) for response in responses])
+        return list(zip(prompts, responses, strict=True))
+
+
+def _record_batch(pairs: list[tuple[list[int], list[int]]]) -> pa.RecordBatch:
+    lengths = np.array([len(prompt) + len(response) for prompt, response in pairs], dtype=np.int32)
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+    values = np.fromiter(chain.from_iterable(chain.from_iterable(pairs)), np.int32, offsets[-1])
+    prompt_lengths = np.array([len(prompt) for prompt, _ in pairs], dtype=np.int32)
+    columns = [
+        pa.ListArray.from_arrays(pa.array(offsets), pa.array(values)),
+        pa.array(prompt_lengths),
+        pa.array(lengths),
+    ]
+    return pa.RecordBatch.from_arrays(columns, schema=SCHEMA)
+
+
+def _batches(rows: Iterable, size: int) -> Iterator[list]:
+    rows = iter(rows)
+    while batch := list(islice(rows, size)):
+        yield batch
+
+
+def write_examples(
+    path: str, encoder: Encoder, rows_of: Callable[[str], Iterable[Interaction | Item]], batch_rows: int = BATCH_ROWS
+) -> int:
+    """Writes the examples of all tasks of the encoder's prompts to an Arrow stream file and counts them.
+
+    `rows_of("interaction")` and `rows_of("item")` start a pass over the rows. The file appears whole or not at all.
+    """
+    partial = f"{path}.{os.getpid()}.partial"
+    count = 0
+    try:
+        with pa.OSFile(partial, "wb") as sink, pa.ipc.new_stream(sink, SCHEMA) as writer:
+            for kind in ("interaction", "item"):
+                tasks = [task for task in encoder.prompts.tasks.values() if task.rows == kind]
+                for rows in _batches(rows_of(kind) if tasks else [], batch_rows):
+                    for task in tasks:
+                        batch = _record_batch(encoder.encode(task, rows))
+                        for _ in range(task.weight):
+                            writer.write_batch(batch)
+                            count += batch.num_rows
+        os.replace(partial, path)
+    finally:
+        if os.path.exists(partial):
+            os.remove(partial)
+    return count
+
+
+def tokenized_dataset(
+    encoder: Encoder, rows_of: Callable[[str], Iterable[Interaction | Item]], sources: list[str], **settings
+) -> datasets.Dataset:
+    """The examples of all tasks as a memory-mapped dataset, from the cache where the same ones were made before.
+
+    Args:
+        sources: the files the rows come from; their content, the tokenizer, the prompts and `settings` name the cache
+            entry in the folder of Hugging Face datasets (HF_DATASETS_CACHE).
+
+    Returns:
+        columns input_ids (int32 list: prompt, then response), prompt_length, length.
+    """
+    digest = hashlib.sha256()
+    tasks = [asdict(task) for task in encoder.prompts.tasks.values()]
+    recipe = [encoder.prompts.template, encoder.prompts.category, tasks, encoder.cutoff_len, encoder.start, settings]
+    digest.update(json.dumps(recipe, sort_keys=True).encode())
+    digest.update(encoder.tokenizer.backend_tokenizer.to_str().encode())
+    digest.update(str(encoder.tokenizer.eos_token_id).encode())
+    for source in sources:
+        with open(source, "rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    folder = os.path.join(datasets.config.HF_DATASETS_CACHE, "minionerec")
+    os.makedirs(folder, exist_ok=True)
+    path = os.path.join(folder, f"{digest.hexdigest()[:32]}.arrow")
+    if not os.path.exists(path):
+        write_examples(path, encoder, rows_of)
+    return datasets.Dataset.from_file(path)
+
+
+def item_rows(catalogue: Catalogue) -> list[Item]:
+    """The items that have a title, for the tasks between titles and SIDs."""
+    return [item for item in catalogue.items.values() if item.title]
+
+
+class Collator:
+    """Pads a batch of examples on the right to its longest.
+
+    Returns input_ids, attention_mask and labels [rows, tokens]; labels are IGNORE on the prompt and the padding.
+    """
+
+    def __init__(self, pad_token_id: int):
+        self.pad_token_id = pad_token_id
+
+    def __call__(self, examples: list[dict]) -> dict[str, torch.Tensor]:
+        shape = (len(examples), max(len(example["input_ids"]) for example in examples))
+        input_ids = torch.full(shape, self.pad_token_id)
+        attention_mask = torch.zeros(shape, dtype=torch.long)
+        labels = torch.full(shape, IGNORE)
+        for i, example in enumerate(examples):
+            ids = torch.tensor(example["input_ids"])
+            input_ids[i, : len(ids)] = ids
+            attention_mask[i, : len(ids)] = 1
+            labels[i, example["prompt_length"] : len(ids)] = ids[example["prompt_length"] :]
+        return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+
+
+def left_padded(sequences: list[list[int]], pad_token_id: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """input_ids and attention_mask [rows, tokens] of prompts, padded on the left."""
+    width = max(len(ids) for ids in sequences)
+    input_ids = torch.tensor([[pad_token_id] * (width - len(ids)) + list(ids) for ids in sequences])
+    attention_mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in sequences])
+    return input_ids, attention_mask

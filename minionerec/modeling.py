@@ -1,0 +1,111 @@
+"""Loading: a base model or checkpoint, its tokenizer, and the SID tokens that a catalogue adds to both."""
+
+import os
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging as transformers_logging
+
+from minionerec.cli import InputError
+
+
+def load_tokenizer(path: str):
+    """The tokenizer of a checkpoint; padding falls back to the end-of-sequence token.
+
+    Raises InputError where there is none, or one without an end-of-sequence token or a fast implementation.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: no tokenizer can be loaded: {_first_line(error)}") from None
+    if tokenizer.eos_token_id is None or not tokenizer.is_fast:
+        raise InputError(f"{path}: the tokenizer must be a fast one with an end-of-sequence token")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_config(path: str):
+    """The configuration of a base model. Raises InputError where none can be loaded."""
+    try:
+        return AutoConfig.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"--base_model {path}: no model configuration can be loaded (a folder with config.json, or the name of a "
+            f"hub model): {_first_line(error)}"
+        ) from None
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+def local_device() -> torch.device:
+    """The device of this process: its own GPU in a distributed run, else the first one, else the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("cpu")
+
+
+def default_dtype() -> torch.dtype:
+    """bfloat16 on a GPU that computes in it, else float32."""
+    return torch.bfloat16 if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else torch.float32
+
+
+def computes_in_bf16(model) -> bool:
+    """Whether a model's products are in bfloat16, so that training must run under autocast to it."""
+    return model.dtype == torch.bfloat16 or any(p.dtype == torch.bfloat16 for p in model.parameters())
+
+
+def load_base(path: str, quantization=None, from_scratch: bool = False):
+    """A causal LM on this process's device, for training or evaluation.
+
+    Args:
+        quantization: a `BitsAndBytesConfig`; what it leaves unquantized is then in bfloat16.
+        from_scratch: random weights from the configuration instead of those of the checkpoint, in float32.
+    """
+    config = load_config(path)
+    transformers_logging.disable_progress_bar()
+    if from_scratch:
+        return AutoModelForCausalLM.from_config(config, dtype=torch.float32).to(local_device())
+    dtype = default_dtype() if quantization is None else torch.bfloat16
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            path, config=config, dtype=dtype, quantization_config=quantization, device_map={"": local_device()}
+        )
+    except OSError as error:
+        raise InputError(f"--base_model {path}: the weights cannot be loaded: {_first_line(error)}") from None
+    if quantization is not None:
+        _keep_training_layout(model)
+    return model
+
+
+def _keep_training_layout(model) -> None:
+    """Keeps 4-bit layers in the layout that gradients can pass through.
+
+    On a CPU with AVX512-BF16, bitsandbytes 0.50 repacks a 4-bit weight in place at its first forward in evaluation
+    mode, into a layout whose product has no backward: after the first evaluation a run would train nothing below it.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
+def add_sid_tokens(model, tokenizer, sid_tokens: list[str]) -> list[int]:
+    """Adds SID tokens to the tokenizer and rows for them to the model, and returns the ids of the rows to train: those
+    of the SID tokens, and any other that the model did not have before. Sorted.
+
+    Tokens the tokenizer knows keep their ids; each new one becomes a single token.
+    """
+    had = model.get_input_embeddings().weight.shape[0]
+    tokenizer.add_tokens(sid_tokens)
+    fit_embeddings(model, tokenizer)
+    return sorted({*tokenizer.convert_tokens_to_ids(sid_tokens), *range(had, len(tokenizer))})
+
+
+def fit_embeddings(model, tokenizer) -> None:
+    """Gives the model a row for every token. The embedding only ever grows: models are often wider than their
+    tokenizer, and new tokens take the spare rows first."""
+    if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
+        # The mean-and-covariance start that transformers offers costs two float32 copies of the embedding.
+        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)

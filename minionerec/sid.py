@@ -1,0 +1,254 @@
+"""Semantic IDs as token sequences: the trie that holds a catalogue, and beam search confined to it.
+
+Dimensions: `B` prompts, `K` beams, `P` prompt tokens, `V` vocabulary, `S` SIDs, `D` tokens of the longest SID with its
+end-of-sequence token, `C` children of the widest trie node at one depth, `T` tokens written by all beams so far.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+PAD = -1  # after the end of a sequence that is shorter than D
+
+
+class Trie:
+    """All SIDs of a catalogue as a trie of token ids, held in tensors.
+
+    Nodes are numbered breadth-first from the root, 0, so that siblings stand side by side: the children of node n are
+    the nodes `first_child[n]` to `first_child[n + 1] - 1`, each reached by its own `token`. Every path ends with the
+    end-of-sequence token, so a SID may be the beginning of another one.
+
+    Attributes:
+        token: [nodes], the token that leads to a node (PAD for the root).
+        first_child: [nodes + 1].
+        row: [nodes], at a leaf the row of its SID in `sequences`, elsewhere PAD.
+        sequences: [S, D], the distinct SIDs with their end-of-sequence token, sorted, padded with PAD.
+        source: [S], for every row of `sequences` the place it had in the input.
+        widths: C at every depth.
+    """
+
+    def __init__(self, sequences: Sequence[Sequence[int]] | np.ndarray, eos_token_id: int):
+        """Builds the trie of `sequences` (token ids without the end-of-sequence token; duplicates count once).
+
+        An array is taken as padded with PAD already. Raises ValueError for no sequences, an empty one, or one that
+        contains the end-of-sequence token.
+        """
+        rows = _padded(sequences, eos_token_id)
+        order = np.lexsort(rows.T[::-1])
+        rows = rows[order]
+        distinct = np.ones(len(rows), dtype=bool)
+        distinct[1:] = (rows[1:] != rows[:-1]).any(axis=1)
+        rows = rows[distinct]
+        self.source = order[distinct]
+
+        token = [np.array([PAD])]
+        row_of = [np.array([PAD])]
+        parents = []
+        self.widths: list[int] = []
+        node = np.zeros(len(rows), dtype=np.int64)  # of every row, the node its first tokens lead to
+        count = 1
+        changed = np.zeros(len(rows), dtype=bool)  # whether a row's first tokens differ from the row's above
+        changed[0] = True
+        for depth in range(rows.shape[1]):
+            alive = rows[:, depth] != PAD
+            changed[1:] |= rows[1:, depth] != rows[:-1, depth]
+            new = np.flatnonzero(changed & alive)
+            parents.append(node[new])
+            token.append(rows[new, depth])
+            row_of.append(np.where(rows[new, depth] == eos_token_id, new, PAD))
+            self.widths.append(int(np.bincount(node[new]).max()))
+            node = np.where(alive, count + np.cumsum(changed & alive) - 1, node)
+            count += len(new)
+        children = np.bincount(np.concatenate(parents), minlength=count)
+        self.token = torch.from_numpy(np.concatenate(token))
+        self.first_child = torch.from_numpy(np.concatenate([[1], 1 + np.cumsum(children)]))
+        self.row = torch.from_numpy(np.concatenate(row_of))
+        self.sequences = torch.from_numpy(rows)
+
+    def to(self, device: torch.device | str) -> "Trie":
+        """Moves the tensors to `device`, in place, and returns the trie."""
+        for name in ("token", "first_child", "row", "sequences"):
+            setattr(self, name, getattr(self, name).to(device))
+        return self
+
+    def __len__(self) -> int:
+        return len(self.sequences)
+
+    @property
+    def depth(self) -> int:
+        return self.sequences.shape[1]
+
+    def children(self, node: torch.Tensor, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The children of nodes [...] as [..., width], and which of them exist; the rest point at the root."""
+        first = self.first_child[node].unsqueeze(-1)
+        child = first + torch.arange(width, device=node.device)
+        exists = child < self.first_child[node + 1].unsqueeze(-1)
+        return torch.where(exists, child, 0), exists
+
+
+def _padded(sequences: Sequence[Sequence[int]] | np.ndarray, eos_token_id: int) -> np.ndarray:
+    """[S, D], every sequence followed by the end-of-sequence token and PAD."""
+    if len(sequences) == 0:
+        raise ValueError("a trie needs at least one sequence")
+    if isinstance(sequences, np.ndarray):
+        rows = np.concatenate([sequences, np.full((len(sequences), 1), PAD)], axis=1).astype(np.int64)
+        lengths = (rows != PAD).sum(axis=1)
+    else:
+        lengths = np.fromiter((len(sequence) for sequence in sequences), np.int64, len(sequences))
+        rows = np.full((len(sequences), lengths.max() + 1), PAD, dtype=np.int64)
+        flat = np.fromiter((token for sequence in sequences for token in sequence), np.int64, lengths.sum())
+        rows[np.arange(rows.shape[1]) < lengths[:, None]] = flat
+    if (lengths == 0).any():
+        raise ValueError("a SID without tokens cannot be decoded")
+    if (rows == eos_token_id).any():
+        raise ValueError("a SID contains the end-of-sequence token")
+    rows[np.arange(len(rows)), lengths] = eos_token_id
+    return rows
+
+
+def sid_sequences(tokenizer, sids: Sequence[str]) -> np.ndarray:
+    """Token ids of SIDs as [S, D - 1], padded with PAD; one row a SID, in order. Works through a million SIDs flat."""
+    ids: list[np.ndarray] = []
+    for start in range(0, len(sids), 10_000):
+        batch = tokenizer.backend_tokenizer.encode_batch_fast(
+            list(sids[start : start + 10_000]), add_special_tokens=False
+        )
+        rows = np.full((len(batch), max(len(encoding.ids) for encoding in batch)), PAD, dtype=np.int32)
+        for row, encoding in zip(rows, batch, strict=True):
+            row[: len(encoding.ids)] = encoding.ids
+        ids.append(rows)
+    width = max(rows.shape[1] for rows in ids)
+    return np.concatenate([np.pad(rows, ((0, 0), (0, width - rows.shape[1])), constant_values=PAD) for rows in ids])
+
+
+def takes_tree_mask(model, length: int) -> bool:
+    """Whether the model's attention accepts a 4-D mask over `length` keys: sdpa and eager do, within any window."""
+    config = model.config.get_text_config()
+    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+    return config._attn_implementation in ("sdpa", "eager") and (window is None or length < window)
+
+
+class _TreeBeams:
+    """The beams of a prompt as one row of the batch: they share the prompt's cache and write theirs behind it.
+
+    Each step appends one token a beam; a 4-D mask lets a beam see the prompt and its own ancestors alone. Nothing is
+    copied when beams are reordered: only the mask is.
+    """
+
+    def __init__(self, model, mask: torch.Tensor, cache):
+        self.model, self.cache = model, cache
+        self.prompt = mask.bool()  # [B, P]
+        self.length = mask.sum(dim=1, keepdim=True)
+        self.ancestors = mask.new_zeros((len(mask), 1, 0), dtype=torch.bool)  # [B, K, T]
+
+    def step(self, parent: torch.Tensor, token: torch.Tensor, depth: int) -> torch.Tensor:
+        """Logits [B, K, V] after `token` [B, K] was written behind beams `parent` [B, K]."""
+        rows, beams = token.shape
+        inherited = self.ancestors.gather(1, parent.unsqueeze(-1).expand(-1, -1, self.ancestors.shape[2]))
+        itself = torch.eye(beams, dtype=torch.bool, device=token.device).expand(rows, -1, -1)
+        self.ancestors = torch.cat([inherited, itself], dim=2)
+        prompt = self.prompt.unsqueeze(1).expand(-1, beams, -1)
+        visible = torch.cat([prompt, self.ancestors], dim=2).unsqueeze(1)
+        if self.model.config.get_text_config()._attn_implementation == "eager":  # adds its mask to the scores
+            visible = torch.where(visible, 0.0, torch.finfo(self.model.dtype).min).to(self.model.dtype)
+        return self.model(
+            input_ids=token,
+            attention_mask=visible,
+            position_ids=(self.length + depth).expand(-1, beams),
+            past_key_values=self.cache,
+            use_cache=True,
+        ).logits
+
+
+class _CopiedBeams:
+    """Every beam as its own row of the batch, with its own copy of the prompt's cache: works for any attention."""
+
+    def __init__(self, model, mask: torch.Tensor, cache):
+        self.model, self.cache, self.mask = model, cache, mask
+        self.length = mask.sum(dim=1, keepdim=True)
+        self.beams = 1
+
+    def step(self, parent: torch.Tensor, token: torch.Tensor, depth: int) -> torch.Tensor:
+        """Logits [B, K, V] after `token` [B, K] was written behind beams `parent` [B, K]."""
+        rows, beams = token.shape
+        source = (parent + torch.arange(rows, device=token.device).unsqueeze(1) * self.beams).flatten()
+        self.cache.batch_select_indices(source)
+        self.beams = beams
+        mask = self.mask.repeat_interleave(beams, dim=0)
+        mask = torch.cat([mask, mask.new_ones((len(mask), depth + 1))], dim=1)
+        output = self.model(
+            input_ids=token.reshape(-1, 1),
+            attention_mask=mask,
+            position_ids=(self.length + depth).repeat_interleave(beams, dim=0),
+            past_key_values=self.cache,
+            use_cache=True,
+        )
+        return output.logits.view(rows, beams, -1)
+
+
+@torch.inference_mode()
+def constrained_beam_search(
+    model,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor,
+    trie: Trie,
+    num_beams: int,
+    length_penalty: float = 0.0,
+    tree: bool | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The `num_beams` best SIDs of every prompt, best first.
+
+    A beam's score is the sum of its tokens' log-probabilities under the whole vocabulary, end-of-sequence token
+    included, divided by its length to the power of `length_penalty`. The prompt runs through the model once. Every
+    beam is a distinct SID of the trie, which a step costs no more for being larger.
+
+    Args:
+        model: a causal LM in evaluation mode.
+        input_ids, attention_mask: [B, P], padded on the left.
+        trie: on the model's device.
+        tree: how the beams share the prompt's cache; None takes the tree mask wherever the attention accepts it.
+
+    Returns:
+        rows [B, K] into `trie.sequences`, and scores [B, K]; K is `num_beams`, or the number of SIDs where the
+        catalogue is smaller.
+    """
+    beams = min(num_beams, len(trie))
+    prompts, device = len(input_ids), input_ids.device
+    if tree is None:
+        tree = takes_tree_mask(model, input_ids.shape[1] + beams * trie.depth)
+    positions = (attention_mask.cumsum(dim=1) - 1).clamp(min=0)
+    output = model(
+        input_ids=input_ids,
+        attention_mask=attention_mask,
+        position_ids=positions,
+        use_cache=True,
+        logits_to_keep=1,
+    )
+    logits = output.logits  # [B, 1, V]
+    state = (_TreeBeams if tree else _CopiedBeams)(model, attention_mask, output.past_key_values)
+
+    node = torch.zeros((prompts, 1), dtype=torch.long, device=device)
+    score = torch.zeros((prompts, 1), device=device)
+    finished_row = torch.full((prompts, beams), PAD, device=device)
+    finished_score = torch.full((prompts, beams), -torch.inf, device=device)
+    for depth, width in enumerate(trie.widths):
+        logits = logits.float()
+        child, exists = trie.children(node, width)  # [B, K, C]
+        token = trie.token[child].clamp(min=0)
+        score_of = logits.gather(2, token) - logits.logsumexp(dim=2, keepdim=True) + score.unsqueeze(2)
+        score_of = score_of.masked_fill(~exists, -torch.inf).flatten(1)
+        child = child.flatten(1)
+
+        # SIDs that end here compete with those that ended before; the others run on.
+        row = trie.row[child]
+        ended = torch.where(row == PAD, -torch.inf, score_of / (depth + 1) ** length_penalty)
+        finished_score, best = torch.cat([finished_score, ended], dim=1).topk(beams, dim=1)
+        finished_row = torch.cat([finished_row, row], dim=1).gather(1, best)
+        if depth + 1 == trie.depth:
+            break
+        running = torch.where(row == PAD, score_of, -torch.inf)
+        score, best = running.topk(min(beams, running.shape[1]), dim=1)
+        node = child.gather(1, best)
+        logits = state.step(best // width, trie.token[node].clamp(min=0), depth)
+    return finished_row, finished_score

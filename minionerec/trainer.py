@@ -1,0 +1,132 @@
+"""The SFT trainer: a Hugging Face `Trainer` whose loss runs the output head on response positions only.
+
+Dimensions: `B` rows, `L` tokens, `N` response tokens in the batch, `H` hidden, `V` vocabulary.
+"""
+
+import json
+import os
+import shutil
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from transformers import Trainer
+
+from minionerec.checkpoint import RUN_FILE
+from minionerec.dataset import IGNORE
+
+
+@contextmanager
+def head_on(model, positions: torch.Tensor):
+    """While open, the output head of `model` sees the hidden states at `positions` [B, L] (bool) alone.
+
+    The logits of a forward are then [N, V] instead of [B, L, V]. What an architecture does to its logits after the
+    head (Gemma's soft cap) still happens, since it works element by element.
+    """
+
+    def select(_module, args):
+        return (args[0][positions], *args[1:])
+
+    handle = model.get_output_embeddings().register_forward_pre_hook(select)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def response_logits(model, inputs: dict[str, torch.Tensor], unwrapped=None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits [N, V] that predict the response tokens of a batch, and those tokens [N].
+
+    Args:
+        model: a causal LM, wrapped for distributed training or not.
+        inputs: input_ids, attention_mask, labels [B, L], padded on the right.
+        unwrapped: the model inside the wrappers, where there are any.
+    """
+    targets = inputs["labels"][:, 1:]
+    predicts = F.pad(targets != IGNORE, (0, 1))  # position t predicts token t + 1; the last one predicts none
+    with head_on(unwrapped if unwrapped is not None else model, predicts):
+        logits = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False).logits
+    return logits, targets[targets != IGNORE]
+
+
+class SFTTrainer(Trainer):
+    """Supervised fine-tuning on prompts and responses.
+
+    The loss of an optimizer step is the mean cross-entropy over its response tokens, however they are spread over
+    micro-batches and processes. Every checkpoint holds `run`, the resolved configuration.
+    """
+
+    def __init__(self, *args, run: dict, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.run = run
+        # The Trainer then counts the response tokens of an accumulated batch and leaves the division to compute_loss.
+        self.model_accepts_loss_kwargs = True
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        logits, targets = response_logits(model, inputs, self.accelerator.unwrap_model(model))
+        loss = F.cross_entropy(logits.float(), targets, reduction="sum")
+        if num_items_in_batch is None:
+            loss = loss / targets.numel()
+        else:
+            # Gradients are averaged over processes; the count is that of all of them.
+            loss = loss / num_items_in_batch * self.accelerator.num_processes
+        return (loss, {"loss": loss}) if return_outputs else loss
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        if self.args.should_save:
+            folder = output_dir or self.args.output_dir
+            os.remove(os.path.join(folder, "training_args.bin"))  # a pickle that nothing here reads
+            write_json(os.path.join(folder, RUN_FILE), self.run)
+
+
+def newest_checkpoint(output_dir: str) -> str | None:
+    """The complete checkpoint of the latest step under `output_dir`, or None. A complete one has its trainer state,
+    which is written last."""
+    found = []
+    for name in os.listdir(output_dir) if os.path.isdir(output_dir) else []:
+        step = name.removeprefix("checkpoint-")
+        if name != step and step.isdigit() and os.path.isfile(os.path.join(output_dir, name, "trainer_state.json")):
+            found.append((int(step), os.path.join(output_dir, name)))
+    return max(found)[1] if found else None
+
+
+def peak_memory_gb() -> float:
+    """The most memory this process has held, in GB (1e9 bytes): on the GPU where there is one, else resident."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e9
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+def folder_size_mb(path: str) -> float:
+    """The size of the files in a folder, in MB (1e6 bytes)."""
+    return sum(os.path.getsize(os.path.join(path, name)) for name in os.listdir(path)) / 1e6
+
+
+def save_final(trainer: Trainer, path: str, merge: bool = False) -> None:
+    """Saves the trainer's model, tokenizer and resolved configuration as a folder that appears whole or not at all.
+
+    With `merge` trained rows are written into the base and a standalone model is saved. Every process must call it.
+    """
+    partial = f"{path}.partial"
+    if trainer.args.should_save:
+        shutil.rmtree(partial, ignore_errors=True)
+    if merge:
+        trainer.model = trainer.model.merge_and_unload()
+    trainer.model.config.use_cache = True
+    trainer.save_model(partial)
+    if trainer.args.should_save:
+        shutil.rmtree(path, ignore_errors=True)
+        os.replace(partial, path)
+    trainer.accelerator.wait_for_everyone()
+
+
+def write_json(path: str, data: object) -> None:
+    """Writes JSON whole or not at all."""
+    partial = f"{path}.{os.getpid()}.partial"
+    with open(partial, "w", encoding="utf-8") as file:
+        json.dump(data, file, indent=2, ensure_ascii=False)
+        file.write("\n")
+    os.replace(partial, path)

@@ -1,0 +1,30 @@
+#!/usr/bin/env bash
+# The whole job on the bundled demo: install, make a small base, pre-train it on text, fine-tune it with LoRA, evaluate.
+# OUT names the folder of the results (default out/quickstart); it must not hold an earlier run.
+source "$(dirname "$0")/setup.sh"
+started=$SECONDS
+DATA=examples/demo
+OUT="${OUT:-out/quickstart}"
+if [ -e "$OUT" ]; then
+    echo "quickstart.sh: error: $OUT holds an earlier run; remove it, or name another folder: OUT=out/again" >&2
+    exit 2
+fi
+FILES=(--train_file $DATA/train.csv --eval_file $DATA/valid.csv --category "workshop supplies"
+    --sid_index_path $DATA/demo.index.json --item_meta_path $DATA/demo.item.json)
+test_on() {
+    "$PYTHON" evaluate.py --base_model "$1" --info_file $DATA/info.txt --test_data_path $DATA/test.csv \
+        --category "workshop supplies" --batch_size 32 --num_beams 20 --result_json_data "$2"
+}
+
+"$PYTHON" scripts/make_base.py --item_meta_path $DATA/demo.item.json --output_dir "$OUT/random" \
+    --vocab_size 1024 --hidden_size 64 --num_hidden_layers 2 --intermediate_size 256
+# What a downloaded language model brings along: the language of the titles, and nothing about semantic IDs.
+"$PYTHON" sft.py --base_model "$OUT/random" --output_dir "$OUT/base" "${FILES[@]}" --train_from_scratch True \
+    --tasks title_history_to_title --batch_size 32 --micro_batch_size 32 --num_epochs 2 --learning_rate 3e-3 --eval_step 0.25
+"$PYTHON" sft.py --base_model "$OUT/base/final_checkpoint" --output_dir "$OUT/lora" "${FILES[@]}" --use_lora True \
+    --batch_size 16 --micro_batch_size 16 --num_epochs 2 --learning_rate 1e-2 --eval_step 0.1
+test_on "$OUT/base/final_checkpoint" "$OUT/base/result.json"
+test_on "$OUT/lora/final_checkpoint" "$OUT/lora/result.json"
+"$PYTHON" scripts/table.py --train_file $DATA/train.csv --test_data_path $DATA/test.csv \
+    --runs "base=$OUT/base,LoRA SFT=$OUT/lora"
+echo "done in $((SECONDS - started)) s after installation; checkpoints and curves are in $OUT"

@@ -1,0 +1,102 @@
+"""A tiny catalogue, its files in the published layout, and a tiny base: made once, without a network."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="minionerec-cache-")
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+ROOT = Path(__file__).resolve().parent.parent
+COLUMNS = ["user_id", "history_item_title", "item_title", "history_item_id", "item_id", "history_item_sid", "item_sid"]
+
+
+def pytest_configure(config) -> None:
+    """What our own calls use that is about to go away is an error."""
+    for category in ("DeprecationWarning", "FutureWarning", "PendingDeprecationWarning"):
+        config.addinivalue_line("filterwarnings", f"error::{category}")
+    # PEFT 0.21 asks for it while it wraps a model.
+    config.addinivalue_line("filterwarnings", "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+
+
+def write_csv(path: Path, rows: list[list[int]], index: dict, items: dict) -> None:
+    """Writes interactions: each row is a list of item numbers, the last one the target."""
+    with open(path, "w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(COLUMNS)
+        for number, (*past, target) in enumerate(rows):
+            titles = [items[str(i)]["title"] for i in past]
+            sids = ["".join(index[str(i)]) for i in past]
+            target_sid = "".join(index[str(target)])
+            writer.writerow([f"u{number}", titles, items[str(target)]["title"], past, target, sids, target_sid])
+
+
+@pytest.fixture(scope="session")
+def files(tmp_path_factory) -> dict[str, str]:
+    """Paths of train, valid, test, index, item and info files over 40 items; items 0 and 1 share a SID."""
+    folder = tmp_path_factory.mktemp("data")
+    index = {str(i): [f"<a_{i % 5}>", f"<b_{i // 5}>", f"<c_{i % 3}>"] for i in range(40)}
+    index["1"] = index["0"]
+    items = {
+        str(i): {"title": f'Bolt {i}, "M{i % 7}" d\'Été {{x}}', "description": f"['A bolt.', 'Number {i}.']"}
+        for i in range(40)
+    }
+    rows = [[(u * 7 + step * 3) % 40 for step in range(2 + u % 5)] for u in range(60)]
+    paths = {}
+    for split, part in (("train", rows[:40]), ("valid", rows[40:50]), ("test", rows[50:])):
+        paths[split] = str(folder / f"{split}.csv")
+        write_csv(Path(paths[split]), part, index, items)
+    for name, data in (("index", index), ("item", items)):
+        paths[name] = str(folder / f"{name}.json")
+        Path(paths[name]).write_text(json.dumps(data), encoding="utf-8")
+    paths["info"] = str(folder / "info.txt")
+    lines = [f"{''.join(index[i])}\t{items[i]['title']}\t{i}\n" for i in index]
+    Path(paths["info"]).write_text("".join(lines), encoding="utf-8")
+    return paths
+
+
+@pytest.fixture(scope="session")
+def base(files, tmp_path_factory) -> str:
+    """A tiny Qwen2 base with its own tokenizer."""
+    folder = str(tmp_path_factory.mktemp("base") / "base")
+    result = run_command(
+        "scripts/make_base.py",
+        item_meta_path=files["item"],
+        output_dir=folder,
+        vocab_size=400,
+        hidden_size=64,
+        num_hidden_layers=2,
+        intermediate_size=128,
+    )
+    assert result.returncode == 0, result.stderr
+    return folder
+
+
+def run_command(script: str, *extra: str, **flags: object) -> subprocess.CompletedProcess:
+    """Runs a command line of the project and captures what it prints."""
+    argv = [sys.executable, str(ROOT / script), *(f"--{name}={value}" for name, value in flags.items()), *extra]
+    return subprocess.run(argv, capture_output=True, text=True, cwd=ROOT, timeout=300)
+
+
+def sft_flags(files: dict[str, str], base: str, output_dir: object, **more: object) -> dict[str, object]:
+    """The flags of a small sft.py run."""
+    flags = {
+        "base_model": base,
+        "train_file": files["train"],
+        "eval_file": files["valid"],
+        "sid_index_path": files["index"],
+        "item_meta_path": files["item"],
+        "output_dir": output_dir,
+        "category": "bolts",
+        "batch_size": 16,
+        "micro_batch_size": 8,
+        "num_epochs": 1,
+        "eval_step": 0.25,
+    }
+    return {**flags, **more}

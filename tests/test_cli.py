@@ -1,0 +1,130 @@
+import inspect
+import os
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+import evaluate
+import sft
+from minionerec.cli import InputError, parse_flags, parse_value
+
+
+def command(output_dir: str = "", use_lora: bool = False, lora_r: int = 16, lora_target_modules: str = "all"):
+    pass
+
+
+PARAMETERS = dict(inspect.signature(command).parameters)
+
+
+def problems(*argv: str) -> str:
+    with pytest.raises(InputError) as error:
+        parse_flags(list(argv), PARAMETERS)
+    return str(error.value)
+
+
+def test_values_arrive_as_the_signature_says():
+    argv = ["--output_dir", "2018", "--use_lora", "--lora-r=8", "--lora_target_modules", "q_proj,v_proj"]
+    texts = parse_flags(argv, PARAMETERS)
+    values = {name: parse_value(text, PARAMETERS[name].annotation) for name, text in texts.items()}
+    assert values == {
+        "output_dir": "2018",
+        "use_lora": True,
+        "lora_r": 8,
+        "lora_target_modules": "q_proj,v_proj",
+    }
+
+
+def test_lower_case_false_is_false():
+    assert parse_value("false", bool) is False
+
+
+@pytest.mark.parametrize(
+    ("text", "kind"), [("yes", bool), ("1.5", int), ("1e3", int), ("abc", float), ("nan", float), ("inf", float)]
+)
+def test_a_value_of_another_type_is_refused(text, kind):
+    with pytest.raises(ValueError):
+        parse_value(text, kind)
+
+
+def test_none_is_only_for_optional_flags():
+    assert parse_value("None", str | None) is None
+    assert parse_value("None", str) == "None"
+
+
+def test_every_problem_is_reported_at_once():
+    text = problems("--use_lroa", "True", "stray", "--lora_r", "x", "--output_dir")
+    assert "unknown flag --use_lroa; did you mean --use_lora?" in text
+    assert "'stray' is not a flag" in text
+    assert "--lora_r 'x' is not valid; expected a whole number" in text
+    assert "--output_dir needs a value" in text
+
+
+def test_abbreviations_and_repetitions_are_refused():
+    assert "'-u' is not a flag" in problems("-u", "True")
+    assert "given twice" in problems("--lora_r", "1", "--lora_r", "2")
+
+
+UPSTREAM = {
+    sft.train: {
+        "base_model": "", "train_file": "", "eval_file": "", "output_dir": "", "sample": -1, "seed": 42,
+        "batch_size": 128, "micro_batch_size": 4, "num_epochs": 10, "learning_rate": 3e-4, "cutoff_len": 512,
+        "group_by_length": False, "freeze_LLM": False, "wandb_project": "", "wandb_run_name": "",
+        "resume_from_checkpoint": None, "category": "", "train_from_scratch": False, "sid_index_path": "",
+        "item_meta_path": "",
+    },
+    evaluate.evaluate: {
+        "base_model": "", "train_file": "", "info_file": "", "category": "", "test_data_path": "",
+        "result_json_data": "", "batch_size": 4, "K": 0, "seed": 42, "length_penalty": 0.0, "max_new_tokens": 256,
+        "num_beams": 50,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("function", UPSTREAM)
+def test_upstream_flags_keep_names_and_defaults(function):
+    parameters = inspect.signature(function).parameters
+    assert {name: parameters[name].default for name in UPSTREAM[function]} == UPSTREAM[function]
+
+
+@pytest.mark.parametrize("function", UPSTREAM)
+def test_every_flag_is_documented_and_no_other(function):
+    lines = inspect.getdoc(function).split("Args:\n", 1)[1].splitlines()
+    documented = [line.strip().split(":")[0] for line in lines if line.startswith("    ") and line[4] != " "]
+    assert documented == list(inspect.signature(function).parameters)
+
+
+@pytest.mark.parametrize("script", ["sft", "evaluate"])
+def test_nothing_heavy_is_imported_before_the_checks(script):
+    heavy = "{'torch', 'transformers', 'peft', 'datasets', 'numpy'}"
+    code = f"import sys, {script}; print(sorted({heavy} & set(sys.modules)))"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert result.stdout.strip() == "[]", result.stderr
+
+
+@pytest.mark.parametrize("error", ["torch.OutOfMemoryError('CUDA out of memory')", "MemoryError()"])
+def test_running_out_of_memory_ends_with_what_to_try(tmp_path, error):
+    script = tmp_path / "hungry.py"
+    code = f"import torch\nfrom minionerec import cli\ndef eat(rows: int = 1):\n    raise {error}\ncli.run(eat)\n"
+    script.write_text(code)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    result = subprocess.run(
+        [sys.executable, str(script), "--rows", "2"], capture_output=True, text=True, env=environment
+    )
+    assert result.returncode == 1
+    assert "out of memory" in result.stderr and "--use_qlora True" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize("script", ["sft.py", "evaluate.py"])
+def test_help_lists_the_flags_and_imports_nothing_heavy(script):
+    argv = [sys.executable, "-X", "importtime", script, "--help"]
+    result = subprocess.run(argv, capture_output=True, text=True, cwd=ROOT)
+    assert result.returncode == 0
+    imports = [line for line in result.stderr.splitlines() if line.startswith("import time:")]
+    modules = {line.rsplit("|", 1)[1].strip() for line in imports}
+    assert "minionerec.cli" in modules
+    assert not {"torch", "transformers", "peft", "datasets", "numpy"} & modules
+    shown = result.stdout + "".join(line for line in result.stderr.splitlines() if line not in imports)
+    assert "--base_model" in shown and "category" in shown

@@ -1,0 +1,104 @@
+from dataclasses import replace
+
+import pytest
+import torch
+
+from minionerec.data import Interaction, Item, read_catalogue, read_interactions
+from minionerec.dataset import IGNORE, Collator, Encoder, item_rows, left_padded, tokenized_dataset
+from minionerec.modeling import load_tokenizer
+from minionerec.prompts import RECOMMENDATION, load_prompts
+
+
+@pytest.fixture(scope="module")
+def tokenizer(base, files):
+    tokenizer = load_tokenizer(base)
+    tokenizer.add_tokens(read_catalogue(files["index"]).sid_tokens)
+    return tokenizer
+
+
+def rows_of_files(files):
+    items = item_rows(read_catalogue(files["index"], files["item"]))
+    return lambda kind: items if kind == "item" else read_interactions(files["train"], "train_file")
+
+
+def test_examples_equal_plain_tokenization(tokenizer, files):
+    prompts = load_prompts("bolts")
+    encoder = Encoder(tokenizer, prompts, 512)
+    for task in prompts.tasks.values():
+        rows = list(rows_of_files(files)(task.rows))
+        for row, (prompt, response) in zip(rows, encoder.encode(task, rows), strict=True):
+            if isinstance(row, Item):
+                fields = {"title": row.title, "sid": row.sid, "description": row.description}
+            else:
+                fields = {"title": row.title, "sid": row.sid}
+                fields["sid_history"] = ", ".join(row.sid_history)
+                fields["title_history"] = ", ".join(row.title_history)
+            instruction = task.instruction.replace("{category}", "bolts")
+            text = f"{instruction}\n{task.input.format(**fields)}\nAnswer:\n"
+            assert prompt == tokenizer(text, add_special_tokens=False).input_ids
+            answer = tokenizer(task.response.format(**fields), add_special_tokens=False).input_ids
+            assert response == [*answer, tokenizer.eos_token_id]
+
+
+def test_the_oldest_items_go_first(tokenizer):
+    prompts = load_prompts("bolts")
+    encoder = Encoder(tokenizer, prompts, 512)
+    task = prompts.tasks[RECOMMENDATION]
+    row = Interaction([f"<a_{i % 5}><b_0><c_0>" for i in range(10)], [], "<a_0><b_0><c_0>", "")
+    whole = encoder.encode_prompts(task, [row], [512])[0]
+    for budget in range(len(whole) - 1, len(whole) - 20, -1):
+        ids = encoder.encode_prompts(task, [row], [budget])[0]
+        text = tokenizer.decode(ids)
+        kept = text.count("<b_0>")
+        assert len(ids) <= budget
+        assert text.startswith("A customer bought these bolts")
+        assert text.endswith("Answer:\n")
+        expected = replace(row, sid_history=row.sid_history[-kept:])
+        assert ids == encoder.encode_prompts(task, [expected], [512])[0]
+
+
+def test_nothing_is_longer_than_the_cutoff(tokenizer):
+    prompts = load_prompts("bolts")
+    encoder = Encoder(tokenizer, prompts, 64)
+    long = "é" * 500
+    for task in prompts.tasks.values():
+        row = Item("<a_0>", long, long) if task.rows == "item" else Interaction(["<a_0>"], [long], "<a_1>", long)
+        ((prompt, response),) = encoder.encode(task, [row])
+        assert len(prompt) + len(response) <= 64
+        assert response[-1] == tokenizer.eos_token_id
+        assert tokenizer.decode(prompt).startswith(("A customer", "Give the"))
+
+
+def test_the_dataset_is_made_once_and_again_when_anything_changes(tokenizer, files):
+    prompts = load_prompts("bolts")
+    passes = []
+
+    def counted(kind):
+        passes.append(kind)
+        return rows_of_files(files)(kind)
+
+    def make(prompts, **settings):
+        return tokenized_dataset(Encoder(tokenizer, prompts, 256), counted, [files["train"]], **settings)
+
+    first, second = make(prompts, seed=1), make(prompts, seed=1)
+    assert passes == ["interaction", "item"]
+    assert first[:] == second[:]
+    assert [len(ids) for ids in first["input_ids"]] == list(first["length"])
+    make(prompts, seed=2)
+    assert len(passes) == 4
+    heavier = replace(prompts.tasks[RECOMMENDATION], weight=3)
+    again = make(replace(prompts, tasks={**prompts.tasks, RECOMMENDATION: heavier}))
+    assert len(again) == len(first) + 2 * 40
+
+
+def test_labels_cover_the_response_alone():
+    batch = Collator(9)([{"input_ids": [1, 2, 3], "prompt_length": 2}, {"input_ids": [4, 5], "prompt_length": 1}])
+    assert batch["input_ids"].tolist() == [[1, 2, 3], [4, 5, 9]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 1, 0]]
+    assert batch["labels"].tolist() == [[IGNORE, IGNORE, 3], [IGNORE, 5, IGNORE]]
+
+
+def test_prompts_are_padded_on_the_left():
+    ids, mask = left_padded([[1, 2], [3]], 9)
+    assert torch.equal(ids, torch.tensor([[1, 2], [9, 3]]))
+    assert torch.equal(mask, torch.tensor([[1, 1], [0, 1]]))

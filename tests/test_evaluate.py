@@ -1,0 +1,76 @@
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT, run_command, sft_flags
+
+from minionerec.data import read_info
+from minionerec.metrics import rank_of, ranking_metrics
+
+
+@pytest.fixture(scope="module")
+def checkpoint(files, base, tmp_path_factory) -> str:
+    output = tmp_path_factory.mktemp("evaluated") / "run"
+    result = run_command("sft.py", **sft_flags(files, base, output, use_lora=True, sample=10, learning_rate=1e-2))
+    assert result.returncode == 0, result.stderr[-3000:]
+    return str(output / "final_checkpoint")
+
+
+def flags_of(files, result, **more) -> dict:
+    flags = {"info_file": files["info"], "test_data_path": files["test"], "result_json_data": result, "num_beams": 20}
+    return {**flags, **more}
+
+
+def evaluated(files, result, **more) -> tuple[list, dict, str]:
+    done = run_command("evaluate.py", **flags_of(files, result, **more))
+    assert done.returncode == 0, done.stderr[-3000:]
+    metrics = json.loads(result.with_suffix(".metrics.json").read_text())
+    return json.loads(result.read_text()), metrics, done.stdout
+
+
+RANKING = ("HR@1", "HR@10", "NDCG@10", "HR@20", "MRR")
+
+
+def test_rankings_and_metrics_of_an_adapter(files, base, checkpoint, tmp_path):
+    rows, metrics, printed = evaluated(files, tmp_path / "r.json", base_model=checkpoint, train_file=files["train"])
+    sids = set(read_info(files["info"]))
+    assert len(rows) == 10
+    for row in rows:
+        assert set(row) == {"input", "output", "predict"}
+        assert row["output"] in sids and row["input"].startswith("A customer bought these bolts")
+        assert len(row["predict"]) == len(set(row["predict"])) == 20 and set(row["predict"]) <= sids
+    expected = ranking_metrics([rank_of(row["output"], row["predict"]) for row in rows], 20)
+    assert {name: metrics[name] for name in expected} == expected
+    assert "popularity" in printed and "HR@K" in printed
+
+    # The same adapter on a base it is told, and on one whose recorded place is gone.
+    again, _, _ = evaluated(files, tmp_path / "b.json", base_model=base, adapter=checkpoint)
+    assert again == rows
+    moved = tmp_path / "moved"
+    shutil.copytree(checkpoint, moved)
+    config = json.loads((moved / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = "/nowhere/base"
+    (moved / "adapter_config.json").write_text(json.dumps(config))
+    lost = run_command("evaluate.py", **flags_of(files, tmp_path / "l.json", base_model=moved))
+    assert lost.returncode == 2
+    assert "its base /nowhere/base is not there; give --base_model BASE --adapter" in lost.stderr
+
+
+def test_two_processes_give_the_same_rankings(files, checkpoint, tmp_path):
+    rows, metrics, _ = evaluated(files, tmp_path / "one.json", base_model=checkpoint, batch_size=2)
+    flags = flags_of(files, tmp_path / "two.json", base_model=checkpoint, batch_size=2)
+    argv = [f"--{name}={value}" for name, value in flags.items()]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    done = subprocess.run([*launch, "evaluate.py", *argv], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert json.loads((tmp_path / "two.json").read_text()) == rows
+    two = json.loads((tmp_path / "two.metrics.json").read_text())
+    assert {name: two[name] for name in RANKING} == {name: metrics[name] for name in RANKING}
+
+
+def test_a_whole_checkpoint_without_a_record(files, base, tmp_path):
+    # Its tokenizer knows no SID tokens: they take many tokens each, and still every beam is a SID.
+    rows, _, _ = evaluated(files, tmp_path / "r.json", base_model=base, category="bolts", num_beams=100)
+    assert all(sorted(row["predict"]) == sorted(read_info(files["info"])) for row in rows)

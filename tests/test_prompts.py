@@ -1,0 +1,77 @@
+import json
+
+import pytest
+
+from minionerec.cli import InputError
+from minionerec.prompts import RECOMMENDATION, TASKS, Prompts, load_prompts
+
+
+def override(tmp_path, data) -> str:
+    path = tmp_path / "prompts.json"
+    path.write_text(json.dumps(data), encoding="utf-8")
+    return str(path)
+
+
+def test_braces_in_titles_stay():
+    prompts = load_prompts("bolts")
+    text = prompts.render(prompts.tasks["title_to_sid"], {"title": "{sid} {}", "sid": "<a>", "description": ""})
+    assert "Title: {sid} {}" in text
+
+
+def test_known_categories_are_spelled_out_and_others_kept():
+    assert load_prompts("Industrial_and_Scientific").category == "industrial and scientific items"
+    assert load_prompts("garden gnomes").category == "garden gnomes"
+
+
+def test_a_prompt_file_replaces_wording(tmp_path):
+    tasks = {RECOMMENDATION: {"instruction": "Next {category}?", "input": "H {sid_history}", "weight": 3}}
+    prompts = load_prompts("x", override(tmp_path, {"template": "{instruction}|{input}|", "tasks": tasks}))
+    fields = {"sid_history": "<a>", "title_history": "", "sid": "<b>", "title": ""}
+    assert prompts.render(prompts.tasks[RECOMMENDATION], fields) == "Next x?|H <a>|"
+    assert prompts.tasks[RECOMMENDATION].weight == 3
+    assert prompts.tasks["title_to_sid"] == TASKS["title_to_sid"]
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({"tasks": {"nope": {}}}, "unknown task"),
+        ({"tasks": {RECOMMENDATION: {"input": "{sid}"}}}, "unknown fields ['sid']"),
+        ({"tasks": {RECOMMENDATION: {"input": "{sid_history.__class__}"}}}, "unknown fields"),
+        ({"tasks": {RECOMMENDATION: {"input": "{"}}}, "no format string"),
+        ({"tasks": {RECOMMENDATION: {"weight": 0}}}, "weight"),
+        ({"tasks": {RECOMMENDATION: {"colour": "red"}}}, "unknown keys"),
+        ({"tasks": {RECOMMENDATION: {"input": "{sid_history:{sid}}"}}}, "without a conversion or format"),
+        ({"tasks": {RECOMMENDATION: {"input": "{sid_history!z}"}}}, "without a conversion or format"),
+        ({"tasks": {RECOMMENDATION: {"input": "{title}"}}}, "unknown fields ['title']"),
+        ({"tasks": {RECOMMENDATION: []}}, "must be an object"),
+        ({"tasks": {RECOMMENDATION: {"response": 5}}}, "must be text"),
+        ({"tasks": []}, "tasks must be an object"),
+        ({"template": "{input}"}, "template must contain"),
+        ({"template": "{instruction:d}{input}"}, "template must contain"),
+        ({"wording": 1}, "expected an object"),
+    ],
+)
+def test_a_bad_prompt_file_is_refused(tmp_path, data, message):
+    with pytest.raises(InputError, match="prompt_file") as error:
+        load_prompts("x", override(tmp_path, data))
+    assert message in str(error.value)
+
+
+def test_tasks_are_chosen_by_name():
+    assert list(load_prompts("x", tasks="title_to_sid, sid_history_to_sid").tasks) == [RECOMMENDATION, "title_to_sid"]
+    for tasks in ("nope", "title_to_sid", ""):
+        with pytest.raises(InputError, match="--tasks"):
+            load_prompts("x", tasks=tasks)
+
+
+def test_validation_asks_for_the_recommendation_where_it_is_trained():
+    assert list(load_prompts("x").for_validation().tasks) == [RECOMMENDATION]
+    text = load_prompts("x", tasks="title_history_to_title,sid_to_title")
+    assert list(text.for_validation().tasks) == ["title_history_to_title"]
+    assert text.need_titles and not load_prompts("x", tasks=RECOMMENDATION).need_titles
+
+
+def test_prompts_are_recorded_whole():
+    prompts = load_prompts("x")
+    assert Prompts.from_json(json.loads(json.dumps(prompts.to_json()))) == prompts

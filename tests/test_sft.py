@@ -1,0 +1,113 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT, run_command, sft_flags
+from peft import AutoPeftModelForCausalLM
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import lora_utils
+from minionerec import modeling
+
+CHECKPOINT = {"minionerec.json", "tokenizer.json", "tokenizer_config.json"}
+ADAPTER = CHECKPOINT | {"README.md", "adapter_config.json", "adapter_model.safetensors"}
+WHOLE = CHECKPOINT | {"config.json", "generation_config.json", "model.safetensors"}
+STATE = {"optimizer.pt", "rng_state.pth", "scheduler.pt", "trainer_state.json"}
+
+
+def run_sft(files, base, output, **flags) -> dict:
+    result = run_command("sft.py", **sft_flags(files, base, output, **flags))
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert "deprecated" not in result.stderr
+    return json.loads((output / "metrics.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def lora_run(files, base, tmp_path_factory):
+    output = tmp_path_factory.mktemp("lora") / "run"
+    return output, run_sft(files, base, output, use_lora=True, learning_rate=1e-2)
+
+
+def test_a_lora_run_writes_these_files_and_no_others(lora_run):
+    output, metrics = lora_run
+    checkpoints = [name for name in os.listdir(output) if name.startswith("checkpoint-")]
+    assert set(os.listdir(output)) == {"curves.png", "final_checkpoint", "metrics.json", *checkpoints}
+    assert 1 <= len(checkpoints) <= 2
+    assert set(os.listdir(output / "final_checkpoint")) == ADAPTER
+    for name in checkpoints:
+        assert set(os.listdir(output / name)) == ADAPTER | STATE
+    assert metrics["method"] == "lora"
+    assert 0 < metrics["trainable_parameters"] < metrics["total_parameters"]
+    losses = [entry["eval_loss"] for entry in metrics["history"] if "eval_loss" in entry]
+    assert metrics["best_eval_loss"] == min(losses)
+    assert losses[-1] < losses[0]
+
+
+def test_the_adapter_loads_with_peft_alone(lora_run, base):
+    final = str(lora_run[0] / "final_checkpoint")
+    tokenizer = AutoTokenizer.from_pretrained(final)
+    model = modeling.load_base(base)
+    modeling.fit_embeddings(model, tokenizer)
+    ours = lora_utils.load_adapter(model, final).eval()
+    stock = AutoPeftModelForCausalLM.from_pretrained(final).eval()
+    ids = tokenizer("Purchases: <a_0><b_0><c_0>", return_tensors="pt").input_ids
+    torch.testing.assert_close(stock(input_ids=ids).logits, ours(input_ids=ids).logits, atol=1e-6, rtol=1e-5)
+    with stock.disable_adapter():
+        assert not torch.allclose(stock(input_ids=ids).logits, ours(input_ids=ids).logits, atol=1e-3)
+
+
+@pytest.mark.parametrize("method", ["full", "freeze_LLM", "use_qlora", "load_in_8bit", "train_from_scratch"])
+def test_other_methods(files, base, tmp_path, method):
+    output = tmp_path / "run"
+    flags = {} if method == "full" else {method: True, "use_lora": method == "load_in_8bit"}
+    metrics = run_sft(files, base, output, sample=10, **flags)
+    final = output / "final_checkpoint"
+    names = {"use_qlora": "qlora", "load_in_8bit": "lora", "train_from_scratch": "full"}
+    assert metrics["method"] == names.get(method, method)
+    if metrics["method"] in ("lora", "qlora"):
+        assert set(os.listdir(final)) == ADAPTER
+        return
+    assert set(os.listdir(final)) == WHOLE
+    before = AutoModelForCausalLM.from_pretrained(base)
+    after = AutoModelForCausalLM.from_pretrained(final)
+    old = before.get_input_embeddings().weight
+    new = after.get_input_embeddings().weight
+    sids = AutoTokenizer.from_pretrained(final).convert_tokens_to_ids(["<a_0>", "<c_2>"])
+    assert min(sids) >= len(old) and len(new) == len(AutoTokenizer.from_pretrained(final))
+    assert torch.equal(old, new[: len(old)]) == (method == "freeze_LLM")
+    layer = "model.layers.0.mlp.up_proj.weight"
+    assert torch.equal(before.state_dict()[layer], after.state_dict()[layer]) == (method == "freeze_LLM")
+
+
+def losses_of(metrics: dict) -> list[tuple]:
+    keys = ("loss", "eval_loss", "grad_norm", "learning_rate")
+    return [(entry["step"], *(entry.get(key) for key in keys)) for entry in metrics["history"]][:-1]
+
+
+def test_a_killed_run_continues_exactly(files, base, tmp_path):
+    flags = {"use_lora": True, "num_epochs": 3, "eval_step": 0.2, "learning_rate": 1e-3}
+    whole = run_sft(files, base, tmp_path / "whole", **flags)
+    output = tmp_path / "killed"
+    argv = [f"--{name}={value}" for name, value in sft_flags(files, base, output, **flags).items()]
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "sft.py"), *argv], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    deadline = time.time() + 200
+    while time.time() < deadline and not list(output.glob("checkpoint-*/trainer_state.json")):
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (output / "final_checkpoint").exists()
+    resumed = run_sft(files, base, output, **flags, resume_from_checkpoint=True)
+    assert losses_of(resumed) == losses_of(whole)
+    tensors = [
+        load_file(run / "final_checkpoint" / "adapter_model.safetensors") for run in (tmp_path / "whole", output)
+    ]
+    assert all(torch.equal(tensor, tensors[1][name]) for name, tensor in tensors[0].items())

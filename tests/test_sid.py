@@ -1,0 +1,141 @@
+import numpy as np
+import pytest
+import torch
+from models import ARCHITECTURES, make_model
+
+from minionerec.sid import PAD, Trie, constrained_beam_search
+
+EOS = 0
+
+
+def random_sids(count: int, lengths: tuple[int, ...], seed: int = 0) -> list[tuple[int, ...]]:
+    chance = np.random.default_rng(seed)
+    sids = {tuple(map(int, chance.integers(1, 9, chance.choice(lengths)))) for _ in range(count * 3)}
+    return sorted(sids)[:count]
+
+
+def prompts(rows: int = 3, width: int = 7) -> tuple[torch.Tensor, torch.Tensor]:
+    """Prompts of different lengths, padded on the left."""
+    torch.manual_seed(1)
+    mask = torch.ones(rows, width, dtype=torch.long)
+    for row in range(rows):
+        mask[row, :row] = 0
+    return torch.randint(1, 96, (rows, width)) * mask, mask
+
+
+def exhaustive(model, ids, mask, sids, length_penalty=0.0) -> list[list[tuple[tuple[int, ...], float]]]:
+    """Every SID with its teacher-forced score, best first, for every prompt: no trie, no cache."""
+    ranked = []
+    for row, row_mask in zip(ids, mask, strict=True):
+        prompt = row[row_mask.bool()]
+        scores = []
+        for sid in sids:
+            answer = torch.tensor([*sid, EOS])
+            with torch.no_grad():
+                logits = model(input_ids=torch.cat([prompt, answer])[None]).logits[0].float()
+            logps = logits.log_softmax(-1)[len(prompt) - 1 : -1].gather(1, answer[:, None])
+            scores.append((sid, logps.sum().item() / len(answer) ** length_penalty))
+        ranked.append(sorted(scores, key=lambda pair: -pair[1]))
+    return ranked
+
+
+def sids_of(trie: Trie, rows: torch.Tensor) -> list[list[tuple[int, ...]]]:
+    return [[tuple(t for t in trie.sequences[i].tolist() if t not in (PAD, EOS)) for i in row] for row in rows.tolist()]
+
+
+def test_trie_holds_each_sid_once():
+    sids = [(3, 4), (1,), (3, 4, 5), (3, 4), (1, 2)]
+    trie = Trie(sids, EOS)
+    assert [tuple(t for t in row if t not in (PAD, EOS)) for row in trie.sequences.tolist()] == [
+        (1,), (1, 2), (3, 4), (3, 4, 5)
+    ]  # fmt: skip
+    assert [sids[i] for i in trie.source] == [(1,), (1, 2), (3, 4), (3, 4, 5)]
+    child, exists = trie.children(torch.tensor([0]), trie.widths[0])
+    assert sorted(trie.token[child[exists]].tolist()) == [1, 3]
+    # Walking from every leaf's row back down the trie spells that row.
+    for row, sequence in enumerate(trie.sequences.tolist()):
+        node = 0
+        for depth, token in enumerate(t for t in sequence if t != PAD):
+            child, exists = trie.children(torch.tensor([node]), trie.widths[depth])
+            (node,) = [c for c in child[exists].tolist() if trie.token[c] == token]
+        assert trie.row[node] == row
+
+
+@pytest.mark.parametrize("sids", [[], [()], [(1, EOS)]])
+def test_sids_that_cannot_be_decoded_are_refused(sids):
+    with pytest.raises(ValueError):
+        Trie(sids, EOS)
+
+
+@pytest.mark.parametrize("tree", [True, False])
+@pytest.mark.parametrize("length_penalty", [0.0, 1.0])
+def test_all_sids_are_ranked_as_by_exhaustive_scoring(tree, length_penalty):
+    model, (ids, mask) = make_model(), prompts()
+    sids = random_sids(20, (1, 2, 3))
+    trie = Trie(sids, EOS)
+    rows, scores = constrained_beam_search(model, ids, mask, trie, 50, length_penalty, tree)
+    expected = exhaustive(model, ids, mask, sids, length_penalty)
+    assert sids_of(trie, rows) == [[sid for sid, _ in ranking] for ranking in expected]
+    torch.testing.assert_close(scores, torch.tensor([[s for _, s in r] for r in expected]), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("beams", [3, 10])
+@pytest.mark.parametrize("length_penalty", [0.0, 1.0])
+def test_beams_equal_those_of_generate_with_a_python_constraint(beams, length_penalty):
+    model, (ids, mask) = make_model(), prompts()
+    sids = random_sids(60, (3,))
+    allowed: dict[tuple[int, ...], set[int]] = {}
+    for sid in sids:
+        for end, token in enumerate([*sid, EOS]):
+            allowed.setdefault(sid[:end], set()).add(token)
+    width = ids.shape[1]
+
+    def allowed_tokens(_, sequence):
+        # generate also asks for beams that have ended or that nothing leads to; they can only end.
+        return list(allowed.get(tuple(sequence[width:].tolist()), {EOS}))
+
+    generated = model.generate(
+        input_ids=ids, attention_mask=mask, num_beams=beams, num_return_sequences=beams, max_new_tokens=4,
+        prefix_allowed_tokens_fn=allowed_tokens, length_penalty=length_penalty, do_sample=False,
+        return_dict_in_generate=True, output_scores=True,
+    )  # fmt: skip
+    answers = [tuple(row[:3]) for row in generated.sequences[:, width:].tolist()]
+    trie = Trie(sids, EOS)
+    rows, scores = constrained_beam_search(model, ids, mask, trie, beams, length_penalty)
+    assert [sid for row in sids_of(trie, rows) for sid in row] == answers
+    torch.testing.assert_close(scores.flatten(), generated.sequences_scores, atol=1e-4, rtol=1e-4)
+
+
+ATTENTIONS = [(name, "eager") for name in ARCHITECTURES] + [
+    (name, "sdpa")
+    for name in ARCHITECTURES
+    if name != "gemma2"  # it caps its scores, which sdpa cannot
+]
+
+
+@pytest.mark.parametrize(("architecture", "attention"), ATTENTIONS)
+def test_shared_cache_equals_copied_caches(architecture, attention):
+    model, (ids, mask) = make_model(architecture, scale=4.0, attn_implementation=attention), prompts()
+    trie = Trie(random_sids(60, (1, 2, 3, 4)), EOS)
+    rows, scores = constrained_beam_search(model, ids, mask, trie, 8, tree=True)
+    plain_rows, plain_scores = constrained_beam_search(model, ids, mask, trie, 8, tree=False)
+    torch.testing.assert_close(scores, plain_scores, atol=1e-4, rtol=1e-4)
+    assert torch.equal(rows, plain_rows)
+
+
+def test_every_beam_is_a_distinct_sid():
+    model, (ids, mask) = make_model(), prompts()
+    sids = random_sids(40, (1, 2, 3, 4))
+    trie = Trie(sids, EOS)
+    for beams in (1, 7, 40, 100):
+        rows, scores = constrained_beam_search(model, ids, mask, trie, beams)
+        assert rows.shape == (3, min(beams, 40))
+        assert all(len(set(row)) == len(row) and set(row) <= set(sids) for row in sids_of(trie, rows))
+        assert torch.isfinite(scores).all() and (scores.diff(dim=1) <= 0).all()
+
+
+def test_a_window_shorter_than_the_beams_falls_back_to_copies():
+    model, (ids, mask) = make_model("mistral", sliding_window=16), prompts()
+    trie = Trie(random_sids(20, (3,)), EOS)
+    default, _ = constrained_beam_search(model, ids, mask, trie, 8)
+    assert torch.equal(default, constrained_beam_search(model, ids, mask, trie, 8, tree=False)[0])

@@ -1,0 +1,133 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from datasets import Dataset
+from models import make_model
+from transformers import TrainingArguments
+
+import lora_utils
+from minionerec.dataset import Collator
+from minionerec.trainer import SFTTrainer, newest_checkpoint, response_logits, save_final
+
+IDS = [90, 91, 92]
+
+
+def examples(count: int = 16) -> list[dict]:
+    generator = torch.Generator().manual_seed(5)
+    rows = []
+    for i in range(count):
+        prompt, response = 3 + i % 5, 1 + i % 4
+        ids = torch.randint(1, 96, (prompt + response,), generator=generator).tolist()
+        rows.append({"input_ids": ids, "prompt_length": prompt, "length": len(ids)})
+    return rows
+
+
+def adapted(architecture: str, tied: bool, method: str):
+    model = make_model(architecture, scale=2.0, tie_word_embeddings=tied)
+    if method == "lora":
+        model = lora_utils.add_lora(model, lora_utils.lora_config(model, IDS, lora_dropout=0.0))
+        torch.manual_seed(4)
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data += 0.05 * torch.randn_like(parameter)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("architecture", "tied"), [("qwen2", True), ("qwen2", False), ("gemma2", True), ("gpt2", True)]
+)
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_label_only_loss_equals_the_ordinary_one(architecture, tied, method):
+    batch = Collator(0)(examples(6))
+    losses, gradients = [], []
+    for label_only in (False, True):
+        model = adapted(architecture, tied, method)
+        if label_only:
+            logits, targets = response_logits(model, batch)
+            assert logits.shape == (int((batch["labels"] != -100).sum()), 96)
+            loss = F.cross_entropy(logits.float(), targets)
+        else:
+            loss = model(**batch).loss
+        loss.backward()
+        losses.append(loss.detach())
+        gradients.append({n: p.grad for n, p in model.named_parameters() if p.requires_grad})
+    torch.testing.assert_close(losses[0], losses[1])
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, atol=1e-6, rtol=1e-4)
+
+
+def trainer_of(tmp_path, micro_batch_size: int, strategy: str = "sequential", count: int = 8) -> SFTTrainer:
+    model = adapted("qwen2", True, "lora")
+    return SFTTrainer(
+        model=model,
+        run={},
+        data_collator=Collator(0),
+        train_dataset=Dataset.from_list(examples(count)),
+        args=TrainingArguments(
+            output_dir=str(tmp_path / f"{micro_batch_size}{strategy}"),
+            per_device_train_batch_size=micro_batch_size,
+            gradient_accumulation_steps=count // micro_batch_size,
+            max_steps=1,
+            learning_rate=1e-2,
+            lr_scheduler_type="constant",
+            optim="sgd",
+            max_grad_norm=0.0,
+            train_sampling_strategy=strategy,
+            logging_steps=1,
+            report_to="none",
+            use_cpu=True,
+            remove_unused_columns=False,
+            dataloader_pin_memory=False,
+            save_strategy="no",
+            disable_tqdm=True,
+        ),
+    )
+
+
+def one_step(tmp_path, *settings):
+    trainer = trainer_of(tmp_path, *settings)
+    trainer.train()
+    weights = {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
+    return trainer.state.log_history[0]["loss"], weights
+
+
+def test_accumulation_and_grouping_by_length_change_nothing(tmp_path):
+    loss, weights = one_step(tmp_path, 8)
+    start = {n: p for n, p in adapted("qwen2", True, "lora").named_parameters() if p.requires_grad}
+    assert all(not torch.equal(weights[name], start[name]) for name in weights)
+    for micro_batch_size, strategy in ((1, "sequential"), (2, "sequential"), (2, "group_by_length")):
+        other_loss, other = one_step(tmp_path, micro_batch_size, strategy)
+        assert other_loss == pytest.approx(loss, rel=1e-5)
+        for name, weight in weights.items():
+            torch.testing.assert_close(other[name], weight, atol=1e-6, rtol=1e-5)
+
+
+def test_only_complete_checkpoints_count(tmp_path):
+    assert newest_checkpoint(str(tmp_path / "none")) is None
+    for name in ("checkpoint-9", "checkpoint-10", "checkpoint-11", "checkpoint-x"):
+        (tmp_path / name).mkdir()
+    assert newest_checkpoint(str(tmp_path)) is None
+    for name in ("checkpoint-9", "checkpoint-10"):
+        (tmp_path / name / "trainer_state.json").write_text("{}")
+    assert newest_checkpoint(str(tmp_path)).endswith("checkpoint-10")
+
+
+def test_a_final_checkpoint_appears_whole_or_not_at_all(tmp_path, monkeypatch):
+    final = tmp_path / "final_checkpoint"
+    trainer = trainer_of(tmp_path, 8)
+    save_model = trainer.save_model
+
+    def interrupted(folder):
+        save_model(folder)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(trainer, "save_model", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        save_final(trainer, str(final))
+    assert not final.exists()
+    (tmp_path / "final_checkpoint.partial" / "leftover").touch()
+    monkeypatch.setattr(trainer, "save_model", save_model)
+    save_final(trainer, str(final))
+    assert {"adapter_config.json", "adapter_model.safetensors", "minionerec.json"} <= {f.name for f in final.iterdir()}
+    assert not (final / "leftover").exists()
+    assert not (tmp_path / "final_checkpoint.partial").exists()
