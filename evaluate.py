@@ -10,13 +10,12 @@ prompt against one prompt cache, sharding over processes, and MRR.
 
 import os
 import time
-from dataclasses import replace
 
 from minionerec import checks, cli
 from minionerec.checkpoint import base_of_adapter, is_adapter, read_run
 from minionerec.data import Problems, count_rows, read_info, read_interactions
 from minionerec.metrics import format_metrics, popularity, rank_of, ranking_metrics
-from minionerec.prompts import RECOMMENDATION, Prompts, load_prompts
+from minionerec.prompts import RECOMMENDATION, recorded_prompts
 
 
 def evaluate(
@@ -54,7 +53,7 @@ def evaluate(
         prompt_file: JSON that replaces the wording of the prompts, also that of the checkpoint.
     """
     problems = Problems()
-    checks.check_base_model(problems, base_model)
+    checks.check_model(problems, "base_model", base_model)
     if adapter and not is_adapter(adapter):
         problems.add(f"--adapter {adapter}: no adapter_config.json there; give the folder of an adapter checkpoint")
     checks.check_positive(problems, batch_size=batch_size, num_beams=num_beams, max_new_tokens=max_new_tokens)
@@ -65,7 +64,7 @@ def evaluate(
     checkpoint = adapter or base_model
     if not adapter and is_adapter(base_model):
         base_model, adapter = problems.attempt(base_of_adapter, base_model) or "", base_model
-    prompts = problems.attempt(_prompts, checkpoint, category, prompt_file)
+    prompts = problems.attempt(recorded_prompts, checkpoint, category, prompt_file, RECOMMENDATION)
     sids = problems.attempt(read_info, info_file)
     rows = problems.attempt(count_rows, test_data_path, "test_data_path", sids, titles=False)
     if train_file:
@@ -74,12 +73,11 @@ def evaluate(
 
     import torch
     from accelerate import PartialState
-    from accelerate.utils import gather_object
-    from tqdm import tqdm
 
     import lora_utils
     from minionerec import modeling, sid
-    from minionerec.dataset import Encoder, left_padded
+    from minionerec.dataset import Encoder
+    from minionerec.ranking import rank_prompts
     from minionerec.trainer import write_json
 
     started = time.perf_counter()
@@ -103,31 +101,18 @@ def evaluate(
     encoder = Encoder(tokenizer, prompts, flags.get("cutoff_len", 2048))
     task = prompts.tasks[RECOMMENDATION]
     encoded = encoder.encode_prompts(task, examples, [encoder.cutoff_len - trie.depth] * rows)
-    # Rows of similar length share a batch; the processes take turns, so that each gets short and long ones.
-    order = sorted(range(rows), key=lambda i: len(encoded[i]))
-    batches = [order[start : start + batch_size] for start in range(0, rows, batch_size)]
-    mine = batches[state.process_index :: state.num_processes]
-    rankings: list[tuple[int, list[str]]] = []
     decoding = time.perf_counter()
-    with tqdm(total=sum(map(len, mine)), unit="row", disable=not state.is_main_process) as progress:
-        for batch in mine:
-            input_ids, attention_mask = left_padded([encoded[i] for i in batch], tokenizer.pad_token_id)
-            beams, _ = sid.constrained_beam_search(
-                model, input_ids.to(model.device), attention_mask.to(model.device), trie, num_beams, length_penalty
-            )
-            for i, row in zip(batch, beams.tolist(), strict=True):
-                rankings.append((i, [sids[trie.source[beam]] for beam in row]))
-            progress.update(len(batch))
+    ranked = rank_prompts(model, trie, encoded, tokenizer.pad_token_id, num_beams, batch_size, length_penalty)
     decoded = time.perf_counter() - decoding
-    ranking_of = dict(gather_object(rankings))
-    ranks = [rank_of(example.sid, ranking_of[i]) for i, example in enumerate(examples)]
+    rankings = [[sids[i] for i in row] for row in ranked]
+    ranks = [rank_of(example.sid, ranking) for example, ranking in zip(examples, rankings, strict=True)]
     length = min(num_beams, len(trie))
     metrics = ranking_metrics(ranks, length, K)
 
     if state.is_main_process:
         results = [
-            {"input": tokenizer.decode(encoded[i]), "output": example.sid, "predict": ranking_of[i]}
-            for i, example in enumerate(examples)
+            {"input": tokenizer.decode(ids), "output": example.sid, "predict": ranking}
+            for ids, example, ranking in zip(encoded, examples, rankings, strict=True)
         ]
         os.makedirs(os.path.dirname(os.path.abspath(result_json_data)), exist_ok=True)
         write_json(result_json_data, results)
@@ -140,17 +125,6 @@ def evaluate(
             print(format_metrics(ranking_metrics([rank_of(example.sid, top) for example in examples], length, K)))
         print(f"{rows} rows, {rows / decoded:.1f} rows/s; rankings in {result_json_data}")
     return metrics
-
-
-def _prompts(checkpoint: str, category: str, prompt_file: str | None) -> Prompts:
-    """The recommendation prompt: of the prompt file, else the checkpoint's own, else the built-in one."""
-    built_in = load_prompts(category, prompt_file, RECOMMENDATION)
-    recorded = read_run(checkpoint).get("prompts")
-    if prompt_file or recorded is None:
-        return built_in
-    prompts = Prompts.from_json(recorded)
-    # A checkpoint trained on other tasks is asked in its own template and category.
-    return prompts if RECOMMENDATION in prompts.tasks else replace(prompts, tasks=built_in.tasks)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig, PeftModel, TaskType, TrainableTokensConfig, get_peft_model, get_peft_model_state_dict
+from peft.tuners import lora
 from peft.tuners.trainable_tokens import TrainableTokensLayer
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import safe_open
@@ -171,17 +172,20 @@ class SidRows(TrainableTokensLayer):
 
     def forward_adapters(self, x: torch.Tensor, active_adapters, *args, **kwargs) -> torch.Tensor:
         result = self.base_layer(x, *args, **kwargs)
-        if self.disable_adapters or self.merged:
+        if self.merged:
             return result
         self._check_overlapping_tokens(active_adapters)
         for adapter in active_adapters:
-            rows = self.trainable_tokens_delta[adapter]
+            # Turned off, the layer overwrites with the base's own rows: the same arithmetic, so that an adapter that
+            # has not learnt anything gives the very logits of its base.
+            rows = (self.trainable_tokens_original if self.disable_adapters else self.trainable_tokens_delta)[adapter]
             if isinstance(self.base_layer, nn.Embedding):
                 result = self._overwrite_embeddings(result, x, rows, adapter)
             else:
                 result = self._overwrite_logits(result, x, rows, adapter)
         return result
 
+    @torch.inference_mode(False)  # decoding may be the first to ask, and training must be able to use the answer
     def _ids(self, adapter: str, device: torch.device) -> torch.Tensor:
         """The token ids of the rows, [n], kept on the device."""
         cache = self.__dict__.setdefault("_ids_cache", {})
@@ -189,6 +193,7 @@ class SidRows(TrainableTokensLayer):
             cache[adapter, device] = torch.tensor(self.token_indices[adapter], device=device)
         return cache[adapter, device]
 
+    @torch.inference_mode(False)
     def _row_of(self, adapter: str, device: torch.device) -> torch.Tensor:
         """[V], the row of every token id, -1 for those that have none."""
         cache = self.__dict__.setdefault("_row_of_cache", {})
@@ -218,11 +223,98 @@ class SidRows(TrainableTokensLayer):
         return result.index_copy(-1, ids, columns.to(result.dtype))
 
 
-def use_sid_rows(model: nn.Module) -> None:
-    """Gives every trainable-tokens layer of a PEFT model the row-only forward, in place."""
+# --- The low-rank update ----------------------------------------------------------------------------------------------
+
+
+class _LowRankUpdate(torch.autograd.Function):
+    """dropout(x) A^T B^T * scale for x [..., in], A [r, in], B [out, r], saving x itself and [..., r].
+
+    Autograd would save a converted and a dropped copy of x beside the dropout's mask. Here the mask is drawn again in
+    the backward pass from `seed`, and x is what the neighbouring projections save too.
+    """
+
+    @staticmethod
+    def forward(ctx, x, a, b, scale: float, dropout: float, seed: int, dtype: torch.dtype):
+        ctx.dropout, ctx.seed, ctx.dtype = dropout, seed, dtype
+        ctx.scale = scale / _kept_share(dropout)
+        dropped = x.to(dtype)
+        if dropout:
+            dropped = dropped * _kept(x.shape, dropout, seed, x.device)
+        low = F.linear(dropped, a.to(dtype))
+        ctx.save_for_backward(x, a, b, low)
+        return F.linear(low, b.to(dtype)).mul_(ctx.scale)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        x, a, b, low = ctx.saved_tensors
+        dropped = x.to(ctx.dtype)
+        if ctx.dropout:
+            kept = _kept(x.shape, ctx.dropout, ctx.seed, x.device)
+            dropped = dropped * kept
+        gradient = gradient.to(ctx.dtype).flatten(0, -2) * ctx.scale
+        of_b = gradient.T @ low.flatten(0, -2)
+        of_low = gradient @ b.to(ctx.dtype)
+        of_a = of_low.T @ dropped.flatten(0, -2)
+        of_x = None
+        if ctx.needs_input_grad[0]:
+            of_x = (of_low @ a.to(ctx.dtype)).view(x.shape)
+            of_x = (of_x.mul_(kept) if ctx.dropout else of_x).to(x.dtype)
+        return of_x, of_a.to(a.dtype), of_b.to(b.dtype), None, None, None, None
+
+
+def _kept_share(dropout: float) -> float:
+    """1 - dropout as `_kept` has it, in 65,536ths."""
+    return 1 - round(dropout * 65536) / 65536
+
+
+def _kept(shape: torch.Size, dropout: float, seed: int, device: torch.device) -> torch.Tensor:
+    """A dropout mask (bool), the same for the same seed. Each random number decides four elements by 16 bits each,
+    which a CPU draws several times as fast as one by one."""
+    generator = torch.Generator(device).manual_seed(seed)
+    count = shape.numel()
+    numbers = torch.empty(-(-count // 4), dtype=torch.int64, device=device)
+    bits = numbers.random_(-(2**63), None, generator=generator).view(torch.int16)[:count]
+    return (bits >= round(dropout * 65536) - 32768).view(shape)
+
+
+class _LeanForward:
+    """PEFT's LoRA layer over a linear layer, whatever stores its weight, with the update above. What PEFT does in other
+    ways (DoRA, mixed batches, merged adapters) stays PEFT's."""
+
+    def forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+        if self.disable_adapters or self.merged or self.lora_variant or kwargs.get("adapter_names") is not None:
+            return super().forward(x, *args, **kwargs)
+        result = self.base_layer(x, *args, **kwargs)
+        for adapter in self.active_adapters:
+            if adapter not in self.lora_A:
+                continue
+            a, b = self.lora_A[adapter].weight, self.lora_B[adapter].weight
+            dropout = getattr(self.lora_dropout[adapter], "p", 0.0) if self.training else 0.0
+            seed = int(torch.randint(2**62, ())) if dropout else 0
+            kind = x.device.type
+            dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else a.dtype
+            update = _LowRankUpdate.apply(x, a, b, self.scaling[adapter], dropout, seed, dtype)
+            result = result + update.to(result.dtype)
+        return result
+
+
+def _lean(kind: type) -> type:
+    return type(kind.__name__, (_LeanForward, kind), {})
+
+
+LEAN_LAYERS = {kind: _lean(kind) for kind in (lora.Linear, lora.Linear4bit, lora.Linear8bitLt)}
+
+
+def use_lean_layers(model: nn.Module) -> None:
+    """Gives the layers of a PEFT model their lean forwards, in place: the SID rows' and the low-rank update's.
+
+    Parameters, names and files stay PEFT's.
+    """
     for module in model.modules():
         if type(module) is TrainableTokensLayer:
             module.__class__ = SidRows
+        elif type(module) in LEAN_LAYERS and not any(layer.bias is not None for layer in module.lora_B.values()):
+            module.__class__ = LEAN_LAYERS[type(module)]
 
 
 # --- Wrapping ---------------------------------------------------------------------------------------------------------
@@ -242,13 +334,21 @@ def prepare_quantized(model: nn.Module) -> None:
 def _wrap(model: nn.Module, config, gradient_checkpointing: bool) -> PeftModel:
     if getattr(model, "is_quantized", False):
         prepare_quantized(model)
-    wrapped = get_peft_model(model, config)
-    wrapped.peft_config["default"].base_model_name_or_path = _lasting_path(model.config._name_or_path)
-    use_sid_rows(wrapped)
-    # PEFT would add the whole embedding matrix of a resized model to every checkpoint.
-    wrapped.save_pretrained = partial(wrapped.save_pretrained, save_embedding_layers=False)
+    wrapped = _finish(get_peft_model(model, config))
     if gradient_checkpointing:
         wrapped.enable_input_require_grads()
+    return wrapped
+
+
+def _finish(wrapped: PeftModel) -> PeftModel:
+    """What PEFT's model lacks: the row-only SID rows, a base path that lasts, and checkpoints of the adapter alone."""
+    use_lean_layers(wrapped)
+    config = wrapped.peft_config["default"]
+    config.base_model_name_or_path = _lasting_path(wrapped.get_base_model().config._name_or_path)
+    # PEFT would add the whole embedding matrix of a resized model to every checkpoint, and the reference of RL.
+    wrapped.save_pretrained = partial(
+        wrapped.save_pretrained, save_embedding_layers=False, selected_adapters=["default"]
+    )
     return wrapped
 
 
@@ -286,8 +386,28 @@ def load_adapter(model: nn.Module, path: str, trainable: bool = False) -> PeftMo
             f"adapter {path} does not fit the base {model.config._name_or_path}: {reason.strip()[:300]}"
         ) from None
     _check_names(wrapped, path)
-    use_sid_rows(wrapped)
-    return wrapped
+    return _finish(wrapped)
+
+
+def adapter_parameters(model: nn.Module, adapter: str) -> dict[str, nn.Parameter]:
+    """The parameters of one adapter of a PEFT model, SID rows included, by their names without the adapter's."""
+    parameters = {}
+    for name, parameter in model.named_parameters():
+        parts = name.split(".")
+        if adapter in parts:
+            parts.remove(adapter)
+            parameters[".".join(parts)] = parameter
+    return parameters
+
+
+def copy_adapter(model: PeftModel, adapter: str, copy: str) -> None:
+    """Adds a frozen copy of an adapter, values and precision the same, under another name; it is not active."""
+    model.add_adapter(copy, model.peft_config[adapter])
+    use_lean_layers(model)
+    copied = adapter_parameters(model, copy)
+    for name, parameter in adapter_parameters(model, adapter).items():
+        copied[name].data = parameter.detach().clone()
+        copied[name].requires_grad_(False)
 
 
 def _check_names(wrapped: PeftModel, path: str) -> None:

@@ -94,7 +94,7 @@ def train(
     """
     flags = dict(locals())
     problems = Problems()
-    checks.check_base_model(problems, base_model)
+    checks.check_model(problems, "base_model", base_model)
     if is_adapter(base_model):
         problems.add(f"--base_model {base_model}: is an adapter, not a model; name the base it was trained on")
     checks.check_adapter_flags(
@@ -131,8 +131,7 @@ def train(
     checks.check_output_dir(problems, output_dir, resume=resume_from_checkpoint is not None)
     report_to = "wandb" if wandb_project else report_to
     checks.check_report_to(problems, report_to)
-    if resume_from_checkpoint not in (None, "True", "true") and not os.path.isdir(resume_from_checkpoint):
-        problems.add(f"--resume_from_checkpoint {resume_from_checkpoint}: no such folder; True takes the newest one")
+    checks.check_resume(problems, resume_from_checkpoint)
     prompts = problems.attempt(load_prompts, category, prompt_file, tasks)
     catalogue = problems.attempt(read_catalogue, sid_index_path, item_meta_path)
     sids = catalogue.sids if catalogue else None
@@ -150,6 +149,7 @@ def train(
     import lora_utils
     from minionerec import __version__, modeling, trainer
     from minionerec.dataset import Collator, Encoder, item_rows, tokenized_dataset
+    from minionerec.plots import SFT_PANELS
 
     if adapter:
         lora_utils.find_target_modules(lora_utils.meta_model(modeling.load_config(base_model)), lora_target_modules)
@@ -250,11 +250,7 @@ def train(
             ddp_find_unused_parameters=False,
         ),
     )
-    resume = resume_from_checkpoint
-    if resume in ("True", "true"):
-        resume = trainer.newest_checkpoint(output_dir)
-        state.print(f"resuming from {resume}" if resume else f"nothing to resume in {output_dir}; starting anew")
-    result = sft_trainer.train(resume_from_checkpoint=resume)
+    result = sft_trainer.train(trainer.resume_point(output_dir, resume_from_checkpoint, state.print))
     metrics = {
         "method": method,
         "trainable_parameters": trainable,
@@ -262,21 +258,10 @@ def train(
         "train_examples": len(train_dataset),
         "steps": sft_trainer.state.global_step,
         "seconds": result.metrics["train_runtime"],
-        "peak_memory_gb": trainer.peak_memory_gb(),
         "best_eval_loss": sft_trainer.state.best_metric,
         "best_checkpoint": sft_trainer.state.best_model_checkpoint,
     }
-    final = os.path.join(output_dir, "final_checkpoint")
-    trainer.save_final(sft_trainer, final, merge=freeze_LLM)
-    if state.is_main_process:
-        from minionerec.plots import plot_curves
-
-        metrics["checkpoint_mb"] = trainer.folder_size_mb(final)
-        history = sft_trainer.state.log_history
-        trainer.write_json(os.path.join(output_dir, "metrics.json"), {**metrics, "history": history})
-        plot_curves(history, os.path.join(output_dir, "curves.png"))
-    state.print(f"saved {final}")
-    return metrics
+    return trainer.finish(sft_trainer, output_dir, metrics, SFT_PANELS, merge=freeze_LLM)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import json
 import multiprocessing
+import sys
 import time
 from collections.abc import Callable
 from statistics import median
@@ -23,6 +24,43 @@ def in_fresh_process(function: Callable, *args):
     """`function(*args)` in a new process, so that nothing measured before it counts towards its memory."""
     with multiprocessing.get_context("spawn").Pool(1, quiet) as pool:
         return pool.apply(function, args)
+
+
+def in_turn(worker: Callable, ways: list[str], repeats: int, *settings) -> dict[str, dict]:
+    """Each way in a process of its own, the steps in turn, so that whatever else the machine does slows all of them.
+    `worker(connection, way, *settings)` ends in `answer`.
+
+    Returns for every way `steps`, what each of its `repeats` steps answered, and what its process said at the end.
+    """
+    context = multiprocessing.get_context("spawn")
+    connections, processes = {}, []
+    for way in ways:
+        connections[way], theirs = context.Pipe()
+        processes.append(context.Process(target=worker, args=(theirs, way, *settings), daemon=True))
+        processes[-1].start()
+        theirs.close()
+        connections[way].recv()
+    steps = {way: [] for way in ways}
+    for turn in range(repeats):
+        for way, connection in connections.items():
+            connection.send("step")
+            steps[way].append(connection.recv())
+        print(f"{turn + 1} of {repeats} turns", file=sys.stderr)
+    results = {}
+    for way, connection in connections.items():
+        connection.send("stop")
+        results[way] = {"steps": steps[way], **connection.recv()}
+    for process in processes:
+        process.join()
+    return results
+
+
+def answer(connection, step: Callable[[], object], end: Callable[[], dict]) -> None:
+    """The process's side of `in_turn`: a step whenever asked, and at the end what there is to say."""
+    connection.send("ready")
+    while connection.recv() == "step":
+        connection.send(step())
+    connection.send(end())
 
 
 def reset_peak_memory() -> None:

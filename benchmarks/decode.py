@@ -65,15 +65,20 @@ def build_cost(count: int, vocab_size: int) -> dict[str, float]:
     return {"seconds": time.perf_counter() - started, "extra_gb": peak_rss_gb() - before}
 
 
-def generate(model, input_ids, attention_mask, sequences: list[list[int]], eos_token_id: int, num_beams: int):
-    """Beams [B, K, D] and scores [B, K] of transformers, constrained by a Python function."""
-    prompt_tokens = input_ids.shape[1]
+def prefix_table(sequences: list[list[int]], eos_token_id: int) -> dict[tuple[int, ...], list[int]]:
+    """The tokens that may follow every beginning of a SID."""
     allowed = defaultdict(set)
     for sequence in sequences:
         path = [*sequence, eos_token_id]
         for depth, token in enumerate(path):
             allowed[tuple(path[:depth])].add(token)
-    allowed = {prefix: list(tokens) for prefix, tokens in allowed.items()}
+    return {prefix: list(tokens) for prefix, tokens in allowed.items()}
+
+
+def generate(model, input_ids, attention_mask, sequences: list[list[int]], eos_token_id: int, num_beams: int):
+    """Beams [B, K, D] and scores [B, K] of transformers, constrained by a Python function."""
+    prompt_tokens = input_ids.shape[1]
+    allowed = prefix_table(sequences, eos_token_id)
 
     def search():
         output = model.generate(

@@ -11,7 +11,6 @@ full fine-tunings holds 25 GB on a CPU, full and LoRA 18 GB.
     python benchmarks/sft_step.py --methods full_response,peft,lora,qlora --rows 16 --repeats 20
 """
 
-import multiprocessing
 import os
 import sys
 import tempfile
@@ -20,7 +19,9 @@ from statistics import median
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from benchmarks.common import (
+    answer,
     in_fresh_process,
+    in_turn,
     peak_memory_gb,
     print_json,
     print_table,
@@ -55,7 +56,7 @@ def save_base(folder: str, shape: dict[str, int]) -> None:
 
 
 def train(connection, method: str, folder: str, rows: int, tokens: int, response_tokens: int, sids: int) -> None:
-    """Takes a step whenever asked, answers with its seconds, and at the end with peak memory in GB and the first loss."""
+    """Takes a step whenever asked, answers with its seconds, at the end with peak memory in GB and the first loss."""
     quiet()
     import torch
     import torch.nn.functional as F
@@ -99,35 +100,7 @@ def train(connection, method: str, folder: str, rows: int, tokens: int, response
 
     reset_peak_memory()
     step()
-    connection.send("ready")
-    while connection.recv() == "step":
-        connection.send(seconds_of(step))
-    connection.send({"peak_gb": peak_memory_gb(), "loss": losses[0]})
-
-
-def in_turn(methods: list[str], repeats: int, *settings) -> dict[str, dict]:
-    """Each method in its own process, `repeats` steps in turn: seconds of the steps, peak memory, first loss."""
-    context = multiprocessing.get_context("spawn")
-    connections, processes = {}, []
-    for method in methods:
-        connections[method], theirs = context.Pipe()
-        processes.append(context.Process(target=train, args=(theirs, method, *settings), daemon=True))
-        processes[-1].start()
-        theirs.close()
-        connections[method].recv()
-    seconds = {method: [] for method in methods}
-    for _ in range(repeats):
-        for method, connection in connections.items():
-            connection.send("step")
-            seconds[method].append(connection.recv())
-        print({method: round(values[-1], 1) for method, values in seconds.items()}, file=sys.stderr)
-    results = {}
-    for method, connection in connections.items():
-        connection.send("stop")
-        results[method] = {"seconds": seconds[method], **connection.recv()}
-    for process in processes:
-        process.join()
-    return results
+    answer(connection, lambda: seconds_of(step), lambda: {"peak_gb": peak_memory_gb(), "loss": losses[0]})
 
 
 def sft_step(
@@ -181,16 +154,16 @@ def sft_step(
     with tempfile.TemporaryDirectory() as folder:
         in_fresh_process(save_base, folder, shape)
         for method in chosen:
-            pair = in_turn(["full", method], repeats, folder, rows, tokens, response_tokens, sids)
+            pair = in_turn(train, ["full", method], repeats, folder, rows, tokens, response_tokens, sids)
             full = pair["full"]
             for name, run in pair.items():
-                speed_up = median(f / s for f, s in zip(full["seconds"], run["seconds"], strict=True))
+                speed_up = median(f / s for f, s in zip(full["steps"], run["steps"], strict=True))
                 saved = 1 - run["peak_gb"] / full["peak_gb"]
                 table.append(
                     {
                         "way": METHODS[name],
-                        "s/step": median(run["seconds"]),
-                        "rows/s": rows / median(run["seconds"]),
+                        "s/step": median(run["steps"]),
+                        "rows/s": rows / median(run["steps"]),
                         "times full": speed_up,
                         "peak GB": run["peak_gb"],
                         "memory saved": f"{saved:.0%}",

@@ -10,15 +10,15 @@ from minionerec.data import Problems
 INIT_LORA_WEIGHTS = ("True", "gaussian", "orthogonal")
 
 
-def check_base_model(problems: Problems, base_model: str) -> None:
+def check_model(problems: Problems, flag: str, path: str) -> None:
     """A folder that exists, or something that can be the name of a hub model."""
-    if not base_model:
-        problems.add("--base_model is missing; give a folder with a model, or the name of a hub model")
-    elif os.path.isdir(base_model):
-        if not any(os.path.isfile(os.path.join(base_model, name)) for name in ("config.json", "adapter_config.json")):
-            problems.add(f"--base_model {base_model}: the folder has no config.json; is it a model?")
-    elif base_model.startswith((".", "/", "~")) or base_model.count("/") > 1 or os.path.exists(base_model):
-        problems.add(f"--base_model {base_model}: no such folder")
+    if not path:
+        problems.add(f"--{flag} is missing; give a folder with a model, or the name of a hub model")
+    elif os.path.isdir(path):
+        if not any(os.path.isfile(os.path.join(path, name)) for name in ("config.json", "adapter_config.json")):
+            problems.add(f"--{flag} {path}: the folder has no config.json; is it a model?")
+    elif path.startswith((".", "/", "~")) or path.count("/") > 1 or os.path.exists(path):
+        problems.add(f"--{flag} {path}: no such folder")
 
 
 def check_adapter_flags(
@@ -82,6 +82,12 @@ def check_output_dir(problems: Problems, output_dir: str, resume: bool) -> None:
                 f"--output_dir {output_dir}: holds another run ({sorted(held)[0]}); name another folder, remove this "
                 "one, or continue it with --resume_from_checkpoint True"
             )
+
+
+def check_resume(problems: Problems, resume_from_checkpoint: str | None) -> None:
+    """Nothing, True for the newest checkpoint, or a folder."""
+    if resume_from_checkpoint not in (None, "True", "true") and not os.path.isdir(resume_from_checkpoint):
+        problems.add(f"--resume_from_checkpoint {resume_from_checkpoint}: no such folder; True takes the newest one")
 
 
 def check_report_to(problems: Problems, report_to: str) -> None:

@@ -13,6 +13,7 @@ import os
 import sys
 import types
 import typing
+import warnings
 from collections.abc import Callable
 
 
@@ -56,7 +57,8 @@ def parse_value(text: str, annotation) -> object:
 def parse_flags(argv: list[str], parameters: dict[str, inspect.Parameter]) -> dict[str, str]:
     """Flag texts by name from `--name value`, `--name=value` and, for a switch, `--name` alone.
 
-    Raises InputError with every unknown, repeated, valueless, positional or mistyped argument.
+    A flag given twice has its last value, so that scripts can be overridden. Raises InputError with every unknown,
+    valueless, positional or mistyped argument.
     """
     values: dict[str, str] = {}
     problems: list[str] = []
@@ -83,8 +85,6 @@ def parse_flags(argv: list[str], parameters: dict[str, inspect.Parameter]) -> di
             close = difflib.get_close_matches(name, parameters, n=1, cutoff=0.6)
             hint = f"did you mean --{close[0]}?" if close else "--help lists the flags"
             problems.append(f"unknown flag --{name}; {hint}")
-        elif name in values:
-            problems.append(f"--{name} is given twice; keep one")
         else:
             try:
                 parse_value(text, parameter.annotation)
@@ -113,12 +113,14 @@ def run(command: Callable[..., object]) -> None:
     """
     import fire
 
-    # Its optional CPU kernel comes from a hub and is not used; without this every command would warn of it.
+    # What two packages say of themselves and nobody can act on: bitsandbytes of an optional kernel on a hub, PEFT of
+    # a property it reads while it wraps a model.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
     script = os.path.basename(sys.argv[0])
     parameters = dict(inspect.signature(command).parameters)
     argv = sys.argv[1:]
-    if not argv or "--help" in argv or "-h" in argv:
+    if "--help" in argv or "-h" in argv:
         fire.Fire(command, command=["--help"], name=script)
         return
     try:

@@ -174,6 +174,33 @@ def tokenized_dataset(
     return datasets.Dataset.from_file(path)
 
 
+def prompt_dataset(
+    encoder: Encoder, rows_of: Callable[[str], Iterable[Interaction | Item]], budget: int
+) -> datasets.Dataset:
+    """The prompts of all tasks of the encoder's prompts for RL and its evaluations, in memory.
+
+    Args:
+        rows_of: as in `write_examples`.
+        budget: tokens of a prompt at most.
+
+    Returns:
+        columns prompt (int32 list), target (SID), history (SIDs, empty for tasks on items).
+    """
+    columns: dict[str, list] = {"prompt": [], "target": [], "history": []}
+    for kind in ("interaction", "item"):
+        tasks = [task for task in encoder.prompts.tasks.values() if task.rows == kind]
+        for rows in _batches(rows_of(kind) if tasks else [], BATCH_ROWS):
+            for task in tasks:
+                asked = [row for row in rows if "{description}" not in task.input or row.description]
+                prompts = encoder.encode_prompts(task, asked, [budget] * len(asked))
+                columns["prompt"] += [np.array(ids, dtype=np.int32) for ids in prompts] * task.weight
+                columns["target"] += [row.sid for row in asked] * task.weight
+                columns["history"] += [getattr(row, "sid_history", []) for row in asked] * task.weight
+    text = datasets.Value("string")
+    features = {"prompt": datasets.List(datasets.Value("int32")), "target": text, "history": datasets.List(text)}
+    return datasets.Dataset.from_dict(columns, features=datasets.Features(features))
+
+
 def item_rows(catalogue: Catalogue) -> list[Item]:
     """The items that have a title, for the tasks between titles and SIDs."""
     return [item for item in catalogue.items.values() if item.title]

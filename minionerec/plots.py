@@ -5,24 +5,35 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+# The label of each panel, and what it draws: key of the log history -> name in the legend.
+Panels = dict[str, dict[str, str]]
 
-def plot_curves(history: list[dict], path: str) -> None:
-    """Draws training loss, validation loss and learning rate over steps from a Trainer's log history to a PNG file.
+SFT_PANELS: Panels = {
+    "cross-entropy per response token (nats)": {"loss": "training", "eval_loss": "validation"},
+    "learning rate": {"learning_rate": "learning rate"},
+}
+RL_PANELS: Panels = {
+    "reward": {"reward": "mean", "reward_std": "standard deviation"},
+    "validation": {"eval_HR@10": "HR@10", "eval_NDCG@10": "NDCG@10", "eval_MRR": "MRR"},
+    "KL from the reference (nats per token)": {"kl": "KL"},
+    "share of groups without advantage": {"frac_reward_zero_std": "share"},
+}
 
-    `history` entries hold `step` and any of `loss`, `eval_loss`, `learning_rate`; others are left out.
+
+def plot_curves(history: list[dict], path: str, panels: Panels) -> None:
+    """Draws values of a Trainer's log history over optimizer steps, one panel beside the other, to a PNG file.
+
+    `history` entries hold `step` and any of the keys of `panels`; a panel none of them fills stays empty.
     """
-    figure, (losses, rates) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    for axes, key, label in (
-        (losses, "loss", "training"),
-        (losses, "eval_loss", "validation"),
-        (rates, "learning_rate", "learning rate"),
-    ):
-        points = [(entry["step"], entry[key]) for entry in history if key in entry]
-        if points:
-            axes.plot(*zip(*points, strict=True), label=label, marker="o" if key == "eval_loss" else None, markersize=3)
-    losses.set(xlabel="optimizer step", ylabel="cross-entropy per response token (nats)")
-    rates.set(xlabel="optimizer step", ylabel="learning rate")
-    if losses.lines:
-        losses.legend()
+    figure, all_axes = plt.subplots(1, len(panels), figsize=(5 * len(panels), 4), layout="constrained")
+    for axes, (label, keys) in zip(all_axes, panels.items(), strict=True):
+        for key, name in keys.items():
+            points = [(entry["step"], entry[key]) for entry in history if entry.get(key) is not None]
+            if points:
+                evaluated = key.startswith("eval_")
+                axes.plot(*zip(*points, strict=True), label=name, marker="o" if evaluated else None, markersize=3)
+        axes.set(xlabel="optimizer step", ylabel=label)
+        if len(axes.lines) > 1:
+            axes.legend()
     figure.savefig(path, dpi=120)
     plt.close(figure)

@@ -10,6 +10,7 @@ import json
 import string
 from dataclasses import asdict, dataclass, replace
 
+from minionerec.checkpoint import read_run
 from minionerec.cli import InputError
 
 # How the categories of the public MiniOneRec release are spoken of; any other text is used as it stands.
@@ -61,6 +62,13 @@ TASKS = {
             "{sid}",
         ),
         Task(
+            "description_to_sid",
+            "item",
+            "Give the semantic ID of the item with this description.",
+            "Description: {description}",
+            "{sid}",
+        ),
+        Task(
             "sid_to_title",
             "item",
             "Give the title of the item with this semantic ID.",
@@ -93,6 +101,10 @@ TASKS = {
     ]
 }
 
+# What `--tasks all` stands for in sft.py and in rl.py.
+SFT_TASKS = tuple(name for name in TASKS if name != "description_to_sid")
+RL_TASKS = ("sid_history_to_sid", "title_to_sid", "description_to_sid", "title_history_to_sid")
+
 # The task that is validated on during training and asked of every row by evaluate.py.
 RECOMMENDATION = "sid_history_to_sid"
 
@@ -124,6 +136,10 @@ class Prompts:
         if RECOMMENDATION in self.tasks:
             return replace(self, tasks={RECOMMENDATION: self.tasks[RECOMMENDATION]})
         return replace(self, tasks={name: task for name, task in self.tasks.items() if task.rows == "interaction"})
+
+    def only(self, name: str) -> "Prompts":
+        """One task alone, in the built-in wording where these prompts lack it."""
+        return replace(self, tasks={name: self.tasks.get(name, TASKS[name])})
 
     def to_json(self) -> dict:
         return {"template": self.template, "category": self.category, "tasks": [asdict(t) for t in self.tasks.values()]}
@@ -176,10 +192,13 @@ def _override(task: Task, changes: object, path: str) -> Task:
     return new
 
 
-def load_prompts(category: str, prompt_file: str | None = None, tasks: str = "all") -> Prompts:
+def load_prompts(
+    category: str, prompt_file: str | None = None, tasks: str = "all", default: tuple[str, ...] = SFT_TASKS
+) -> Prompts:
     """The wording for `category`: the table above, or what `prompt_file` puts in its place, for the chosen tasks.
 
-    Raises InputError for an unreadable file, an unknown task, key or field.
+    `tasks` holds names separated by commas, or is "all" for those of `default`. Raises InputError for an unreadable
+    file, an unknown task, key or field.
     """
     template, table = TEMPLATE, dict(TASKS)
     if prompt_file:
@@ -208,7 +227,24 @@ def load_prompts(category: str, prompt_file: str | None = None, tasks: str = "al
         unknown = [name for name in chosen if name not in table]
         if unknown or not chosen:
             raise InputError(f"--tasks {tasks!r}: unknown {', '.join(unknown)}; there are all, {', '.join(table)}")
-        table = {name: task for name, task in table.items() if name in chosen}
-        if not any(task.rows == "interaction" for task in table.values()):
+        if not any(table[name].rows == "interaction" for name in chosen):
             raise InputError(f"--tasks {tasks!r}: needs a task on interactions to validate on")
-    return Prompts(template, table, CATEGORIES.get(category, category))
+    else:
+        chosen = default
+    return Prompts(
+        template, {name: task for name, task in table.items() if name in chosen}, CATEGORIES.get(category, category)
+    )
+
+
+def recorded_prompts(
+    checkpoint: str, category: str, prompt_file: str | None = None, tasks: str = "all", default: tuple[str, ...] = ()
+) -> Prompts:
+    """The wording a later command uses with a checkpoint: of `prompt_file` where one is given, else what the checkpoint
+    recorded, else the table above. Tasks it was not trained on come in the built-in wording, but in its own template
+    and category."""
+    prompts = load_prompts(category, prompt_file, tasks, default)
+    recorded = read_run(checkpoint).get("prompts")
+    if prompt_file or recorded is None:
+        return prompts
+    known = Prompts.from_json(recorded)
+    return replace(known, tasks={name: known.tasks.get(name, task) for name, task in prompts.tasks.items()})

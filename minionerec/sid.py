@@ -129,6 +129,13 @@ def takes_tree_mask(model, length: int) -> bool:
     return config._attn_implementation in ("sdpa", "eager") and (window is None or length < window)
 
 
+def attention_bias(model, visible: torch.Tensor) -> torch.Tensor:
+    """A boolean mask in the form the model's attention takes: eager attention adds its mask to the scores."""
+    if model.config.get_text_config()._attn_implementation != "eager":
+        return visible
+    return torch.where(visible, 0.0, torch.finfo(model.dtype).min).to(model.dtype)
+
+
 class _TreeBeams:
     """The beams of a prompt as one row of the batch: they share the prompt's cache and write theirs behind it.
 
@@ -150,11 +157,9 @@ class _TreeBeams:
         self.ancestors = torch.cat([inherited, itself], dim=2)
         prompt = self.prompt.unsqueeze(1).expand(-1, beams, -1)
         visible = torch.cat([prompt, self.ancestors], dim=2).unsqueeze(1)
-        if self.model.config.get_text_config()._attn_implementation == "eager":  # adds its mask to the scores
-            visible = torch.where(visible, 0.0, torch.finfo(self.model.dtype).min).to(self.model.dtype)
         return self.model(
             input_ids=token,
-            attention_mask=visible,
+            attention_mask=attention_bias(self.model, visible),
             position_ids=(self.length + depth).expand(-1, beams),
             past_key_values=self.cache,
             use_cache=True,
@@ -187,6 +192,20 @@ class _CopiedBeams:
         return output.logits.view(rows, beams, -1)
 
 
+def _prefill(model, input_ids: torch.Tensor, attention_mask: torch.Tensor, room: int, tree: bool | None):
+    """Logits [B, 1, V] behind the prompts, and the beams that go on from there, up to `room` tokens a prompt."""
+    if tree is None:
+        tree = takes_tree_mask(model, input_ids.shape[1] + room)
+    output = model(
+        input_ids=input_ids,
+        attention_mask=attention_mask,
+        position_ids=(attention_mask.cumsum(dim=1) - 1).clamp(min=0),
+        use_cache=True,
+        logits_to_keep=1,
+    )
+    return output.logits, (_TreeBeams if tree else _CopiedBeams)(model, attention_mask, output.past_key_values)
+
+
 @torch.inference_mode()
 def constrained_beam_search(
     model,
@@ -215,19 +234,7 @@ def constrained_beam_search(
     """
     beams = min(num_beams, len(trie))
     prompts, device = len(input_ids), input_ids.device
-    if tree is None:
-        tree = takes_tree_mask(model, input_ids.shape[1] + beams * trie.depth)
-    positions = (attention_mask.cumsum(dim=1) - 1).clamp(min=0)
-    output = model(
-        input_ids=input_ids,
-        attention_mask=attention_mask,
-        position_ids=positions,
-        use_cache=True,
-        logits_to_keep=1,
-    )
-    logits = output.logits  # [B, 1, V]
-    state = (_TreeBeams if tree else _CopiedBeams)(model, attention_mask, output.past_key_values)
-
+    logits, state = _prefill(model, input_ids, attention_mask, beams * trie.depth, tree)
     node = torch.zeros((prompts, 1), dtype=torch.long, device=device)
     score = torch.zeros((prompts, 1), device=device)
     finished_row = torch.full((prompts, beams), PAD, device=device)
@@ -252,3 +259,41 @@ def constrained_beam_search(
         node = child.gather(1, best)
         logits = state.step(best // width, trie.token[node].clamp(min=0), depth)
     return finished_row, finished_score
+
+
+@torch.inference_mode()
+def constrained_sample(
+    model,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor,
+    trie: Trie,
+    count: int,
+    temperature: float = 1.0,
+    tree: bool | None = None,
+) -> torch.Tensor:
+    """`count` SIDs a prompt, drawn with replacement from the model's distribution over the trie.
+
+    Every token is drawn from the softmax of logits / `temperature` over the tokens that continue a SID.
+
+    Args:
+        input_ids, attention_mask: [B, P], padded on the left.
+        tree: as in `constrained_beam_search`.
+
+    Returns:
+        [B, count], rows of `trie.sequences` in the order they were drawn.
+    """
+    logits, state = _prefill(model, input_ids, attention_mask, count * trie.depth, tree)
+    node = torch.zeros((len(input_ids), count), dtype=torch.long, device=input_ids.device)
+    itself = torch.arange(count, device=node.device).expand_as(node)
+    for depth, width in enumerate(trie.widths):
+        child, exists = trie.children(node, width)  # [B, count, C]
+        token = trie.token[child].clamp(min=0)
+        scores = logits.float().expand(-1, count, -1).gather(2, token) / temperature
+        ended = trie.row[node] != PAD  # these have no children; they stay where they are
+        scores = scores.masked_fill(~exists, -torch.inf).masked_fill(ended.unsqueeze(2), 0.0)
+        drawn = torch.multinomial(scores.softmax(dim=2).flatten(0, 1), 1).view_as(node)
+        node = torch.where(ended, node, child.gather(2, drawn.unsqueeze(2)).squeeze(2))
+        if depth + 1 < trie.depth:
+            parent = itself if depth else torch.zeros_like(itself)
+            logits = state.step(parent, trie.token[node].clamp(min=0), depth)
+    return trie.row[node]

@@ -6,6 +6,7 @@ Dimensions: `B` rows, `L` tokens, `N` response tokens in the batch, `H` hidden, 
 import json
 import os
 import shutil
+from collections.abc import Callable
 from contextlib import contextmanager
 
 import torch
@@ -49,11 +50,24 @@ def response_logits(model, inputs: dict[str, torch.Tensor], unwrapped=None) -> t
     return logits, targets[targets != IGNORE]
 
 
-class SFTTrainer(Trainer):
+class RecordsRun:
+    """For a Trainer: every checkpoint holds `run`, the resolved configuration."""
+
+    run: dict
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        if self.args.should_save:
+            folder = output_dir or self.args.output_dir
+            os.remove(os.path.join(folder, "training_args.bin"))  # a pickle that nothing here reads
+            write_json(os.path.join(folder, RUN_FILE), self.run)
+
+
+class SFTTrainer(RecordsRun, Trainer):
     """Supervised fine-tuning on prompts and responses.
 
     The loss of an optimizer step is the mean cross-entropy over its response tokens, however they are spread over
-    micro-batches and processes. Every checkpoint holds `run`, the resolved configuration.
+    micro-batches and processes.
     """
 
     def __init__(self, *args, run: dict, **kwargs):
@@ -72,13 +86,6 @@ class SFTTrainer(Trainer):
             loss = loss / num_items_in_batch * self.accelerator.num_processes
         return (loss, {"loss": loss}) if return_outputs else loss
 
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        super()._save(output_dir, state_dict)
-        if self.args.should_save:
-            folder = output_dir or self.args.output_dir
-            os.remove(os.path.join(folder, "training_args.bin"))  # a pickle that nothing here reads
-            write_json(os.path.join(folder, RUN_FILE), self.run)
-
 
 def newest_checkpoint(output_dir: str) -> str | None:
     """The complete checkpoint of the latest step under `output_dir`, or None. A complete one has its trainer state,
@@ -89,6 +96,16 @@ def newest_checkpoint(output_dir: str) -> str | None:
         if name != step and step.isdigit() and os.path.isfile(os.path.join(output_dir, name, "trainer_state.json")):
             found.append((int(step), os.path.join(output_dir, name)))
     return max(found)[1] if found else None
+
+
+def resume_point(output_dir: str, resume_from_checkpoint: str | None, say: Callable[[str], None]) -> str | None:
+    """The checkpoint that `--resume_from_checkpoint` means: itself, or for True the newest one, None where there is
+    none yet."""
+    if resume_from_checkpoint not in ("True", "true"):
+        return resume_from_checkpoint
+    newest = newest_checkpoint(output_dir)
+    say(f"resuming from {newest}" if newest else f"nothing to resume in {output_dir}; starting anew")
+    return newest
 
 
 def peak_memory_gb() -> float:
@@ -121,6 +138,25 @@ def save_final(trainer: Trainer, path: str, merge: bool = False) -> None:
         shutil.rmtree(path, ignore_errors=True)
         os.replace(partial, path)
     trainer.accelerator.wait_for_everyone()
+
+
+def finish(trainer: Trainer, output_dir: str, metrics: dict, panels: dict, merge: bool = False) -> dict:
+    """Saves final_checkpoint, metrics.json and curves.png under `output_dir`; returns the metrics with what they cost.
+
+    Every process must call it; `merge` as in `save_final`.
+    """
+    metrics = {**metrics, "peak_memory_gb": peak_memory_gb()}
+    final = os.path.join(output_dir, "final_checkpoint")
+    save_final(trainer, final, merge)
+    if trainer.args.should_save:
+        from minionerec.plots import plot_curves
+
+        metrics["checkpoint_mb"] = folder_size_mb(final)
+        history = trainer.state.log_history
+        write_json(os.path.join(output_dir, "metrics.json"), {**metrics, "history": history})
+        plot_curves(history, os.path.join(output_dir, "curves.png"), panels)
+        print(f"saved {final}")
+    return metrics
 
 
 def write_json(path: str, data: object) -> None:

@@ -138,7 +138,7 @@ def test_evaluate_reports_all_problems_together(tmp_path):
 
 def test_evaluate_refuses_an_adapter_of_another_base(files, base, tmp_path):
     config = AutoConfig.from_pretrained(base)
-    config.num_hidden_layers, config.layer_types = 3, None
+    config.num_hidden_layers, config.layer_types = 3, ["full_attention"] * 3
     deeper = AutoModelForCausalLM.from_config(config)
     adapter = lora_utils.add_lora(deeper, lora_utils.lora_config(deeper, [5]))
     adapter.save_pretrained(tmp_path / "adapter")

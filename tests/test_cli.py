@@ -7,6 +7,7 @@ import pytest
 from conftest import ROOT
 
 import evaluate
+import rl
 import sft
 from minionerec.cli import InputError, parse_flags, parse_value
 
@@ -61,12 +62,21 @@ def test_every_problem_is_reported_at_once():
     assert "--output_dir needs a value" in text
 
 
-def test_abbreviations_and_repetitions_are_refused():
+def test_abbreviations_are_refused_and_the_last_value_counts():
     assert "'-u' is not a flag" in problems("-u", "True")
-    assert "given twice" in problems("--lora_r", "1", "--lora_r", "2")
+    assert parse_flags(["--lora_r", "1", "--lora_r=2"], PARAMETERS) == {"lora_r": "2"}
 
 
 UPSTREAM = {
+    rl.train: {
+        "model_path": "", "seed": 42, "train_file": "", "eval_file": "", "info_file": "", "category": "",
+        "wandb_project": "", "wandb_run_name": "", "output_dir": "", "train_batch_size": 32, "eval_batch_size": 32,
+        "gradient_accumulation_steps": 1, "temperature": 1.0, "add_gt": False, "eval_step": 0.199,
+        "num_generations": 16, "num_train_epochs": 1, "learning_rate": 1e-6, "beta": 0.04, "beam_search": False,
+        "test_during_training": True, "dynamic_sampling": False, "mask_all_zero": False, "sync_ref_model": False,
+        "test_beam": 20, "reward_type": "rule", "sample_train": False, "ada_path": "", "cf_path": "",
+        "sid_index_path": "", "item_meta_path": "", "dapo": False, "gspo": False,
+    },
     sft.train: {
         "base_model": "", "train_file": "", "eval_file": "", "output_dir": "", "sample": -1, "seed": 42,
         "batch_size": 128, "micro_batch_size": 4, "num_epochs": 10, "learning_rate": 3e-4, "cutoff_len": 512,

@@ -275,3 +275,93 @@ def test_the_adapter_of_a_7b_model_is_small():
     trainable, _ = lora_utils.count_parameters(wrapped)
     assert trainable == 40_370_176 + 2 * 560 * 3584
     assert 4 * trainable < 180e6  # bytes on disk, in float32
+
+
+# --- The lean low-rank update -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("architecture", ["qwen2", "phi3", "gpt2"])
+def test_the_lean_update_is_pefts(architecture):
+    plain, lean = make_model(architecture, scale=2.0), make_model(architecture, scale=2.0)
+    config = lora_utils.lora_config(plain, IDS, lora_dropout=0.0)
+    plain, lean = get_peft_model(plain, config), lora_utils.add_lora(lean, copy.deepcopy(config))
+    torch.manual_seed(5)
+    values = {name: 0.1 * torch.randn_like(p) for name, p in plain.named_parameters() if p.requires_grad}
+    ids = torch.tensor([[1, 90, 5, 7, 91, 3]])
+    results = []
+    for model in (plain, lean):
+        for name, parameter in model.named_parameters():
+            if name in values:
+                parameter.data = values[name].clone()
+        output = model(input_ids=ids, labels=ids)
+        output.loss.backward()
+        results.append((output.logits, {name: p.grad for name, p in model.named_parameters() if name in values}))
+    assert any(isinstance(module, lora_utils._LeanForward) for module in lean.modules())
+    torch.testing.assert_close(results[1][0], results[0][0])
+    for name, grad in results[0][1].items():
+        torch.testing.assert_close(results[1][1][name], grad, msg=name)
+
+
+def test_the_lean_update_on_4_bits_is_pefts(saved_base):
+    results = []
+    for lean in (False, True):
+        model = load_base(saved_base[True], lora_utils.quantization_config(use_qlora=True))
+        config = lora_utils.lora_config(model, IDS, lora_dropout=0.0)
+        model = lora_utils.add_lora(model, config) if lean else get_peft_model(model, config)
+        torch.manual_seed(5)
+        for _, parameter in sorted((n, p) for n, p in model.named_parameters() if p.requires_grad):
+            parameter.data = 0.1 * torch.randn(parameter.shape)
+        ids = torch.tensor([[1, 90, 5, 7, 91, 3]])
+        with torch.autocast("cpu", torch.bfloat16):
+            model.train()(input_ids=ids, labels=ids).loss.backward()
+        results.append({n: p.grad for n, p in model.named_parameters() if "lora_" in n and p.grad is not None})
+    assert results[0].keys() == results[1].keys() and results[0]
+    for name, grad in results[0].items():
+        scale = grad.abs().max()
+        torch.testing.assert_close(results[1][name] / scale, grad / scale, atol=0.05, rtol=0.1)
+
+
+def test_dropout_draws_the_same_mask_in_both_passes():
+    torch.manual_seed(0)
+    x, a, b = (torch.randn(*shape, requires_grad=True) for shape in ((4, 3, 16), (2, 16), (8, 2)))
+    update = lora_utils._LowRankUpdate.apply(x, a, b, 0.5, 0.25, 11, torch.float32)
+    mask = lora_utils._kept(x.shape, 0.25, 11, x.device)
+    expected = (x * mask / 0.75) @ a.T @ b.T * 0.5
+    torch.testing.assert_close(update, expected)
+    weights = torch.randn_like(update)
+    for ours, plain in zip(
+        torch.autograd.grad((update * weights).sum(), (x, a, b)),
+        torch.autograd.grad((expected * weights).sum(), (x, a, b)),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, plain)
+
+
+@pytest.mark.parametrize("dropout", [0.05, 0.5])
+def test_dropout_masks_are_fair(dropout):
+    kept = lora_utils._kept(torch.Size((401, 1001)), dropout, 3, torch.device("cpu"))
+    assert abs(lora_utils._kept_share(dropout) - (1 - dropout)) < 1e-5
+    error = 4 * (dropout * (1 - dropout) / (kept.numel() // 4)) ** 0.5  # four standard deviations of a lane's mean
+    for lane in range(4):
+        assert abs(kept.flatten()[lane::4].float().mean().item() - (1 - dropout)) < error
+    neighbours = kept.flatten()[:-1].float(), kept.flatten()[1:].float()
+    assert abs(torch.corrcoef(torch.stack(neighbours))[0, 1].item()) < 0.01
+    assert not torch.equal(kept, lora_utils._kept(kept.shape, dropout, 4, kept.device))
+
+
+def test_dropout_is_on_in_training_alone_and_follows_the_seed():
+    model = adapted(make_model(), lora_dropout=0.5)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_()
+    ids = torch.tensor([[1, 90, 5, 7]])
+
+    def logits(seed: int) -> torch.Tensor:
+        torch.manual_seed(seed)
+        return model(input_ids=ids).logits
+
+    model.train()
+    assert torch.equal(logits(1), logits(1)) and not torch.equal(logits(1), logits(2))
+    model.eval()
+    assert torch.equal(logits(1), logits(2))

@@ -1,0 +1,45 @@
+"""Ranks the catalogue for many prompts, shared out over the processes of a distributed run."""
+
+from collections.abc import Sequence
+
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from tqdm import tqdm
+
+from minionerec.dataset import left_padded
+from minionerec.sid import Trie, constrained_beam_search
+
+
+def rank_prompts(
+    model,
+    trie: Trie,
+    prompts: Sequence[list[int]],
+    pad_token_id: int,
+    num_beams: int,
+    batch_size: int,
+    length_penalty: float = 0.0,
+) -> list[list[int]]:
+    """For every prompt the best SIDs, best first, as places in what the trie was built of; the same in every process.
+
+    Args:
+        prompts: token ids, one list a prompt.
+        num_beams: SIDs of a ranking, as far as the trie has that many.
+        batch_size: prompts of a forward pass.
+        length_penalty: beam scores are divided by their length to this power.
+    """
+    state = PartialState()
+    # Prompts of similar length share a batch; the processes take turns, so that each gets short and long ones.
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    mine = batches[state.process_index :: state.num_processes]
+    rankings: list[tuple[int, list[int]]] = []
+    with tqdm(total=sum(map(len, mine)), unit="row", leave=False, disable=not state.is_main_process) as progress:
+        for batch in mine:
+            input_ids, attention_mask = left_padded([prompts[i] for i in batch], pad_token_id)
+            beams, _ = constrained_beam_search(
+                model, input_ids.to(model.device), attention_mask.to(model.device), trie, num_beams, length_penalty
+            )
+            rankings += zip(batch, trie.source[beams.cpu().numpy()].tolist(), strict=True)
+            progress.update(len(batch))
+    ranking_of = dict(gather_object(rankings))
+    return [ranking_of[i] for i in range(len(prompts))]

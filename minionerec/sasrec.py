@@ -1,0 +1,129 @@
+"""SASRec, the classical sequential recommender: a baseline for the tables and a source of rewards.
+
+A causal Transformer over item embeddings, trained to rank the next item of every prefix with a softmax over the whole
+catalogue. Items are SIDs here, as in the metrics. Source: Kang and McAuley, Self-Attentive Sequential Recommendation
+(2018); the full softmax: Klenitskiy and Vasilev, Turning Dross Into Gold Loss (2023).
+
+Dimensions: `B` rows, `L` items of a history, `S` items, `H` hidden.
+"""
+
+import json
+import os
+import random
+from collections.abc import Iterator, Sequence
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from minionerec.cli import InputError
+
+CONFIG, WEIGHTS = "sasrec.json", "sasrec.safetensors"
+
+
+class SASRec(nn.Module):
+    """Scores of all items after a history. `sids` names the items; item i is row i + 1 of the embedding, 0 pads."""
+
+    def __init__(
+        self,
+        sids: Sequence[str],
+        hidden_size: int = 64,
+        layers: int = 2,
+        heads: int = 2,
+        dropout: float = 0.3,
+        length: int = 20,
+    ):
+        super().__init__()
+        self.settings = {
+            "hidden_size": hidden_size,
+            "layers": layers,
+            "heads": heads,
+            "dropout": dropout,
+            "length": length,
+        }
+        self.sids = list(sids)
+        self.number = {sid: i + 1 for i, sid in enumerate(self.sids)}
+        self.items = nn.Embedding(len(self.sids) + 1, hidden_size, padding_idx=0)
+        self.positions = nn.Embedding(length, hidden_size)
+        layer = nn.TransformerEncoderLayer(
+            hidden_size, heads, hidden_size * 4, dropout, activation="gelu", batch_first=True, norm_first=True
+        )
+        self.blocks = nn.TransformerEncoder(layer, layers, nn.LayerNorm(hidden_size), enable_nested_tensor=False)
+        self.dropout = nn.Dropout(dropout)
+        for embedding in (self.items, self.positions):
+            nn.init.normal_(embedding.weight, std=hidden_size**-0.5)
+
+    def encode(self, histories: Sequence[Sequence[str]]) -> torch.Tensor:
+        """[B, length], the latest items of histories, padded on the right; unknown SIDs are left out."""
+        ids = torch.zeros((len(histories), self.settings["length"]), dtype=torch.long)
+        for row, history in zip(ids, histories, strict=True):
+            known = [self.number[sid] for sid in history if sid in self.number][-len(row) :]
+            row[: len(known)] = torch.tensor(known, dtype=torch.long)
+        return ids.to(self.items.weight.device)
+
+    def states(self, ids: torch.Tensor) -> torch.Tensor:
+        """[B, L, H] of histories [B, L]: what the model knows after each item."""
+        hidden = self.items(ids) + self.positions.weight[: ids.shape[1]]
+        mask = nn.Transformer.generate_square_subsequent_mask(ids.shape[1], device=ids.device)
+        return self.blocks(self.dropout(hidden), mask=mask, is_causal=True)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        """Scores [B, S] of all items after histories [B, L]."""
+        last = (ids > 0).sum(dim=1).clamp(min=1) - 1
+        return self.states(ids)[torch.arange(len(ids)), last] @ self.items.weight[1:].T
+
+    @torch.inference_mode()
+    def scores(self, histories: Sequence[Sequence[str]], items: Sequence[str]) -> list[float]:
+        """The score of each item after the history of the same place; equal histories are computed once."""
+        distinct = {history: i for i, history in enumerate(dict.fromkeys(map(tuple, histories)))}
+        table = self.eval()(self.encode(list(distinct)))
+        rows = torch.tensor([distinct[tuple(history)] for history in histories])
+        columns = torch.tensor([self.number[item] - 1 for item in items])
+        return table[rows.to(table.device), columns.to(table.device)].tolist()
+
+    @torch.inference_mode()
+    def rankings(self, histories: Sequence[Sequence[str]], length: int, batch_size: int = 1024) -> list[list[str]]:
+        """The `length` best items after each history, best first."""
+        self.eval()
+        ranked = []
+        for start in range(0, len(histories), batch_size):
+            table = self(self.encode(histories[start : start + batch_size]))
+            best = table.topk(min(length, len(self.sids)), dim=1).indices
+            ranked += [[self.sids[i] for i in row] for row in best.tolist()]
+        return ranked
+
+
+def batches(histories: list[list[str]], batch_size: int, rng: random.Random) -> Iterator[list[list[str]]]:
+    """The histories in random order."""
+    order = rng.sample(range(len(histories)), len(histories))
+    for start in range(0, len(order), batch_size):
+        yield [histories[i] for i in order[start : start + batch_size]]
+
+
+def loss_of(model: SASRec, histories: list[list[str]]) -> torch.Tensor:
+    """Mean cross-entropy (nats) of every next item in the histories."""
+    ids = model.encode(histories)
+    inputs, targets = ids[:, :-1], ids[:, 1:]
+    wanted = targets > 0
+    return F.cross_entropy(model.states(inputs)[wanted] @ model.items.weight[1:].T, targets[wanted] - 1)
+
+
+def save(model: SASRec, folder: str) -> None:
+    """Writes the model into a folder; the configuration last, so that a folder that has it is whole."""
+    os.makedirs(folder, exist_ok=True)
+    save_file(model.state_dict(), os.path.join(folder, WEIGHTS))
+    with open(os.path.join(folder, CONFIG), "w", encoding="utf-8") as file:
+        json.dump({"settings": model.settings, "sids": model.sids}, file)
+
+
+def load(folder: str) -> SASRec:
+    """The model of a folder, in evaluation mode. Raises InputError where there is none."""
+    try:
+        with open(os.path.join(folder, CONFIG), encoding="utf-8") as file:
+            data = json.load(file)
+        model = SASRec(data["sids"], **data["settings"])
+        model.load_state_dict(load_file(os.path.join(folder, WEIGHTS)))
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        raise InputError(f"--cf_path {folder}: no SASRec model can be loaded: {error}") from None
+    return model.eval()

@@ -1,0 +1,10 @@
+#!/usr/bin/env bash
+# SFT, RL, evaluation of both: METHOD=qlora PRESET=best NPROC=4 bash scripts/pipeline.sh --wandb_project recommender
+# Flags go to both trainings; SFT_FLAGS, RL_FLAGS and EVAL_FLAGS hold those of one stage. Settings: scripts/stages.sh.
+source "$(dirname "$0")/stages.sh"
+sft "$@" ${SFT_FLAGS:-}
+rl "$@" ${RL_FLAGS:-}
+evaluate sft ${EVAL_FLAGS:-}
+evaluate rl ${EVAL_FLAGS:-}
+"$PYTHON" scripts/table.py --train_file "$TRAIN_FILE" --test_data_path "$TEST_FILE" \
+    --runs "$METHOD SFT=$OUT/sft,$METHOD SFT + RL=$OUT/rl"

@@ -1,0 +1,73 @@
+#!/usr/bin/env bash
+# What the pipeline scripts share: paths, presets, and one function for each stage. Sourced; settings are environment
+# variables, and flags given to a function go last, where they win.
+#
+#   METHOD=lora|qlora|full   PRESET=quick|balanced|best|low_memory   NPROC=processes (one for each GPU)
+#   BASE_MODEL, CATEGORY, DATA (folder with train, valid, test, info, index), OUT (folder for results)
+#   TRAIN_FILE, EVAL_FILE, TEST_FILE, INFO_FILE, INDEX_FILE, ITEM_FILE in place of what DATA holds
+#   PYTHON=python to use an environment of your own instead of .venv
+source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
+METHOD="${METHOD:-lora}" PRESET="${PRESET:-balanced}" NPROC="${NPROC:-1}"
+CATEGORY="${CATEGORY:-Industrial_and_Scientific}" DATA="${DATA:-data/Amazon}"
+BASE_MODEL="${BASE_MODEL:-Qwen/Qwen2.5-0.5B}" OUT="${OUT:-output/${CATEGORY}_${METHOD}}"
+
+first() { # the first file that matches, or the pattern itself, for the command to complain about
+    local files=($1)
+    echo "${files[0]}"
+}
+TRAIN_FILE="${TRAIN_FILE:-$(first "$DATA/train/$CATEGORY*.csv")}"
+EVAL_FILE="${EVAL_FILE:-$(first "$DATA/valid/$CATEGORY*.csv")}"
+TEST_FILE="${TEST_FILE:-$(first "$DATA/test/$CATEGORY*.csv")}"
+INFO_FILE="${INFO_FILE:-$(first "$DATA/info/$CATEGORY*.txt")}"
+INDEX_FILE="${INDEX_FILE:-$DATA/index/$CATEGORY.index.json}"
+ITEM_FILE="${ITEM_FILE:-$DATA/index/$CATEGORY.item.json}"
+
+fail() {
+    echo "$(basename "$0"): error: $1" >&2
+    exit 2
+}
+MICRO_BATCH=8
+case "$METHOD" in
+full) METHOD_FLAGS=() ;;
+lora) METHOD_FLAGS=(--use_lora True) ;;
+qlora) METHOD_FLAGS=(--use_qlora True) MICRO_BATCH=16 ;;
+*) fail "METHOD=$METHOD: must be full, lora or qlora" ;;
+esac
+case "$PRESET" in
+quick) PRESET_FLAGS=(--lora_r 8 --lora_alpha 16 --lora_dropout 0.05 --lora_target_modules qkv) ;;
+balanced) PRESET_FLAGS=(--lora_r 16 --lora_alpha 32 --lora_dropout 0.05 --lora_target_modules all) ;;
+best) PRESET_FLAGS=(--lora_r 32 --lora_alpha 64 --lora_dropout 0.1 --lora_target_modules all) ;;
+low_memory)
+    PRESET_FLAGS=(--lora_r 8 --lora_alpha 16 --lora_dropout 0.05 --lora_target_modules qkv --gradient_checkpointing True)
+    ;;
+*) fail "PRESET=$PRESET: must be quick, balanced, best or low_memory" ;;
+esac
+# Training in full has no adapter to configure, and takes smaller steps.
+RL_RATE=1e-5
+if [ "$METHOD" = full ]; then
+    PRESET_FLAGS=() RL_RATE=1e-6
+fi
+FILES=(--train_file "$TRAIN_FILE" --eval_file "$EVAL_FILE" --category "$CATEGORY"
+    --sid_index_path "$INDEX_FILE" --item_meta_path "$ITEM_FILE")
+
+launch() {
+    if [ "$NPROC" -gt 1 ]; then
+        "$PYTHON" -m torch.distributed.run --standalone --nproc_per_node "$NPROC" "$@"
+    else
+        "$PYTHON" "$@"
+    fi
+}
+sft() {
+    launch sft.py --base_model "$BASE_MODEL" --output_dir "$OUT/sft" "${FILES[@]}" --batch_size 512 \
+        --micro_batch_size "$MICRO_BATCH" "${METHOD_FLAGS[@]}" "${PRESET_FLAGS[@]}" "$@"
+}
+rl() {
+    launch rl.py --model_path "${MODEL_PATH:-$OUT/sft/final_checkpoint}" --output_dir "$OUT/rl" "${FILES[@]}" \
+        --info_file "$INFO_FILE" --train_batch_size 64 --gradient_accumulation_steps 2 --eval_batch_size 128 \
+        --beam_search True --reward_type ranking --learning_rate "$RL_RATE" "${METHOD_FLAGS[@]}" "${PRESET_FLAGS[@]}" "$@"
+}
+evaluate() { # of one stage: sft or rl
+    launch evaluate.py --base_model "$OUT/$1/final_checkpoint" --info_file "$INFO_FILE" --category "$CATEGORY" \
+        --test_data_path "$TEST_FILE" --train_file "$TRAIN_FILE" --result_json_data "$OUT/$1/result.json" \
+        --batch_size 8 "${@:2}"
+}

@@ -1,0 +1,126 @@
+"""Trains SASRec, the classical baseline and the model behind --reward_type sasrec, and evaluates it.
+
+    python scripts/train_sasrec.py --train_file train.csv --eval_file valid.csv --test_data_path test.csv \\
+        --info_file info.txt --output_dir out/sasrec
+"""
+
+import os
+import sys
+import time
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+from minionerec import checks, cli
+from minionerec.data import Problems, count_rows, read_info, read_interactions
+from minionerec.metrics import format_metrics, rank_of, ranking_metrics
+
+LENGTH = 50  # items of a ranking
+PATIENCE = 5  # epochs without a gain on the validation file that end the training
+
+
+def train_sasrec(
+    train_file: str = "",
+    eval_file: str = "",
+    info_file: str = "",
+    output_dir: str = "",
+    test_data_path: str = "",
+    hidden_size: int = 64,
+    num_epochs: int = 60,
+    batch_size: int = 256,
+    learning_rate: float = 1e-3,
+    dropout: float = 0.3,
+    seed: int = 42,
+) -> dict[str, float]:
+    """Trains on the training file, keeps the epoch with the best NDCG@10 on the validation file.
+
+    Args:
+        train_file: CSV of training interactions.
+        eval_file: CSV of validation interactions.
+        info_file: the catalogue, one SID, title and item id a line, separated by tabs.
+        output_dir: folder for the model, metrics.json and result.metrics.json.
+        test_data_path: CSV of test interactions; given, the model is evaluated on it.
+        hidden_size: width of the model.
+        num_epochs: passes over the training file at most.
+        batch_size: histories of an optimizer step.
+        learning_rate: of Adam.
+        dropout: between the layers.
+        seed: seed of every random choice.
+    """
+    problems = Problems()
+    checks.check_positive(
+        problems, hidden_size=hidden_size, num_epochs=num_epochs, batch_size=batch_size, learning_rate=learning_rate
+    )
+    if hidden_size % 2:
+        problems.add(f"--hidden_size {hidden_size}: must be even, for two heads")
+    if not 0 <= dropout < 1:
+        problems.add(f"--dropout {dropout}: must be at least 0 and below 1")
+    if not output_dir or os.path.exists(output_dir):
+        problems.add(f"--output_dir {output_dir!r}: give a folder that does not exist yet")
+    sids = problems.attempt(read_info, info_file)
+    for flag, path in (("train_file", train_file), ("eval_file", eval_file), ("test_data_path", test_data_path)):
+        if path or flag != "test_data_path":
+            problems.attempt(count_rows, path, flag, sids, titles=False)
+    problems.check()
+
+    import random
+
+    import torch
+
+    from minionerec import modeling, sasrec
+    from minionerec.trainer import folder_size_mb, peak_memory_gb, write_json
+
+    def events(path: str, flag: str) -> tuple[list[list[str]], list[str]]:
+        rows = list(read_interactions(path, flag, sids, titles=False))
+        return [row.sid_history for row in rows], [row.sid for row in rows]
+
+    def score(path: str, flag: str) -> dict[str, float]:
+        histories, targets = events(path, flag)
+        length = min(LENGTH, len(sids))
+        ranked = model.rankings(histories, length)
+        return ranking_metrics([rank_of(t, r) for t, r in zip(targets, ranked, strict=True)], length)
+
+    torch.manual_seed(seed)
+    rng = random.Random(seed)
+    sequences = [[*history, target] for history, target in zip(*events(train_file, "train_file"), strict=True)]
+    model = sasrec.SASRec(sids, hidden_size, dropout=dropout).to(modeling.local_device())
+    optimizer = torch.optim.Adam(model.parameters(), lr=learning_rate)
+    watched = f"NDCG@{max(k for k in (1, 3, 5, 10) if k <= len(sids))}"
+    started, best, waited = time.perf_counter(), None, 0
+    for epoch in range(num_epochs):
+        model.train()
+        for histories in sasrec.batches(sequences, batch_size, rng):
+            optimizer.zero_grad()
+            loss = sasrec.loss_of(model, histories)
+            loss.backward()
+            optimizer.step()
+        value = score(eval_file, "eval_file")[watched]
+        print(f"epoch {epoch + 1}: loss {loss.item():.3f}, validation {watched} {value:.4f}")
+        waited += 1
+        if best is None or value > best:
+            best, waited = value, 0
+            weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        if waited == PATIENCE:
+            break
+    seconds = time.perf_counter() - started
+    model.load_state_dict(weights)
+    sasrec.save(model, output_dir)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    metrics = {
+        "method": "sasrec",
+        "trainable_parameters": parameters,
+        "total_parameters": parameters,
+        "seconds": seconds,
+        "peak_memory_gb": peak_memory_gb(),
+        "checkpoint_mb": folder_size_mb(output_dir),
+        f"best_eval_{watched}": best,
+    }
+    write_json(os.path.join(output_dir, "metrics.json"), metrics)
+    if test_data_path:
+        result = score(test_data_path, "test_data_path")
+        write_json(os.path.join(output_dir, "result.metrics.json"), result)
+        print(format_metrics(result))
+    return metrics
+
+
+if __name__ == "__main__":
+    cli.run(train_sasrec)

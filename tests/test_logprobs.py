@@ -1,0 +1,123 @@
+import pytest
+import torch
+from models import make_model
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+import lora_utils
+from minionerec.logprobs import completion_logps
+
+# Two prompts of different lengths with three completions each, and one with a single completion; of 1 to 3 tokens.
+PROMPTS = [[5, 6, 7, 90, 8]] * 3 + [[9, 10, 91]] * 3 + [[11, 12, 13, 14]]
+COMPLETIONS = [[90, 5, 1], [91, 1], [90, 6, 1], [90, 5, 1], [1], [91, 6, 1], [91, 91, 1]]
+IDS = [90, 91, 5]
+
+
+def batch(rows=slice(None)):
+    """prompt_ids, prompt_mask, completion_ids, completion_mask, with more padding than they need."""
+
+    def padded(sequences, width, left):
+        ids = torch.zeros((len(sequences), width), dtype=torch.long)
+        mask = torch.zeros_like(ids)
+        for row, sequence in enumerate(sequences):
+            place = slice(width - len(sequence), None) if left else slice(len(sequence))
+            ids[row, place], mask[row, place] = torch.tensor(sequence), 1
+        return ids, mask
+
+    return *padded(PROMPTS[rows], 7, True), *padded(COMPLETIONS[rows], 4, False)
+
+
+def one_by_one(model, prompt_ids, prompt_mask, completion_ids, completion_mask, temperature=1.0):
+    """The plain way: every completion alone behind its prompt, without padding, with all logits."""
+    logps, entropies = torch.zeros(completion_ids.shape), torch.zeros(completion_ids.shape)
+    for row in range(len(prompt_ids)):
+        prompt = prompt_ids[row][prompt_mask[row].bool()]
+        answer = completion_ids[row][completion_mask[row].bool()]
+        logits = model(input_ids=torch.cat([prompt, answer])[None]).logits[0, len(prompt) - 1 : -1] / temperature
+        every = logits.log_softmax(dim=1)
+        logps[row, : len(answer)] = every[torch.arange(len(answer)), answer]
+        entropies[row, : len(answer)] = -(every.exp() * every).sum(dim=1).detach()
+    return logps, entropies
+
+
+def with_adapter(model, dropout=0.0):
+    torch.manual_seed(4)
+    model = lora_utils.add_lora(model, lora_utils.lora_config(model, IDS, lora_r=4, lora_dropout=dropout))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.05 * torch.randn_like(parameter))
+    return model
+
+
+def gradients(model, logps):
+    weights = torch.linspace(-1, 1, logps.numel()).view_as(logps)
+    (logps * weights).sum().backward()
+    grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    return grads
+
+
+def check(model, inputs, shared, tolerance=1e-5):
+    expected, expected_entropy = one_by_one(model, *inputs)
+    expected_grads = gradients(model, expected)
+    logps, entropy = completion_logps(model, *inputs, shared=shared)
+    torch.testing.assert_close(logps, expected, atol=tolerance, rtol=0)
+    torch.testing.assert_close(entropy, expected_entropy, atol=10 * tolerance, rtol=0)
+    grads = gradients(model, logps)
+    assert grads.keys() == expected_grads.keys()
+    for name, grad in expected_grads.items():
+        torch.testing.assert_close(grads[name], grad, atol=tolerance * max(1, grad.abs().max().item()), rtol=1e-3)
+
+
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("architecture", ["qwen2", "qwen3", "llama", "mistral"])
+def test_sharing_prompts_changes_nothing(architecture, tied, shared):
+    model = with_adapter(make_model(architecture, scale=2.0, tie_word_embeddings=tied))
+    check(model, batch(), shared)
+    check(model, batch(slice(1, 4)), shared)  # a group split over micro-batches, and a part of the next one
+
+
+def test_all_parameters_and_eager_attention():
+    check(make_model(scale=2.0), batch(), True)
+    model = make_model(scale=2.0)
+    model.set_attn_implementation("eager")
+    check(model, batch(), True)
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+def test_gradient_checkpointing_and_4_bits(tmp_path, quantized):
+    make_model(scale=2.0).save_pretrained(tmp_path)
+    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(
+        tmp_path, dtype=torch.float32, quantization_config=config if quantized else None
+    )
+    if quantized:
+        assert model.is_loaded_in_4bit
+    model = with_adapter(model)
+    check(model, batch(), True)
+    plain, _ = completion_logps(model, *batch(), shared=True)
+    expected = gradients(model, plain)
+    model.activation_checkpointing_enable({"use_reentrant": False})
+    model.enable_input_require_grads()
+    model.train()
+    logps, _ = completion_logps(model, *batch(), shared=True)
+    torch.testing.assert_close(logps, plain)
+    for name, grad in gradients(model, logps).items():
+        torch.testing.assert_close(grad, expected[name], atol=1e-6, rtol=1e-4)
+
+
+def test_temperature_divides_the_logits():
+    model = make_model(scale=2.0)
+    logps, entropy = completion_logps(model, *batch(), temperature=0.7)
+    expected, expected_entropy = one_by_one(model, *batch(), temperature=0.7)
+    torch.testing.assert_close(logps, expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(entropy, expected_entropy, atol=1e-4, rtol=0)
+
+
+def test_a_prompt_goes_through_the_model_once():
+    model = make_model()
+    seen = []
+    model.model.register_forward_pre_hook(lambda _m, _a, kw: seen.append(kw["input_ids"].shape), with_kwargs=True)
+    completion_logps(model, *batch())
+    assert seen == [(3, 5 + 3 * 3)]  # three prompts, at most 5 tokens and 3 completions, each without its last token

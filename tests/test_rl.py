@@ -1,0 +1,199 @@
+"""rl.py by its command line, from checkpoints that sft.py made."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, run_command, sft_flags
+from peft import AutoPeftModelForCausalLM
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from minionerec import sasrec
+from minionerec.data import read_info
+
+STATE = {"optimizer.pt", "rng_state.pth", "scheduler.pt", "trainer_state.json"}
+CHECKPOINT = {"minionerec.json", "tokenizer.json", "tokenizer_config.json"}
+ADAPTER = CHECKPOINT | {"README.md", "adapter_config.json", "adapter_model.safetensors"}
+WHOLE = CHECKPOINT | {"config.json", "generation_config.json", "model.safetensors"}
+
+
+@pytest.fixture(scope="module")
+def sft(files, base, tmp_path_factory) -> dict[str, str]:
+    """final_checkpoint of a full, a LoRA and a QLoRA run."""
+    checkpoints = {}
+    for method, flags in (("full", {}), ("lora", {"use_lora": True}), ("qlora", {"use_qlora": True})):
+        output = tmp_path_factory.mktemp(method) / "run"
+        result = run_command("sft.py", **sft_flags(files, base, output, **flags, learning_rate=1e-2))
+        assert result.returncode == 0, result.stderr[-2000:]
+        checkpoints[method] = str(output / "final_checkpoint")
+    return checkpoints
+
+
+def rl_flags(files, start, output, **more) -> dict:
+    flags = {"model_path": start, "train_file": files["train"], "eval_file": files["valid"]}
+    flags |= {"info_file": files["info"], "sid_index_path": files["index"], "item_meta_path": files["item"]}
+    flags |= {"output_dir": output, "category": "bolts", "num_generations": 4, "train_batch_size": 16}
+    flags |= {"test_beam": 10, "learning_rate": 1e-3, "eval_step": 0.5, "save_steps": 0.5, "reward_type": "ranking"}
+    return {**flags, "tasks": "sid_history_to_sid", "beam_search": True, **more}
+
+
+def run_rl(files, start, output, **more):
+    result = run_command("rl.py", **rl_flags(files, start, output, **more))
+    assert result.returncode == 0, result.stderr[-3000:]
+    return json.loads((output / "metrics.json").read_text()), result
+
+
+def first_logged(metrics, key):
+    return next(entry[key] for entry in metrics["history"] if key in entry)
+
+
+def test_a_lora_run_continues_its_own_adapter(files, sft, base, tmp_path):
+    metrics, result = run_rl(files, sft["lora"], tmp_path / "run", use_lora=True, tasks="all")
+    assert "continuing the adapter" in result.stdout and "warning" not in result.stdout
+    assert "eprecat" not in result.stderr
+    checkpoints = [name for name in os.listdir(tmp_path / "run") if name.startswith("checkpoint-")]
+    assert set(os.listdir(tmp_path / "run")) == {"curves.png", "final_checkpoint", "metrics.json", *checkpoints}
+    assert 1 <= len(checkpoints) <= 2
+    final = tmp_path / "run" / "final_checkpoint"
+    assert set(os.listdir(final)) == ADAPTER
+    for name in checkpoints:
+        assert set(os.listdir(tmp_path / "run" / name)) == ADAPTER | STATE
+    assert json.loads((final / "minionerec.json").read_text())["command"] == "rl"
+    assert first_logged(metrics, "kl") == 0.0
+    assert {"reward", "eval_HR@10", "eval_NDCG@10"} <= {key for entry in metrics["history"] for key in entry}
+    # 40 rows in two tasks, 40 items with a title and a description in two more; 4 prompts a step.
+    assert (metrics["train_prompts"], metrics["steps"]) == (160, 40)
+    # The adapter needs nothing of the SFT folder, and it has moved.
+    moved = tmp_path / "moved"
+    shutil.copytree(final, moved)
+    assert json.loads((moved / "adapter_config.json").read_text())["base_model_name_or_path"] == base
+    AutoPeftModelForCausalLM.from_pretrained(moved)
+    before = load_file(os.path.join(sft["lora"], "adapter_model.safetensors"))
+    after = load_file(moved / "adapter_model.safetensors")
+    assert before.keys() == after.keys() and not any(torch.equal(after[name], before[name]) for name in before)
+
+
+@pytest.mark.parametrize(
+    ("start", "flags", "written", "said"),
+    [
+        ("full", {}, WHOLE, None),
+        ("full", {"use_lora": True}, ADAPTER, None),
+        ("qlora", {"use_qlora": True}, ADAPTER, "continuing the adapter"),
+        ("lora", {"use_qlora": True}, ADAPTER, "warning: it was trained with lora"),
+        ("qlora", {"use_lora": True}, ADAPTER, "warning: it was trained with qlora"),
+        ("lora", {}, WHOLE, "merging the adapter"),
+    ],
+)
+def test_starts(files, sft, tmp_path, start, flags, written, said):
+    metrics, result = run_rl(files, sft[start], tmp_path / "run", **flags, test_during_training=False)
+    final = tmp_path / "run" / "final_checkpoint"
+    assert set(os.listdir(final)) == written
+    assert said is None or said in result.stdout
+    assert first_logged(metrics, "kl") == 0.0
+    assert [entry["kl"] for entry in metrics["history"] if "kl" in entry][-1] > 0
+    if written == WHOLE:
+        AutoModelForCausalLM.from_pretrained(final)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {"reward_type": "rule", "beam_search": False, "dynamic_sampling": True, "gradient_accumulation_steps": 2},
+        {"reward_type": "ranking_only", "add_gt": True, "mask_all_zero": True, "dapo": True, "sample_train": True},
+        {"reward_type": "semantic", "gspo": True, "sync_ref_model": True, "gradient_checkpointing": True},
+        {"reward_type": "sasrec", "beta": 0.0, "temperature": 1.5, "tasks": "all"},
+    ],
+)
+def test_switches_run(files, sft, tmp_path, flags):
+    if flags["reward_type"] == "semantic":
+        np.save(tmp_path / "e.npy", np.random.default_rng(0).normal(size=(40, 8)))
+        flags = {**flags, "ada_path": tmp_path / "e.npy"}
+    if flags["reward_type"] == "sasrec":
+        sasrec.save(sasrec.SASRec(read_info(files["info"]), hidden_size=8), str(tmp_path / "cf"))
+        flags = {**flags, "cf_path": tmp_path / "cf"}
+    metrics, _ = run_rl(files, sft["lora"], tmp_path / "run", use_lora=True, **flags)
+    assert metrics["train_prompts"] == {"sample_train": 8, "temperature": 160}.get(
+        "sample_train" if "sample_train" in flags else "temperature" if "temperature" in flags else "", 40
+    )
+    assert all(np.isfinite(entry["loss"]) for entry in metrics["history"] if "loss" in entry)
+
+
+def what_happened(metrics: dict) -> list[tuple]:
+    keys = ("loss", "kl", "reward", "grad_norm", "learning_rate", "eval_NDCG@10")
+    return [(entry["step"], *(entry.get(key) for key in keys)) for entry in metrics["history"]][:-1]
+
+
+def test_a_killed_run_continues_exactly(files, sft, tmp_path):
+    """Over an epoch's end, with sampling and a reference that moves."""
+    flags = {"use_lora": True, "beam_search": False, "num_train_epochs": 2, "eval_step": 0.1, "save_steps": 0.1}
+    flags |= {"sync_ref_model": True, "reward_type": "rule"}
+    whole, _ = run_rl(files, sft["lora"], tmp_path / "whole", **flags)
+    output = tmp_path / "killed"
+    argv = [f"--{name}={value}" for name, value in rl_flags(files, sft["lora"], output, **flags).items()]
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "rl.py"), *argv], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    deadline = time.time() + 200
+    while time.time() < deadline and not list(output.glob("checkpoint-*/trainer_state.json")):
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (output / "final_checkpoint").exists()
+    resumed, result = run_rl(files, sft["lora"], output, **flags, resume_from_checkpoint=True)
+    assert "resuming from" in result.stdout
+    assert what_happened(resumed) == what_happened(whole)
+    runs = [load_file(run / "final_checkpoint" / "adapter_model.safetensors") for run in (tmp_path / "whole", output)]
+    assert all(torch.equal(tensor, runs[1][name]) for name, tensor in runs[0].items())
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"num_generations": 5}, "--num_generations 5 does not divide --train_batch_size 16"),
+        ({"num_generations": 1}, "a group needs 2 completions"),
+        ({"reward_type": "nice"}, "--reward_type 'nice': must be one of rule, ranking"),
+        ({"reward_type": "semantic"}, "needs a file of item embeddings"),
+        ({"reward_type": "sasrec", "cf_path": "nowhere"}, "needs a model of scripts/train_sasrec.py"),
+        ({"dapo": True, "gspo": True}, "--dapo and --gspo exclude each other"),
+        ({"beta": 0.0, "sync_ref_model": True}, "--sync_ref_model needs a reference"),
+        ({"eval_step": 0.2, "save_steps": 0.3}, "must be a multiple of --eval_step"),
+        ({"use_lora": True, "use_qlora": True}, "exclude each other"),
+        ({"model_path": "./nowhere"}, "--model_path ./nowhere: no such folder"),
+        ({"tasks": "sid_to_dream"}, "unknown sid_to_dream"),
+        ({"num_generations": 48, "train_batch_size": 48}, "has only 39 different SIDs"),
+        ({"lora_rr": 8}, "did you mean --lora_r?"),
+    ],
+)
+def test_bad_input_is_refused_at_once(files, base, tmp_path, flags, message):
+    output = tmp_path / "run"
+    started = time.time()
+    result = run_command("rl.py", **rl_flags(files, base, output, **flags))
+    assert result.returncode == 2, result.stderr
+    assert message in result.stderr and "Traceback" not in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
+    assert time.time() - started < 10 and not output.exists()
+
+
+def test_an_info_file_without_the_targets_is_refused(files, base, tmp_path):
+    info = tmp_path / "info.json"
+    lines = Path(files["info"]).read_text(encoding="utf-8").splitlines()
+    info.write_text("\n".join(lines[:20]), encoding="utf-8")
+    result = run_command("rl.py", **rl_flags(files, base, tmp_path / "run", info_file=info))
+    assert result.returncode == 2
+    assert "is not in the index or info file" in result.stderr and "train.csv, line" in result.stderr
+
+
+def test_a_checkpoint_without_sid_tokens_is_refused(files, base, tmp_path):
+    result = run_command("rl.py", **rl_flags(files, base, tmp_path / "run"))
+    assert result.returncode == 2
+    assert "its tokenizer lacks" in result.stderr and not (tmp_path / "run").exists()

@@ -1,0 +1,347 @@
+import copy
+
+import pytest
+import torch
+from datasets import Dataset
+from trl import GRPOConfig
+
+import lora_utils
+from minionerec import modeling, rewards, sid
+from minionerec.data import read_catalogue, read_info
+from minionerec.logprobs import completion_logps
+from minionerec.rl_trainer import ReReTrainer, choose
+
+STARTS = ("full", "new LoRA", "own LoRA", "new QLoRA", "own QLoRA", "own DoRA")
+
+
+@pytest.fixture(scope="module")
+def sft(files, base, tmp_path_factory):
+    """A whole checkpoint that knows the catalogue: (folder, tokenizer, SIDs, ids of the SID tokens)."""
+    folder = str(tmp_path_factory.mktemp("sft"))
+    torch.manual_seed(0)
+    tokenizer, model = modeling.load_tokenizer(base), modeling.load_base(base)
+    ids = modeling.add_sid_tokens(model, tokenizer, read_catalogue(files["index"]).sid_tokens)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                parameter.mul_(3)  # predictions that differ between items
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder, tokenizer, read_info(files["info"]), ids
+
+
+def start_from(sft, start: str):
+    """The model and, for a new adapter, its configuration."""
+    folder, _, _, ids = sft
+    kind = start.split()[-1]
+    torch.manual_seed(1)
+    model = modeling.load_base(folder, lora_utils.quantization_config(use_qlora=kind == "QLoRA"))
+    if kind == "full":
+        return model, None
+    config = lora_utils.lora_config(model, ids, lora_r=4, lora_dropout=0.5, use_dora=kind == "DoRA")
+    if start.startswith("new"):
+        return model, config
+    model = lora_utils.add_lora(model, config)
+    with torch.no_grad():  # an adapter that has learnt something
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.02 * torch.randn_like(parameter))
+    return model, None
+
+
+def make_trainer(sft, start: str, output_dir, rows=8, switches=None, reward=None, **settings):
+    _, tokenizer, sids, _ = sft
+    model, peft_config = start_from(sft, start)
+    sequences = sid.sid_sequences(tokenizer, sids)
+    prompts = [tokenizer(f"Purchases: {sids[i]}, {sids[(i * 3) % len(sids)]}").input_ids for i in range(rows)]
+    targets = [sids[(i * 5) % len(sids)] for i in range(rows)]
+    values = {"output_dir": str(output_dir), "per_device_train_batch_size": 8, "num_generations": 4, "beta": 0.04}
+    values |= {"learning_rate": 1e-2, "max_steps": 2, "logging_steps": 1, "save_strategy": "no", "report_to": "none"}
+    values |= {"bf16": modeling.computes_in_bf16(model), "use_cpu": True, "loss_type": "grpo", "seed": 3}
+    values |= {"activation_checkpointing": False, "remove_unused_columns": False, "use_bias_correction_kl": False}
+    values |= settings
+
+    def varied(completion_ids, **_):
+        return [float(ids[0] % 2 + ids[1] % 3) for ids in completion_ids]
+
+    return ReReTrainer(
+        model,
+        [reward or varied],
+        GRPOConfig(**values),
+        Dataset.from_dict({"prompt": prompts, "target": targets}),
+        processing_class=tokenizer,
+        eval_dataset=Dataset.from_dict({"prompt": prompts, "target": targets}),
+        peft_config=peft_config,
+        trie=sid.Trie(sequences, tokenizer.eos_token_id),
+        sids=sids,
+        **{"test_beam": 10, **(switches or {})},
+    )
+
+
+def generated(trainer):
+    """The scored completions of one generation batch."""
+    trainer.model.train()
+    batch = next(iter(trainer.get_train_dataloader()))
+    return batch, trainer._generate_and_score_completions(batch)
+
+
+def sids_of(trainer, outputs) -> list[str]:
+    pairs = zip(outputs["completion_ids"].tolist(), outputs["completion_mask"].tolist(), strict=True)
+    return [trainer.sid_of[tuple(t for t, m in zip(ids, mask, strict=True) if m)] for ids, mask in pairs]
+
+
+# --- The reference ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("start", STARTS)
+def test_kl_starts_at_zero_and_the_reference_stays(sft, tmp_path, start):
+    trainer = make_trainer(sft, start, tmp_path, max_steps=3)
+    inner = trainer.accelerator.unwrap_model(trainer.model)
+    if trainer.reference_adapter:
+        frozen = lora_utils.adapter_parameters(inner, "ref")
+        assert any("trainable_tokens_delta" in name for name in frozen)
+    elif trainer.ref_model is not None:
+        frozen = dict(trainer.ref_model.named_parameters())
+    else:
+        frozen = {name: p for name, p in inner.named_parameters() if not p.requires_grad}
+    before = {name: parameter.detach().clone() for name, parameter in frozen.items()}
+    moving = {name: p for name, p in inner.named_parameters() if p.requires_grad}
+    assert not set(map(id, moving.values())) & set(map(id, frozen.values()))
+    at_start = {name: parameter.detach().clone() for name, parameter in moving.items()}
+    trainer.train()
+    kl = [entry["kl"] for entry in trainer.state.log_history if "kl" in entry]
+    assert kl[0] == 0.0 and all(value > 1e-6 for value in kl[1:])
+    assert all(torch.equal(parameter, before[name]) for name, parameter in frozen.items())
+    unmoved = [name for name, parameter in moving.items() if torch.equal(parameter, at_start[name])]
+    assert unmoved == []
+    assert all(p.dtype == torch.float32 for p in moving.values())
+    assert {name for name, p in inner.named_parameters() if p.requires_grad} == set(moving)
+
+
+def test_where_the_reference_is(sft, tmp_path):
+    new, own = (make_trainer(sft, start, tmp_path) for start in ("new LoRA", "own LoRA"))
+    assert new.reference_adapter is None and new.ref_model is None and list(new.model.peft_config) == ["default"]
+    assert own.reference_adapter == "ref" and own.ref_model is None
+    without = make_trainer(sft, "own LoRA", tmp_path, beta=0.0)
+    assert without.reference_adapter is None and without.ref_model is None
+    without.train()
+    assert all("kl" not in entry for entry in without.state.log_history)
+
+
+@pytest.mark.parametrize("start", ["full", "new LoRA", "own LoRA"])
+def test_the_reference_follows_when_it_should(sft, tmp_path, start):
+    settings = {"sync_ref_model": True, "ref_model_sync_steps": 2, "ref_model_mixup_alpha": 0.25}
+    trainer = make_trainer(sft, start, tmp_path, max_steps=2, **settings)
+    inner = trainer.model
+
+    def both():
+        if start == "full":
+            return dict(trainer.ref_model.named_parameters()), dict(inner.named_parameters())
+        return lora_utils.adapter_parameters(inner, "ref"), lora_utils.adapter_parameters(inner, "default")
+
+    old = {name: parameter.detach().clone() for name, parameter in both()[0].items()}
+    trainer.train()
+    reference, policy = both()
+    assert reference.keys() == policy.keys()
+    for name, parameter in reference.items():
+        torch.testing.assert_close(parameter, 0.75 * old[name] + 0.25 * policy[name])
+    assert any(not torch.equal(parameter, old[name]) for name, parameter in reference.items())
+
+
+def test_a_saved_adapter_is_the_policy_alone(sft, tmp_path):
+    trainer = make_trainer(sft, "own LoRA", tmp_path / "run")
+    trainer.train()
+    trainer.save_model(str(tmp_path / "saved"))
+    assert not (tmp_path / "saved" / "ref").exists()
+    folder, _, _, _ = sft
+    again = lora_utils.load_adapter(modeling.load_base(folder), str(tmp_path / "saved"))
+    policy = lora_utils.adapter_parameters(trainer.model, "default")
+    saved = lora_utils.adapter_parameters(again, "default")
+    assert saved.keys() == policy.keys()
+    assert all(torch.equal(saved[name], parameter) for name, parameter in policy.items())
+
+
+# --- The loss ---------------------------------------------------------------------------------------------------------
+
+
+def plain_loss(mode, logps, old, ref, mask, advantages, beta, epsilon=0.2):
+    """The loss of a batch, written down term by term."""
+    rows = []
+    for row in range(len(logps)):
+        length = int(mask[row].sum())
+        new, before, start = logps[row, :length], old[row, :length], ref[row, :length]
+        ratio = (new - before).exp()
+        if mode == "gspo":
+            ratio = (new - before).mean().exp().expand(length)
+        gain = torch.minimum(ratio * advantages[row], ratio.clamp(1 - epsilon, 1 + epsilon) * advantages[row])
+        kl = (start - new).exp() - (start - new) - 1
+        rows.append(-gain + beta * kl)
+    if mode == "dapo":
+        return torch.cat(rows).mean()
+    return torch.stack([row.mean() for row in rows]).mean()
+
+
+@pytest.mark.parametrize("mode", ["grpo", "dapo", "gspo"])
+def test_the_loss_is_the_formula(sft, tmp_path, mode):
+    settings = {"loss_type": "dapo" if mode == "dapo" else "grpo"}
+    settings["importance_sampling_level"] = "sequence" if mode == "gspo" else "token"
+    trainer = make_trainer(sft, "own LoRA", tmp_path, **settings)
+    trainer.train()  # so that policy and reference differ
+    _, inputs = generated(trainer)
+    inputs["completion_mask"][::3, 2:] = 0  # sequences of different lengths
+    inputs["num_items_in_batch"] = inputs["completion_mask"].sum()
+    torch.manual_seed(0)
+    inputs["advantages"] = torch.randn(len(inputs["advantages"]))
+    names = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")
+    parts = [inputs[name] for name in names]
+    logps, _ = completion_logps(trainer.model, *parts, shared=False)
+    inputs["old_per_token_logps"] = logps.detach() + 0.3 * torch.randn_like(logps)
+    with torch.no_grad(), trainer._reference() as reference:
+        ref, _ = completion_logps(reference, *parts, shared=False)
+    mask = inputs["completion_mask"]
+    expected = plain_loss(mode, logps, inputs["old_per_token_logps"], ref, mask, inputs["advantages"], 0.04)
+    expected.backward()
+    moving = {name: p for name, p in trainer.model.named_parameters() if p.requires_grad}
+    grads = {name: p.grad.clone() for name, p in moving.items()}
+    trainer.model.zero_grad()
+    trainer.current_gradient_accumulation_steps = 1
+    loss = trainer._compute_loss(trainer.model, inputs)
+    torch.testing.assert_close(loss, expected, atol=1e-5, rtol=1e-4)
+    loss.backward()
+    for name, parameter in moving.items():
+        torch.testing.assert_close(parameter.grad, grads[name], atol=1e-5, rtol=1e-3)
+
+
+def test_accumulation_splits_groups_without_changing_the_step(sft, tmp_path):
+    adapters = []
+    for size, steps in ((16, 1), (8, 2), (2, 8)):
+        trainer = make_trainer(
+            sft, "own LoRA", tmp_path, max_steps=2, per_device_train_batch_size=size,
+            gradient_accumulation_steps=steps, switches={"beam_search": True},
+        )  # fmt: skip
+        trainer.train()
+        adapters.append(lora_utils.adapter_parameters(trainer.model, "default"))
+    for other in adapters[1:]:
+        for name, parameter in adapters[0].items():
+            torch.testing.assert_close(other[name], parameter, atol=2e-4, rtol=1e-3)
+
+
+# --- The switches -----------------------------------------------------------------------------------------------------
+
+
+def test_beams_are_the_best_items_in_order(sft, tmp_path):
+    trainer = make_trainer(sft, "new LoRA", tmp_path)
+    batch, outputs = generated(trainer)
+    assert [example["prompt"] for example in batch[:4]] == [batch[0]["prompt"]] * 4
+    names = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")
+    logps, _ = completion_logps(trainer.model, *(outputs[name] for name in names), shared=False)
+    scores = logps.sum(dim=1).view(-1, 4)
+    assert (scores[:, :-1] >= scores[:, 1:]).all()
+    groups = [sids_of(trainer, outputs)[start : start + 4] for start in (0, 4)]
+    assert all(len(set(group)) == 4 for group in groups)
+
+
+def test_sampling_follows_the_temperature(sft, tmp_path):
+    switches = {"beam_search": False}
+    counts = []
+    for temperature in (1e-3, 100.0):
+        trainer = make_trainer(
+            sft, "new LoRA", tmp_path, switches=switches, num_generations=32, per_device_train_batch_size=32,
+            temperature=temperature,
+        )  # fmt: skip
+        counts.append(len(set(sids_of(trainer, generated(trainer)[1]))))
+    assert counts[0] == 1 and counts[1] > 8
+
+
+def test_add_gt_puts_the_target_last(sft, tmp_path):
+    trainer = make_trainer(sft, "new LoRA", tmp_path, switches={"add_gt": True})
+    batch, outputs = generated(trainer)
+    predicted = sids_of(trainer, outputs)
+    assert [predicted[3], predicted[7]] == [batch[3]["target"], batch[7]["target"]]
+
+
+def test_choose_keeps_the_target_and_the_most_frequent():
+    a, b, c, d = (1,), (2,), (3,), (4,)
+    assert choose([a, b, b, c, d, d], c, 3) == [b, c, d]
+    assert choose([a, b, b, c, d, d], (9,), 2) == [b, d]
+    assert choose([a, b, c], (9,), 2) == [a, b]
+    assert choose([a, a, b], a, 4) == [a, b, a, b]
+
+
+def test_dynamic_sampling_draws_more_and_keeps_the_hit(sft, tmp_path):
+    trainer = make_trainer(sft, "new LoRA", tmp_path, switches={"dynamic_sampling": True})
+    batch = next(iter(trainer.get_train_dataloader()))
+    ids = torch.tensor([batch[0]["prompt"]])
+    rows, _ = sid.constrained_beam_search(trainer.model.eval(), ids, torch.ones_like(ids), trainer.trie, 6)
+    six = [trainer.sids[i] for i in trainer.trie.source[rows[0]]]
+    trainer.model.train()
+    kept = trainer._generate_and_score_completions([{**example, "target": six[5]} for example in batch])
+    assert sids_of(trainer, kept)[:4] == [*six[:3], six[5]]
+
+
+def test_silent_groups_cost_nothing(sft, tmp_path):
+    def first_prompt_only(completion_ids, prompts, **_):
+        pairs = zip(completion_ids, prompts, strict=True)
+        return [float(ids[0] % 2 + ids[1] % 3) if prompt == prompts[0] else 1.0 for ids, prompt in pairs]
+
+    seen = []
+    losses, grads = {}, {}
+    for masked in (False, True):
+        trainer = make_trainer(
+            sft, "own LoRA", tmp_path, switches={"mask_all_zero": masked}, reward=first_prompt_only, beta=0.0
+        )
+        _, inputs = generated(trainer)
+        trainer.current_gradient_accumulation_steps = 1
+        trainer.model.get_base_model().model.register_forward_pre_hook(
+            lambda _m, _a, kw: seen.append(len(kw["input_ids"])), with_kwargs=True
+        )
+        losses[masked] = trainer._compute_loss(trainer.model, inputs)
+        losses[masked].backward()
+        grads[masked] = {n: p.grad.clone() for n, p in trainer.model.named_parameters() if p.requires_grad}
+    assert seen == [2, 1]
+    torch.testing.assert_close(losses[True], losses[False])
+    for name, grad in grads[False].items():
+        torch.testing.assert_close(grads[True][name], grad, atol=1e-6, rtol=1e-4)
+
+
+def test_a_batch_of_silent_groups_runs_no_model(sft, tmp_path):
+    trainer = make_trainer(
+        sft, "own LoRA", tmp_path, switches={"mask_all_zero": True}, reward=lambda prompts, **_: [1.0] * len(prompts)
+    )
+    _, inputs = generated(trainer)
+    trainer.current_gradient_accumulation_steps = 1
+    trainer.model.get_base_model().model.register_forward_pre_hook(lambda *_: pytest.fail("the model ran"))
+    loss = trainer._compute_loss(trainer.model, inputs)
+    loss.backward()
+    assert loss.item() == 0.0
+    assert all(p.grad is None for p in trainer.model.parameters())
+
+
+def test_evaluation_ranks_the_validation_prompts(sft, tmp_path):
+    trainer = make_trainer(sft, "new LoRA", tmp_path, rows=5)
+    metrics = trainer.evaluate()
+    names = {f"eval_{metric}@{k}" for metric in ("HR", "NDCG") for k in (1, 3, 5, 10)} | {"eval_MRR"}
+    assert set(metrics) == names
+    # Against targets that are each prompt's own best item.
+    best = []
+    for prompt in trainer.eval_dataset["prompt"]:
+        ids = torch.tensor([prompt])
+        rows, _ = sid.constrained_beam_search(trainer.model, ids, torch.ones_like(ids), trainer.trie, 10)
+        best.append(trainer.sids[trainer.trie.source[rows[0, 0]]])
+    dataset = Dataset.from_dict({"prompt": list(trainer.eval_dataset["prompt"]), "target": best})
+    assert set(trainer.evaluate(dataset).values()) == {1.0}
+
+
+def test_rewards_see_each_row_its_own_target(sft, tmp_path):
+    """Two rows with the same prompt and different targets."""
+    trainer = make_trainer(sft, "new LoRA", tmp_path)
+    batch, outputs = generated(trainer)
+    first = sids_of(trainer, outputs)[:4]
+    rows = [{**copy.deepcopy(batch[0]), "target": first[0]}] * 4 + [{**copy.deepcopy(batch[0]), "target": first[2]}] * 4
+
+    def rule(completion_ids, target, **_):
+        return rewards.rule([trainer.sid_of[tuple(ids)] for ids in completion_ids], target)
+
+    trainer.reward_funcs = [rule]
+    advantages = trainer._generate_and_score_completions(rows)["advantages"].view(2, 4)
+    assert advantages.argmax(dim=1).tolist() == [0, 2]

@@ -1,0 +1,57 @@
+import json
+
+import pytest
+import torch
+from conftest import run_command
+
+from minionerec import sasrec
+from minionerec.cli import InputError
+
+SIDS = [f"<a_{i}>" for i in range(12)]
+
+
+def cycle(length: int, start: int) -> list[str]:
+    return [SIDS[(start + i) % len(SIDS)] for i in range(length)]
+
+
+def test_it_learns_what_follows_and_loads_what_it_saved(tmp_path):
+    torch.manual_seed(0)
+    model = sasrec.SASRec(SIDS, hidden_size=16, dropout=0.0, length=8)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    histories = [cycle(length, start) for start in range(12) for length in (3, 5, 10)]
+    for _ in range(60):
+        optimizer.zero_grad()
+        sasrec.loss_of(model, histories).backward()
+        optimizer.step()
+    asked = [cycle(4, 2), cycle(11, 7)]  # the second is longer than the model looks back
+    assert [ranking[0] for ranking in model.rankings(asked, 3)] == [SIDS[6], SIDS[6]]
+    sasrec.save(model, str(tmp_path / "m"))
+    again = sasrec.load(str(tmp_path / "m"))
+    assert again.rankings(asked, 12) == model.rankings(asked, 12)
+    assert again.scores(asked * 2, [SIDS[6], SIDS[0]] * 2) == pytest.approx(model.scores(asked, [SIDS[6], SIDS[0]]) * 2)
+
+
+def test_padding_and_unknown_items_change_nothing():
+    torch.manual_seed(0)
+    model = sasrec.SASRec(SIDS, hidden_size=16, length=8).eval()
+    alone = model(model.encode([cycle(2, 0)]))
+    together = model(model.encode([["<unknown>", *cycle(2, 0)], cycle(7, 3)]))
+    torch.testing.assert_close(together[:1], alone)
+
+
+def test_a_folder_without_a_model_is_refused(tmp_path):
+    with pytest.raises(InputError, match="no SASRec model"):
+        sasrec.load(str(tmp_path))
+
+
+def test_the_command_trains_saves_and_evaluates(files, tmp_path):
+    flags = {"train_file": files["train"], "eval_file": files["valid"], "info_file": files["info"]}
+    result = run_command(
+        "scripts/train_sasrec.py", **flags, test_data_path=files["test"], output_dir=tmp_path / "m", num_epochs=2
+    )
+    assert result.returncode == 0, result.stderr
+    assert sasrec.load(str(tmp_path / "m")).scores([["<a_0><b_0><c_0>"]], ["<a_2><b_0><c_2>"])
+    metrics = json.loads((tmp_path / "m" / "result.metrics.json").read_text())
+    assert 0 <= metrics["NDCG@10"] <= metrics["HR@10"] <= 1
+    again = run_command("scripts/train_sasrec.py", **flags, output_dir=tmp_path / "m")
+    assert again.returncode == 2 and "does not exist yet" in again.stderr

@@ -1,0 +1,80 @@
+"""The shell scripts, over a folder laid out like the public MiniOneRec release."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+
+@pytest.fixture(scope="module")
+def checkout(files, tmp_path_factory):
+    """The project's files in a folder with data/Amazon/{train,valid,test,info,index}."""
+    folder = tmp_path_factory.mktemp("checkout")
+    for name in ("minionerec", "scripts"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("sft.py", "rl.py", "evaluate.py", "lora_utils.py", "requirements.txt"):
+        shutil.copy(ROOT / name, folder)
+    for kind, name in (("train", "train"), ("valid", "valid"), ("test", "test"), ("info", "info")):
+        suffix = os.path.splitext(files[name])[1]
+        target = folder / "data" / "Amazon" / kind / f"Bolts_5_2016-10-2018-11{suffix}"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(files[name], target)
+    (folder / "data" / "Amazon" / "index").mkdir()
+    for name in ("index", "item"):
+        shutil.copy(files[name], folder / "data" / "Amazon" / "index" / f"Bolts.{name}.json")
+    return folder
+
+
+def bash(checkout, script: str, *flags: str, **settings: str) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "PYTHON": sys.executable, "CATEGORY": "Bolts", **settings}
+    return subprocess.run(
+        ["bash", f"scripts/{script}", *flags],
+        cwd=checkout,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+
+
+def test_the_pipeline_runs_from_the_default_paths(checkout, base):
+    result = bash(
+        checkout, "pipeline.sh", "--seed", "7",
+        METHOD="lora", PRESET="quick", BASE_MODEL=base,
+        SFT_FLAGS="--num_epochs 1 --batch_size 32 --eval_step 0.5 --learning_rate 0.01",
+        RL_FLAGS="--train_batch_size 16 --num_generations 8 --gradient_accumulation_steps 1 --tasks sid_history_to_sid "
+        "--test_beam 10 --eval_step 0.5 --save_steps 0.5",
+        EVAL_FLAGS="--num_beams 10",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert "| lora SFT + RL |" in result.stdout
+    out = checkout / "output" / "Bolts_lora"
+    flags = json.loads((out / "rl" / "final_checkpoint" / "minionerec.json").read_text())["flags"]
+    assert flags["seed"] == 7 and flags["beam_search"] and flags["num_generations"] == 8
+    adapter = json.loads((out / "rl" / "final_checkpoint" / "adapter_config.json").read_text())
+    assert adapter["r"] == 8 and len(adapter["target_modules"]) == 4
+    again = bash(checkout, "evaluate.sh", "rl", "--num_beams", "5", METHOD="lora")
+    assert again.returncode == 0, again.stderr
+    metrics = json.loads((out / "rl" / "result.metrics.json").read_text())
+    assert "HR@5" in metrics and "HR@10" not in metrics
+
+
+@pytest.mark.parametrize("script", ["sft_lora.sh", "sft_qlora.sh", "rl_lora.sh", "rl_qlora.sh"])
+def test_the_stage_scripts_pass_flags_on(checkout, base, script):
+    """Each fails on the flag given last, and on nothing before it: what they pass is what the commands take."""
+    settings = {"BASE_MODEL": base, "MODEL_PATH": base, "OUT": "output/other", "PRESET": "best"}
+    result = bash(checkout, script, "--lora_dropout", "7", **settings)
+    assert result.returncode == 2
+    (line,) = result.stderr.strip().splitlines()
+    assert "--lora_dropout 7.0: must be at least 0 and below 1" in line
+    assert line.startswith(f"{script.split('_')[0]}.py: error:")
+
+
+@pytest.mark.parametrize("setting", [{"METHOD": "lori"}, {"PRESET": "fast"}])
+def test_unknown_settings_are_refused(checkout, setting):
+    result = bash(checkout, "pipeline.sh", **setting)
+    assert result.returncode == 2 and "must be" in result.stderr
