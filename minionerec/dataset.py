@@ -4,13 +4,15 @@ memory-mapped, so memory does not grow with the number of rows."""
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
-from itertools import chain, islice
+from itertools import chain, islice, product
 
 import datasets
 import numpy as np
 import pyarrow as pa
+import tokenizers
 import torch
 
 from minionerec.data import Catalogue, Interaction, Item
@@ -34,6 +36,50 @@ def _fields(row: Interaction | Item) -> dict[str, str]:
     }
 
 
+class Pieces:
+    """Tokenizes texts piece by piece and remembers the pieces: histories are made of the same titles and SIDs again
+    and again. A text is cut before the space behind a comma or colon, and behind the end of a line. Where a tokenizer's
+    words may reach across such places, texts are tokenized whole. The ids are the same either way.
+    """
+
+    MOST = 200_000  # pieces to remember
+    cut = staticmethod(re.compile(r"(?<=[,:])(?= \S)|(?<=\n)(?=\w)").split)
+
+    def __init__(self, tokenizer: tokenizers.Tokenizer):
+        self.tokenizer = tokenizer
+        self.cuts = self._are_words()
+        self.known: dict[str, list[int]] = {}
+
+    def encode(self, texts: list[str]) -> list[list[int]]:
+        """Token ids of every text, special tokens left out."""
+        if not self.cuts:
+            return self._whole(texts)
+        if len(self.known) > self.MOST:
+            self.known.clear()
+        cut = [self.cut(text) for text in texts]
+        new = list({piece for pieces in cut for piece in pieces if piece not in self.known})
+        self.known.update(zip(new, self._whole(new), strict=True))
+        return [list(chain.from_iterable(map(self.known.__getitem__, pieces))) for pieces in cut]
+
+    def _whole(self, texts: list[str]) -> list[list[int]]:
+        return [encoding.ids for encoding in self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def _are_words(self) -> bool:
+        """Whether pieces begin and end with a word of the tokenizer, whatever stands around the cut."""
+        if self.tokenizer.pre_tokenizer is None:
+            return False
+        around = ["word", "7", "3/4", "(x)", "'s", '"', ",", "é", "漢字", "®", "<", "-", "A1", "..", "\u0301", "_"]
+        texts = [f"{before}{mark}{after}" for before, mark, after in product(around, (", ", ": ", "\n"), around)]
+        cut = [self.cut(text) for text in texts]
+        apart = iter(self._whole([piece for pieces in cut for piece in pieces]))
+        for text, pieces, whole in zip(texts, cut, self._whole(texts), strict=True):
+            ends = {end for _, (_, end) in self.tokenizer.pre_tokenizer.pre_tokenize_str(text)}
+            together = list(chain.from_iterable(islice(apart, len(pieces))))
+            if len(pieces[0]) not in ends or together != whole:
+                return False
+        return True
+
+
 class Encoder:
     """Turns rows into token ids: a prompt, and the response with its end-of-sequence token.
 
@@ -46,9 +92,10 @@ class Encoder:
         # Llama and Gemma begin every text with a token, Qwen and GPT-2 do not.
         self.start = [tokenizer.bos_token_id] if tokenizer("").input_ids[:1] == [tokenizer.bos_token_id] else []
 
+        self.pieces = Pieces(tokenizer.backend_tokenizer)
+
     def _ids(self, texts: list[str]) -> list[list[int]]:
-        encodings = self.tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-        return [encoding.ids for encoding in encodings]
+        return self.pieces.encode(texts)
 
     def responses(self, task: Task, rows: list[Interaction | Item]) -> list[list[int]]:
         """Token ids of the responses, at most half of `cutoff_len` each; equal texts are tokenized once."""

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The whole job on the bundled demo: install, make a small base, pre-train it on text, fine-tune it with LoRA, evaluate.
+# The whole job on the bundled demo: install, make a small base, pre-train it on text, LoRA SFT, RL, evaluation.
 # OUT names the folder of the results (default out/quickstart); it must not hold an earlier run.
 source "$(dirname "$0")/setup.sh"
 started=$SECONDS
@@ -23,8 +23,12 @@ test_on() {
     --tasks title_history_to_title --batch_size 32 --micro_batch_size 32 --num_epochs 2 --learning_rate 3e-3 --eval_step 0.25
 "$PYTHON" sft.py --base_model "$OUT/base/final_checkpoint" --output_dir "$OUT/lora" "${FILES[@]}" --use_lora True \
     --batch_size 16 --micro_batch_size 16 --num_epochs 2 --learning_rate 1e-2 --eval_step 0.1
+"$PYTHON" rl.py --model_path "$OUT/lora/final_checkpoint" --output_dir "$OUT/rl" "${FILES[@]}" --use_lora True \
+    --info_file $DATA/info.txt --tasks sid_history_to_sid --beam_search True --reward_type ranking --beta 0.01 \
+    --train_batch_size 512 --learning_rate 1e-3 --eval_batch_size 640 --eval_step 0.25 --save_steps 0.25
 test_on "$OUT/base/final_checkpoint" "$OUT/base/result.json"
 test_on "$OUT/lora/final_checkpoint" "$OUT/lora/result.json"
+test_on "$OUT/rl/final_checkpoint" "$OUT/rl/result.json"
 "$PYTHON" scripts/table.py --train_file $DATA/train.csv --test_data_path $DATA/test.csv \
-    --runs "base=$OUT/base,LoRA SFT=$OUT/lora"
+    --runs "base=$OUT/base,LoRA SFT=$OUT/lora,LoRA SFT + RL=$OUT/rl"
 echo "done in $((SECONDS - started)) s after installation; checkpoints and curves are in $OUT"

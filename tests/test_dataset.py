@@ -2,9 +2,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 
 from minionerec.data import Interaction, Item, read_catalogue, read_interactions
-from minionerec.dataset import IGNORE, Collator, Encoder, item_rows, left_padded, tokenized_dataset
+from minionerec.dataset import IGNORE, Collator, Encoder, Pieces, item_rows, left_padded, tokenized_dataset
 from minionerec.modeling import load_tokenizer
 from minionerec.prompts import RECOMMENDATION, load_prompts
 
@@ -102,3 +103,42 @@ def test_prompts_are_padded_on_the_left():
     ids, mask = left_padded([[1, 2], [3]], 9)
     assert torch.equal(ids, torch.tensor([[1, 2], [9, 3]]))
     assert torch.equal(mask, torch.tensor([[1, 1], [0, 1]]))
+
+
+TEXTS = [
+    "Purchases: <a_1><b_2><c_3>, <a_1><b_2><c_4>, <a_1><b_2><c_3>\nAnswer:\n",
+    'Purchases: Bolt 3/4", M8 (pack of 10), 1.75 mm, é漢字®, , ,x,  two spaces, \n, "quoted", it\'s, end,\nAnswer:\n',
+    "one:  two: three\n\nfour.\n five,\nsix",
+    "",
+    ", ",
+]
+
+
+@pytest.mark.parametrize("pre_tokenizer", ["bytes", "qwen", "none", "metaspace"])
+def test_pieces_give_the_tokens_of_the_whole_text(pre_tokenizer):
+    tokenizer = Tokenizer(models.BPE())
+    qwen = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+    qwen += r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    kinds = {
+        "bytes": pre_tokenizers.ByteLevel(add_prefix_space=False),
+        "qwen": pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Split(Regex(qwen), "isolated"),
+                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+            ]
+        ),
+        "metaspace": pre_tokenizers.Metaspace(),
+    }
+    if pre_tokenizer in kinds:
+        tokenizer.pre_tokenizer = kinds[pre_tokenizer]
+    trainer = trainers.BpeTrainer(
+        vocab_size=600, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    tokenizer.train_from_iterator([*TEXTS, "a, b, " * 50], trainer)
+    tokenizer.add_tokens(["<a_1>", "<b_2>", "<c_3>", "<c_4>"])
+    pieces = Pieces(tokenizer)
+    assert pieces.cuts == (pre_tokenizer in ("bytes", "qwen"))
+    assert not pieces.cuts or len(pieces.cut(TEXTS[0])) == 5
+    expected = [tokenizer.encode(text, add_special_tokens=False).ids for text in TEXTS]
+    assert pieces.encode(TEXTS) == expected
+    assert pieces.encode(TEXTS) == expected  # from memory
