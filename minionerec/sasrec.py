@@ -1,6 +1,6 @@
 """SASRec, the classical sequential recommender: a baseline for the tables and a source of rewards.
 
-A causal Transformer over item embeddings, trained to rank the next item of every prefix with a softmax over the whole
+A causal Transformer over item embeddings, trained to rank the item after each history with a softmax over the whole
 catalogue. Items are SIDs here, as in the metrics. Source: Kang and McAuley, Self-Attentive Sequential Recommendation
 (2018); the full softmax: Klenitskiy and Vasilev, Turning Dross Into Gold Loss (2023).
 
@@ -9,8 +9,7 @@ Dimensions: `B` rows, `L` items of a history, `S` items, `H` hidden.
 
 import json
 import os
-import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -55,23 +54,20 @@ class SASRec(nn.Module):
             nn.init.normal_(embedding.weight, std=hidden_size**-0.5)
 
     def encode(self, histories: Sequence[Sequence[str]]) -> torch.Tensor:
-        """[B, length], the latest items of histories, padded on the right; unknown SIDs are left out."""
-        ids = torch.zeros((len(histories), self.settings["length"]), dtype=torch.long)
-        for row, history in zip(ids, histories, strict=True):
-            known = [self.number[sid] for sid in history if sid in self.number][-len(row) :]
-            row[: len(known)] = torch.tensor(known, dtype=torch.long)
+        """[B, L], the latest items of histories, padded on the right to the longest; unknown SIDs are left out."""
+        most = self.settings["length"]
+        known = [[self.number[sid] for sid in history if sid in self.number][-most:] for history in histories]
+        ids = torch.zeros((len(known), max(map(len, known)) or 1), dtype=torch.long)
+        for row, numbers in zip(ids, known, strict=True):
+            row[: len(numbers)] = torch.tensor(numbers, dtype=torch.long)
         return ids.to(self.items.weight.device)
-
-    def states(self, ids: torch.Tensor) -> torch.Tensor:
-        """[B, L, H] of histories [B, L]: what the model knows after each item."""
-        hidden = self.items(ids) + self.positions.weight[: ids.shape[1]]
-        mask = nn.Transformer.generate_square_subsequent_mask(ids.shape[1], device=ids.device)
-        return self.blocks(self.dropout(hidden), mask=mask, is_causal=True)
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """Scores [B, S] of all items after histories [B, L]."""
+        hidden = self.dropout(self.items(ids) + self.positions.weight[: ids.shape[1]])
+        mask = nn.Transformer.generate_square_subsequent_mask(ids.shape[1], device=ids.device)
         last = (ids > 0).sum(dim=1).clamp(min=1) - 1
-        return self.states(ids)[torch.arange(len(ids)), last] @ self.items.weight[1:].T
+        return self.blocks(hidden, mask=mask, is_causal=True)[torch.arange(len(ids)), last] @ self.items.weight[1:].T
 
     @torch.inference_mode()
     def scores(self, histories: Sequence[Sequence[str]], items: Sequence[str]) -> list[float]:
@@ -94,19 +90,10 @@ class SASRec(nn.Module):
         return ranked
 
 
-def batches(histories: list[list[str]], batch_size: int, rng: random.Random) -> Iterator[list[list[str]]]:
-    """The histories in random order."""
-    order = rng.sample(range(len(histories)), len(histories))
-    for start in range(0, len(order), batch_size):
-        yield [histories[i] for i in order[start : start + batch_size]]
-
-
-def loss_of(model: SASRec, histories: list[list[str]]) -> torch.Tensor:
-    """Mean cross-entropy (nats) of every next item in the histories."""
-    ids = model.encode(histories)
-    inputs, targets = ids[:, :-1], ids[:, 1:]
-    wanted = targets > 0
-    return F.cross_entropy(model.states(inputs)[wanted] @ model.items.weight[1:].T, targets[wanted] - 1)
+def loss_of(model: SASRec, histories: Sequence[Sequence[str]], targets: Sequence[str]) -> torch.Tensor:
+    """Mean cross-entropy (nats) of the items that followed the histories."""
+    wanted = torch.tensor([model.number[target] - 1 for target in targets])
+    return F.cross_entropy(model(model.encode(histories)), wanted.to(model.items.weight.device))
 
 
 def save(model: SASRec, folder: str) -> None:

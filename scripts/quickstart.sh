@@ -22,7 +22,8 @@ test_on() {
 "$PYTHON" sft.py --base_model "$OUT/random" --output_dir "$OUT/base" "${FILES[@]}" --train_from_scratch True \
     --tasks title_history_to_title --batch_size 32 --micro_batch_size 32 --num_epochs 2 --learning_rate 3e-3 --eval_step 0.25
 "$PYTHON" sft.py --base_model "$OUT/base/final_checkpoint" --output_dir "$OUT/lora" "${FILES[@]}" --use_lora True \
-    --batch_size 16 --micro_batch_size 16 --num_epochs 2 --learning_rate 1e-2 --eval_step 0.1
+    --tasks sid_history_to_sid,title_history_to_sid,title_to_sid,sid_to_title \
+    --batch_size 16 --micro_batch_size 16 --num_epochs 3 --learning_rate 3e-3 --eval_step 0.1
 "$PYTHON" rl.py --model_path "$OUT/lora/final_checkpoint" --output_dir "$OUT/rl" "${FILES[@]}" --use_lora True \
     --info_file $DATA/info.txt --tasks sid_history_to_sid --beam_search True --reward_type ranking --beta 0.01 \
     --train_batch_size 512 --learning_rate 1e-3 --eval_batch_size 640 --eval_step 0.25 --save_steps 0.25

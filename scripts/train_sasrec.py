@@ -74,23 +74,25 @@ def train_sasrec(
         return [row.sid_history for row in rows], [row.sid for row in rows]
 
     def score(path: str, flag: str) -> dict[str, float]:
-        histories, targets = events(path, flag)
+        asked, wanted = events(path, flag)
         length = min(LENGTH, len(sids))
-        ranked = model.rankings(histories, length)
-        return ranking_metrics([rank_of(t, r) for t, r in zip(targets, ranked, strict=True)], length)
+        ranked = model.rankings(asked, length)
+        return ranking_metrics([rank_of(t, r) for t, r in zip(wanted, ranked, strict=True)], length)
 
     torch.manual_seed(seed)
     rng = random.Random(seed)
-    sequences = [[*history, target] for history, target in zip(*events(train_file, "train_file"), strict=True)]
+    histories, targets = events(train_file, "train_file")
     model = sasrec.SASRec(sids, hidden_size, dropout=dropout).to(modeling.local_device())
     optimizer = torch.optim.Adam(model.parameters(), lr=learning_rate)
     watched = f"NDCG@{max(k for k in (1, 3, 5, 10) if k <= len(sids))}"
     started, best, waited = time.perf_counter(), None, 0
     for epoch in range(num_epochs):
         model.train()
-        for histories in sasrec.batches(sequences, batch_size, rng):
+        order = rng.sample(range(len(targets)), len(targets))
+        for start in range(0, len(order), batch_size):
+            rows = order[start : start + batch_size]
             optimizer.zero_grad()
-            loss = sasrec.loss_of(model, histories)
+            loss = sasrec.loss_of(model, [histories[i] for i in rows], [targets[i] for i in rows])
             loss.backward()
             optimizer.step()
         value = score(eval_file, "eval_file")[watched]

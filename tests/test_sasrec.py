@@ -18,10 +18,11 @@ def test_it_learns_what_follows_and_loads_what_it_saved(tmp_path):
     torch.manual_seed(0)
     model = sasrec.SASRec(SIDS, hidden_size=16, dropout=0.0, length=8)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
-    histories = [cycle(length, start) for start in range(12) for length in (3, 5, 10)]
+    histories = [cycle(length, start) for start in range(12) for length in (2, 4, 9)]
+    targets = [cycle(length + 1, start)[-1] for start in range(12) for length in (2, 4, 9)]
     for _ in range(60):
         optimizer.zero_grad()
-        sasrec.loss_of(model, histories).backward()
+        sasrec.loss_of(model, histories, targets).backward()
         optimizer.step()
     asked = [cycle(4, 2), cycle(11, 7)]  # the second is longer than the model looks back
     assert [ranking[0] for ranking in model.rankings(asked, 3)] == [SIDS[6], SIDS[6]]
