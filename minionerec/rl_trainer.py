@@ -139,7 +139,8 @@ class ReReTrainer(RecordsRun, GRPOTrainer):
         self._targets = [self.tokens_of[example["target"]] for example in inputs]
         outputs = super()._generate_and_score_completions(inputs)
         if self.mask_all_zero:
-            silent = (outputs["advantages"].view(-1, self.num_generations) == 0).all(dim=1)
+            # Where any reward differs, some advantage is about 1 or more; where none does, rounding may leave a trace.
+            silent = (outputs["advantages"].view(-1, self.num_generations).abs() < 1e-3).all(dim=1)
             outputs["completion_mask"][silent.repeat_interleave(self.num_generations)] = 0
         return outputs
 

@@ -197,3 +197,21 @@ def test_a_checkpoint_without_sid_tokens_is_refused(files, base, tmp_path):
     result = run_command("rl.py", **rl_flags(files, base, tmp_path / "run"))
     assert result.returncode == 2
     assert "its tokenizer lacks" in result.stderr and not (tmp_path / "run").exists()
+
+
+def test_two_processes_do_what_one_does(files, sft, tmp_path):
+    histories = []
+    for processes in (1, 2):
+        output = tmp_path / str(processes)
+        flags = rl_flags(files, sft["lora"], output, use_lora=True, mask_all_zero=True)
+        flags["train_batch_size"] = 16 // processes
+        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+        argv = [*launch, str(ROOT / "rl.py"), *(f"--{name}={value}" for name, value in flags.items())]
+        result = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=300)
+        assert result.returncode == 0, result.stderr[-3000:]
+        histories.append(what_happened(json.loads((output / "metrics.json").read_text())))
+    assert len(histories[0]) == len(histories[1])
+    for one, two in zip(*histories, strict=True):
+        assert [value is None for value in one] == [value is None for value in two]
+        pairs = [(a, b) for a, b in zip(one, two, strict=True) if a is not None]
+        assert [a for a, _ in pairs] == pytest.approx([b for _, b in pairs], abs=1e-4, rel=1e-3)

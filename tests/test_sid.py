@@ -3,7 +3,7 @@ import pytest
 import torch
 from models import ARCHITECTURES, make_model
 
-from minionerec.sid import PAD, Trie, constrained_beam_search
+from minionerec.sid import PAD, Trie, constrained_beam_search, constrained_sample
 
 EOS = 0
 
@@ -139,3 +139,25 @@ def test_a_window_shorter_than_the_beams_falls_back_to_copies():
     trie = Trie(random_sids(20, (3,)), EOS)
     default, _ = constrained_beam_search(model, ids, mask, trie, 8)
     assert torch.equal(default, constrained_beam_search(model, ids, mask, trie, 8, tree=False)[0])
+
+
+@pytest.mark.parametrize("tree", [True, False])
+def test_samples_follow_the_model_within_the_trie(tree):
+    model = make_model(scale=3.0)
+    sids, temperature, count = random_sids(12, (1, 2, 3)), 0.7, 4000
+    trie = Trie(sids, EOS)
+    ids, mask = prompts(2)
+    torch.manual_seed(2)
+    drawn = sids_of(trie, constrained_sample(model, ids, mask, trie, count, temperature, tree=tree))
+    for row, samples in enumerate(drawn):
+        prompt = ids[row][mask[row].bool()]
+        for sid in sids:
+            path, probability = [*sid, EOS], 1.0
+            for depth, token in enumerate(path):
+                allowed = sorted({[*s, EOS][depth] for s in sids if list(s[:depth]) == path[:depth]})
+                with torch.no_grad():
+                    given = torch.cat([prompt, torch.tensor(path[:depth], dtype=torch.long)])
+                    logits = model(input_ids=given[None]).logits[0, -1, allowed] / temperature
+                probability *= logits.softmax(0)[allowed.index(token)].item()
+            error = 4 * (probability * (1 - probability) / count) ** 0.5 + 1e-3
+            assert abs(samples.count(sid) / count - probability) < error
