@@ -1,11 +1,13 @@
 """From rows to token ids: prompts and responses are tokenized in batches, written to an Arrow file once and read back
 memory-mapped, so memory does not grow with the number of rows."""
 
+import gc
 import hashlib
 import json
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from itertools import chain, islice, product
 
@@ -166,6 +168,19 @@ def _batches(rows: Iterable, size: int) -> Iterator[list]:
         yield batch
 
 
+@contextmanager
+def _without_collector() -> Iterator[None]:
+    """Holds the cycle collector off: tokenizing makes no cycles, only so many lists that it would walk again and again
+    through all that is imported."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
 def write_examples(
     path: str, encoder: Encoder, rows_of: Callable[[str], Iterable[Interaction | Item]], batch_rows: int = BATCH_ROWS
 ) -> int:
@@ -176,7 +191,7 @@ def write_examples(
     partial = f"{path}.{os.getpid()}.partial"
     count = 0
     try:
-        with pa.OSFile(partial, "wb") as sink, pa.ipc.new_stream(sink, SCHEMA) as writer:
+        with _without_collector(), pa.OSFile(partial, "wb") as sink, pa.ipc.new_stream(sink, SCHEMA) as writer:
             for kind in ("interaction", "item"):
                 tasks = [task for task in encoder.prompts.tasks.values() if task.rows == kind]
                 for rows in _batches(rows_of(kind) if tasks else [], batch_rows):

@@ -93,21 +93,18 @@ class ReReTrainer(RecordsRun, GRPOTrainer):
         fresh = peft_config is not None
         if fresh:
             model = lora_utils.add_lora(model, peft_config)
-        trained = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
         adapted = is_peft_model(model)
+        adapter = {name: p.detach().clone() for name, p in model.named_parameters() if adapted and p.requires_grad}
         beta, sync = args.beta, args.sync_ref_model
         # Copied before TRL replaces the forward of the model, which the copy would share.
-        reference = copy.deepcopy(model).requires_grad_(False) if beta and not adapted else None
+        reference = copy.deepcopy(model).eval().requires_grad_(False) if beta and not adapted else None
         args.disable_dropout = True  # it would make the policy differ from the reference, and from itself
         args.beta, args.sync_ref_model = 0.0, False  # TRL's references fit neither SID rows nor a merged start
         super().__init__(model=model, reward_funcs=reward_funcs, args=args, train_dataset=train_dataset, **kwargs)
         args.beta, args.sync_ref_model = beta, sync
-        if adapted:
-            # TRL rounds the adapter of a quantized base to bfloat16, where steps of 1e-6 would vanish.
-            for name, parameter in self.model.named_parameters():
-                if name in trained:
-                    parameter.data = trained[name]
-        del trained
+        # TRL rounds the adapter of a quantized base to bfloat16, where steps of 1e-6 would vanish.
+        for name, values in adapter.items():
+            self.model.get_parameter(name).data = values
         self.run = run or {}
         self.trie, self.sids = trie.to(self.accelerator.device), sids
         self.sid_of = {

@@ -127,7 +127,7 @@ def test_running_out_of_memory_ends_with_what_to_try(tmp_path, error):
     assert "Traceback" not in result.stderr
 
 
-@pytest.mark.parametrize("script", ["sft.py", "evaluate.py"])
+@pytest.mark.parametrize("script", ["sft.py", "rl.py", "evaluate.py"])
 def test_help_lists_the_flags_and_imports_nothing_heavy(script):
     argv = [sys.executable, "-X", "importtime", script, "--help"]
     result = subprocess.run(argv, capture_output=True, text=True, cwd=ROOT)
