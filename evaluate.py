@@ -12,10 +12,10 @@ import os
 import time
 
 from minionerec import checks, cli
-from minionerec.checkpoint import base_of_adapter, is_adapter, read_run
+from minionerec.checkpoint import base_of_adapter, is_adapter, mismatches, read_run, write_json
 from minionerec.data import Problems, count_rows, read_info, read_interactions
 from minionerec.metrics import format_metrics, popularity, rank_of, ranking_metrics
-from minionerec.prompts import RECOMMENDATION, recorded_prompts
+from minionerec.prompts import RECOMMENDATION, differing_prompts, recorded_prompts
 
 
 def evaluate(
@@ -78,11 +78,13 @@ def evaluate(
     from minionerec import modeling, sid
     from minionerec.dataset import Encoder
     from minionerec.ranking import rank_prompts
-    from minionerec.trainer import write_json
 
     started = time.perf_counter()
     state = PartialState(cpu=not torch.cuda.is_available())
     flags = read_run(checkpoint).get("flags", {})
+    given = {"category": category}
+    for line in differing_prompts(checkpoint, prompts) if prompt_file else mismatches(checkpoint, given, ("category",)):
+        state.print(line)
     tokenizer = modeling.load_tokenizer(checkpoint)
     trie = sid.Trie(sid.sid_sequences(tokenizer, sids), tokenizer.eos_token_id)
     if trie.depth > max_new_tokens:
@@ -90,10 +92,10 @@ def evaluate(
             f"--max_new_tokens {max_new_tokens}: the SIDs of {info_file} have up to {trie.depth} tokens"
         )
     quantization = lora_utils.quantization_config(flags.get("use_qlora", False), flags.get("load_in_8bit", False))
-    model = modeling.load_base(base_model, quantization if adapter else None)
     if adapter:
-        modeling.fit_embeddings(model, tokenizer)
-        model = lora_utils.load_adapter(model, adapter)
+        model = lora_utils.load_adapted(base_model, adapter, tokenizer, quantization)
+    else:
+        model = modeling.load_base(base_model)
     model.eval()
     trie.to(model.device)
 

@@ -23,6 +23,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.pytorch_utils import Conv1D
 
+from minionerec import modeling
+from minionerec.checkpoint import read_run
 from minionerec.cli import InputError
 
 # --- Which layers -----------------------------------------------------------------------------------------------------
@@ -387,6 +389,34 @@ def load_adapter(model: nn.Module, path: str, trainable: bool = False) -> PeftMo
         ) from None
     _check_names(wrapped, path)
     return _finish(wrapped)
+
+
+def load_adapted(
+    base_model: str,
+    adapter: str,
+    tokenizer,
+    quantization: BitsAndBytesConfig | None = None,
+    trainable: bool = False,
+    merge_in: torch.dtype | None = None,
+) -> PeftModel | nn.Module:
+    """The model of an adapter checkpoint on its base, or, with `merge_in`, one whole model of that precision.
+
+    What was trained on a quantized base is merged into the values that its 4 or 8 bits stand for.
+    Raises InputError where the base cannot be loaded, is another one than the adapter was trained on, or has other
+    shapes.
+    """
+    model = modeling.load_base(base_model, quantization, dtype=None if quantization else merge_in)
+    recorded = read_run(adapter).get("base_fingerprint")
+    if recorded and recorded != modeling.fingerprint(model):
+        raise InputError(
+            f"adapter {adapter} does not fit the base {base_model}: these are not the weights it was trained on; name "
+            "the base it was trained on"
+        )
+    if merge_in and quantization:
+        model = model.dequantize(merge_in).to(merge_in)
+    modeling.fit_embeddings(model, tokenizer)
+    wrapped = load_adapter(model, adapter, trainable)
+    return wrapped.merge_and_unload() if merge_in else wrapped
 
 
 def adapter_parameters(model: nn.Module, adapter: str) -> dict[str, nn.Parameter]:

@@ -13,11 +13,12 @@ resuming, and input that is checked before anything is loaded.
 import os
 
 from minionerec import checks, cli
-from minionerec.checkpoint import base_of_adapter, is_adapter, read_run
+from minionerec.checkpoint import base_of_adapter, is_adapter, mismatches, read_run
 from minionerec.data import Problems, count_rows, read_catalogue, read_info, read_interactions
-from minionerec.prompts import RECOMMENDATION, RL_TASKS, recorded_prompts
+from minionerec.prompts import RECOMMENDATION, RL_TASKS, differing_prompts, recorded_prompts
 
 REWARD_TYPES = ("rule", "ranking", "ranking_only", "semantic", "sasrec")
+ADAPTER_FLAGS = ("lora_r", "lora_alpha", "lora_target_modules", "use_rslora", "use_dora")
 SAMPLE_SHARE = 0.2  # of the training prompts that sample_train keeps
 
 
@@ -225,26 +226,38 @@ def train(
             f"{unknown[0]}; start from a checkpoint that sft.py made with this index"
         )
     quantization = lora_utils.quantization_config(use_qlora, load_in_8bit)
-    model = modeling.load_base(base_model if from_adapter else model_path, quantization)
+    for line in differing_prompts(model_path, prompts) if prompt_file else mismatches(model_path, flags, ("category",)):
+        state.print(line)
     peft_config = None
     if from_adapter:
-        state.print(_how_it_continues(model_path, started_from.get("method"), method))
-        modeling.fit_embeddings(model, tokenizer)
-        model = lora_utils.load_adapter(model, model_path, trainable=adapter)
-        if not adapter:
-            model = model.merge_and_unload().requires_grad_(True)
-    elif adapter:
-        peft_config = lora_utils.lora_config(
-            model,
-            sorted(tokenizer.convert_tokens_to_ids(catalogue.sid_tokens)),
-            lora_r,
-            lora_alpha,
-            lora_dropout,
-            lora_target_modules,
-            use_rslora,
-            use_dora,
-            init_lora_weights,
+        for line in _how_it_continues(model_path, started_from, flags, adapter):
+            state.print(line)
+        model = lora_utils.load_adapted(
+            base_model,
+            model_path,
+            tokenizer,
+            quantization,
+            trainable=adapter,
+            merge_in=None if adapter else modeling.default_dtype(),
         )
+        run["base_fingerprint"] = started_from.get("base_fingerprint")
+        if not adapter:
+            model.requires_grad_(True)
+    else:
+        model = modeling.load_base(model_path, quantization)
+        if adapter:
+            run["base_fingerprint"] = modeling.fingerprint(model)
+            peft_config = lora_utils.lora_config(
+                model,
+                sorted(tokenizer.convert_tokens_to_ids(catalogue.sid_tokens)),
+                lora_r,
+                lora_alpha,
+                lora_dropout,
+                lora_target_modules,
+                use_rslora,
+                use_dora,
+                init_lora_weights,
+            )
 
     cutoff_len = started_from.get("flags", {}).get("cutoff_len", 512)
     encoder = Encoder(tokenizer, prompts, cutoff_len)
@@ -363,16 +376,26 @@ def _check_reward(reward_type: str, ada_path: str, cf_path: str) -> None:
         )
 
 
-def _how_it_continues(model_path: str, trained: str | None, method: str) -> str:
-    """What becomes of an adapter checkpoint, and where that differs from how it was trained."""
-    what = f"continuing the adapter of {model_path}; the --lora_* flags of a new one are not used"
-    if method == "full":
-        what = f"merging the adapter of {model_path} into its base, to train all parameters"
-    if trained in ("lora", "qlora") and trained != method:
-        bits = {"lora": "the base as it is", "qlora": "a 4-bit base", "full": "the base as it is"}
-        what += f"\nwarning: it was trained with {trained} on {bits[trained]}, and goes on here with {method} on "
-        what += f"{bits[method]}; it fits that base a little less exactly"
-    return what
+def _how_it_continues(model_path: str, started_from: dict, flags: dict, adapter: bool) -> list[str]:
+    """What becomes of an adapter checkpoint, and where that differs from how it was trained. `flags` then say what the
+    adapter is."""
+    trained = started_from.get("flags", {})
+    what = f"continuing the adapter of {model_path}" if adapter else f"merging the adapter of {model_path} into its base"
+    lines = [what + ("" if adapter else ", to train all parameters")]
+    if started_from and _storage(trained) != _storage(flags):
+        lines.append(
+            f"warning: it was trained on {_storage(trained)}, and goes on here on {_storage(flags)}, which it fits a "
+            "little less exactly"
+        )
+    if adapter:
+        lines += mismatches(model_path, flags, ADAPTER_FLAGS)
+        flags.update({name: trained[name] for name in ADAPTER_FLAGS if name in trained})
+    return lines
+
+
+def _storage(flags: dict) -> str:
+    """How a run stored its base."""
+    return "a 4-bit base" if flags.get("use_qlora") else "an 8-bit base" if flags.get("load_in_8bit") else "a whole base"
 
 
 def _reward_functions(reward_type, num_generations, sids, sequences, catalogue, ada_path, cf_path) -> list:

@@ -162,6 +162,8 @@ def train(
     model = modeling.load_base(
         base_model, lora_utils.quantization_config(use_qlora, load_in_8bit), from_scratch=train_from_scratch
     )
+    if adapter:
+        run["base_fingerprint"] = modeling.fingerprint(model)
     sid_token_ids = modeling.add_sid_tokens(model, tokenizer, catalogue.sid_tokens)
     if adapter:
         config = lora_utils.lora_config(

@@ -73,8 +73,6 @@ def check_output_dir(problems: Problems, output_dir: str, resume: bool) -> None:
     """A run never overwrites another one."""
     if not output_dir:
         problems.add("--output_dir is missing; give a folder for the checkpoints")
-    elif os.path.exists(output_dir) and not os.path.isdir(output_dir):
-        problems.add(f"--output_dir {output_dir}: is a file, not a folder")
     elif os.path.isdir(output_dir) and not resume:
         held = [name for name in os.listdir(output_dir) if name.startswith(("checkpoint-", "final_checkpoint"))]
         if held:
@@ -82,6 +80,26 @@ def check_output_dir(problems: Problems, output_dir: str, resume: bool) -> None:
                 f"--output_dir {output_dir}: holds another run ({sorted(held)[0]}); name another folder, remove this "
                 "one, or continue it with --resume_from_checkpoint True"
             )
+    if output_dir:
+        _check_writable(problems, output_dir)
+
+
+def check_new_folder(problems: Problems, output_dir: str) -> None:
+    """A folder that a command makes as a whole: it must not be there yet."""
+    if not output_dir:
+        problems.add("--output_dir is missing; give a folder for the checkpoint")
+    elif os.path.exists(output_dir):
+        problems.add(f"--output_dir {output_dir}: exists already; name another folder, or remove it")
+    else:
+        _check_writable(problems, output_dir)
+
+
+def _check_writable(problems: Problems, output_dir: str) -> None:
+    above = os.path.abspath(output_dir)
+    while not os.path.exists(above):
+        above = os.path.dirname(above)
+    if not os.path.isdir(above) or not os.access(above, os.W_OK | os.X_OK):
+        problems.add(f"--output_dir {output_dir}: {above} cannot be written to")
 
 
 def check_resume(problems: Problems, resume_from_checkpoint: str | None) -> None:

@@ -1,4 +1,5 @@
-"""Fire made strict, and the two ways a command ends badly: bad input (exit code 2) and out of memory (exit code 1).
+"""Fire made strict, and the ways a command ends badly: bad input (exit code 2), a run that cannot go on (1), stopped by
+the user (130).
 
 Fire itself forgives too much: an unknown flag fails only after the whole run, `--use_lora false` is the (true) string
 'false', `q_proj,v_proj` becomes a tuple, `--output_dir 2018` an int. Here every flag is checked against the signature
@@ -6,6 +7,7 @@ and its annotation before the command starts, and Fire receives values that can 
 """
 
 import difflib
+import errno
 import inspect
 import logging
 import math
@@ -16,6 +18,8 @@ import typing
 import warnings
 from collections.abc import Callable
 
+CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
+
 
 class InputError(Exception):
     """Input that cannot be used. Carries every problem found, one line each, naming the place and the remedy."""
@@ -23,6 +27,14 @@ class InputError(Exception):
     def __init__(self, problems: str | list[str]):
         self.problems = [problems] if isinstance(problems, str) else list(problems)
         super().__init__("\n".join(self.problems))
+
+
+class RunError(Exception):
+    """A run that cannot go on, in one line that says what is left and what to do."""
+
+    def __init__(self, message: str, exit_code: int = 1):
+        self.exit_code = exit_code
+        super().__init__(message)
 
 
 def parse_value(text: str, annotation) -> object:
@@ -108,8 +120,8 @@ def _out_of_memory(error: BaseException) -> bool:
 def run(command: Callable[..., object]) -> None:
     """Runs `command` as a Fire command line built from `sys.argv` and exits.
 
-    Exit codes: 0 done, 1 failed, 2 bad input. Problems go to standard error, one line each, from the first process of
-    a distributed run only.
+    Exit codes: 0 done, 1 failed, 2 bad input, 130 stopped by Ctrl-C. Problems go to standard error, one line each, from
+    the first process of a distributed run only.
     """
     import fire
 
@@ -137,16 +149,30 @@ def run(command: Callable[..., object]) -> None:
             serialize=lambda result: None,
         )
     except InputError as error:
-        if os.environ.get("RANK", "0") == "0":
-            for problem in error.problems:
-                print(f"{script}: error: {problem}", file=sys.stderr)
+        _complain(script, *error.problems)
         sys.exit(2)
+    except RunError as error:
+        # A process that fails alone must say it itself; stopped, all of them say the same.
+        _complain(script, str(error), everywhere=error.exit_code == 1)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        _complain(script, "stopped")
+        sys.exit(130)
     except Exception as error:
-        if not _out_of_memory(error):
+        if isinstance(error, OSError) and error.errno in CANNOT_WRITE:
+            _complain(script, f"cannot write: {error}")
+        elif _out_of_memory(error):
+            _complain(
+                script,
+                "out of memory. What helps, in this order: a smaller --micro_batch_size (or --batch_size and "
+                "--num_beams in evaluate.py), --gradient_checkpointing True, a smaller --cutoff_len, --use_qlora True",
+            )
+        else:
             raise
-        print(
-            f"{script}: error: out of memory. What helps, in this order: a smaller --micro_batch_size (or --batch_size "
-            "and --num_beams in evaluate.py), --gradient_checkpointing True, a smaller --cutoff_len, --use_qlora True",
-            file=sys.stderr,
-        )
         sys.exit(1)
+
+
+def _complain(script: str, *problems: str, everywhere: bool = False) -> None:
+    if everywhere or os.environ.get("RANK", "0") == "0":
+        for problem in problems:
+            print(f"{script}: error: {problem}", file=sys.stderr)

@@ -1,5 +1,6 @@
 """Loading: a base model or checkpoint, its tokenizer, and the SID tokens that a catalogue adds to both."""
 
+import hashlib
 import os
 
 import torch
@@ -57,18 +58,20 @@ def computes_in_bf16(model) -> bool:
     return model.dtype == torch.bfloat16 or any(p.dtype == torch.bfloat16 for p in model.parameters())
 
 
-def load_base(path: str, quantization=None, from_scratch: bool = False):
+def load_base(path: str, quantization=None, from_scratch: bool = False, dtype: torch.dtype | str | None = None):
     """A causal LM on this process's device, for training or evaluation.
 
     Args:
         quantization: a `BitsAndBytesConfig`; what it leaves unquantized is then in bfloat16.
         from_scratch: random weights from the configuration instead of those of the checkpoint, in float32.
+        dtype: of the weights that are not quantized; "auto" as they were saved, None as this device computes best.
     """
     config = load_config(path)
     transformers_logging.disable_progress_bar()
     if from_scratch:
         return AutoModelForCausalLM.from_config(config, dtype=torch.float32).to(local_device())
-    dtype = default_dtype() if quantization is None else torch.bfloat16
+    if dtype is None:
+        dtype = default_dtype() if quantization is None else torch.bfloat16
     try:
         model = AutoModelForCausalLM.from_pretrained(
             path, config=config, dtype=dtype, quantization_config=quantization, device_map={"": local_device()}
@@ -89,6 +92,21 @@ def _keep_training_layout(model) -> None:
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
+
+
+def fingerprint(model) -> str:
+    """Tells bases of the same shape apart, however they are stored: a digest, in bfloat16, of the weights that no
+    quantization and no resizing touches (norms, and the first rows of the embedding)."""
+    digest = hashlib.sha256(f"{model.config.model_type} {model.config.tie_word_embeddings}".encode())
+    digest.update(_bytes(model.get_input_embeddings().weight[:64]))
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            digest.update(_bytes(parameter))
+    return digest.hexdigest()[:16]
+
+
+def _bytes(tensor: torch.Tensor) -> bytes:
+    return tensor.detach().to("cpu", torch.bfloat16).contiguous().view(torch.int16).numpy().tobytes()
 
 
 def add_sid_tokens(model, tokenizer, sid_tokens: list[str]) -> list[int]:

@@ -248,3 +248,14 @@ def recorded_prompts(
         return prompts
     known = Prompts.from_json(recorded)
     return replace(known, tasks={name: known.tasks.get(name, task) for name, task in prompts.tasks.items()})
+
+
+def differing_prompts(checkpoint: str, prompts: Prompts) -> list[str]:
+    """A warning, or none, where a checkpoint was trained with another wording of the tasks that it shares."""
+    recorded = read_run(checkpoint).get("prompts")
+    known = Prompts.from_json(recorded) if recorded else prompts
+    differ = [name for name, task in prompts.tasks.items() if known.tasks.get(name, task) != task]
+    if not differ and known.template == prompts.template:
+        return []
+    what = f"tasks {', '.join(differ)}" if differ else "template"
+    return [f"warning: the wording of --prompt_file differs from the one {checkpoint} was trained with: {what}"]

@@ -29,7 +29,7 @@ from minionerec.logprobs import completion_logps
 from minionerec.metrics import rank_of, ranking_metrics
 from minionerec.ranking import rank_prompts
 from minionerec.sid import Trie, constrained_beam_search, constrained_sample
-from minionerec.trainer import RecordsRun
+from minionerec.trainer import DurableRun
 
 REFERENCE_FILE = "reference.safetensors"  # in a checkpoint, the reference where it moves
 
@@ -44,7 +44,7 @@ def choose(completions: Sequence[tuple[int, ...]], target: tuple[int, ...], coun
     return (kept * count)[:count] if len(kept) < count else kept
 
 
-class ReReTrainer(RecordsRun, GRPOTrainer):
+class ReReTrainer(DurableRun, GRPOTrainer):
     """GRPO from an SFT checkpoint.
 
     The dataset has the columns `prompt` (token ids), `target` (a SID) and what else the rewards ask for. Whatever the

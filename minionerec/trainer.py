@@ -6,14 +6,19 @@ Dimensions: `B` rows, `L` tokens, `N` response tokens in the batch, `H` hidden, 
 import json
 import os
 import shutil
-from collections.abc import Callable
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
-from transformers import Trainer
+from safetensors import SafetensorError
+from transformers import Trainer, TrainerCallback
 
-from minionerec.checkpoint import RUN_FILE
+from minionerec.checkpoint import RUN_FILE, make_portable, write_json
+from minionerec.cli import InputError, RunError
 from minionerec.dataset import IGNORE
 
 
@@ -50,10 +55,38 @@ def response_logits(model, inputs: dict[str, torch.Tensor], unwrapped=None) -> t
     return logits, targets[targets != IGNORE]
 
 
-class RecordsRun:
-    """For a Trainer: every checkpoint holds `run`, the resolved configuration."""
+class DurableRun:
+    """For a Trainer: a run that leaves checkpoints to go on from, however it ends.
+
+    Every checkpoint holds `run`, the resolved configuration, and its trainer state is written last, when all processes
+    have written theirs. Ctrl-C and SIGTERM save one before they stop the run. A loss that is no number, or a checkpoint
+    that cannot be written, ends it with the last good checkpoint named (RunError).
+    """
 
     run: dict
+
+    def train(self, *args, **kwargs):
+        with _stop_on_signals(self) as stop:
+            result = super().train(*args, **kwargs)
+        if stop.stopped:
+            raise RunError(
+                f"stopped at step {self.state.global_step} of {self.state.max_steps} and saved {self._last_good()}; "
+                "the same command with --resume_from_checkpoint True goes on from there",
+                exit_code=130,
+            )
+        return result
+
+    def training_step(self, *args, **kwargs):
+        loss = super().training_step(*args, **kwargs)
+        if not torch.isfinite(loss):  # before the optimizer has seen its gradients
+            raise RunError(
+                f"the loss is {loss.item()} at step {self.state.global_step + 1}; the last good checkpoint is "
+                f"{self._last_good()}. A smaller --learning_rate is the usual remedy"
+            )
+        return loss
+
+    def _last_good(self) -> str:
+        return newest_checkpoint(self.args.output_dir) or "none, the run has saved none yet"
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         super()._save(output_dir, state_dict)
@@ -62,8 +95,76 @@ class RecordsRun:
             os.remove(os.path.join(folder, "training_args.bin"))  # a pickle that nothing here reads
             write_json(os.path.join(folder, RUN_FILE), self.run)
 
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        self.accelerator.wait_for_everyone()
 
-class SFTTrainer(RecordsRun, Trainer):
+    def _save_checkpoint(self, model, trial) -> None:
+        step = self.state.global_step
+        if not all(torch.isfinite(p).all() for p in self.model.parameters() if p.requires_grad):
+            raise RunError(
+                f"weights are no finite numbers any more at step {step}; the last good checkpoint is "
+                f"{self._last_good()}. A smaller --learning_rate is the usual remedy"
+            )
+        try:
+            with writing(f"the checkpoint of step {step}"):
+                super()._save_checkpoint(model, trial)
+        except RunError as error:
+            shutil.rmtree(os.path.join(self.args.output_dir, f"checkpoint-{step}"), ignore_errors=True)
+            raise RunError(
+                f"{error}; the last good checkpoint is {self._last_good()}. With room to write, the same command with "
+                "--resume_from_checkpoint True goes on from it"
+            ) from None
+
+
+@contextmanager
+def writing(what: str) -> Iterator[None]:
+    """Turns what the libraries raise when a file cannot be written into RunError."""
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "inline_container" not in str(error):  # of torch.save
+            raise
+        raise RunError(f"{what} cannot be written: {str(error).strip().splitlines()[0]}") from None
+
+
+class _Stop(TrainerCallback):
+    """Ends a training at the end of the step in which a signal came, with a checkpoint."""
+
+    def __init__(self, trainer: Trainer):
+        self.trainer = trainer
+        self.asked = self.stopped = False
+
+    def on_signal(self, number, frame) -> None:
+        if self.asked and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        if not self.asked and self.trainer.is_world_process_zero():
+            print("\nstopping behind this step, to save it; Ctrl-C again stops at once", file=sys.stderr, flush=True)
+        self.asked = True
+
+    def on_step_end(self, args, state, control, **kwargs):
+        asked = torch.tensor([self.asked], device=args.device)
+        if args.world_size > 1:  # all processes stop behind the same step
+            asked = self.trainer.accelerator.gather(asked)
+        if asked.any() and state.global_step < state.max_steps:
+            self.stopped = control.should_save = control.should_training_stop = True
+
+
+@contextmanager
+def _stop_on_signals(trainer: Trainer) -> Iterator[_Stop]:
+    stop = _Stop(trainer)
+    trainer.add_callback(stop)
+    numbers = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
+    before = {number: signal.signal(number, stop.on_signal) for number in numbers}
+    try:
+        yield stop
+    finally:
+        trainer.remove_callback(stop)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+class SFTTrainer(DurableRun, Trainer):
     """Supervised fine-tuning on prompts and responses.
 
     The loss of an optimizer step is the mean cross-entropy over its response tokens, however they are spread over
@@ -87,21 +188,34 @@ class SFTTrainer(RecordsRun, Trainer):
         return (loss, {"loss": loss}) if return_outputs else loss
 
 
+def is_complete(checkpoint: str) -> bool:
+    """Whether a checkpoint was written to its end: it has a whole trainer state, which comes last."""
+    try:
+        with open(os.path.join(checkpoint, "trainer_state.json"), encoding="utf-8") as file:
+            return isinstance(json.load(file), dict)
+    except (OSError, ValueError):
+        return False
+
+
 def newest_checkpoint(output_dir: str) -> str | None:
-    """The complete checkpoint of the latest step under `output_dir`, or None. A complete one has its trainer state,
-    which is written last."""
+    """The complete checkpoint of the latest step under `output_dir`, or None."""
     found = []
     for name in os.listdir(output_dir) if os.path.isdir(output_dir) else []:
         step = name.removeprefix("checkpoint-")
-        if name != step and step.isdigit() and os.path.isfile(os.path.join(output_dir, name, "trainer_state.json")):
+        if name != step and step.isdigit() and is_complete(os.path.join(output_dir, name)):
             found.append((int(step), os.path.join(output_dir, name)))
     return max(found)[1] if found else None
 
 
 def resume_point(output_dir: str, resume_from_checkpoint: str | None, say: Callable[[str], None]) -> str | None:
     """The checkpoint that `--resume_from_checkpoint` means: itself, or for True the newest one, None where there is
-    none yet."""
+    none yet. Raises InputError for one that was not written to its end."""
     if resume_from_checkpoint not in ("True", "true"):
+        if resume_from_checkpoint is not None and not is_complete(resume_from_checkpoint):
+            raise InputError(
+                f"--resume_from_checkpoint {resume_from_checkpoint}: is no complete checkpoint of a training run; True "
+                "takes the newest one that is"
+            )
         return resume_from_checkpoint
     newest = newest_checkpoint(output_dir)
     say(f"resuming from {newest}" if newest else f"nothing to resume in {output_dir}; starting anew")
@@ -135,6 +249,7 @@ def save_final(trainer: Trainer, path: str, merge: bool = False) -> None:
     trainer.model.config.use_cache = True
     trainer.save_model(partial)
     if trainer.args.should_save:
+        make_portable(partial)
         shutil.rmtree(path, ignore_errors=True)
         os.replace(partial, path)
     trainer.accelerator.wait_for_everyone()
@@ -147,7 +262,8 @@ def finish(trainer: Trainer, output_dir: str, metrics: dict, panels: dict, merge
     """
     metrics = {**metrics, "peak_memory_gb": peak_memory_gb()}
     final = os.path.join(output_dir, "final_checkpoint")
-    save_final(trainer, final, merge)
+    with writing(final):
+        save_final(trainer, final, merge)
     if trainer.args.should_save:
         from minionerec.plots import plot_curves
 
@@ -157,12 +273,3 @@ def finish(trainer: Trainer, output_dir: str, metrics: dict, panels: dict, merge
         plot_curves(history, os.path.join(output_dir, "curves.png"), panels)
         print(f"saved {final}")
     return metrics
-
-
-def write_json(path: str, data: object) -> None:
-    """Writes JSON whole or not at all."""
-    partial = f"{path}.{os.getpid()}.partial"
-    with open(partial, "w", encoding="utf-8") as file:
-        json.dump(data, file, indent=2, ensure_ascii=False)
-        file.write("\n")
-    os.replace(partial, path)

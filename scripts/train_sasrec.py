@@ -67,7 +67,8 @@ def train_sasrec(
     import torch
 
     from minionerec import modeling, sasrec
-    from minionerec.trainer import folder_size_mb, peak_memory_gb, write_json
+    from minionerec.checkpoint import write_json
+    from minionerec.trainer import folder_size_mb, peak_memory_gb
 
     def events(path: str, flag: str) -> tuple[list[list[str]], list[str]]:
         rows = list(read_interactions(path, flag, sids, titles=False))

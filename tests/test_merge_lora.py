@@ -1,0 +1,176 @@
+import hashlib
+import json
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, run_command, sft_flags
+from test_bad_input import refused
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import lora_utils
+from merge_lora import merge
+from minionerec import modeling
+from minionerec.checkpoint import make_portable, read_run
+
+
+def digests(folder: Path) -> dict[str, str]:
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in Path(folder).iterdir()}
+
+
+@pytest.fixture(scope="module")
+def untied_base(files, tmp_path_factory) -> str:
+    folder = str(tmp_path_factory.mktemp("untied") / "base")
+    size = {"vocab_size": 400, "hidden_size": 64, "num_hidden_layers": 2, "intermediate_size": 128}
+    done = run_command(
+        "scripts/make_base.py", item_meta_path=files["item"], output_dir=folder, tie_word_embeddings=False, **size
+    )
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(files, base, untied_base, tmp_path_factory) -> dict[str, str]:
+    """Adapter checkpoints that moved far from their base."""
+    checkpoints = {}
+    for name, on, flags in (
+        ("tied", base, {"use_lora": True, "use_dora": True}),
+        ("untied", untied_base, {"use_lora": True}),
+        ("4 bits", base, {"use_qlora": True}),
+        ("8 bits", base, {"use_lora": True, "load_in_8bit": True}),
+    ):
+        output = tmp_path_factory.mktemp("trained") / "run"
+        done = run_command("sft.py", **sft_flags(files, on, output, sample=20, learning_rate=2e-2, **flags))
+        assert done.returncode == 0, done.stderr[-3000:]
+        checkpoints[name] = str(output / "final_checkpoint")
+    return checkpoints
+
+
+def logits_of(model, ids):
+    with torch.no_grad():
+        return model.eval()(input_ids=ids).logits.float()
+
+
+@pytest.mark.parametrize("name", ["tied", "untied", "4 bits", "8 bits"])
+def test_a_merged_checkpoint_equals_its_adapter(trained, base, untied_base, tmp_path, name):
+    adapter, on = trained[name], untied_base if name == "untied" else base
+    before = digests(adapter), digests(on)
+    merge(adapter=adapter, output_dir=str(tmp_path / "merged"), max_shard_size="100KB")
+    assert (digests(adapter), digests(on)) == before
+    assert not (tmp_path / "merged.partial").exists()
+    assert len(list((tmp_path / "merged").glob("*.safetensors"))) > 1
+
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")
+    assert merged.get_input_embeddings().weight.shape[0] == len(tokenizer) == merged.config.vocab_size
+    assert merged.config.tie_word_embeddings == (name != "untied")
+    assert merged.dtype == torch.float32  # as the base was saved
+    flags = read_run(adapter)["flags"]
+    quantization = lora_utils.quantization_config(flags["use_qlora"], flags["load_in_8bit"])
+    adapted = lora_utils.load_adapted(on, adapter, tokenizer, quantization)
+    ids = tokenizer("Purchases: <a_0><b_0><c_0>, <a_1><b_0><c_1>\nAnswer:\n<a_2>", return_tensors="pt").input_ids
+    ours, theirs = logits_of(merged, ids), logits_of(adapted, ids)
+    with adapted.disable_adapter():
+        without = logits_of(adapted, ids)
+    far = (theirs - without).abs().mean()
+    assert far > 0.1
+    if quantization is None:
+        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-5)
+    else:  # the adapter's own products are in 16 or 8 bits
+        assert (ours - theirs).abs().mean() < 0.02 * far
+        original = lora_utils.load_adapted(on, adapter, tokenizer, merge_in=torch.float32)
+        assert (ours - theirs).abs().mean() < (logits_of(original, ids) - theirs).abs().mean()
+
+
+def test_four_bit_weights_are_merged_as_what_they_stand_for(trained, base):
+    tokenizer = modeling.load_tokenizer(trained["4 bits"])
+    quantization = lora_utils.quantization_config(use_qlora=True)
+    merged = lora_utils.load_adapted(base, trained["4 bits"], tokenizer, quantization, merge_in=torch.float32)
+    plain = modeling.load_base(base, quantization).dequantize(torch.float32).to(torch.float32)
+    modeling.fit_embeddings(plain, tokenizer)
+    adapted = lora_utils.load_adapter(plain, trained["4 bits"])
+    ids = torch.arange(30).unsqueeze(0)
+    torch.testing.assert_close(logits_of(merged, ids), logits_of(adapted, ids), atol=1e-5, rtol=1e-5)
+
+
+def test_into_the_original_base_says_how_the_rankings_differ(trained, files, tmp_path):
+    done = run_command("merge_lora.py", adapter=trained["4 bits"], output_dir=tmp_path / "m", into="original", sample=5)
+    assert done.returncode == 0, done.stderr
+    assert "5 rows: the same first item in" in done.stdout
+    report = read_run(str(tmp_path / "m"))["merged"]
+    assert report["compared_rows"] == 5 and 0 < report["same_of_10"] <= 1
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "m")
+    tokenizer = modeling.load_tokenizer(trained["4 bits"])
+    base_model = read_run(trained["4 bits"])["flags"]["base_model"]
+    expected = lora_utils.load_adapted(base_model, trained["4 bits"], tokenizer, merge_in=torch.float32)
+    ids = torch.arange(30).unsqueeze(0)
+    torch.testing.assert_close(logits_of(merged, ids), logits_of(expected, ids), atol=1e-5, rtol=1e-5)
+
+
+def test_evaluation_of_the_merged_checkpoint_ranks_the_same(trained, files, tmp_path):
+    merge(adapter=trained["untied"], output_dir=str(tmp_path / "merged"))
+    rankings = []
+    for checkpoint in (trained["untied"], tmp_path / "merged"):
+        done = run_command(
+            "evaluate.py",
+            base_model=checkpoint,
+            info_file=files["info"],
+            test_data_path=files["test"],
+            result_json_data=tmp_path / "r.json",
+            num_beams=10,
+        )
+        assert done.returncode == 0, done.stderr
+        rankings.append(json.loads((tmp_path / "r.json").read_text()))
+    assert rankings[0] == rankings[1]
+
+
+def test_a_merge_that_cannot_finish_leaves_no_checkpoint(trained, tmp_path):
+    argv = [sys.executable, str(ROOT / "merge_lora.py"), "--adapter", trained["tied"], "--output_dir", tmp_path / "m"]
+    limit = os.path.getsize(Path(trained["tied"]) / "adapter_model.safetensors")
+    done = subprocess.run(
+        argv,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
+    )
+    assert done.returncode == 1
+    assert done.stderr.strip().splitlines()[-1].startswith("merge_lora.py: error: ")
+    assert "cannot be written" in done.stderr and "Traceback" not in done.stderr
+    assert not (tmp_path / "m").exists()
+
+
+def test_merge_refuses(trained, base, untied_base, tmp_path):
+    good = {"adapter": trained["tied"], "output_dir": tmp_path / "m"}
+    (tmp_path / "there").mkdir()
+    for flags, message in (
+        ({"adapter": base}, "no adapter_config.json there"),
+        ({"output_dir": tmp_path / "there"}, "exists already"),
+        ({"into": "nothing"}, "--into 'nothing'"),
+        ({"dtype": "int3"}, "--dtype 'int3'"),
+        ({"max_shard_size": "many"}, "--max_shard_size 'many'"),
+        ({"base_model": untied_base}, "does not fit the base"),
+        ({"adapter": trained["4 bits"], "into": "original", "eval_file": "nowhere.csv"}, "--eval_file nowhere.csv"),
+    ):
+        refused("merge_lora.py", message, **{**good, **flags})
+    assert not (tmp_path / "m").exists()
+
+
+def test_files_that_transformers_4_reads(tmp_path):
+    rope = {"rope_theta": 1e6, "rope_type": "llama3", "factor": 8.0}
+    (tmp_path / "config.json").write_text(json.dumps({"dtype": "bfloat16", "rope_parameters": rope}))
+    tokenizer = {"tokenizer_class": "TokenizersBackend", "extra_special_tokens": ["<x>"], "is_local": True}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(tokenizer))
+    make_portable(str(tmp_path))
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["torch_dtype"] == "bfloat16" and config["rope_theta"] == 1e6
+    assert config["rope_scaling"] == {"rope_type": "llama3", "factor": 8.0}
+    assert config["rope_parameters"] == rope
+    assert json.loads((tmp_path / "tokenizer_config.json").read_text()) == {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "additional_special_tokens": ["<x>"],
+    }
