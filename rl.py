@@ -380,8 +380,8 @@ def _how_it_continues(model_path: str, started_from: dict, flags: dict, adapter:
     """What becomes of an adapter checkpoint, and where that differs from how it was trained. `flags` then say what the
     adapter is."""
     trained = started_from.get("flags", {})
-    what = f"continuing the adapter of {model_path}" if adapter else f"merging the adapter of {model_path} into its base"
-    lines = [what + ("" if adapter else ", to train all parameters")]
+    what = "continuing the adapter of {}" if adapter else "merging the adapter of {} into its base, to train it all"
+    lines = [what.format(model_path)]
     if started_from and _storage(trained) != _storage(flags):
         lines.append(
             f"warning: it was trained on {_storage(trained)}, and goes on here on {_storage(flags)}, which it fits a "
@@ -395,7 +395,8 @@ def _how_it_continues(model_path: str, started_from: dict, flags: dict, adapter:
 
 def _storage(flags: dict) -> str:
     """How a run stored its base."""
-    return "a 4-bit base" if flags.get("use_qlora") else "an 8-bit base" if flags.get("load_in_8bit") else "a whole base"
+    bits = 4 if flags.get("use_qlora") else 8 if flags.get("load_in_8bit") else 16
+    return f"a base in {bits} bits" if bits < 16 else "an unquantized base"
 
 
 def _reward_functions(reward_type, num_generations, sids, sequences, catalogue, ada_path, cf_path) -> list:

@@ -37,3 +37,19 @@ def plot_curves(history: list[dict], path: str, panels: Panels) -> None:
             axes.legend()
     figure.savefig(path, dpi=120)
     plt.close(figure)
+
+
+def plot_bars(panels: dict[str, dict[str, tuple[float, float, float]]], path: str) -> None:
+    """Draws bars with intervals, one panel beside the other, to a PNG file.
+
+    `panels` maps the label of a panel to its bars, and the name of a bar to (value, low, high).
+    """
+    figure, all_axes = plt.subplots(1, len(panels), figsize=(4.5 * len(panels), 4), layout="constrained", squeeze=False)
+    for axes, (label, bars) in zip(all_axes[0], panels.items(), strict=True):
+        heights = [value for value, _, _ in bars.values()]
+        errors = [[value - low for value, low, _ in bars.values()], [high - value for value, _, high in bars.values()]]
+        axes.bar(range(len(bars)), heights, yerr=errors, capsize=3, color=[f"C{i}" for i in range(len(bars))])
+        axes.set_xticks(range(len(bars)), list(bars), rotation=30, ha="right")
+        axes.set(title=label)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)

@@ -4,7 +4,7 @@
 source "$(dirname "$0")/stages.sh"
 sft "$@" ${SFT_FLAGS:-}
 rl "$@" ${RL_FLAGS:-}
-evaluate sft ${EVAL_FLAGS:-}
-evaluate rl ${EVAL_FLAGS:-}
+evaluate "$OUT/sft" ${EVAL_FLAGS:-}
+evaluate "$OUT/rl" ${EVAL_FLAGS:-}
 "$PYTHON" scripts/table.py --train_file "$TRAIN_FILE" --test_data_path "$TEST_FILE" \
     --runs "$METHOD SFT=$OUT/sft,$METHOD SFT + RL=$OUT/rl"

@@ -9,7 +9,8 @@
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 METHOD="${METHOD:-lora}" PRESET="${PRESET:-balanced}" NPROC="${NPROC:-1}"
 CATEGORY="${CATEGORY:-Industrial_and_Scientific}" DATA="${DATA:-data/Amazon}"
-BASE_MODEL="${BASE_MODEL:-Qwen/Qwen2.5-0.5B}" OUT="${OUT:-output/${CATEGORY}_${METHOD}}"
+BASE_MODEL="${BASE_MODEL:-Qwen/Qwen2.5-0.5B}"
+COMPARE_OUT="${OUT:-output/${CATEGORY}_compare}" OUT="${OUT:-output/${CATEGORY}_${METHOD}}"
 
 first() { # the first file that matches, or the pattern itself, for the command to complain about
     local files=($1)
@@ -26,27 +27,27 @@ fail() {
     echo "$(basename "$0"): error: $1" >&2
     exit 2
 }
-MICRO_BATCH=8
-case "$METHOD" in
-full) METHOD_FLAGS=() ;;
-lora) METHOD_FLAGS=(--use_lora True) ;;
-qlora) METHOD_FLAGS=(--use_qlora True) MICRO_BATCH=16 ;;
-*) fail "METHOD=$METHOD: must be full, lora or qlora" ;;
-esac
-case "$PRESET" in
-quick) PRESET_FLAGS=(--lora_r 8 --lora_alpha 16 --lora_dropout 0.05 --lora_target_modules qkv) ;;
-balanced) PRESET_FLAGS=(--lora_r 16 --lora_alpha 32 --lora_dropout 0.05 --lora_target_modules all) ;;
-best) PRESET_FLAGS=(--lora_r 32 --lora_alpha 64 --lora_dropout 0.1 --lora_target_modules all) ;;
-low_memory)
-    PRESET_FLAGS=(--lora_r 8 --lora_alpha 16 --lora_dropout 0.05 --lora_target_modules qkv --gradient_checkpointing True)
-    ;;
-*) fail "PRESET=$PRESET: must be quick, balanced, best or low_memory" ;;
-esac
-# Training in full has no adapter to configure, and takes smaller steps.
-RL_RATE=1e-5
-if [ "$METHOD" = full ]; then
-    PRESET_FLAGS=() RL_RATE=1e-6
-fi
+use_method() { # sets what depends on METHOD and PRESET; learning rates to start from, and to choose from
+    MICRO_BATCH=8 RL_RATE=1e-5 DEFAULT_SFT_RATES="1e-4 3e-4 1e-3" DEFAULT_RL_RATES="1e-5 1e-4"
+    case "$METHOD" in
+    full) METHOD_FLAGS=() RL_RATE=1e-6 DEFAULT_SFT_RATES="3e-5 1e-4 3e-4" DEFAULT_RL_RATES="1e-6 1e-5" ;;
+    lora) METHOD_FLAGS=(--use_lora True) ;;
+    qlora) METHOD_FLAGS=(--use_qlora True) MICRO_BATCH=16 ;;
+    *) fail "METHOD=$METHOD: must be full, lora or qlora" ;;
+    esac
+    case "$PRESET" in
+    quick) PRESET_FLAGS=(--lora_r 8 --lora_alpha 16 --lora_dropout 0.05 --lora_target_modules qkv) ;;
+    balanced) PRESET_FLAGS=(--lora_r 16 --lora_alpha 32 --lora_dropout 0.05 --lora_target_modules all) ;;
+    best) PRESET_FLAGS=(--lora_r 32 --lora_alpha 64 --lora_dropout 0.1 --lora_target_modules all) ;;
+    low_memory)
+        PRESET_FLAGS=(--lora_r 8 --lora_alpha 16 --lora_dropout 0.05 --lora_target_modules qkv
+            --gradient_checkpointing True)
+        ;;
+    *) fail "PRESET=$PRESET: must be quick, balanced, best or low_memory" ;;
+    esac
+    [ "$METHOD" != full ] || PRESET_FLAGS=() # training in full has no adapter to configure
+}
+use_method
 FILES=(--train_file "$TRAIN_FILE" --eval_file "$EVAL_FILE" --category "$CATEGORY"
     --sid_index_path "$INDEX_FILE" --item_meta_path "$ITEM_FILE")
 
@@ -66,8 +67,8 @@ rl() {
         --info_file "$INFO_FILE" --train_batch_size 64 --gradient_accumulation_steps 2 --eval_batch_size 128 \
         --beam_search True --reward_type ranking --learning_rate "$RL_RATE" "${METHOD_FLAGS[@]}" "${PRESET_FLAGS[@]}" "$@"
 }
-evaluate() { # of one stage: sft or rl
-    launch evaluate.py --base_model "$OUT/$1/final_checkpoint" --info_file "$INFO_FILE" --category "$CATEGORY" \
-        --test_data_path "$TEST_FILE" --train_file "$TRAIN_FILE" --result_json_data "$OUT/$1/result.json" \
+evaluate() { # evaluate folder flags...: of a run's final checkpoint
+    launch evaluate.py --base_model "$1/final_checkpoint" --info_file "$INFO_FILE" --category "$CATEGORY" \
+        --test_data_path "$TEST_FILE" --train_file "$TRAIN_FILE" --result_json_data "$1/result.json" \
         --batch_size 8 "${@:2}"
 }

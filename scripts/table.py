@@ -1,6 +1,7 @@
-"""Prints one Markdown table of training runs that were evaluated into their own folders, under the popularity baseline.
+"""Prints one Markdown table of evaluated training runs under the popularity baseline, and draws it.
 
 python scripts/table.py --train_file train.csv --test_data_path test.csv --runs "base=out/base,LoRA SFT=out/lora"
+python scripts/table.py ... --runs "full=out/full,LoRA=out/lora_42,LoRA=out/lora_43" --intervals True
 """
 
 import json
@@ -14,49 +15,136 @@ from minionerec.data import Problems, count_rows, read_interactions
 from minionerec.metrics import popularity, rank_of, ranking_metrics
 
 RANKING = ("HR@1", "HR@5", "HR@10", "NDCG@5", "NDCG@10", "MRR")
+RELATIVE = ("NDCG@10", "MRR")
 COSTS = ("trainable", "time (s)", "peak memory (GB)", "checkpoint (MB)")
+LENGTH = 50  # items of the popularity ranking
+RESAMPLES = 1000
+RESULT = "result.json"
 
 
-def table(train_file: str = "", test_data_path: str = "", runs: str = "") -> None:
+def table(
+    train_file: str = "",
+    test_data_path: str = "",
+    runs: str = "",
+    intervals: bool = False,
+    against: str = "",
+    figure: str = "",
+) -> None:
     """Prints the table.
 
     Args:
         train_file: CSV of training interactions, for the popularity baseline.
         test_data_path: CSV of the test interactions the runs were evaluated on.
-        runs: name=folder of every run, separated by commas; a folder holds metrics.json and result.metrics.json.
+        runs: name=folder of every run, separated by commas; a folder holds metrics.json and result.json. Folders of the
+            same name are the seeds of one run: their mean is printed, and with intervals their standard deviation.
+        intervals: print 95% bootstrap intervals over the test rows.
+        against: methods, separated by commas, to compare with: the NDCG@10 and MRR of "lora SFT" are then given as a
+            share of those of "full SFT" for full.
+        figure: PNG file for a bar chart with the intervals.
     """
     problems = Problems()
     problems.attempt(count_rows, train_file, "train_file", titles=False)
-    problems.attempt(count_rows, test_data_path, "test_data_path", titles=False)
-    folders = dict(run.split("=", 1) for run in runs.split(",") if "=" in run)
+    rows = problems.attempt(count_rows, test_data_path, "test_data_path", titles=False)
+    folders: dict[str, list[str]] = {}
+    for name, _, folder in (run.partition("=") for run in runs.split(",") if "=" in run):
+        folders.setdefault(name, []).append(folder)
     if not folders:
         problems.add(f"--runs {runs!r}: give name=folder pairs, separated by commas")
-    for folder in folders.values():
-        for name in ("metrics.json", "result.metrics.json"):
+    references = [word for word in against.split(",") if word]
+    for word in references:
+        if not any(name.split(" ")[0] == word for name in folders):
+            problems.add(f"--against {word!r}: begins none of the names of the runs, {', '.join(folders)}")
+    for folder in (folder for seeds in folders.values() for folder in seeds):
+        for name in ("metrics.json", RESULT):
             if not os.path.isfile(os.path.join(folder, name)):
                 problems.add(f"--runs: {os.path.join(folder, name)}: no such file; train and evaluate the run first")
     problems.check()
 
-    top = popularity((row.sid for row in read_interactions(train_file, "train_file", titles=False)), 20)
-    tests = read_interactions(test_data_path, "test_data_path", titles=False)
-    lines = [("popularity", ranking_metrics([rank_of(row.sid, top) for row in tests], 20), ["", "", "", ""])]
-    for name, folder in folders.items():
-        with open(os.path.join(folder, "result.metrics.json"), encoding="utf-8") as file:
-            ranking = json.load(file)
-        with open(os.path.join(folder, "metrics.json"), encoding="utf-8") as file:
-            cost = json.load(file)
-        costs = [
-            f"{cost['trainable_parameters']:,}",
-            f"{cost['seconds']:.0f}",
-            f"{cost['peak_memory_gb']:.2f}",
-            f"{cost['checkpoint_mb']:.1f}",
-        ]
-        lines.append((name, ranking, costs))
-    print("| | " + " | ".join(RANKING + COSTS) + " |")
-    print("|---" * (1 + len(RANKING + COSTS)) + "|")
-    for name, ranking, costs in lines:
-        values = [f"{ranking[metric]:.4f}" if metric in ranking else "" for metric in RANKING]
-        print(f"| {name} | " + " | ".join(values + costs) + " |")
+    import numpy as np
+
+    def values_of(ranks: list[int | None], length: int) -> dict[str, np.ndarray]:
+        """What every row adds to a metric."""
+        of_rows = [ranking_metrics([rank], length) for rank in ranks]
+        return {name: np.array([row[name] for row in of_rows]) for name in of_rows[0]}
+
+    def ranks_in(folder: str) -> tuple[list[int | None], int]:
+        results = _read(os.path.join(folder, RESULT))
+        if len(results) != rows:
+            raise cli.InputError(f"--runs: {folder} ranks {len(results)} rows, {test_data_path} has {rows}")
+        return [rank_of(row["output"], row["predict"]) for row in results], len(results[0]["predict"])
+
+    top = popularity((row.sid for row in read_interactions(train_file, "train_file", titles=False)), LENGTH)
+    popular = [rank_of(row.sid, top) for row in read_interactions(test_data_path, "test_data_path", titles=False)]
+    seeds_of = {"popularity": [values_of(popular, LENGTH)]}
+    seeds_of |= {name: [values_of(*ranks_in(folder)) for folder in seeds] for name, seeds in folders.items()}
+    # The same resampled rows for every run, so that ratios compare like with like.
+    drawn = np.random.default_rng(0).integers(0, rows, (RESAMPLES, rows))
+
+    def mean_of(name: str, metric: str) -> np.ndarray:
+        """[rows], the mean over seeds."""
+        return np.mean([seed[metric] for seed in seeds_of[name]], axis=0)
+
+    def interval(samples: np.ndarray) -> tuple[float, float]:
+        return tuple(np.percentile(samples, (2.5, 97.5)))
+
+    def cell(name: str, metric: str) -> str:
+        if metric not in seeds_of[name][0]:
+            return ""
+        values = mean_of(name, metric)
+        text = f"{values.mean():.4f}"
+        if intervals:
+            text += " [{:.4f}, {:.4f}]".format(*interval(values[drawn].mean(axis=1)))
+            if len(seeds_of[name]) > 1:
+                text += f" ± {np.std([seed[metric].mean() for seed in seeds_of[name]], ddof=1):.4f}"
+        return text
+
+    def ratio(name: str, method: str, metric: str) -> str:
+        """To the same stage of another method; empty for the method itself, and where it has no such stage."""
+        other = " ".join([method, *name.split(" ")[1:]])
+        if other == name or other not in seeds_of:
+            return ""
+        ours, theirs = mean_of(name, metric), mean_of(other, metric)
+        text = f"{ours.mean() / theirs.mean():.3f}"
+        if intervals:
+            low, high = interval(ours[drawn].mean(axis=1) / theirs[drawn].mean(axis=1))
+            text += f" [{low:.3f}, {high:.3f}]"
+        return text
+
+    compared = [(method, metric) for method in references for metric in RELATIVE]
+    header = [*RANKING, *(f"{metric} / {method}" for method, metric in compared), *COSTS]
+    print("| | " + " | ".join(header) + " |")
+    print("|---" * (1 + len(header)) + "|")
+    for name in seeds_of:
+        cells = [cell(name, metric) for metric in RANKING]
+        cells += [ratio(name, method, metric) for method, metric in compared]
+        print(f"| {name} | " + " | ".join(cells + _costs(folders.get(name, []))) + " |")
+    if figure:
+        from minionerec.plots import plot_bars
+
+        panels = {metric: {} for metric in ("HR@10", "NDCG@10", "MRR")}
+        for metric, bars in panels.items():
+            for name in (name for name in seeds_of if metric in seeds_of[name][0]):
+                values = mean_of(name, metric)
+                bars[name] = (values.mean(), *interval(values[drawn].mean(axis=1)))
+        plot_bars(panels, figure)
+
+
+def _read(path: str):
+    with open(path, encoding="utf-8") as file:
+        return json.load(file)
+
+
+def _costs(folders: list[str]) -> list[str]:
+    """The cells of COSTS, time as the mean over the seeds; empty ones for no folders."""
+    if not folders:
+        return [""] * len(COSTS)
+    costs = [_read(os.path.join(folder, "metrics.json")) for folder in folders]
+    return [
+        f"{costs[0]['trainable_parameters']:,}",
+        f"{sum(cost['seconds'] for cost in costs) / len(costs):.0f}",
+        f"{max(cost['peak_memory_gb'] for cost in costs):.2f}",
+        f"{costs[0]['checkpoint_mb']:.1f}",
+    ]
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ def train_sasrec(
         train_file: CSV of training interactions.
         eval_file: CSV of validation interactions.
         info_file: the catalogue, one SID, title and item id a line, separated by tabs.
-        output_dir: folder for the model, metrics.json and result.metrics.json.
+        output_dir: folder for the model, metrics.json, result.json and result.metrics.json.
         test_data_path: CSV of test interactions; given, the model is evaluated on it.
         hidden_size: width of the model.
         num_epochs: passes over the training file at most.
@@ -74,11 +74,15 @@ def train_sasrec(
         rows = list(read_interactions(path, flag, sids, titles=False))
         return [row.sid_history for row in rows], [row.sid for row in rows]
 
-    def score(path: str, flag: str) -> dict[str, float]:
+    length = min(LENGTH, len(sids))
+
+    def ranked(path: str, flag: str) -> list[dict]:
         asked, wanted = events(path, flag)
-        length = min(LENGTH, len(sids))
-        ranked = model.rankings(asked, length)
-        return ranking_metrics([rank_of(t, r) for t, r in zip(wanted, ranked, strict=True)], length)
+        rankings = zip(asked, wanted, model.rankings(asked, length), strict=True)
+        return [{"input": history, "output": sid, "predict": ranking} for history, sid, ranking in rankings]
+
+    def score(results: list[dict]) -> dict[str, float]:
+        return ranking_metrics([rank_of(row["output"], row["predict"]) for row in results], length)
 
     torch.manual_seed(seed)
     rng = random.Random(seed)
@@ -96,7 +100,7 @@ def train_sasrec(
             loss = sasrec.loss_of(model, [histories[i] for i in rows], [targets[i] for i in rows])
             loss.backward()
             optimizer.step()
-        value = score(eval_file, "eval_file")[watched]
+        value = score(ranked(eval_file, "eval_file"))[watched]
         print(f"epoch {epoch + 1}: loss {loss.item():.3f}, validation {watched} {value:.4f}")
         waited += 1
         if best is None or value > best:
@@ -119,9 +123,10 @@ def train_sasrec(
     }
     write_json(os.path.join(output_dir, "metrics.json"), metrics)
     if test_data_path:
-        result = score(test_data_path, "test_data_path")
-        write_json(os.path.join(output_dir, "result.metrics.json"), result)
-        print(format_metrics(result))
+        results = ranked(test_data_path, "test_data_path")
+        write_json(os.path.join(output_dir, "result.json"), results)
+        write_json(os.path.join(output_dir, "result.metrics.json"), score(results))
+        print(format_metrics(score(results)))
     return metrics
 
 

@@ -88,8 +88,18 @@ def test_a_lora_run_continues_its_own_adapter(files, sft, base, tmp_path):
         ("full", {}, WHOLE, None),
         ("full", {"use_lora": True}, ADAPTER, None),
         ("qlora", {"use_qlora": True}, ADAPTER, "continuing the adapter"),
-        ("lora", {"use_qlora": True}, ADAPTER, "warning: it was trained with lora"),
-        ("qlora", {"use_lora": True}, ADAPTER, "warning: it was trained with qlora"),
+        (
+            "lora",
+            {"use_qlora": True},
+            ADAPTER,
+            "goes on here on a base in 4 bits",
+        ),
+        (
+            "qlora",
+            {"use_lora": True},
+            ADAPTER,
+            "goes on here on an unquantized base",
+        ),
         ("lora", {}, WHOLE, "merging the adapter"),
     ],
 )

@@ -1,0 +1,64 @@
+#!/usr/bin/env bash
+# Full fine-tuning, LoRA and QLoRA (and SASRec and popularity) on the same data, seed and budget: SFT, RL, evaluation of
+# each, one table and one picture in $OUT. Finished runs are kept, so the same command goes on where it was stopped.
+#   METHODS="full lora qlora"   SEEDS=1 (3: seeds 42 to 44)   PRESET, BASE_MODEL, DATA, ...: scripts/stages.sh
+#   SFT_RATES_full, _lora, _qlora, RL_RATES_full, ...: learning rates to choose from on the validation file
+#   SFT_FLAGS, RL_FLAGS, EVAL_FLAGS: more flags of a stage
+source "$(dirname "$0")/stages.sh"
+SEEDS="${SEEDS:-1}"
+OUT="$COMPARE_OUT"
+RUNS=()
+
+best() { # the folder whose metrics.json has the best value: best min|max name folder...
+    "$PYTHON" - "$@" <<'PY'
+import json, os, sys
+choose, name, *folders = sys.argv[1:]
+values = {folder: json.load(open(os.path.join(folder, "metrics.json")))[name] for folder in folders}
+print({"min": min, "max": max}[choose](values, key=values.get))
+PY
+}
+unless_done() { # unless_done file command...
+    [ -f "$1" ] || "${@:2}"
+}
+trained() { # trained stage folder rate seed flags...: the stage's command, continued where it was stopped
+    unless_done "$2/metrics.json" "$1" --output_dir "$2" --learning_rate "$3" --seed "$4" --resume_from_checkpoint True \
+        "${@:5}"
+}
+chosen() { # chosen stage choose metric rates flags...: sets CHOSEN (folder) and RATE
+    local rate folders=()
+    for rate in $4; do
+        trained "$1" "$OUT/$METHOD/$1_$rate" "$rate" 42 "${@:5}"
+        folders+=("$OUT/$METHOD/$1_$rate")
+    done
+    CHOSEN="$(best "$2" "$3" "${folders[@]}")" RATE="${CHOSEN##*_}"
+    echo "$METHOD $1: learning rate $RATE"
+}
+
+unless_done "$OUT/sasrec/result.json" "$PYTHON" scripts/train_sasrec.py --train_file "$TRAIN_FILE" \
+    --eval_file "$EVAL_FILE" --test_data_path "$TEST_FILE" --info_file "$INFO_FILE" --output_dir "$OUT/sasrec"
+RUNS+=("SASRec=$OUT/sasrec")
+METHODS="${METHODS:-full lora qlora}"
+for METHOD in $METHODS; do
+    use_method
+    sft_rates="SFT_RATES_$METHOD" rl_rates="RL_RATES_$METHOD"
+    chosen sft min best_eval_loss "${!sft_rates:-$DEFAULT_SFT_RATES}" ${SFT_FLAGS:-}
+    sft_rate="$RATE"
+    MODEL_PATH="$CHOSEN/final_checkpoint"
+    sft_runs=("$CHOSEN")
+    chosen rl max best_eval_NDCG@10 "${!rl_rates:-$DEFAULT_RL_RATES}" ${RL_FLAGS:-}
+    rl_runs=("$CHOSEN")
+    for seed in $(seq 43 $((41 + SEEDS))); do
+        sft_runs+=("$OUT/$METHOD/sft_seed$seed") rl_runs+=("$OUT/$METHOD/rl_seed$seed")
+        trained sft "$OUT/$METHOD/sft_seed$seed" "$sft_rate" "$seed" ${SFT_FLAGS:-}
+        MODEL_PATH="$OUT/$METHOD/sft_seed$seed/final_checkpoint"
+        trained rl "$OUT/$METHOD/rl_seed$seed" "$RATE" "$seed" ${RL_FLAGS:-}
+    done
+    for folder in "${sft_runs[@]}" "${rl_runs[@]}"; do
+        unless_done "$folder/result.json" evaluate "$folder" ${EVAL_FLAGS:-}
+    done
+    RUNS+=("${sft_runs[@]/#/$METHOD SFT=}" "${rl_runs[@]/#/$METHOD SFT + RL=}")
+done
+# Of the methods that ran, what the others are compared with.
+AGAINST="$(for METHOD in full lora; do [[ " $METHODS " == *" $METHOD "* ]] && echo "$METHOD"; done | paste -sd, || true)"
+"$PYTHON" scripts/table.py --train_file "$TRAIN_FILE" --test_data_path "$TEST_FILE" --intervals True \
+    --runs "$(IFS=,; echo "${RUNS[*]}")" --against "$AGAINST" --figure "$OUT/compare.png" | tee "$OUT/compare.md"
