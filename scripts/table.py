@@ -17,7 +17,6 @@ from minionerec.metrics import popularity, rank_of, ranking_metrics
 RANKING = ("HR@1", "HR@5", "HR@10", "NDCG@5", "NDCG@10", "MRR")
 RELATIVE = ("NDCG@10", "MRR")
 COSTS = ("trainable", "time (s)", "peak memory (GB)", "checkpoint (MB)")
-LENGTH = 50  # items of the popularity ranking
 RESAMPLES = 1000
 RESULT = "result.json"
 
@@ -67,16 +66,21 @@ def table(
         of_rows = [ranking_metrics([rank], length) for rank in ranks]
         return {name: np.array([row[name] for row in of_rows]) for name in of_rows[0]}
 
-    def ranks_in(folder: str) -> tuple[list[int | None], int]:
-        results = _read(os.path.join(folder, RESULT))
-        if len(results) != rows:
-            raise cli.InputError(f"--runs: {folder} ranks {len(results)} rows, {test_data_path} has {rows}")
-        return [rank_of(row["output"], row["predict"]) for row in results], len(results[0]["predict"])
+    results = {folder: _read(os.path.join(folder, RESULT)) for seeds in folders.values() for folder in seeds}
+    for folder, result in results.items():
+        if len(result) != rows:
+            raise cli.InputError(f"--runs: {folder} ranks {len(result)} rows, {test_data_path} has {rows}")
+    # MRR grows with the length of a ranking: all are cut to the shortest.
+    length = min(len(result[0]["predict"]) for result in results.values())
 
-    top = popularity((row.sid for row in read_interactions(train_file, "train_file", titles=False)), LENGTH)
+    def values_in(folder: str) -> dict[str, np.ndarray]:
+        return values_of([rank_of(row["output"], row["predict"][:length]) for row in results[folder]], length)
+
+    top = popularity((row.sid for row in read_interactions(train_file, "train_file", titles=False)), length)
     popular = [rank_of(row.sid, top) for row in read_interactions(test_data_path, "test_data_path", titles=False)]
-    seeds_of = {"popularity": [values_of(popular, LENGTH)]}
-    seeds_of |= {name: [values_of(*ranks_in(folder)) for folder in seeds] for name, seeds in folders.items()}
+    seeds_of = {"popularity": [values_of(popular, length)]}
+    seeds_of |= {name: [values_in(folder) for folder in seeds] for name, seeds in folders.items()}
+    order = list(seeds_of)
     # The same resampled rows for every run, so that ratios compare like with like.
     drawn = np.random.default_rng(0).integers(0, rows, (RESAMPLES, rows))
 
@@ -99,9 +103,9 @@ def table(
         return text
 
     def ratio(name: str, method: str, metric: str) -> str:
-        """To the same stage of another method; empty for the method itself, and where it has no such stage."""
+        """To the same stage of a method that stands above; empty where there is none."""
         other = " ".join([method, *name.split(" ")[1:]])
-        if other == name or other not in seeds_of:
+        if other not in order[: order.index(name)]:
             return ""
         ours, theirs = mean_of(name, metric), mean_of(other, metric)
         text = f"{ours.mean() / theirs.mean():.3f}"
