@@ -333,7 +333,7 @@ def train(
             eval_on_start=test_during_training and resume is None,
             save_strategy="steps",
             save_steps=save_steps,
-            save_total_limit=1,
+            save_total_limit=2,  # with 1 the end of a run, also of a stopped one, leaves the best alone
             load_best_model_at_end=test_during_training,
             metric_for_best_model=f"eval_{watched}",
             greater_is_better=True,

@@ -242,7 +242,7 @@ def train(
             eval_steps=eval_step,
             save_strategy="steps",
             save_steps=eval_step,
-            save_total_limit=1,
+            save_total_limit=2,  # with 1 the end of a run, also of a stopped one, leaves the best alone
             load_best_model_at_end=True,
             metric_for_best_model="eval_loss",
             prediction_loss_only=True,

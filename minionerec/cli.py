@@ -152,8 +152,7 @@ def run(command: Callable[..., object]) -> None:
         _complain(script, *error.problems)
         sys.exit(2)
     except RunError as error:
-        # A process that fails alone must say it itself; stopped, all of them say the same.
-        _complain(script, str(error), everywhere=error.exit_code == 1)
+        _complain(script, str(error), of_run=True)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         _complain(script, "stopped")
@@ -172,7 +171,10 @@ def run(command: Callable[..., object]) -> None:
         sys.exit(1)
 
 
-def _complain(script: str, *problems: str, everywhere: bool = False) -> None:
-    if everywhere or os.environ.get("RANK", "0") == "0":
-        for problem in problems:
+def _complain(script: str, *problems: str, of_run: bool = False) -> None:
+    """Prints problems: of input from the first process alone, all find the same; of a run from each that fails."""
+    if of_run:
+        print(file=sys.stderr)  # a progress bar may stand on the line
+    for problem in problems:
+        if of_run or os.environ.get("RANK", "0") == "0":
             print(f"{script}: error: {problem}", file=sys.stderr)

@@ -56,7 +56,7 @@ def test_label_only_loss_equals_the_ordinary_one(architecture, tied, method):
         torch.testing.assert_close(gradients[1][name], gradient, atol=1e-6, rtol=1e-4)
 
 
-def trainer_of(tmp_path, micro_batch_size: int, strategy: str = "sequential", count: int = 8) -> SFTTrainer:
+def trainer_of(tmp_path, micro_batch_size: int, strategy: str = "sequential", count: int = 8, **more) -> SFTTrainer:
     model = adapted("qwen2", True, "lora")
     return SFTTrainer(
         model=model,
@@ -64,22 +64,25 @@ def trainer_of(tmp_path, micro_batch_size: int, strategy: str = "sequential", co
         data_collator=Collator(0),
         train_dataset=Dataset.from_list(examples(count)),
         args=TrainingArguments(
-            output_dir=str(tmp_path / f"{micro_batch_size}{strategy}"),
-            per_device_train_batch_size=micro_batch_size,
-            gradient_accumulation_steps=count // micro_batch_size,
-            max_steps=1,
-            learning_rate=1e-2,
-            lr_scheduler_type="constant",
-            optim="sgd",
-            max_grad_norm=0.0,
-            train_sampling_strategy=strategy,
-            logging_steps=1,
-            report_to="none",
-            use_cpu=True,
-            remove_unused_columns=False,
-            dataloader_pin_memory=False,
-            save_strategy="no",
-            disable_tqdm=True,
+            **{
+                "output_dir": str(tmp_path / f"{micro_batch_size}{strategy}"),
+                "per_device_train_batch_size": micro_batch_size,
+                "gradient_accumulation_steps": count // micro_batch_size,
+                "max_steps": 1,
+                "learning_rate": 1e-2,
+                "lr_scheduler_type": "constant",
+                "optim": "sgd",
+                "max_grad_norm": 0.0,
+                "train_sampling_strategy": strategy,
+                "logging_steps": 1,
+                "report_to": "none",
+                "use_cpu": True,
+                "remove_unused_columns": False,
+                "dataloader_pin_memory": False,
+                "save_strategy": "no",
+                "disable_tqdm": True,
+                **more,
+            }
         ),
     )
 

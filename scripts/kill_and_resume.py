@@ -1,0 +1,156 @@
+"""Kills SFT and RL with SIGKILL at random moments, resumes them, and compares the end with a run left alone.
+
+    python scripts/kill_and_resume.py --output_dir out/kills --kills 20
+
+Every second kill waits for a checkpoint to appear and strikes while it is being written. After each one all checkpoints
+that count as complete are loaded. Exits with 1 where a file is damaged or the final weights differ.
+"""
+
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+from minionerec import checks, cli
+from minionerec.data import Problems
+
+ROOT = sys.path[0]
+DEMO = os.path.join(ROOT, "examples", "demo")
+
+
+def kill_and_resume(output_dir: str = "", kills: int = 20, seed: int = 0) -> None:
+    """Runs the experiment on the bundled demo.
+
+    Args:
+        output_dir: folder for the runs; it must not exist.
+        kills: how often each of the two commands is killed.
+        seed: seed of the moments.
+    """
+    problems = Problems()
+    checks.check_new_folder(problems, output_dir)
+    checks.check_positive(problems, kills=kills)
+    problems.check()
+    rng = random.Random(seed)
+    base = os.path.join(output_dir, "base")
+    size = ["--vocab_size", "512", "--hidden_size", "64", "--num_hidden_layers", "2", "--intermediate_size", "128"]
+    meta = ["--item_meta_path", f"{DEMO}/demo.item.json"]
+    _wait(_start("scripts/make_base.py", [*meta, "--output_dir", base, *size]))
+    data = [*meta, "--train_file", f"{DEMO}/train.csv", "--eval_file", f"{DEMO}/valid.csv", "--category", "tools"]
+    data += ["--sid_index_path", f"{DEMO}/demo.index.json", "--tasks", "sid_history_to_sid", "--use_lora", "True"]
+    sft = ["--base_model", base, "--sample", "400", "--batch_size", "16", "--micro_batch_size", "16"]
+    sft += ["--num_epochs", "2", "--eval_step", "0.1", "--learning_rate", "1e-3"]
+    rl = ["--model_path", f"{output_dir}/sft/alone/final_checkpoint", "--info_file", f"{DEMO}/info.txt"]
+    rl += ["--beam_search", "False", "--train_batch_size", "256", "--sample_train", "True", "--learning_rate", "1e-3"]
+    rl += ["--sync_ref_model", "True", "--test_during_training", "False", "--save_steps", "0.1"]
+    for script, flags in (("sft.py", [*data, *sft]), ("rl.py", [*data, *rl])):
+        _experiment(script, flags, os.path.join(output_dir, script.removesuffix(".py")), kills, rng)
+
+
+def _experiment(script: str, flags: list[str], folder: str, kills: int, rng: random.Random) -> None:
+    alone = os.path.join(folder, "alone")
+    started = time.perf_counter()
+    _wait(_start(script, [*flags, "--output_dir", alone]))
+    seconds = time.perf_counter() - started
+    killed = saved = rounds = checked = 0
+    while killed < kills:
+        rounds += 1
+        output = os.path.join(folder, f"killed_{rounds}")
+        process = None
+        while killed < kills or rounds == 1:
+            before = _steps(output)
+            process = _start(script, [*flags, "--output_dir", output, "--resume_from_checkpoint", "True"])
+            if not _strike(process, output, killed % 2 == 1, rng.uniform(0.2, 1.1) * seconds, rng):
+                break  # it ended by itself
+            killed += 1
+            checked += _check(output, before)
+            saved += _steps(output) > before
+            print(f"{script}: kill {killed} at step {_steps(output)}", flush=True)
+        if process.returncode != 0:
+            _wait(_start(script, [*flags, "--output_dir", output, "--resume_from_checkpoint", "True"]))
+        if _weights(output) != _weights(alone):
+            sys.exit(f"{script}: the weights of {output} differ from those of {alone}")
+        shutil.rmtree(output)
+    print(
+        f"{script}: {killed} kills, {rounds} finished runs, all with the weights of the run left alone; {saved} kills "
+        f"came behind a new checkpoint; {checked} complete checkpoints loaded"
+    )
+
+
+def _start(script: str, flags: list[str]) -> subprocess.Popen:
+    argv = [sys.executable, os.path.join(ROOT, script), *flags]
+    return subprocess.Popen(argv, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+
+
+def _wait(process: subprocess.Popen) -> None:
+    _, errors = process.communicate()
+    if process.returncode:
+        sys.exit(f"{' '.join(process.args)} failed:\n{errors[-2000:]}")
+
+
+def _strike(process: subprocess.Popen, output: str, while_saving: bool, delay: float, rng: random.Random) -> bool:
+    """Kills the process after `delay` seconds or, `while_saving`, when it begins a checkpoint. False where it ended
+    before, successfully."""
+    before = set(os.listdir(output)) if os.path.isdir(output) else set()
+    deadline = time.perf_counter() + (600 if while_saving else delay)
+    while process.poll() is None and time.perf_counter() < deadline:
+        if while_saving and os.path.isdir(output):
+            new = set(os.listdir(output)) - before
+            if any(name.startswith(("checkpoint-", "final_checkpoint")) for name in new):
+                time.sleep(rng.uniform(0, 0.05))
+                break
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    _, errors = process.communicate()
+    if process.returncode not in (0, -signal.SIGKILL):
+        sys.exit(f"{' '.join(process.args)} failed:\n{errors[-2000:]}")
+    return process.returncode != 0
+
+
+def _complete(output: str) -> list[str]:
+    from minionerec.trainer import is_complete
+
+    names = os.listdir(output) if os.path.isdir(output) else []
+    folders = [os.path.join(output, name) for name in names if name.startswith("checkpoint-")]
+    return [folder for folder in folders if is_complete(folder)]
+
+
+def _steps(output: str) -> int:
+    return max([int(folder.rsplit("-", 1)[1]) for folder in _complete(output)], default=0)
+
+
+def _check(output: str, before: int) -> int:
+    """Loads every file of every complete checkpoint; counts them. The newest is never older than the one before."""
+    from safetensors.torch import load_file
+
+    folders = _complete(output)
+    if _steps(output) < before:
+        sys.exit(f"{output}: the checkpoint of step {before} is gone")
+    final = os.path.join(output, "final_checkpoint")
+    # One that is being removed to make room is not the newest, which is the one that counts.
+    for folder in [folder for folder in folders if folder.endswith(f"-{_steps(output)}")] + [final]:
+        for name in os.listdir(folder) if os.path.isdir(folder) else []:
+            path = os.path.join(folder, name)
+            if name.endswith(".safetensors"):
+                load_file(path)
+            elif name.endswith((".pt", ".pth")):
+                damaged = zipfile.ZipFile(path).testzip()  # every member against its checksum
+                if damaged:
+                    sys.exit(f"{path}: {damaged} is damaged")
+    if os.path.isdir(final) and "adapter_model.safetensors" not in os.listdir(final):
+        sys.exit(f"{final} is there without its weights")
+    return len(folders)
+
+
+def _weights(output: str) -> bytes:
+    with open(os.path.join(output, "final_checkpoint", "adapter_model.safetensors"), "rb") as file:
+        return file.read()
+
+
+if __name__ == "__main__":
+    cli.run(kill_and_resume)

@@ -1,0 +1,149 @@
+"""Runs that end badly: stopped, out of room, with a loss that is no number. Kills: test_sft.py, test_rl.py and
+scripts/kill_and_resume.py."""
+
+import json
+import os
+import re
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, run_command, sft_flags
+from test_bad_input import refused
+from test_trainer import trainer_of
+
+from minionerec.checks import check_output_dir
+from minionerec.cli import InputError, RunError
+from minionerec.data import Problems
+from minionerec.trainer import resume_point
+
+FLAGS = {"use_lora": True, "num_epochs": 4, "eval_step": 0.2, "learning_rate": 1e-3}
+
+
+def start(files, base, output, **more) -> subprocess.Popen:
+    flags = sft_flags(files, base, output, **{**FLAGS, **more})
+    argv = [sys.executable, str(ROOT / "sft.py"), *(f"--{name}={value}" for name, value in flags.items())]
+    return subprocess.Popen(argv, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for_checkpoint(process: subprocess.Popen, output: Path) -> None:
+    deadline = time.time() + 200
+    while time.time() < deadline and not list(output.glob("checkpoint-*/trainer_state.json")):
+        assert process.poll() is None
+        time.sleep(0.02)
+
+
+def adapter_bytes(output: Path) -> bytes:
+    return (output / "final_checkpoint" / "adapter_model.safetensors").read_bytes()
+
+
+@pytest.fixture(scope="module")
+def whole(files, base, tmp_path_factory) -> Path:
+    output = tmp_path_factory.mktemp("whole") / "run"
+    done = run_command("sft.py", **sft_flags(files, base, output, **FLAGS))
+    assert done.returncode == 0, done.stderr[-3000:]
+    return output
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_run_saves_and_says_how_to_go_on(files, base, whole, tmp_path, number):
+    output = tmp_path / "run"
+    process = start(files, base, output)
+    wait_for_checkpoint(process, output)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=200)
+    assert process.returncode == 130, errors[-2000:]
+    assert "Traceback" not in errors
+    said = re.search(r"^sft.py: error: stopped at step (\d+) of \d+ and saved (\S+); .* goes on", errors, re.M)
+    step, saved = said.groups()
+    assert saved == str(output / f"checkpoint-{step}") and os.path.isfile(f"{saved}/trainer_state.json")
+    assert not (output / "final_checkpoint").exists()
+    done = run_command("sft.py", **sft_flags(files, base, output, **FLAGS, resume_from_checkpoint=True))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert adapter_bytes(output) == adapter_bytes(whole)
+
+
+def test_no_room_to_write_keeps_the_last_good_checkpoint(files, base, whole, tmp_path):
+    output = tmp_path / "run"
+    process = start(files, base, output)
+    wait_for_checkpoint(process, output)
+    process.kill()
+    process.communicate()
+    good = sorted(output.glob("checkpoint-*/trainer_state.json"))[-1].parent
+    before = {path.name: path.read_bytes() for path in good.iterdir()}
+    limit = len(before["adapter_model.safetensors"])  # the optimizer's state is larger
+    flags = sft_flags(files, base, output, **FLAGS, resume_from_checkpoint=True)
+    argv = [sys.executable, str(ROOT / "sft.py"), *(f"--{name}={value}" for name, value in flags.items())]
+    done = subprocess.run(
+        argv,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=200,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
+    )
+    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr[-2000:]
+    assert re.search(rf"^sft.py: error: the checkpoint of step .* last good checkpoint is {good}\.", done.stderr, re.M)
+    assert {path.name: path.read_bytes() for path in good.iterdir()} == before
+    assert [path.name for path in output.glob("checkpoint-*")] == [good.name]
+    done = run_command("sft.py", **flags)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert adapter_bytes(output) == adapter_bytes(whole)
+
+
+def test_a_folder_that_cannot_be_written(files, base, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    output = tmp_path / "file" / "run"
+    refused("sft.py", f"--output_dir {output}: {tmp_path}/file cannot be written to", **sft_flags(files, base, output))
+    monkeypatch.setattr(os, "access", lambda path, mode: path != str(tmp_path))  # read-only, which a superuser ignores
+    problems = Problems()
+    check_output_dir(problems, str(tmp_path / "new" / "run"), resume=False)
+    assert problems == [f"--output_dir {tmp_path}/new/run: {tmp_path} cannot be written to"]
+
+
+def test_a_loss_that_is_no_number_stops_the_run(files, base, tmp_path):
+    done = run_command("sft.py", **sft_flags(files, base, tmp_path / "run", learning_rate=1e30, num_epochs=4))
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    said = r"^sft.py: error: (the loss is (nan|inf)|weights are no finite numbers).* --learning_rate "
+    assert re.search(said, done.stderr, re.M)
+    assert not (tmp_path / "run" / "final_checkpoint").exists()
+
+
+def test_the_last_good_checkpoint_is_named(tmp_path):
+    settings = {"max_steps": 4, "save_strategy": "steps", "save_steps": 1}
+    trainer = trainer_of(tmp_path, 8, **settings)
+    compute = trainer.compute_loss
+
+    def bad_at_step_3(*args, **kwargs):
+        loss = compute(*args, **kwargs)
+        return loss * float("nan") if trainer.state.global_step == 2 else loss
+
+    trainer.compute_loss = bad_at_step_3
+    with pytest.raises(RunError, match=r"the loss is nan at step 3; the last good checkpoint is \S+checkpoint-2\b"):
+        trainer.train()
+
+    # A gradient that is no number spoils the weights behind a good loss; they are not saved.
+    trainer = trainer_of(tmp_path / "again", 8, **settings)
+
+    def spoil(gradient):
+        return gradient * float("nan") if trainer.state.global_step == 1 else gradient
+
+    next(p for p in trainer.model.parameters() if p.requires_grad).register_hook(spoil)
+    with pytest.raises(RunError, match=r"weights are no finite numbers any more at step 2; .*checkpoint-1\b"):
+        trainer.train()
+    assert [path.name for path in (tmp_path / "again").glob("*/checkpoint-*")] == ["checkpoint-1"]
+
+
+def test_a_truncated_checkpoint_is_never_resumed(tmp_path):
+    for step, state in ((5, '{"global_step": 5}'), (10, '{"global_step": 10, "log_his')):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(state)
+    said = []
+    assert resume_point(str(tmp_path), "True", said.append) == str(tmp_path / "checkpoint-5")
+    with pytest.raises(InputError, match="is no complete checkpoint"):
+        resume_point(str(tmp_path), str(tmp_path / "checkpoint-10"), said.append)
+    assert json.loads((tmp_path / "checkpoint-5" / "trainer_state.json").read_text())["global_step"] == 5
