@@ -113,6 +113,8 @@ def quantization_config(use_qlora: bool = False, load_in_8bit: bool = False) -> 
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=torch.bfloat16,
+            # FSDP and ZeRO-3 share out what has a floating type; the bits are the same.
+            bnb_4bit_quant_storage=torch.bfloat16 if modeling.shares_weights_out() else torch.uint8,
         )
     return BitsAndBytesConfig(load_in_8bit=True) if load_in_8bit else None
 

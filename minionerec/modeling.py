@@ -48,6 +48,14 @@ def local_device() -> torch.device:
     return torch.device("cpu")
 
 
+def shares_weights_out() -> bool:
+    """Whether `accelerate launch` runs this process under FSDP or DeepSpeed ZeRO-3."""
+    return (
+        os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+        or os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3"
+    )
+
+
 def default_dtype() -> torch.dtype:
     """bfloat16 on a GPU that computes in it, else float32."""
     return torch.bfloat16 if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else torch.float32

@@ -101,7 +101,9 @@ class DurableRun:
 
     def _save_checkpoint(self, model, trial) -> None:
         step = self.state.global_step
-        if not all(torch.isfinite(p).all() for p in self.model.parameters() if p.requires_grad):
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        # FSDP shares weights out: each process looks at its own part.
+        if not all(torch.isfinite(p.to_local() if hasattr(p, "to_local") else p).all() for p in trained):
             raise RunError(
                 f"weights are no finite numbers any more at step {step}; the last good checkpoint is "
                 f"{self._last_good()}. A smaller --learning_rate is the usual remedy"

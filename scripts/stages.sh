@@ -3,6 +3,7 @@
 # variables, and flags given to a function go last, where they win.
 #
 #   METHOD=lora|qlora|full   PRESET=quick|balanced|best|low_memory   NPROC=processes (one for each GPU)
+#   CONFIG=configs/zero2.yaml (or zero3, fsdp) to train under that engine instead of plain data parallelism
 #   BASE_MODEL, CATEGORY, DATA (folder with train, valid, test, info, index), OUT (folder for results)
 #   TRAIN_FILE, EVAL_FILE, TEST_FILE, INFO_FILE, INDEX_FILE, ITEM_FILE in place of what DATA holds
 #   PYTHON=python to use an environment of your own instead of .venv
@@ -58,12 +59,19 @@ launch() {
         "$PYTHON" "$@"
     fi
 }
+launch_training() {
+    if [ -n "${CONFIG:-}" ]; then
+        "$PYTHON" -m accelerate.commands.launch --config_file "$CONFIG" --num_processes "$NPROC" "$@"
+    else
+        launch "$@"
+    fi
+}
 sft() {
-    launch sft.py --base_model "$BASE_MODEL" --output_dir "$OUT/sft" "${FILES[@]}" --batch_size 512 \
+    launch_training sft.py --base_model "$BASE_MODEL" --output_dir "$OUT/sft" "${FILES[@]}" --batch_size 512 \
         --micro_batch_size "$MICRO_BATCH" "${METHOD_FLAGS[@]}" "${PRESET_FLAGS[@]}" "$@"
 }
 rl() {
-    launch rl.py --model_path "${MODEL_PATH:-$OUT/sft/final_checkpoint}" --output_dir "$OUT/rl" "${FILES[@]}" \
+    launch_training rl.py --model_path "${MODEL_PATH:-$OUT/sft/final_checkpoint}" --output_dir "$OUT/rl" "${FILES[@]}" \
         --info_file "$INFO_FILE" --train_batch_size 64 --gradient_accumulation_steps 2 --eval_batch_size 128 \
         --beam_search True --reward_type ranking --learning_rate "$RL_RATE" "${METHOD_FLAGS[@]}" "${PRESET_FLAGS[@]}" "$@"
 }
