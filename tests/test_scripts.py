@@ -12,11 +12,14 @@ from conftest import ROOT
 
 @pytest.fixture(scope="module")
 def checkout(files, tmp_path_factory):
-    """The project's files in a folder with data/Amazon/{train,valid,test,info,index}."""
+    """The project's files over a folder laid out like a MiniOneRec checkout: what README tells to copy, and data in
+    data/Amazon/{train,valid,test,info,index}."""
     folder = tmp_path_factory.mktemp("checkout")
-    for name in ("minionerec", "scripts"):
+    for name in ("sft.py", "rl.py", "evaluate.py", "data.py", "minionerec_trainer.py", "sasrec.py"):
+        (folder / name).write_text("raise SystemExit('the file that was here before')\n")
+    for name in ("minionerec", "scripts", "configs"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("sft.py", "rl.py", "evaluate.py", "lora_utils.py", "requirements.txt"):
+    for name in ("sft.py", "rl.py", "evaluate.py", "merge_lora.py", "lora_utils.py", "requirements.txt"):
         shutil.copy(ROOT / name, folder)
     for kind, name in (("train", "train"), ("valid", "valid"), ("test", "test"), ("info", "info")):
         suffix = os.path.splitext(files[name])[1]
@@ -78,3 +81,44 @@ def test_the_stage_scripts_pass_flags_on(checkout, base, script):
 def test_unknown_settings_are_refused(checkout, setting):
     result = bash(checkout, "pipeline.sh", **setting)
     assert result.returncode == 2 and "must be" in result.stderr
+
+
+def python(checkout, line: str) -> str:
+    done = subprocess.run(
+        [sys.executable, *line.split()], cwd=checkout, capture_output=True, text=True, timeout=300, env={**os.environ}
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.mark.parametrize("lora", ["", " --use_lora True --lora_r 8"])
+def test_the_argument_lists_of_the_original_run_unchanged(checkout, base, lora):
+    """With the flags that MiniOneRec's own scripts pass, and sizes that fit this test given behind them."""
+    data, out = "data/Amazon", f"out{'_lora' if lora else ''}"
+    shared = f"--category Bolts --sid_index_path ./{data}/index/Bolts.index.json --item_meta_path "
+    shared += f"./{data}/index/Bolts.item.json --train_file ./{data}/train/Bolts_5_2016-10-2018-11.csv --eval_file "
+    shared += f"./{data}/valid/Bolts_5_2016-10-2018-11.csv"
+    info = f"./{data}/info/Bolts_5_2016-10-2018-11.txt"
+    python(
+        checkout,
+        f"sft.py --base_model {base} --batch_size 1024 --micro_batch_size 16 --output_dir {out}/sft --wandb_run_name x "
+        f"--train_from_scratch False --seed 42 --freeze_LLM False {shared}{lora} --batch_size 32 --num_epochs 1",
+    )
+    python(
+        checkout,
+        f"rl.py --model_path {out}/sft/final_checkpoint --train_batch_size 64 --eval_batch_size 128 "
+        f"--num_train_epochs 2 --gradient_accumulation_steps 2 --info_file {info} --sample_train False --eval_step 0.0999 --reward_type "
+        "ranking --num_generations 16 --mask_all_zero False --dynamic_sampling False --sync_ref_model True "
+        "--beam_search True --test_during_training False --temperature 1.0 --learning_rate 1e-5 --add_gt False --beta 1e-3 --dapo "
+        f"False --output_dir {out}/rl --wandb_run_name x {shared}{lora} --num_train_epochs 1",
+    )
+    printed = python(
+        checkout,
+        f"evaluate.py --base_model {out}/rl/final_checkpoint --info_file {info} --category Bolts --test_data_path "
+        f"./{data}/test/Bolts_5_2016-10-2018-11.csv --result_json_data ./{out}/final.json --batch_size 8 "
+        "--num_beams 50 --max_new_tokens 256 --length_penalty 0.0",
+    )
+    assert "NDCG@K" in printed
+    results = json.loads((checkout / out / "final.json").read_text())
+    assert len(results) == 10 and all(len(row["predict"]) == 39 for row in results)
+    assert (checkout / out / "rl" / "final_checkpoint" / "adapter_config.json").exists() == bool(lora)
