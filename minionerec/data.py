@@ -79,6 +79,17 @@ def shorten(value: object, width: int = 80) -> str:
     return text if len(text) <= width else text[: width - 1] + "…"
 
 
+def is_text(value: object) -> bool:
+    """Whether a value is text that can be written: escapes in JSON and lists can name half a character."""
+    if not isinstance(value, str):
+        return False
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 @dataclass(frozen=True, slots=True)
 class Item:
     """A catalogue entry. `sid` is the SID's tokens written together."""
@@ -141,7 +152,7 @@ def read_catalogue(sid_index_path: str, item_meta_path: str | None = None) -> Ca
     metadata = _read_json_object(item_meta_path, "item_meta_path") if item_meta_path is not None else {}
     problems = FileProblems(sid_index_path)
     for item, tokens in index.items():
-        if not isinstance(tokens, list) or not tokens or not all(isinstance(t, str) and t.strip() for t in tokens):
+        if not isinstance(tokens, list) or not tokens or not all(is_text(t) and t.strip() for t in tokens):
             problems.add(f", item {item!r}", f"expected a list of SID tokens, found {shorten(tokens)}")
     problems.check()
     problems = FileProblems(item_meta_path or "")
@@ -152,10 +163,12 @@ def read_catalogue(sid_index_path: str, item_meta_path: str | None = None) -> Ca
             problems.add(f", item {item!r}", f"expected an object with a title, found {shorten(fields)}")
             continue
         title, description = fields.get("title") or "", fields.get("description") or ""
-        if not isinstance(title, str):
-            problems.add(f", item {item!r}", f"title must be text, found {shorten(title)}")
+        description = _description(description)
+        if not is_text(title) or not is_text(description):
+            name, value = ("description", description) if is_text(title) else ("title", title)
+            problems.add(f", item {item!r}", f"{name} must be text, found {shorten(value)}")
             continue
-        items[item] = Item("".join(tokens), title.strip(), _description(description))
+        items[item] = Item("".join(tokens), title.strip(), description)
     problems.check()
     if metadata and not any(item.title for item in items.values()):
         raise InputError(
@@ -170,7 +183,8 @@ def read_titles_and_descriptions(item_meta_path: str) -> list[str]:
     metadata = _read_json_object(item_meta_path, "item_meta_path")
     items = [fields for fields in metadata.values() if isinstance(fields, dict)]
     texts = [str(fields.get("title") or "") for fields in items]
-    return texts + [_description(fields.get("description") or "") for fields in items]
+    texts += [_description(fields.get("description") or "") for fields in items]
+    return [text for text in texts if is_text(text)]
 
 
 def _description(value: object) -> str:
@@ -233,7 +247,7 @@ def _list_cell(text: str) -> list[str] | None:
         value = ast.literal_eval(text)
     except (ValueError, SyntaxError, MemoryError, RecursionError):
         return None
-    return value if isinstance(value, list) and all(isinstance(part, str) for part in value) else None
+    return value if isinstance(value, list) and all(map(is_text, value)) else None
 
 
 def read_interactions(

@@ -110,7 +110,8 @@ def test_the_argument_lists_of_the_original_run_unchanged(checkout, base, lora):
         f"--num_train_epochs 2 --gradient_accumulation_steps 2 --info_file {info} --sample_train False "
         "--eval_step 0.0999 --reward_type ranking --num_generations 16 --mask_all_zero False --dynamic_sampling False "
         "--sync_ref_model True --beam_search True --test_during_training False --temperature 1.0 --learning_rate 1e-5 "
-        f"--add_gt False --beta 1e-3 --dapo False --output_dir {out}/rl --wandb_run_name x {shared}{lora} --num_train_epochs 1",
+        f"--add_gt False --beta 1e-3 --dapo False --output_dir {out}/rl --wandb_run_name x {shared}{lora} "
+        "--num_train_epochs 1",
     )
     printed = python(
         checkout,
