@@ -5,6 +5,8 @@ import sys
 
 import pytest
 from conftest import ROOT, run_command, sft_flags
+from test_bad_input import refused
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from minionerec.data import read_info
 from minionerec.metrics import rank_of, ranking_metrics
@@ -74,3 +76,24 @@ def test_a_whole_checkpoint_without_a_record(files, base, tmp_path):
     # Its tokenizer knows no SID tokens: they take many tokens each, and still every beam is a SID.
     rows, _, _ = evaluated(files, tmp_path / "r.json", base_model=base, category="bolts", num_beams=100)
     assert all(sorted(row["predict"]) == sorted(read_info(files["info"])) for row in rows)
+
+
+def test_a_base_of_the_same_shape_with_other_weights_is_refused(files, base, checkpoint, tmp_path):
+    other = AutoModelForCausalLM.from_pretrained(base)
+    other.get_input_embeddings().weight.data[3] += 0.1
+    other.save_pretrained(tmp_path / "other")
+    AutoTokenizer.from_pretrained(base).save_pretrained(tmp_path / "other")
+    flags = flags_of(files, tmp_path / "r.json", base_model=tmp_path / "other", adapter=checkpoint)
+    refused("evaluate.py", f"{checkpoint} does not fit the base {tmp_path}/other: these are not the weights", **flags)
+
+
+def test_what_differs_from_the_training_is_named(files, checkpoint, tmp_path):
+    wording = {"tasks": {"sid_history_to_sid": {"instruction": "Which of the {category} comes next?"}}}
+    (tmp_path / "prompts.json").write_text(json.dumps(wording))
+    _, _, printed = evaluated(files, tmp_path / "r.json", base_model=checkpoint, category="nuts")
+    assert f"warning: --category is nuts here and was bolts for {checkpoint}, which stays" in printed
+    rows, _, printed = evaluated(
+        files, tmp_path / "r.json", base_model=checkpoint, category="bolts", prompt_file=tmp_path / "prompts.json"
+    )
+    assert "warning: the wording of --prompt_file differs" in printed and "tasks sid_history_to_sid" in printed
+    assert rows[0]["input"].startswith("Which of the bolts comes next?")

@@ -17,7 +17,9 @@ from peft import AutoPeftModelForCausalLM
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+import rl
 from minionerec import sasrec
+from minionerec.checkpoint import read_run
 from minionerec.data import read_info
 
 STATE = {"optimizer.pt", "rng_state.pth", "scheduler.pt", "trainer_state.json"}
@@ -225,3 +227,17 @@ def test_two_processes_do_what_one_does(files, sft, tmp_path):
         assert [value is None for value in one] == [value is None for value in two]
         pairs = [(a, b) for a, b in zip(one, two, strict=True) if a is not None]
         assert [a for a, _ in pairs] == pytest.approx([b for _, b in pairs], abs=1e-4, rel=1e-3)
+
+
+def test_what_differs_from_the_sft_run_is_named(sft):
+    recorded = read_run(sft["lora"])
+    flags = {**recorded["flags"], "lora_r": 99, "use_lora": False, "use_qlora": True}
+    lines = rl._how_it_continues(sft["lora"], recorded, flags, adapter=True)
+    r = recorded["flags"]["lora_r"]
+    assert lines == [
+        f"continuing the adapter of {sft['lora']}",
+        "warning: it was trained on an unquantized base, and goes on here on a base in 4 bits, which it fits a little "
+        "less exactly",
+        f"warning: --lora_r is 99 here and was {r} for {sft['lora']}, which stays",
+    ]
+    assert flags["lora_r"] == r  # what the run then records
