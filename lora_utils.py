@@ -30,10 +30,10 @@ from minionerec.cli import InputError
 # --- Which layers -----------------------------------------------------------------------------------------------------
 
 
-def meta_model(config):
+def meta_model(config, dtype: torch.dtype | None = None):
     """The architecture of a configuration on the meta device: every module, no weights."""
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
+        return AutoModelForCausalLM.from_config(config, dtype=dtype)
 
 
 def _linear_layers(model: nn.Module) -> dict[str, nn.Module]:
@@ -271,6 +271,11 @@ def _kept_share(dropout: float) -> float:
     return 1 - round(dropout * 65536) / 65536
 
 
+def _draw_seed() -> int:
+    """A number of torch's own random state, which gradient checkpointing restores."""
+    return int(torch.randint(2**62, ()))
+
+
 def _kept(shape: torch.Size, dropout: float, seed: int, device: torch.device) -> torch.Tensor:
     """A dropout mask (bool), the same for the same seed. Each random number decides four elements by 16 bits each,
     which a CPU draws several times as fast as one by one."""
@@ -294,7 +299,7 @@ class _LeanForward:
                 continue
             a, b = self.lora_A[adapter].weight, self.lora_B[adapter].weight
             dropout = getattr(self.lora_dropout[adapter], "p", 0.0) if self.training else 0.0
-            seed = int(torch.randint(2**62, ())) if dropout else 0
+            seed = _draw_seed() if dropout else 0
             kind = x.device.type
             dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else a.dtype
             update = _LowRankUpdate.apply(x, a, b, self.scaling[adapter], dropout, seed, dtype)
@@ -327,12 +332,18 @@ def use_lean_layers(model: nn.Module) -> None:
 def prepare_quantized(model: nn.Module) -> None:
     """Freezes a quantized base and keeps its norms in float32; embeddings and head stay as they are.
 
-    PEFT's own preparation turns everything that is not quantized into float32, 2.2 GB more for a 7B model.
+    PEFT's own preparation turns everything that is not quantized into float32, 2.2 GB more for a 7B model. What leaves
+    a norm goes on in the type it had: 4-bit layers answer in the type they are asked in, and the activations would double.
     """
     model.requires_grad_(False)
     for module in model.modules():
         if "norm" in type(module).__name__.lower():
-            module.float()
+            dtype = next(module.parameters()).dtype
+            module.float().register_forward_hook(partial(_to, dtype))
+
+
+def _to(dtype: torch.dtype, _module, _args, output: torch.Tensor) -> torch.Tensor:
+    return output.to(dtype)
 
 
 def _wrap(model: nn.Module, config, gradient_checkpointing: bool) -> PeftModel:

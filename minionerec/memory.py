@@ -1,0 +1,203 @@
+"""Predicts the peak memory of a training step without its weights.
+
+One forward and backward pass of the very model that would train (its adapter, its checkpointing, its label-only loss) runs
+on fake tensors, which have shapes and no storage, while every storage that would be alive is counted. What an
+architecture keeps for the backward pass is so measured and not guessed; what a quantized base weighs is arithmetic.
+"""
+
+import weakref
+from dataclasses import dataclass
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import lora_utils
+
+GB = 1e9
+
+
+@dataclass
+class Step:
+    """What a training step is made of.
+
+    Attributes:
+        rows, tokens: of the largest micro-batch; `tokens` is the width after padding.
+        response_tokens: positions of it that the output head runs on.
+        shared: the rows hold several completions behind one prompt, under a mask of [tokens, tokens] for each.
+        accumulate: whether gradients of an earlier micro-batch are there already.
+    """
+
+    rows: int
+    tokens: int
+    response_tokens: int
+    shared: bool = False
+    accumulate: bool = True
+
+
+class _Alive(TorchDispatchMode):
+    """Counts the bytes of the storages that operations make, for as long as anything holds them; not those of `before`,
+    whose views are no new memory."""
+
+    def __init__(self, before: list[torch.Tensor]):
+        super().__init__()
+        self.bytes = self.peak = 0
+        self.before = [tensor.untyped_storage() for tensor in before]
+        self.known: dict[int, object] = {id(storage): None for storage in self.before}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                self._watch(tensor.untyped_storage())
+        return result
+
+    def _watch(self, storage) -> None:
+        key = id(storage)
+        if key in self.known:
+            return
+        # Allocators hand out blocks of 512 bytes.
+        size = -(-storage.nbytes() // 512) * 512
+
+        def gone(_):
+            del self.known[key]
+            self.bytes -= size
+
+        self.known[key] = weakref.ref(storage, gone)
+        self.bytes += size
+        self.peak = max(self.peak, self.bytes)
+
+
+def _without_storage(model: nn.Module) -> None:
+    """Gives a model on the meta device fake parameters and buffers, in place; call it under FakeTensorMode."""
+    made: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        for name, tensor in module._parameters.items():
+            if tensor is not None:
+                if id(tensor) not in made:
+                    fake = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
+                    made[id(tensor)] = nn.Parameter(fake, requires_grad=tensor.requires_grad)
+                module._parameters[name] = made[id(tensor)]
+        for name, tensor in module._buffers.items():
+            if tensor is not None:
+                module._buffers[name] = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
+
+
+def _quantized_bytes(weight: torch.Tensor, bits: int) -> int:
+    """NF4: half a byte a value, a byte for every 64 and 4 more for every 16,384 (double quantization); LLM.int8: a byte
+    a value and 4 for every row."""
+    count = weight.numel()
+    return count // 2 + count // 64 + 4 * (count // 16384) if bits == 4 else count + 4 * weight.shape[0]
+
+
+def predict(
+    config,
+    vocabulary: int,
+    sid_token_ids: list[int],
+    step: Step,
+    method: str,
+    on_gpu: bool,
+    adapter_flags: dict | None = None,
+    bits: int = 16,
+    gradient_checkpointing: bool = False,
+    reference_copy: bool = False,
+) -> dict[str, float]:
+    """The peak memory of a training on one device by part, in GB (1e9 bytes), and the number of trainable parameters.
+
+    Args:
+        config: of the base model.
+        vocabulary: entries of the tokenizer with the SID tokens.
+        sid_token_ids: the rows that train beside a low-rank update.
+        method: full, freeze_LLM, lora or qlora.
+        on_gpu: bfloat16 weights, as on a GPU that computes in it; else float32, as on a CPU.
+        adapter_flags: the arguments of `lora_utils.lora_config` behind its first two.
+        bits: of the base: 4, 8 or 16 (as it is).
+        reference_copy: a second, frozen model stands beside the one that trains.
+
+    Returns:
+        weights, adapter, gradients, optimizer, logits, activations, total, and trainable (a count).
+    """
+    dtype = torch.bfloat16 if on_gpu or bits < 16 else torch.float32
+    model = lora_utils.meta_model(config, dtype)
+    if vocabulary > model.get_input_embeddings().weight.shape[0]:
+        with torch.device("meta"):
+            model.resize_token_embeddings(vocabulary, mean_resizing=False)
+    linear = {id(layer.weight) for layer in lora_utils._linear_layers(model).values()} if bits < 16 else set()
+    base_weights = {id(p): p for p in model.parameters()}
+    weights = sum(
+        _quantized_bytes(p, bits) if key in linear else p.numel() * p.element_size() for key, p in base_weights.items()
+    )
+    # A product with a quantized weight first writes it out.
+    dequantized = max((base_weights[key].numel() * 2 for key in linear), default=0)
+    if bits < 16:
+        lora_utils.prepare_quantized(model)
+    with torch.device("meta"):
+        if method in ("lora", "qlora"):
+            model = lora_utils.add_lora(model, lora_utils.lora_config(model, sid_token_ids, **(adapter_flags or {})))
+        elif method == "freeze_LLM":
+            model = lora_utils.train_sid_rows_only(model, sid_token_ids)
+    if gradient_checkpointing:
+        model.activation_checkpointing_enable({"use_reentrant": False})
+        if method != "full":
+            model.enable_input_require_grads()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    trained_bytes = sum(p.numel() * p.element_size() for p in trained)
+    adapter = sum(p.numel() * p.element_size() for p in model.parameters() if id(p) not in base_weights)
+    peak, loss = _run(model, step, dtype)
+    if reference_copy:
+        weights *= 2
+    parts = {
+        "weights": weights,
+        "adapter": adapter,
+        "gradients": trained_bytes,
+        "optimizer": 2 * trained_bytes,
+        "logits": loss,
+        "activations": max(peak - trained_bytes - loss, 0) + dequantized,
+    }
+    parts = {name: size / GB for name, size in parts.items()}
+    return {**parts, "total": sum(parts.values()), "trainable": sum(p.numel() for p in trained)}
+
+
+def _run(model: nn.Module, step: Step, dtype: torch.dtype) -> tuple[int, int]:
+    """The most bytes that live during forward and backward passes, gradients included, and how many of them the output
+    head and the loss add."""
+    model.train()
+    at_head = []
+    # The seed of a dropout mask is a value, which fakes have none of.
+    with mock.patch.object(lora_utils, "_draw_seed", lambda: 0), FakeTensorMode(allow_non_fake_inputs=True):
+        _without_storage(model)
+        ids = torch.zeros(step.rows, step.tokens, dtype=torch.long)
+        mask = torch.ones(step.rows, step.tokens, dtype=torch.long)
+        inputs = {"input_ids": ids, "attention_mask": mask}
+        if step.shared:
+            inputs["attention_mask"] = torch.zeros(step.rows, 1, step.tokens, step.tokens, dtype=dtype)
+            inputs["position_ids"] = ids
+        alive = _Alive([*model.parameters(), *model.buffers(), *inputs.values()])
+        watch = model.get_output_embeddings().register_forward_pre_hook(lambda *_: at_head.append(alive.bytes))
+        with alive:
+            for _ in range(2 if step.accumulate else 1):
+                with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+                    logits = _logits(model, inputs, step.response_tokens)
+                    loss = F.cross_entropy(logits.float(), ids.new_zeros(len(logits)))
+                of_loss = alive.bytes - at_head[-1]
+                loss.backward()
+                del logits, loss
+        watch.remove()
+    return alive.peak, of_loss
+
+
+def _logits(model: nn.Module, inputs: dict[str, torch.Tensor], count: int) -> torch.Tensor:
+    """The logits of `count` positions. How many a mask picks depends on its values."""
+
+    def first(_module, args):
+        return (args[0].flatten(0, -2)[:count], *args[1:])
+
+    handle = model.get_output_embeddings().register_forward_pre_hook(first)
+    try:
+        return model(**inputs, use_cache=False).logits
+    finally:
+        handle.remove()
