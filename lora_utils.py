@@ -333,7 +333,8 @@ def prepare_quantized(model: nn.Module) -> None:
     """Freezes a quantized base and keeps its norms in float32; embeddings and head stay as they are.
 
     PEFT's own preparation turns everything that is not quantized into float32, 2.2 GB more for a 7B model. What leaves
-    a norm goes on in the type it had: 4-bit layers answer in the type they are asked in, and the activations would double.
+    a norm goes on in the type it had: 4-bit layers answer in the type they are asked in, which would double what they
+    and those behind them keep for the backward pass.
     """
     model.requires_grad_(False)
     for module in model.modules():

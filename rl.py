@@ -73,6 +73,8 @@ def train(
     save_steps: float = 0.199,
     resume_from_checkpoint: str | None = None,
     report_to: str = "none",
+    dry_run: bool = False,
+    gpu_memory: str = "",
 ) -> dict:
     """Trains an SFT checkpoint further on rewards for the items it recommends (GRPO). Batch sizes count completions.
 
@@ -129,6 +131,8 @@ def train(
         save_steps: how often to save a checkpoint, as a share of the training.
         resume_from_checkpoint: a checkpoint folder, or True for the newest one in output_dir.
         report_to: none, tensorboard or wandb.
+        dry_run: check the input, print prompts, steps and the predicted peak memory, and stop.
+        gpu_memory: with dry_run, the memory of the card that is meant, such as 12GB; otherwise the one found.
     """
     flags = dict(locals())
     problems = Problems()
@@ -187,6 +191,7 @@ def train(
     report_to = "wandb" if wandb_project else report_to
     checks.check_report_to(problems, report_to)
     checks.check_resume(problems, resume_from_checkpoint)
+    checks.check_gpu_memory(problems, gpu_memory)
     prompts = problems.attempt(recorded_prompts, model_path, category, prompt_file, tasks, RL_TASKS)
     catalogue = problems.attempt(read_catalogue, sid_index_path, item_meta_path)
     sids = problems.attempt(read_info, info_file, catalogue)
@@ -225,13 +230,44 @@ def train(
             f"--model_path {model_path}: its tokenizer lacks {len(unknown)} SID tokens of {sid_index_path}, such as "
             f"{unknown[0]}; start from a checkpoint that sft.py made with this index"
         )
-    quantization = lora_utils.quantization_config(use_qlora, load_in_8bit)
-    for line in differing_prompts(model_path, prompts) if prompt_file else mismatches(model_path, flags, ("category",)):
+    cutoff_len = started_from.get("flags", {}).get("cutoff_len", 512)
+    encoder = Encoder(tokenizer, prompts, cutoff_len)
+    # The longest SID, its end included, must fit behind the prompt.
+    budget = cutoff_len - sequences.shape[1] - 1
+
+    def rows_of(kind: str):
+        return item_rows(catalogue) if kind == "item" else read_interactions(train_file, "train_file", sids, titles)
+
+    train_dataset = prompt_dataset(encoder, rows_of, budget)
+    if sample_train:
+        train_dataset = train_dataset.shuffle(seed=seed).select(range(int(SAMPLE_SHARE * len(train_dataset))))
+    eval_encoder = Encoder(tokenizer, prompts.only(RECOMMENDATION), cutoff_len)
+    eval_dataset = prompt_dataset(
+        eval_encoder, lambda kind: read_interactions(eval_file, "eval_file", sids, titles=False), budget
+    )
+    prompts_per_step = train_batch_size * gradient_accumulation_steps * state.num_processes // num_generations
+    steps = len(train_dataset) // prompts_per_step * num_train_epochs
+    if not steps:
+        raise cli.InputError(
+            f"--train_file {train_file}: {len(train_dataset)} prompts are less than the {prompts_per_step} of a step"
+        )
+    notes = differing_prompts(model_path, prompts) if prompt_file else mismatches(model_path, flags, ("category",))
+    if from_adapter:
+        notes += _how_it_continues(model_path, started_from, flags, adapter)
+    for line in notes:
         state.print(line)
+    if dry_run:
+        from minionerec import dryrun
+
+        config = modeling.load_config(base_model if from_adapter else model_path)
+        ids = sorted(tokenizer.convert_tokens_to_ids(catalogue.sid_tokens))
+        columns = list(train_dataset["prompt"])
+        return dryrun.rl(flags, config, tokenizer, ids, columns, steps, sequences.shape[1] + 1, own=from_adapter)
+    state.print(f"prompts: {len(train_dataset):,} to train on, {len(eval_dataset):,} to validate; steps: {steps:,}")
+
+    quantization = lora_utils.quantization_config(use_qlora, load_in_8bit)
     peft_config = None
     if from_adapter:
-        for line in _how_it_continues(model_path, started_from, flags, adapter):
-            state.print(line)
         model = lora_utils.load_adapted(
             base_model,
             model_path,
@@ -258,29 +294,6 @@ def train(
                 use_dora,
                 init_lora_weights,
             )
-
-    cutoff_len = started_from.get("flags", {}).get("cutoff_len", 512)
-    encoder = Encoder(tokenizer, prompts, cutoff_len)
-    # The longest SID, its end included, must fit behind the prompt.
-    budget = cutoff_len - sequences.shape[1] - 1
-
-    def rows_of(kind: str):
-        return item_rows(catalogue) if kind == "item" else read_interactions(train_file, "train_file", sids, titles)
-
-    train_dataset = prompt_dataset(encoder, rows_of, budget)
-    if sample_train:
-        train_dataset = train_dataset.shuffle(seed=seed).select(range(int(SAMPLE_SHARE * len(train_dataset))))
-    eval_encoder = Encoder(tokenizer, prompts.only(RECOMMENDATION), cutoff_len)
-    eval_dataset = prompt_dataset(
-        eval_encoder, lambda kind: read_interactions(eval_file, "eval_file", sids, titles=False), budget
-    )
-    prompts_per_step = train_batch_size * gradient_accumulation_steps * state.num_processes // num_generations
-    steps = len(train_dataset) // prompts_per_step * num_train_epochs
-    if not steps:
-        raise cli.InputError(
-            f"--train_file {train_file}: {len(train_dataset)} prompts are less than the {prompts_per_step} of a step"
-        )
-    state.print(f"prompts: {len(train_dataset):,} to train on, {len(eval_dataset):,} to validate; steps: {steps:,}")
 
     if wandb_project:
         os.environ["WANDB_PROJECT"] = wandb_project

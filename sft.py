@@ -52,6 +52,8 @@ def train(
     prompt_file: str | None = None,
     eval_step: float = 0.05,
     report_to: str = "none",
+    dry_run: bool = False,
+    gpu_memory: str = "",
 ) -> dict:
     """Fine-tunes a causal LM to write the semantic ID (SID) of the next item.
 
@@ -91,6 +93,8 @@ def train(
         prompt_file: JSON that replaces the wording of the prompts.
         eval_step: how often to evaluate and save, as a share of the training.
         report_to: none, tensorboard or wandb.
+        dry_run: check the input, print rows, tokens, steps and the predicted peak memory, and stop.
+        gpu_memory: with dry_run, the memory of the card that is meant, such as 12GB; otherwise the one found.
     """
     flags = dict(locals())
     problems = Problems()
@@ -132,6 +136,7 @@ def train(
     report_to = "wandb" if wandb_project else report_to
     checks.check_report_to(problems, report_to)
     checks.check_resume(problems, resume_from_checkpoint)
+    checks.check_gpu_memory(problems, gpu_memory)
     prompts = problems.attempt(load_prompts, category, prompt_file, tasks)
     catalogue = problems.attempt(read_catalogue, sid_index_path, item_meta_path)
     sids = catalogue.sids if catalogue else None
@@ -155,6 +160,22 @@ def train(
         lora_utils.find_target_modules(lora_utils.meta_model(modeling.load_config(base_model)), lora_target_modules)
     method = "qlora" if use_qlora else "lora" if use_lora else "freeze_LLM" if freeze_LLM else "full"
     run = {"command": "sft", "method": method, "version": __version__, "flags": flags, "prompts": prompts.to_json()}
+
+    def rows_of(kind: str):
+        if kind == "item":
+            items = item_rows(catalogue)
+            return sample_rows(items, len(items), sample, seed)
+        return sample_rows(
+            read_interactions(train_file, "train_file", sids, prompts.need_titles), train_rows, sample, seed
+        )
+
+    if dry_run:
+        from minionerec import dryrun
+
+        config, tokenizer = modeling.load_config(base_model), modeling.load_tokenizer(base_model)
+        tokenizer.add_tokens(catalogue.sid_tokens)
+        sid_token_ids = sorted(tokenizer.convert_tokens_to_ids(catalogue.sid_tokens))
+        return dryrun.sft(flags, config, tokenizer, sid_token_ids, Encoder(tokenizer, prompts, cutoff_len), rows_of)
 
     set_seed(seed)
     state = PartialState(cpu=not torch.cuda.is_available())
@@ -182,14 +203,6 @@ def train(
         model = lora_utils.train_sid_rows_only(model, sid_token_ids, gradient_checkpointing)
     trainable, total = lora_utils.count_parameters(model)
     state.print(lora_utils.trainable_report(model))
-
-    def rows_of(kind: str):
-        if kind == "item":
-            items = item_rows(catalogue)
-            return sample_rows(items, len(items), sample, seed)
-        return sample_rows(
-            read_interactions(train_file, "train_file", sids, prompts.need_titles), train_rows, sample, seed
-        )
 
     with state.local_main_process_first():
         train_dataset = tokenized_dataset(

@@ -116,3 +116,13 @@ def check_report_to(problems: Problems, report_to: str) -> None:
         problems.add(f"--report_to {report_to!r}: must be none, tensorboard or wandb")
     elif report_to != "none" and find_spec(report_to) is None:
         problems.add(f"--report_to {report_to}: {report_to} is not installed; pip install {report_to}")
+
+
+def check_gpu_memory(problems: Problems, gpu_memory: str) -> None:
+    """Nothing, or a size such as 12GB."""
+    try:
+        good = not gpu_memory or float(gpu_memory.upper().removesuffix("GB")) > 0
+    except ValueError:
+        good = False
+    if not good:
+        problems.add(f"--gpu_memory {gpu_memory!r}: must be a size such as 12GB")

@@ -162,7 +162,8 @@ def _record_batch(pairs: list[tuple[list[int], list[int]]]) -> pa.RecordBatch:
     return pa.RecordBatch.from_arrays(columns, schema=SCHEMA)
 
 
-def _batches(rows: Iterable, size: int) -> Iterator[list]:
+def batches(rows: Iterable, size: int) -> Iterator[list]:
+    """The rows in lists of `size`, the last one shorter."""
     rows = iter(rows)
     while batch := list(islice(rows, size)):
         yield batch
@@ -194,7 +195,7 @@ def write_examples(
         with _without_collector(), pa.OSFile(partial, "wb") as sink, pa.ipc.new_stream(sink, SCHEMA) as writer:
             for kind in ("interaction", "item"):
                 tasks = [task for task in encoder.prompts.tasks.values() if task.rows == kind]
-                for rows in _batches(rows_of(kind) if tasks else [], batch_rows):
+                for rows in batches(rows_of(kind) if tasks else [], batch_rows):
                     for task in tasks:
                         batch = _record_batch(encoder.encode(task, rows))
                         for _ in range(task.weight):
@@ -251,7 +252,7 @@ def prompt_dataset(
     columns: dict[str, list] = {"prompt": [], "target": [], "history": []}
     for kind in ("interaction", "item"):
         tasks = [task for task in encoder.prompts.tasks.values() if task.rows == kind]
-        for rows in _batches(rows_of(kind) if tasks else [], BATCH_ROWS):
+        for rows in batches(rows_of(kind) if tasks else [], BATCH_ROWS):
             for task in tasks:
                 asked = [row for row in rows if "{description}" not in task.input or row.description]
                 prompts = encoder.encode_prompts(task, asked, [budget] * len(asked))

@@ -1,10 +1,11 @@
 """Predicts the peak memory of a training step without its weights.
 
-One forward and backward pass of the very model that would train (its adapter, its checkpointing, its label-only loss) runs
-on fake tensors, which have shapes and no storage, while every storage that would be alive is counted. What an
+One forward and backward pass of the very model that would train (its adapter, its checkpointing, its label-only loss)
+runs on fake tensors, which have shapes and no storage, while every storage that would be alive is counted. What an
 architecture keeps for the backward pass is so measured and not guessed; what a quantized base weighs is arithmetic.
 """
 
+import os
 import weakref
 from dataclasses import dataclass
 from unittest import mock
@@ -19,6 +20,9 @@ from torch.utils._pytree import tree_leaves
 import lora_utils
 
 GB = 1e9
+CUDA_CONTEXT = 0.6e9  # of the driver and its libraries, about; torch.cuda.max_memory_allocated does not count it
+# Of the activations, what the C library holds back when they are freed, as measured: benchmarks/memory.py.
+HELD_BACK_ON_CPU = 0.45
 
 
 @dataclass
@@ -119,10 +123,11 @@ def predict(
         reference_copy: a second, frozen model stands beside the one that trains.
 
     Returns:
-        weights, adapter, gradients, optimizer, logits, activations, total, and trainable (a count).
+        weights, adapter, gradients, optimizer, logits, activations, runtime, total, and trainable (a count).
     """
     dtype = torch.bfloat16 if on_gpu or bits < 16 else torch.float32
     model = lora_utils.meta_model(config, dtype)
+    config_rows, hidden = model.get_input_embeddings().weight.shape
     if vocabulary > model.get_input_embeddings().weight.shape[0]:
         with torch.device("meta"):
             model.resize_token_embeddings(vocabulary, mean_resizing=False)
@@ -147,7 +152,13 @@ def predict(
     trained = [p for p in model.parameters() if p.requires_grad]
     trained_bytes = sum(p.numel() * p.element_size() for p in trained)
     adapter = sum(p.numel() * p.element_size() for p in model.parameters() if id(p) not in base_weights)
-    peak, loss = _run(model, step, dtype)
+    peak, kept, loss = _run(model, step, dtype)
+    if on_gpu:
+        runtime = CUDA_CONTEXT
+    else:
+        # A resized embedding stands beside the file it was read from, of which the other weights are a view.
+        resized = config_rows < vocabulary and bits == 16
+        runtime = resident_bytes() + HELD_BACK_ON_CPU * kept + resized * config_rows * hidden * dtype.itemsize
     if reference_copy:
         weights *= 2
     parts = {
@@ -157,16 +168,35 @@ def predict(
         "optimizer": 2 * trained_bytes,
         "logits": loss,
         "activations": max(peak - trained_bytes - loss, 0) + dequantized,
+        "runtime": runtime,
     }
     parts = {name: size / GB for name, size in parts.items()}
     return {**parts, "total": sum(parts.values()), "trainable": sum(p.numel() for p in trained)}
 
 
-def _run(model: nn.Module, step: Step, dtype: torch.dtype) -> tuple[int, int]:
-    """The most bytes that live during forward and backward passes, gradients included, and how many of them the output
-    head and the loss add."""
+def resident_bytes() -> int:
+    """What this process holds now: on a CPU, the interpreter and the libraries."""
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def cache_gb(config, rows: int, tokens: int, beams: int, completion_tokens: int, on_gpu: bool) -> float:
+    """What constrained beam search holds beside the weights, in GB: keys and values of the prompts and of the beams,
+    and the widest activations of reading the prompts."""
+    text = config.get_text_config()
+    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    size = 2 if on_gpu else 4
+    cached = 2 * text.num_hidden_layers * heads * width * rows * (tokens + beams * completion_tokens)
+    inner = getattr(text, "intermediate_size", None) or 4 * text.hidden_size
+    return (cached + rows * tokens * (3 * inner + 4 * text.hidden_size)) * size / GB
+
+
+def _run(model: nn.Module, step: Step, dtype: torch.dtype) -> tuple[int, int, int]:
+    """The most bytes that live during forward and backward passes, gradients included; those the first forward pass
+    keeps up to the output head; and what the head and the loss add."""
     model.train()
-    at_head = []
+    at_head: list[int] = []
     # The seed of a dropout mask is a value, which fakes have none of.
     with mock.patch.object(lora_utils, "_draw_seed", lambda: 0), FakeTensorMode(allow_non_fake_inputs=True):
         _without_storage(model)
@@ -187,7 +217,7 @@ def _run(model: nn.Module, step: Step, dtype: torch.dtype) -> tuple[int, int]:
                 loss.backward()
                 del logits, loss
         watch.remove()
-    return alive.peak, of_loss
+    return alive.peak, at_head[0], of_loss
 
 
 def _logits(model: nn.Module, inputs: dict[str, torch.Tensor], count: int) -> torch.Tensor:

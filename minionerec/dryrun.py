@@ -1,0 +1,197 @@
+"""What a training would do, said without loading a weight: rows and tokens of every task, steps, memory, and whether it
+fits the device."""
+
+import json
+import os
+from collections.abc import Callable, Iterable
+from statistics import median
+
+import torch
+
+from minionerec import modeling
+from minionerec.dataset import BATCH_ROWS, Encoder, batches
+from minionerec.memory import GB, Step, cache_gb, predict
+
+ADAPTER_FLAGS = (
+    "lora_r",
+    "lora_alpha",
+    "lora_dropout",
+    "lora_target_modules",
+    "use_rslora",
+    "use_dora",
+    "init_lora_weights",
+)
+
+
+def say_tasks(encoder: Encoder, rows_of: Callable[[str], Iterable]) -> tuple[int, int, int]:
+    """Prints a line for every task; returns how many examples there are, and the most tokens of one and a response."""
+    examples = longest = longest_response = 0
+    print(f"\n{'task':<32}{'rows':>10}{'weight':>8}{'tokens: median':>16}{'95%':>6}{'longest':>9}{'response':>10}")
+    for task in encoder.prompts.tasks.values():
+        lengths, responses = [], []
+        for rows in batches(rows_of(task.rows), BATCH_ROWS):
+            for prompt, response in encoder.encode(task, rows):
+                lengths.append(len(prompt) + len(response))
+                responses.append(len(response))
+        lengths.sort()
+        print(
+            f"{task.name:<32}{len(lengths):>10,}{task.weight:>8}{median(lengths):>16.0f}"
+            f"{lengths[int(0.95 * (len(lengths) - 1))]:>6}{lengths[-1]:>9}{max(responses):>10}"
+        )
+        examples += len(lengths) * task.weight
+        longest, longest_response = max(longest, lengths[-1]), max(longest_response, *responses)
+    return examples, longest, longest_response
+
+
+def say_flags(flags: dict) -> None:
+    """Prints the resolved configuration."""
+    print(json.dumps({name: value for name, value in flags.items() if value not in ("", None)}, indent=2))
+
+
+def device_of(gpu_memory: str) -> tuple[bool, float, str]:
+    """(whether it is a GPU, its memory in GB, its name): of `gpu_memory`, such as 12GB, or of what this machine has."""
+    if gpu_memory:
+        return True, float(gpu_memory.upper().removesuffix("GB")), f"a GPU with {gpu_memory}"
+    if torch.cuda.is_available():
+        card = torch.cuda.get_device_properties(modeling.local_device())
+        return True, card.total_memory / GB, card.name
+    return False, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / GB, "the CPU of this machine"
+
+
+def say_memory(parts: dict[str, float], size: float, name: str, suggest: Callable[[], str]) -> dict[str, float]:
+    """Prints the prediction, and where it does not fit what would; returns it."""
+    print(f"\ntrainable parameters: {parts['trainable']:,}")
+    print("predicted peak memory of one device, in GB:")
+    for part, value in parts.items():
+        if part != "trainable":
+            print(f"  {part:<12}{value:8.2f}")
+    if parts["total"] <= size:
+        print(f"fits {name}: {parts['total']:.1f} of {size:.1f} GB")
+    else:
+        print(f"does not fit {name}: {parts['total']:.1f} of {size:.1f} GB; {suggest()}")
+    return parts
+
+
+def _bits(flags: dict) -> int:
+    return 4 if flags["use_qlora"] else 8 if flags["load_in_8bit"] else 16
+
+
+def _method(flags: dict) -> str:
+    lora = "qlora" if flags["use_qlora"] else "lora" if flags["use_lora"] else "full"
+    return "freeze_LLM" if flags.get("freeze_LLM") else lora
+
+
+def _settings_to_try(flags: dict, batch: str) -> Iterable[dict]:
+    """Settings to try, what costs least first: smaller micro-batches, checkpointing, an adapter, a smaller base."""
+    full = not (flags["use_lora"] or flags["use_qlora"])
+    methods = [{}, *([{"use_lora": True, "freeze_LLM": False}] if full else [])]
+    methods += [{"use_qlora": True, "use_lora": False, "load_in_8bit": False, "freeze_LLM": False}]
+    for method in methods:
+        for checkpointing in sorted({flags["gradient_checkpointing"], True}):
+            size = flags[batch]
+            while size:
+                yield {**method, "gradient_checkpointing": checkpointing, batch: size}
+                size //= 2
+
+
+def suggestion(flags: dict, batch: str, size: float, total_of: Callable[[dict], float], least: int = 1) -> str:
+    """The first settings that fit `size` GB, as flags. `total_of(flags)` is the predicted total, in GB."""
+    hopeless: set[tuple] = set()
+    for changes in _settings_to_try(flags, batch):
+        if changes[batch] < least:
+            continue
+        kind = tuple(value for name, value in changes.items() if name != batch)
+        if kind not in hopeless and changes[batch] != least and total_of({**flags, **changes, batch: least}) > size:
+            hopeless.add(kind)
+        if kind in hopeless:
+            continue
+        if total_of({**flags, **changes}) <= size:
+            said = {name: value for name, value in changes.items() if value != flags.get(name, False)}
+            return "this does: " + " ".join(f"--{name} {value}" for name, value in said.items())
+    return "nor does anything else here: take a smaller model, or a smaller --cutoff_len"
+
+
+def sft(flags: dict, config, tokenizer, sid_token_ids: list[int], encoder: Encoder, rows_of) -> dict[str, float]:
+    """The dry run of sft.py."""
+    say_flags(flags)
+    examples, tokens, response = say_tasks(encoder, rows_of)
+    steps = -(-examples // flags["batch_size"])
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    print(f"\n{examples:,} examples; {steps:,} steps an epoch, at most {steps * flags['num_epochs']:,} in all")
+    on_gpu, size, name = device_of(flags["gpu_memory"])
+
+    def parts_of(flags: dict) -> dict[str, float]:
+        rows = flags["micro_batch_size"]
+        step = Step(rows, tokens, rows * response, accumulate=flags["batch_size"] > rows * processes)
+        return predict(
+            config,
+            len(tokenizer),
+            sid_token_ids,
+            step,
+            _method(flags),
+            on_gpu,
+            {name: flags[name] for name in ADAPTER_FLAGS},
+            _bits(flags),
+            flags["gradient_checkpointing"],
+        )
+
+    def suggest() -> str:
+        return suggestion(flags, "micro_batch_size", size, lambda flags: parts_of(flags)["total"])
+
+    return say_memory(parts_of(flags), size, name, suggest)
+
+
+def rl(
+    flags: dict,
+    config,
+    tokenizer,
+    sid_token_ids: list[int],
+    prompts: list[list[int]],
+    steps: int,
+    depth: int,
+    own: bool,
+) -> dict[str, float]:
+    """The dry run of rl.py, for completions of at most `depth` tokens. `own`: the checkpoint's adapter trains on."""
+    say_flags(flags)
+    lengths = sorted(map(len, prompts))
+    print(
+        f"\n{len(lengths):,} prompts of {median(lengths):.0f} tokens (median), {lengths[-1]} at most; {steps:,} steps"
+    )
+    on_gpu, size, name = device_of(flags["gpu_memory"])
+    group, tokens = flags["num_generations"], lengths[-1]
+
+    def parts_of(flags: dict) -> dict[str, float]:
+        completions, method = flags["train_batch_size"], _method(flags)
+        # A group whose completions are spread over several micro-batches takes its prompt along into each.
+        rows, in_row = -(-completions // group), min(group, completions)
+        step = Step(rows, tokens + in_row * depth, completions * depth, True, flags["gradient_accumulation_steps"] > 1)
+        parts = predict(
+            config,
+            len(tokenizer),
+            sid_token_ids,
+            step,
+            method,
+            on_gpu,
+            {name: flags[name] for name in ADAPTER_FLAGS},
+            _bits(flags),
+            flags["gradient_checkpointing"],
+            reference_copy=method == "full" and flags["beta"] > 0,
+        )
+        if own and flags["beta"]:
+            parts["adapter"] *= 2  # the reference's
+        drawn = group * 3 // 2 if flags["dynamic_sampling"] else group
+        asked = min(completions, completions * flags["gradient_accumulation_steps"] // group)
+        cache = cache_gb(config, asked, tokens, drawn, depth, on_gpu)
+        if flags["test_during_training"]:
+            asked = -(-flags["eval_batch_size"] // flags["test_beam"])
+            cache = max(cache, cache_gb(config, asked, tokens, flags["test_beam"], depth, on_gpu))
+        # Completions are drawn before a step, in the place of its activations.
+        trainable = parts.pop("trainable")
+        parts.pop("total")
+        parts["cache"] = max(cache - parts["activations"] - parts["logits"], 0.0)
+        return {**parts, "total": sum(parts.values()), "trainable": trainable}
+
+    def suggest() -> str:
+        return suggestion(flags, "train_batch_size", size, lambda flags: parts_of(flags)["total"], least=group)
+
+    return say_memory(parts_of(flags), size, name, suggest)

@@ -1,0 +1,121 @@
+"""The prediction of memory against what the same training really holds, and the dry runs that print it."""
+
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import run_command, sft_flags
+from models import config_of
+from test_bad_input import refused
+from test_rl import rl_flags
+from test_trainer import IDS
+from transformers import AutoModelForCausalLM
+
+import lora_utils
+from minionerec.memory import GB, Step, _Alive, cache_gb, predict, resident_bytes
+from minionerec.trainer import response_logits
+
+ROWS, TOKENS, RESPONSE = 4, 120, 3
+
+
+def really_held(config, method: str, checkpointing: bool) -> tuple[int, int]:
+    """(peak bytes of forward and backward passes, bytes of all weights): the training itself, counted as it runs."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config)
+    if method == "lora":
+        model = lora_utils.add_lora(model, lora_utils.lora_config(model, IDS), checkpointing)
+    if checkpointing:
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    model.train()
+    input_ids = torch.randint(1, 90, (ROWS, TOKENS))
+    mask = torch.ones_like(input_ids)
+    mask[0, -1] = 0  # padding, as in most batches: attention then runs under a mask
+    labels = input_ids.clone()
+    labels[:, :-RESPONSE] = -100
+    inputs = {"input_ids": input_ids, "attention_mask": mask, "labels": labels}
+    alive = _Alive([*model.parameters(), *model.buffers(), *inputs.values()])
+    with alive:
+        for _ in range(2):
+            logits, targets = response_logits(model, inputs)
+            loss = F.cross_entropy(logits.float(), targets)
+            loss.backward()
+            del logits, loss
+    return alive.peak, sum(p.numel() * p.element_size() for p in model.parameters())
+
+
+@pytest.mark.parametrize("architecture", ["qwen2", "qwen3", "llama", "gemma2", "gpt2"])
+@pytest.mark.parametrize("method", ["full", "lora"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_prediction_is_what_training_holds(architecture, method, checkpointing):
+    config = config_of(architecture)
+    step = Step(ROWS, TOKENS, ROWS * RESPONSE)
+    parts = predict(config, 96, IDS, step, method, False, gradient_checkpointing=checkpointing)
+    peak, weights = really_held(config, method, checkpointing)
+    predicted = (parts["gradients"] + parts["activations"] + parts["logits"]) * GB
+    assert predicted == pytest.approx(peak, rel=0.1)
+    assert (parts["weights"] + parts["adapter"]) * GB == pytest.approx(weights)
+    assert parts["total"] == pytest.approx(sum(v for k, v in parts.items() if k not in ("total", "trainable")))
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_what_a_quantized_base_weighs(base, bits):
+    quantization = lora_utils.quantization_config(use_qlora=bits == 4, load_in_8bit=bits == 8)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16, quantization_config=quantization)
+    weights = 0
+    for parameter in model.parameters():
+        weights += parameter.numel() * parameter.element_size()
+        state = getattr(parameter, "quant_state", None)
+        if state is not None:
+            weights += sum(t.numel() * t.element_size() for t in (state.absmax, state.state2.absmax))
+    if bits == 8:  # and the scale of every row
+        layers = [layer for layer in model.modules() if type(layer).__name__ == "Linear8bitLt"]
+        weights += 4 * sum(layer.out_features for layer in layers)
+    parts = predict(model.config, 0, [5], Step(2, 20, 2), "qlora", True, bits=bits)
+    assert parts["weights"] * GB == pytest.approx(weights, rel=0.02)
+
+
+def test_a_gpu_computes_in_bfloat16():
+    config, step = config_of("qwen2"), Step(ROWS, TOKENS, ROWS * RESPONSE)
+    on_cpu, on_gpu = (predict(config, 96, IDS, step, "lora", on_gpu) for on_gpu in (False, True))
+    assert on_gpu["weights"] == on_cpu["weights"] / 2 and on_gpu["adapter"] == on_cpu["adapter"]
+    assert on_gpu["activations"] < 0.7 * on_cpu["activations"]
+
+
+def test_the_cache_of_the_beams():
+    config = config_of("qwen2")  # 2 layers, 2 heads of 16 for keys and values
+    per_token = 2 * 2 * 2 * 16 * 2
+    without = cache_gb(config, 3, 100, 0, 0, True)
+    assert cache_gb(config, 3, 100, 20, 4, True) == pytest.approx(without + 3 * 20 * 4 * per_token / GB)
+
+
+def test_a_dry_run_of_sft(files, base, tmp_path):
+    flags = sft_flags(files, base, tmp_path / "run", use_lora=True, dry_run=True)
+    done = run_command("sft.py", **flags, gpu_memory="24GB")
+    assert done.returncode == 0, done.stderr
+    assert "title_history_to_sid" in done.stdout and "240 examples; 15 steps an epoch" in done.stdout
+    assert "fits a GPU with 24GB" in done.stdout and '"lora_r": 16' in done.stdout
+    trained = run_command("sft.py", **sft_flags(files, base, tmp_path / "run", use_lora=True, sample=8))
+    assert trained.returncode == 0, trained.stderr
+    printed = next(line for line in done.stdout.splitlines() if line.startswith("trainable parameters: "))
+    assert trained.stdout.startswith(printed)
+
+    total = float(next(line for line in done.stdout.splitlines() if line.startswith("  total")).split()[1])
+    done = run_command("sft.py", **{**flags, "output_dir": tmp_path / "other"}, gpu_memory=f"{total - 0.003}GB")
+    assert done.returncode == 0 and not (tmp_path / "other").exists()
+    assert "does not fit a GPU" in done.stdout
+    assert "this does: --micro_batch_size " in done.stdout or "nor does anything else" in done.stdout
+    refused("sft.py", "--gpu_memory 'big'", **{**flags, "output_dir": tmp_path / "other"}, gpu_memory="big")
+
+
+def test_a_dry_run_of_rl(files, base, tmp_path):
+    sft = run_command("sft.py", **sft_flags(files, base, tmp_path / "sft", use_lora=True, sample=8, lora_r=8))
+    assert sft.returncode == 0, sft.stderr
+    flags = rl_flags(files, tmp_path / "sft" / "final_checkpoint", tmp_path / "rl", use_lora=True, dry_run=True)
+    done = run_command("rl.py", **flags)
+    assert done.returncode == 0, done.stderr
+    assert "40 prompts of" in done.stdout and "10 steps" in done.stdout and "cache" in done.stdout
+    assert "--lora_r is 16 here and was 8" in done.stdout
+    trainable = json.loads((tmp_path / "sft" / "metrics.json").read_text())["trainable_parameters"]
+    assert f"trainable parameters: {trainable:,}\n" in done.stdout
+    assert not (tmp_path / "rl").exists() and resident_bytes() > 1e8
