@@ -37,25 +37,36 @@ METHODS = {
     "full_response": "full, response logits",
     "peft": "LoRA by PEFT, all logits",
     "lora": "LoRA",
+    "lora8": "LoRA on an 8-bit base",
     "qlora": "QLoRA",
 }
 
 SPARE_ROWS = 271  # rows that Qwen2-0.5B has beyond its tokenizer's entries
 
 
-def save_base(folder: str, shape: dict[str, int]) -> None:
+def save_base(folder: str, shape: dict[str, int], tied: bool = True, dtype: str = "float32") -> None:
     """Writes a Qwen2 model with random weights and a tokenizer that leaves it as many spare rows as Qwen2-0.5B has."""
     from tokenizers import Tokenizer, models
     from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Config, set_seed
 
     set_seed(42)
-    AutoModelForCausalLM.from_config(Qwen2Config(**shape, tie_word_embeddings=True)).save_pretrained(folder)
+    config = Qwen2Config(**shape, tie_word_embeddings=tied)
+    AutoModelForCausalLM.from_config(config, dtype=dtype).save_pretrained(folder)
     entries = {f"t{i}": i for i in range(max(shape["vocab_size"] - SPARE_ROWS, 2))}
     tokenizer = Tokenizer(models.WordLevel(entries, unk_token="t1"))
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="t0", pad_token="t0").save_pretrained(folder)
 
 
-def train(connection, method: str, folder: str, rows: int, tokens: int, response_tokens: int, sids: int) -> None:
+def train(
+    connection,
+    method: str,
+    folder: str,
+    rows: int,
+    tokens: int,
+    response_tokens: int,
+    sids: int,
+    gradient_checkpointing: bool = False,
+) -> None:
     """Takes a step whenever asked, answers with its seconds, at the end with peak memory in GB and the first loss."""
     quiet()
     import torch
@@ -69,11 +80,14 @@ def train(connection, method: str, folder: str, rows: int, tokens: int, response
 
     torch.manual_seed(0)
     tokenizer = modeling.load_tokenizer(folder)
-    model = modeling.load_base(folder, lora_utils.quantization_config(use_qlora=method == "qlora"))
+    model = modeling.load_base(folder, lora_utils.quantization_config(method == "qlora", method == "lora8"))
     ids = modeling.add_sid_tokens(model, tokenizer, [f"<a_{i}>" for i in range(sids)])
-    if method in ("peft", "lora", "qlora"):
-        config = lora_utils.lora_config(model, ids, lora_r=16, lora_target_modules="all")
-        model = get_peft_model(model, config) if method == "peft" else lora_utils.add_lora(model, config)
+    if method == "peft":
+        model = get_peft_model(model, lora_utils.lora_config(model, ids))
+    elif method in ("lora", "lora8", "qlora"):
+        model = lora_utils.add_lora(model, lora_utils.lora_config(model, ids), gradient_checkpointing)
+    if gradient_checkpointing:
+        model.activation_checkpointing_enable({"use_reentrant": False})
     model.train()
     device = modeling.local_device()
     input_ids = torch.randint(0, ids[0], (rows, tokens))

@@ -24,14 +24,14 @@ trained() { # trained stage folder rate seed flags...: the stage's command, cont
     unless_done "$2/metrics.json" "$1" --output_dir "$2" --learning_rate "$3" --seed "$4" --resume_from_checkpoint True \
         "${@:5}"
 }
-chosen() { # chosen stage choose metric rates flags...: sets CHOSEN (folder) and RATE
+chosen() { # chosen stage name choose metric rates flags...: sets CHOSEN (folder) and RATE
     local rate folders=()
-    for rate in $4; do
-        trained "$1" "$OUT/$METHOD/$1_$rate" "$rate" 42 "${@:5}"
-        folders+=("$OUT/$METHOD/$1_$rate")
+    for rate in $5; do
+        trained "$1" "$OUT/$METHOD/$2_$rate" "$rate" 42 "${@:6}"
+        folders+=("$OUT/$METHOD/$2_$rate")
     done
-    CHOSEN="$(best "$2" "$3" "${folders[@]}")" RATE="${CHOSEN##*_}"
-    echo "$METHOD $1: learning rate $RATE"
+    CHOSEN="$(best "$3" "$4" "${folders[@]}")" RATE="${CHOSEN##*_}"
+    echo "$METHOD $2: learning rate $RATE"
 }
 
 unless_done "$OUT/sasrec/result.json" "$PYTHON" scripts/train_sasrec.py --train_file "$TRAIN_FILE" \
@@ -41,11 +41,11 @@ METHODS="${METHODS:-full lora qlora}"
 for METHOD in $METHODS; do
     use_method
     sft_rates="SFT_RATES_$METHOD" rl_rates="RL_RATES_$METHOD"
-    chosen sft min best_eval_loss "${!sft_rates:-$DEFAULT_SFT_RATES}" ${SFT_FLAGS:-}
+    chosen sft sft min best_eval_loss "${!sft_rates:-$DEFAULT_SFT_RATES}" ${SFT_FLAGS:-}
     sft_rate="$RATE"
     MODEL_PATH="$CHOSEN/final_checkpoint"
     sft_runs=("$CHOSEN")
-    chosen rl max best_eval_NDCG@10 "${!rl_rates:-$DEFAULT_RL_RATES}" ${RL_FLAGS:-}
+    chosen rl "rl_from_$sft_rate" max best_eval_NDCG@10 "${!rl_rates:-$DEFAULT_RL_RATES}" ${RL_FLAGS:-}
     rl_runs=("$CHOSEN")
     for seed in $(seq 43 $((41 + SEEDS))); do
         sft_runs+=("$OUT/$METHOD/sft_seed$seed") rl_runs+=("$OUT/$METHOD/rl_seed$seed")
