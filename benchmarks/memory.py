@@ -50,9 +50,9 @@ BITS = {"full_response": 16, "lora": 16, "lora8": 8, "qlora": 4}
 
 
 def predicted(
-    size: str, method: str, rows: int, tokens: int, response: int, sids: int, ckpt: bool, on_gpu: bool
-) -> dict:
-    """The parts of the prediction, in GB."""
+    size: str, method: str, rows: int, tokens: int, response: int, sids: int, checkpointing: bool, on_gpu: bool
+) -> float:
+    """The prediction in GB, without what PyTorch does not report on a GPU (the driver's context)."""
     from transformers import Qwen2Config
 
     from minionerec.memory import Step, predict
