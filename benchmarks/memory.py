@@ -7,7 +7,8 @@ where none does, gradient checkpointing is turned on. bfloat16 on a GPU, float32
 
     python benchmarks/memory.py                                           # all sizes, on a GPU with 80 GB or more
     python benchmarks/memory.py --sizes 0.5B,1.5B --rows 2 --tokens 240   # on a CPU
-    python benchmarks/memory.py --predict_only True                       # no weights, a minute
+    python benchmarks/memory.py --predict_only True                       # no weights, some minutes
+    python benchmarks/memory.py --lora_r 8 --lora_target_modules qkv      # the adapter of the preset low_memory
 """
 
 import os
@@ -50,7 +51,15 @@ BITS = {"full_response": 16, "lora": 16, "lora8": 8, "qlora": 4}
 
 
 def predicted(
-    size: str, method: str, rows: int, tokens: int, response: int, sids: int, checkpointing: bool, on_gpu: bool
+    size: str,
+    method: str,
+    rows: int,
+    tokens: int,
+    response: int,
+    sids: int,
+    checkpointing: bool,
+    on_gpu: bool,
+    adapter_flags: dict,
 ) -> float:
     """The prediction in GB, without what PyTorch does not report on a GPU (the driver's context)."""
     from transformers import Qwen2Config
@@ -67,6 +76,7 @@ def predicted(
         Step(rows, tokens, rows * response, accumulate=False),
         "full" if method == "full_response" else "lora",
         on_gpu,
+        adapter_flags,
         bits=BITS[method],
         gradient_checkpointing=checkpointing,
     )
@@ -81,6 +91,8 @@ def memory(
     response_tokens: int = 5,
     sids: int = 560,
     repeats: int = 3,
+    lora_r: int = 16,
+    lora_target_modules: str = "all",
     predict_only: bool = False,
 ) -> None:
     """Prints one row for every size and method.
@@ -93,10 +105,13 @@ def memory(
         response_tokens: tokens of a row that carry loss.
         sids: SID tokens that are added.
         repeats: timed steps.
+        lora_r: rank of the adapter.
+        lora_target_modules: all linear layers, qkv, or names separated by commas.
         predict_only: print predictions for a GPU alone.
     """
     problems = Problems()
     checks.check_positive(problems, tokens=tokens, response_tokens=response_tokens, sids=sids, repeats=repeats)
+    checks.check_positive(problems, lora_r=lora_r)
     problems += [f"--sizes {size!r}: there are {', '.join(SHAPES)}" for size in sizes.split(",") if size not in SHAPES]
     problems += [f"--methods {m!r}: there are {', '.join(TARGETS)}" for m in methods.split(",") if m not in TARGETS]
     if rows < 0:
@@ -106,6 +121,7 @@ def memory(
     import torch
 
     on_gpu = predict_only or torch.cuda.is_available()
+    adapter_flags = {"lora_r": lora_r, "lora_target_modules": lora_target_modules}
     table = []
     for size in sizes.split(","):
         *numbers, tied = SHAPES[size]
@@ -114,9 +130,8 @@ def memory(
                 shape = dict(zip(NAMES, numbers, strict=True))
                 in_fresh_process(save_base, folder, shape, tied, "bfloat16" if on_gpu else "float32")
             for method in methods.split(","):
-                row = _measured(
-                    size, method, rows, tokens, response_tokens, sids, repeats, on_gpu, predict_only, folder
-                )
+                settings = (size, method, rows, tokens, response_tokens, sids, repeats, on_gpu, predict_only, folder)
+                row = _measured(*settings, adapter_flags)
                 table.append(row)
                 print_table([row])
     for row in table:
@@ -124,14 +139,14 @@ def memory(
         if full and "rows/s" in full and "rows/s" in row:
             row["times full"] = row["rows/s"] / full["rows/s"]
     print_table(table)
-    print_json("memory", tokens=tokens, response_tokens=response_tokens, sids=sids, table=table)
+    print_json("memory", tokens=tokens, response_tokens=response_tokens, sids=sids, **adapter_flags, table=table)
 
 
-def _measured(size, method, rows, tokens, response, sids, repeats, on_gpu, predict_only, folder) -> dict:
+def _measured(size, method, rows, tokens, response, sids, repeats, on_gpu, predict_only, folder, adapter_flags):
     target = TARGETS[method][size]
 
     def prediction(rows: int, checkpointing: bool) -> float:
-        settings = (size, method, rows, tokens, response, sids, checkpointing, on_gpu)
+        settings = (size, method, rows, tokens, response, sids, checkpointing, on_gpu, adapter_flags)
         # On a CPU it counts what a process holds that does nothing else.
         return predicted(*settings) if on_gpu else in_fresh_process(predicted, *settings)
 
@@ -152,7 +167,8 @@ def _measured(size, method, rows, tokens, response, sids, repeats, on_gpu, predi
     }
     if not predict_only:
         try:
-            run = in_turn(train, [method], repeats, folder, chosen, tokens, response, sids, checkpointing)[method]
+            settings = (folder, chosen, tokens, response, sids, checkpointing, adapter_flags)
+            run = in_turn(train, [method], repeats, *settings)[method]
         except EOFError:  # the process died for want of memory
             return {**row, "measured GB": "out of memory"}
         row["measured GB"] = run["peak_gb"]

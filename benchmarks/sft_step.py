@@ -66,6 +66,7 @@ def train(
     response_tokens: int,
     sids: int,
     gradient_checkpointing: bool = False,
+    adapter_flags: dict | None = None,
 ) -> None:
     """Takes a step whenever asked, answers with its seconds, at the end with peak memory in GB and the first loss."""
     quiet()
@@ -85,7 +86,8 @@ def train(
     if method == "peft":
         model = get_peft_model(model, lora_utils.lora_config(model, ids))
     elif method in ("lora", "lora8", "qlora"):
-        model = lora_utils.add_lora(model, lora_utils.lora_config(model, ids), gradient_checkpointing)
+        config = lora_utils.lora_config(model, ids, **(adapter_flags or {}))
+        model = lora_utils.add_lora(model, config, gradient_checkpointing)
     if gradient_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
     model.train()

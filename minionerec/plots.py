@@ -1,10 +1,5 @@
 """Curves of a training run."""
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-
 # The label of each panel, and what it draws: key of the log history -> name in the legend.
 Panels = dict[str, dict[str, str]]
 
@@ -20,11 +15,22 @@ RL_PANELS: Panels = {
 }
 
 
+def _pyplot():
+    """matplotlib, without a window. A run asks for it at its end, and does not wait for it at its start."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot
+
+    return matplotlib.pyplot
+
+
 def plot_curves(history: list[dict], path: str, panels: Panels) -> None:
     """Draws values of a Trainer's log history over optimizer steps, one panel beside the other, to a PNG file.
 
     `history` entries hold `step` and any of the keys of `panels`; a panel none of them fills stays empty.
     """
+    plt = _pyplot()
     figure, all_axes = plt.subplots(1, len(panels), figsize=(5 * len(panels), 4), layout="constrained")
     for axes, (label, keys) in zip(all_axes, panels.items(), strict=True):
         for key, name in keys.items():
@@ -44,6 +50,7 @@ def plot_bars(panels: dict[str, dict[str, tuple[float, float, float]]], path: st
 
     `panels` maps the label of a panel to its bars, and the name of a bar to (value, low, high).
     """
+    plt = _pyplot()
     figure, all_axes = plt.subplots(1, len(panels), figsize=(4.5 * len(panels), 4), layout="constrained", squeeze=False)
     for axes, (label, bars) in zip(all_axes[0], panels.items(), strict=True):
         heights = [value for value, _, _ in bars.values()]

@@ -1,0 +1,126 @@
+"""Measures where the time goes between the command and the end of the first training step of sft.py.
+
+The command runs twice as it is, once with an empty cache of tokenized examples and once with what the first left there,
+and is stopped behind its first step. The marks are calls that sft.py makes anyway.
+
+    python benchmarks/startup.py --base_model out/base --train_file train.csv --eval_file valid.csv \\
+        --sid_index_path Industrial_and_Scientific.index.json --item_meta_path Industrial_and_Scientific.item.json
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path.insert(0, ROOT)
+
+PHASES = ("checks", "imports", "tokenizer and base", "adapter", "examples", "trainer", "first step")
+
+
+def run_marked(marks_file: str, flags: list[str]) -> None:
+    """Runs sft.py in this process; writes the seconds since the epoch at which each of PHASES ended, and exits."""
+    from minionerec.data import Problems
+
+    marks: list[float] = []
+
+    def marked(function, before: bool = False):
+        def call(*args, **kwargs):
+            if before:
+                marks.append(time.time())
+                return function(*args, **kwargs)
+            result = function(*args, **kwargs)
+            marks.append(time.time())
+            return result
+
+        return call
+
+    check = Problems.check
+
+    def checked(problems: Problems) -> None:
+        check(problems)
+        marks.append(time.time())
+        Problems.check = check
+        import lora_utils
+        from minionerec import dataset, modeling, trainer
+
+        modeling.load_tokenizer = marked(modeling.load_tokenizer, before=True)
+        modeling.add_sid_tokens = marked(modeling.add_sid_tokens, before=True)
+        lora_utils.trainable_report = marked(lora_utils.trainable_report)
+        dataset.tokenized_dataset = marked(dataset.tokenized_dataset)
+        trainer.SFTTrainer.train = marked(trainer.SFTTrainer.train, before=True)
+        step = trainer.SFTTrainer.training_step
+
+        def first_step(*args, **kwargs):
+            step(*args, **kwargs)
+            marks.append(time.time())
+            del marks[4]  # of the training examples alone; the validation examples follow
+            with open(marks_file, "w", encoding="utf-8") as file:
+                json.dump(marks, file)
+            os._exit(0)
+
+        trainer.SFTTrainer.training_step = first_step
+
+    Problems.check = checked
+    import sft
+
+    sys.argv = ["sft.py", *flags]
+    from minionerec import cli
+
+    cli.run(sft.train)
+
+
+def startup(
+    base_model: str = "",
+    train_file: str = "",
+    eval_file: str = "",
+    sid_index_path: str = "",
+    item_meta_path: str = "",
+    use_lora: bool = True,
+    use_qlora: bool = False,
+) -> None:
+    """Prints the seconds of every phase, with a cold and with a warm cache of tokenized examples.
+
+    Args:
+        base_model: folder or hub name of the model to start from.
+        train_file: CSV of training interactions.
+        eval_file: CSV of validation interactions.
+        sid_index_path: JSON of item id to SID tokens.
+        item_meta_path: JSON of item id to title and description.
+        use_lora: start a LoRA run.
+        use_qlora: start a QLoRA run.
+    """
+    flags = dict(locals())
+    from benchmarks.common import print_json, print_table
+
+    table = []
+    with tempfile.TemporaryDirectory() as folder:
+        for cache in ("cold", "warm"):
+            marks_file = os.path.join(folder, f"{cache}.json")
+            argv = [f"--{name}={value}" for name, value in flags.items()]
+            argv += [f"--output_dir={os.path.join(folder, cache)}", "--batch_size=8", "--micro_batch_size=8"]
+            started = time.time()
+            subprocess.run(
+                [sys.executable, os.path.abspath(__file__), "--marks", marks_file, *argv],
+                env={**os.environ, "HF_DATASETS_CACHE": os.path.join(folder, "cache")},
+                stdout=subprocess.DEVNULL,
+            )
+            if not os.path.exists(marks_file):
+                sys.exit(1)  # sft.py has said why
+            with open(marks_file, encoding="utf-8") as file:
+                ends = json.load(file)
+            seconds = [end - start for start, end in zip([started, *ends], ends, strict=False)]
+            table.append({"cache": cache, **dict(zip(PHASES, seconds, strict=True)), "all": ends[-1] - started})
+    print_table(table)
+    print_json("startup", table=table)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--marks"]:
+        run_marked(sys.argv[2], sys.argv[3:])
+    else:
+        from minionerec import cli
+
+        cli.run(startup)
