@@ -17,6 +17,8 @@ from minionerec.data import Problems, count_rows, read_info, read_interactions
 from minionerec.metrics import format_metrics, popularity, rank_of, ranking_metrics
 from minionerec.prompts import RECOMMENDATION, differing_prompts, recorded_prompts
 
+WITH_BASE = "give the folder of the base as --base_model, and this one as --adapter"
+
 
 def evaluate(
     base_model: str = "",
@@ -57,13 +59,17 @@ def evaluate(
     if adapter and not is_adapter(adapter):
         problems.add(f"--adapter {adapter}: no adapter_config.json there; give the folder of an adapter checkpoint")
     checks.check_positive(problems, batch_size=batch_size, num_beams=num_beams, max_new_tokens=max_new_tokens)
-    if K < 0:
-        problems.add(f"--K {K}: must be 0 or more")
+    if not 0 <= K <= num_beams:
+        problems.add(f"--K {K}: must be between 0 and --num_beams {num_beams}, the length of a ranking")
     if not result_json_data or os.path.isdir(result_json_data):
         problems.add(f"--result_json_data {result_json_data!r}: give the path of a file for the rankings")
+    else:
+        checks.check_writable(problems, "result_json_data", os.path.dirname(os.path.abspath(result_json_data)))
     checkpoint = adapter or base_model
     if not adapter and is_adapter(base_model):
-        base_model, adapter = problems.attempt(base_of_adapter, base_model) or "", base_model
+        base_model, adapter = problems.attempt(base_of_adapter, base_model, WITH_BASE) or "", base_model
+    elif adapter and is_adapter(base_model):
+        problems.add(f"--base_model {base_model}: is an adapter, not a model; name the base of --adapter {adapter}")
     prompts = problems.attempt(recorded_prompts, checkpoint, category, prompt_file, RECOMMENDATION)
     sids = problems.attempt(read_info, info_file)
     rows = problems.attempt(count_rows, test_data_path, "test_data_path", sids, titles=False)

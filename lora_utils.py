@@ -18,7 +18,7 @@ from peft import LoraConfig, PeftModel, TaskType, TrainableTokensConfig, get_pef
 from peft.tuners import lora
 from peft.tuners.trainable_tokens import TrainableTokensLayer
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.pytorch_utils import Conv1D
@@ -392,10 +392,14 @@ def train_sid_rows_only(model: nn.Module, sid_token_ids: list[int], gradient_che
 
 def load_adapter(model: nn.Module, path: str, trainable: bool = False) -> PeftModel:
     """The model with the adapter of a checkpoint. Raises InputError where their shapes do not fit."""
+    if not os.path.isfile(os.path.join(path, SAFETENSORS_WEIGHTS_NAME)):
+        raise InputError(f"adapter {path}: holds no {SAFETENSORS_WEIGHTS_NAME}")
     if getattr(model, "is_quantized", False) and trainable:
         prepare_quantized(model)
     try:
         wrapped = PeftModel.from_pretrained(model, path, is_trainable=trainable)
+    except SafetensorError as error:
+        raise InputError(f"adapter {path}: its weights cannot be read, the file is damaged: {error}") from None
     except (RuntimeError, ValueError, IndexError) as error:
         reason = next((line.strip() for line in str(error).splitlines() if "size mismatch" in line), str(error))
         raise InputError(
@@ -419,18 +423,18 @@ def load_adapted(
     Raises InputError where the base cannot be loaded, is another one than the adapter was trained on, or has other
     shapes.
     """
-    model = modeling.load_base(base_model, quantization, dtype=None if quantization else merge_in)
     recorded = read_run(adapter).get("base_fingerprint")
-    if recorded and recorded != modeling.fingerprint(model):
+    if recorded and recorded != modeling.fingerprint(base_model):
         raise InputError(
             f"adapter {adapter} does not fit the base {base_model}: these are not the weights it was trained on; name "
             "the base it was trained on"
         )
-    if merge_in and quantization:
+    model = modeling.load_base(base_model, quantization, dtype=None if quantization else merge_in)
+    if merge_in is not None and quantization:
         model = model.dequantize(merge_in).to(merge_in)
     modeling.fit_embeddings(model, tokenizer)
     wrapped = load_adapter(model, adapter, trainable)
-    return wrapped.merge_and_unload() if merge_in else wrapped
+    return wrapped if merge_in is None else wrapped.merge_and_unload()
 
 
 def adapter_parameters(model: nn.Module, adapter: str) -> dict[str, nn.Parameter]:
@@ -459,10 +463,7 @@ def _check_names(wrapped: PeftModel, path: str) -> None:
 
     PEFT loads what matches and leaves the rest out, so an adapter of a deeper base would load in part.
     """
-    file = os.path.join(path, SAFETENSORS_WEIGHTS_NAME)
-    if not os.path.isfile(file):
-        return
-    with safe_open(file, "pt") as tensors:
+    with safe_open(os.path.join(path, SAFETENSORS_WEIGHTS_NAME), "pt") as tensors:
         saved = set(tensors.keys())
     model = set(get_peft_model_state_dict(wrapped, save_embedding_layers=False))
     different = sorted(n for n in saved ^ model if "lora_" in n or "trainable_tokens_delta" in n)

@@ -8,6 +8,7 @@ in an unmodified MiniOneRec checkout.
 """
 
 import os
+import re
 import shutil
 from itertools import islice
 
@@ -52,12 +53,12 @@ def merge(
     else:
         base_model = base_model or problems.attempt(base_of_adapter, adapter) or ""
         if base_model:
-            checks.check_model(problems, "base_model", base_model)
+            checks.check_base(problems, base_model)
     if into not in ("trained", "original"):
         problems.add(f"--into {into!r}: must be trained or original")
     if dtype not in ("auto", "float32", "bfloat16", "float16"):
         problems.add(f"--dtype {dtype!r}: must be auto, float32, bfloat16 or float16")
-    if not max_shard_size.removesuffix("B").rstrip("KMGi").isdigit():
+    if not re.fullmatch(r"[1-9]\d*[KMG]B", max_shard_size):
         problems.add(f"--max_shard_size {max_shard_size!r}: must be a size such as 5GB")
     checks.check_positive(problems, sample=sample)
     checks.check_new_folder(problems, output_dir)
@@ -82,7 +83,8 @@ def merge(
 
     tokenizer = modeling.load_tokenizer(adapter)
     quantization = lora_utils.quantization_config(flags.get("use_qlora", False), flags.get("load_in_8bit", False))
-    wanted = modeling.load_config(base_model).dtype if dtype == "auto" else getattr(torch, dtype)
+    saved_as = modeling.load_config(base_model).dtype or modeling.default_dtype()
+    wanted = saved_as if dtype == "auto" else getattr(torch, dtype)
 
     def rankings(model) -> list[list[int]]:
         trie = sid.Trie(sid.sid_sequences(tokenizer, sids), tokenizer.eos_token_id).to(model.device)

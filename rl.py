@@ -10,12 +10,13 @@ resuming, and input that is checked before anything is loaded.
     python rl.py ... --output_dir out/rl_qlora --use_qlora True
 """
 
+import math
 import os
 
 from minionerec import checks, cli
-from minionerec.checkpoint import base_of_adapter, is_adapter, mismatches, read_run
+from minionerec.checkpoint import adapter_type, base_of_adapter, is_adapter, mismatches, read_run
 from minionerec.data import Problems, count_rows, read_catalogue, read_info, read_interactions
-from minionerec.prompts import RECOMMENDATION, RL_TASKS, differing_prompts, recorded_prompts
+from minionerec.prompts import RECOMMENDATION, RL_TASKS, TASKS, differing_prompts, recorded_prompts
 
 REWARD_TYPES = ("rule", "ranking", "ranking_only", "semantic", "sasrec")
 ADAPTER_FLAGS = ("lora_r", "lora_alpha", "lora_target_modules", "use_rslora", "use_dora")
@@ -141,6 +142,13 @@ def train(
     checks.check_model(problems, "model_path", model_path)
     if from_adapter:
         base_model = base_model or problems.attempt(base_of_adapter, model_path) or ""
+        if base_model:
+            checks.check_base(problems, base_model)
+        if adapter_type(model_path) != "LORA":
+            problems.add(
+                f"--model_path {model_path}: is a checkpoint from the middle of a --freeze_LLM run, SID rows alone; "
+                "give the run's final_checkpoint"
+            )
     elif base_model:
         problems.add(f"--base_model names the base of an adapter checkpoint, and {model_path} is none; drop it")
     checks.check_adapter_flags(
@@ -193,6 +201,9 @@ def train(
     checks.check_resume(problems, resume_from_checkpoint)
     checks.check_gpu_memory(problems, gpu_memory)
     prompts = problems.attempt(recorded_prompts, model_path, category, prompt_file, tasks, RL_TASKS)
+    for task in prompts.tasks.values() if prompts else ():
+        if task.response != "{sid}":
+            problems.add(f"--tasks {tasks}: {task.name} asks for a title; RL rewards items: {', '.join(RL_TASKS)}")
     catalogue = problems.attempt(read_catalogue, sid_index_path, item_meta_path)
     sids = problems.attempt(read_info, info_file, catalogue)
     if sids and len(sids) < num_generations:
@@ -216,12 +227,15 @@ def train(
 
     started_from = read_run(model_path)
     method = "qlora" if use_qlora else "lora" if use_lora else "full"
-    run = {"command": "rl", "method": method, "version": __version__, "flags": flags, "prompts": prompts.to_json()}
+    # Of all tasks, not of this run's alone: a checkpoint is asked for recommendations in the wording that it learnt.
+    wording = recorded_prompts(model_path, category, prompt_file, default=tuple(TASKS))
+    run = {"command": "rl", "method": method, "version": __version__, "flags": flags, "prompts": wording.to_json()}
     set_seed(seed)
     state = PartialState(cpu=not torch.cuda.is_available())
 
     if adapter and not from_adapter:
-        lora_utils.find_target_modules(lora_utils.meta_model(modeling.load_config(model_path)), lora_target_modules)
+        config = modeling.load_config(model_path, "model_path")
+        lora_utils.find_target_modules(lora_utils.meta_model(config), lora_target_modules)
     tokenizer = modeling.load_tokenizer(model_path)
     sequences = sid.sid_sequences(tokenizer, sids)
     unknown = [token for token in catalogue.sid_tokens if token not in tokenizer.get_vocab()]
@@ -230,7 +244,7 @@ def train(
             f"--model_path {model_path}: its tokenizer lacks {len(unknown)} SID tokens of {sid_index_path}, such as "
             f"{unknown[0]}; start from a checkpoint that sft.py made with this index"
         )
-    cutoff_len = started_from.get("flags", {}).get("cutoff_len", 512)
+    cutoff_len = flags["cutoff_len"] = started_from.get("flags", {}).get("cutoff_len", 512)
     encoder = Encoder(tokenizer, prompts, cutoff_len)
     # The longest SID, its end included, must fit behind the prompt.
     budget = cutoff_len - sequences.shape[1] - 1
@@ -241,7 +255,7 @@ def train(
     train_dataset = prompt_dataset(encoder, rows_of, budget)
     if sample_train:
         train_dataset = train_dataset.shuffle(seed=seed).select(range(int(SAMPLE_SHARE * len(train_dataset))))
-    eval_encoder = Encoder(tokenizer, prompts.only(RECOMMENDATION), cutoff_len)
+    eval_encoder = Encoder(tokenizer, wording.only(RECOMMENDATION), cutoff_len)
     eval_dataset = prompt_dataset(
         eval_encoder, lambda kind: read_interactions(eval_file, "eval_file", sids, titles=False), budget
     )
@@ -256,6 +270,7 @@ def train(
         notes += _how_it_continues(model_path, started_from, flags, adapter)
     for line in notes:
         state.print(line)
+    reward_funcs = _reward_functions(reward_type, num_generations, sids, sequences, catalogue, ada_path, cf_path)
     if dry_run:
         from minionerec import dryrun
 
@@ -265,6 +280,8 @@ def train(
         return dryrun.rl(flags, config, tokenizer, ids, columns, steps, sequences.shape[1] + 1, own=from_adapter)
     state.print(f"prompts: {len(train_dataset):,} to train on, {len(eval_dataset):,} to validate; steps: {steps:,}")
 
+    run["base_fingerprint"] = modeling.fingerprint(base_model if from_adapter else model_path)
+    resume = trainer.resume_point(output_dir, resume_from_checkpoint, run, state.print)
     quantization = lora_utils.quantization_config(use_qlora, load_in_8bit)
     peft_config = None
     if from_adapter:
@@ -276,13 +293,11 @@ def train(
             trainable=adapter,
             merge_in=None if adapter else modeling.default_dtype(),
         )
-        run["base_fingerprint"] = started_from.get("base_fingerprint")
         if not adapter:
             model.requires_grad_(True)
     else:
         model = modeling.load_base(model_path, quantization)
         if adapter:
-            run["base_fingerprint"] = modeling.fingerprint(model)
             peft_config = lora_utils.lora_config(
                 model,
                 sorted(tokenizer.convert_tokens_to_ids(catalogue.sid_tokens)),
@@ -298,11 +313,15 @@ def train(
     if wandb_project:
         os.environ["WANDB_PROJECT"] = wandb_project
     os.environ.setdefault("TENSORBOARD_LOGGING_DIR", os.path.join(output_dir, "tensorboard"))
-    resume = trainer.resume_point(output_dir, resume_from_checkpoint, state.print)
-    watched = f"NDCG@{max(k for k in (1, 3, 5, 10) if k <= test_beam)}"
+    # In whole steps, and every save behind an evaluation: shares would be rounded each for itself.
+    evaluate_every = math.ceil(eval_step * steps)
+    save_every = (
+        evaluate_every * round(save_steps / eval_step) if test_during_training else math.ceil(save_steps * steps)
+    )
+    watched = f"NDCG@{max(k for k in (1, 3, 5, 10) if k <= min(test_beam, len(sids)))}"
     rl_trainer = ReReTrainer(
         model=model,
-        reward_funcs=_reward_functions(reward_type, num_generations, sids, sequences, catalogue, ada_path, cf_path),
+        reward_funcs=reward_funcs,
         processing_class=tokenizer,
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
@@ -342,10 +361,10 @@ def train(
             activation_checkpointing_kwargs={"use_reentrant": False} if gradient_checkpointing else None,
             logging_steps=0.01,
             eval_strategy="steps" if test_during_training else "no",
-            eval_steps=eval_step,
+            eval_steps=evaluate_every,
             eval_on_start=test_during_training and resume is None,
             save_strategy="steps",
-            save_steps=save_steps,
+            save_steps=save_every,
             save_total_limit=2,  # with 1 the end of a run, also of a stopped one, leaves the best alone
             load_best_model_at_end=test_during_training,
             metric_for_best_model=f"eval_{watched}",
@@ -357,14 +376,14 @@ def train(
     )
     trainable, total = lora_utils.count_parameters(rl_trainer.model)
     state.print(lora_utils.trainable_report(rl_trainer.model))
-    result = rl_trainer.train(resume)
+    rl_trainer.train(resume)
     metrics = {
         "method": method,
         "trainable_parameters": trainable,
         "total_parameters": total,
         "train_prompts": len(train_dataset),
         "steps": rl_trainer.state.global_step,
-        "seconds": result.metrics["train_runtime"],
+        "seconds": rl_trainer.seconds,
         f"best_eval_{watched}": rl_trainer.state.best_metric,
         "best_checkpoint": rl_trainer.state.best_model_checkpoint,
     }

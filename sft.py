@@ -11,7 +11,6 @@ response tokens only, exact resuming, and input that is checked before anything 
 import os
 
 from minionerec import checks, cli
-from minionerec.checkpoint import is_adapter
 from minionerec.data import Problems, count_rows, read_catalogue, read_interactions, sample_rows
 from minionerec.prompts import load_prompts
 
@@ -98,9 +97,7 @@ def train(
     """
     flags = dict(locals())
     problems = Problems()
-    checks.check_model(problems, "base_model", base_model)
-    if is_adapter(base_model):
-        problems.add(f"--base_model {base_model}: is an adapter, not a model; name the base it was trained on")
+    checks.check_base(problems, base_model)
     checks.check_adapter_flags(
         problems,
         use_lora,
@@ -137,7 +134,11 @@ def train(
     checks.check_report_to(problems, report_to)
     checks.check_resume(problems, resume_from_checkpoint)
     checks.check_gpu_memory(problems, gpu_memory)
+    if not category.strip():
+        problems.add("--category is missing; say what the items are, such as Industrial_and_Scientific")
     prompts = problems.attempt(load_prompts, category, prompt_file, tasks)
+    if prompts and all(task.rows == "item" for task in prompts.tasks.values()):
+        problems.add(f"--tasks {tasks!r}: needs a task on interactions to validate on")
     catalogue = problems.attempt(read_catalogue, sid_index_path, item_meta_path)
     sids = catalogue.sids if catalogue else None
     train_rows = problems.attempt(
@@ -179,12 +180,12 @@ def train(
 
     set_seed(seed)
     state = PartialState(cpu=not torch.cuda.is_available())
+    run["base_fingerprint"] = modeling.fingerprint(base_model)
+    resume = trainer.resume_point(output_dir, resume_from_checkpoint, run, state.print)
     tokenizer = modeling.load_tokenizer(base_model)
     model = modeling.load_base(
         base_model, lora_utils.quantization_config(use_qlora, load_in_8bit), from_scratch=train_from_scratch
     )
-    if adapter:
-        run["base_fingerprint"] = modeling.fingerprint(model)
     sid_token_ids = modeling.add_sid_tokens(model, tokenizer, catalogue.sid_tokens)
     if adapter:
         config = lora_utils.lora_config(
@@ -265,14 +266,14 @@ def train(
             ddp_find_unused_parameters=False,
         ),
     )
-    result = sft_trainer.train(trainer.resume_point(output_dir, resume_from_checkpoint, state.print))
+    sft_trainer.train(resume)
     metrics = {
         "method": method,
         "trainable_parameters": trainable,
         "total_parameters": total,
         "train_examples": len(train_dataset),
         "steps": sft_trainer.state.global_step,
-        "seconds": result.metrics["train_runtime"],
+        "seconds": sft_trainer.seconds,
         "best_eval_loss": sft_trainer.state.best_metric,
         "best_checkpoint": sft_trainer.state.best_model_checkpoint,
     }

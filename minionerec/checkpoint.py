@@ -13,6 +13,11 @@ def is_adapter(path: str) -> bool:
     return os.path.isfile(os.path.join(path, "adapter_config.json"))
 
 
+def adapter_type(path: str) -> str:
+    """The kind of adapter in a folder, as PEFT calls it: LORA, or TRAINABLE_TOKENS for SID rows alone."""
+    return _read_json(os.path.join(path, "adapter_config.json")).get("peft_type", "")
+
+
 def _read_json(path: str) -> dict:
     try:
         with open(path, encoding="utf-8") as file:
@@ -37,13 +42,13 @@ def mismatches(path: str, flags: dict, names: tuple[str, ...]) -> list[str]:
     ]
 
 
-def base_of_adapter(path: str) -> str:
+def base_of_adapter(path: str, remedy: str = "name it with --base_model") -> str:
     """The base model that an adapter names. Raises InputError where it names none, or a folder that is gone."""
     base = _read_json(os.path.join(path, "adapter_config.json")).get("base_model_name_or_path")
     if not base:
-        raise InputError(f"{path}: the adapter names no base; give --base_model BASE --adapter {path}")
+        raise InputError(f"{path}: the adapter names no base; {remedy}")
     if os.path.isabs(base) and not os.path.isdir(base):
-        raise InputError(f"{path}: its base {base} is not there; give --base_model BASE --adapter {path}")
+        raise InputError(f"{path}: its base {base} is not there; {remedy}")
     return base
 
 

@@ -5,6 +5,7 @@ Each adds what it finds to a `Problems` list; paths and cells are checked by `mi
 
 import os
 
+from minionerec.checkpoint import is_adapter
 from minionerec.data import Problems
 
 INIT_LORA_WEIGHTS = ("True", "gaussian", "orthogonal")
@@ -19,6 +20,13 @@ def check_model(problems: Problems, flag: str, path: str) -> None:
             problems.add(f"--{flag} {path}: the folder has no config.json; is it a model?")
     elif path.startswith((".", "/", "~")) or path.count("/") > 1 or os.path.exists(path):
         problems.add(f"--{flag} {path}: no such folder")
+
+
+def check_base(problems: Problems, base_model: str) -> None:
+    """A model that an adapter can stand on."""
+    check_model(problems, "base_model", base_model)
+    if is_adapter(base_model):
+        problems.add(f"--base_model {base_model}: is an adapter, not a model; name the base it was trained on")
 
 
 def check_adapter_flags(
@@ -81,7 +89,7 @@ def check_output_dir(problems: Problems, output_dir: str, resume: bool) -> None:
                 "one, or continue it with --resume_from_checkpoint True"
             )
     if output_dir:
-        _check_writable(problems, output_dir)
+        check_writable(problems, "output_dir", output_dir)
 
 
 def check_new_folder(problems: Problems, output_dir: str) -> None:
@@ -91,15 +99,16 @@ def check_new_folder(problems: Problems, output_dir: str) -> None:
     elif os.path.exists(output_dir):
         problems.add(f"--output_dir {output_dir}: exists already; name another folder, or remove it")
     else:
-        _check_writable(problems, output_dir)
+        check_writable(problems, "output_dir", output_dir)
 
 
-def _check_writable(problems: Problems, output_dir: str) -> None:
-    above = os.path.abspath(output_dir)
+def check_writable(problems: Problems, flag: str, path: str) -> None:
+    """A path that can be made, or written where it is there."""
+    above = os.path.abspath(path)
     while not os.path.exists(above):
         above = os.path.dirname(above)
     if not os.path.isdir(above) or not os.access(above, os.W_OK | os.X_OK):
-        problems.add(f"--output_dir {output_dir}: {above} cannot be written to")
+        problems.add(f"--{flag} {path}: {above} cannot be written to")
 
 
 def check_resume(problems: Problems, resume_from_checkpoint: str | None) -> None:

@@ -12,6 +12,7 @@ import inspect
 import logging
 import math
 import os
+import re
 import sys
 import types
 import typing
@@ -133,7 +134,8 @@ def run(command: Callable[..., object]) -> None:
     parameters = dict(inspect.signature(command).parameters)
     argv = sys.argv[1:]
     if "--help" in argv or "-h" in argv:
-        fire.Fire(command, command=["--help"], name=script)
+        text = fire.helptext.HelpText(command, trace=fire.trace.FireTrace(command, name=script))
+        print(re.sub(r"-\w, (?=--)", "", text))  # single letters are no flags here
         return
     try:
         values = parse_flags(argv, parameters)

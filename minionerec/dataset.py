@@ -17,6 +17,7 @@ import pyarrow as pa
 import tokenizers
 import torch
 
+from minionerec.cli import InputError
 from minionerec.data import Catalogue, Interaction, Item
 from minionerec.prompts import SEPARATOR, Prompts, Task
 
@@ -86,7 +87,8 @@ class Encoder:
     """Turns rows into token ids: a prompt, and the response with its end-of-sequence token.
 
     No sequence is longer than `cutoff_len`. The oldest items of a history go first, as many as needed; what cannot be
-    shortened that way loses the end of its longest part. The instruction always stays.
+    shortened that way loses the end of its longest part. The instruction always stays: a `cutoff_len` that leaves too
+    little beside it raises InputError.
     """
 
     def __init__(self, tokenizer, prompts: Prompts, cutoff_len: int):
@@ -95,6 +97,14 @@ class Encoder:
         self.start = [tokenizer.bos_token_id] if tokenizer("").input_ids[:1] == [tokenizer.bos_token_id] else []
 
         self.pieces = Pieces(tokenizer.backend_tokenizer)
+        for task in prompts.tasks.values():
+            empty = dict.fromkeys(("sid_history", "title_history", "sid", "title", "description"), "")
+            instruction = len(self.start) + len(self._ids([prompts.render(task, empty)])[0])
+            if instruction > cutoff_len * 3 // 4:
+                raise InputError(
+                    f"--cutoff_len {cutoff_len}: the instruction of task {task.name} alone has {instruction} tokens "
+                    f"and needs room for what it asks about; give {-(-instruction * 4 // 3)} or more"
+                )
 
     def _ids(self, texts: list[str]) -> list[list[int]]:
         return self.pieces.encode(texts)

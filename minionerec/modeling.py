@@ -1,10 +1,13 @@
 """Loading: a base model or checkpoint, its tokenizer, and the SID tokens that a catalogue adds to both."""
 
 import hashlib
+import json
 import os
 
 import torch
+from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 from transformers.utils import logging as transformers_logging
 
 from minionerec.cli import InputError
@@ -26,14 +29,14 @@ def load_tokenizer(path: str):
     return tokenizer
 
 
-def load_config(path: str):
-    """The configuration of a base model. Raises InputError where none can be loaded."""
+def load_config(path: str, flag: str = "base_model"):
+    """The configuration of a base model, which `flag` named. Raises InputError where none can be loaded."""
     try:
         return AutoConfig.from_pretrained(path)
     except (OSError, ValueError) as error:
         raise InputError(
-            f"--base_model {path}: no model configuration can be loaded (a folder with config.json, or the name of a "
-            f"hub model): {_first_line(error)}"
+            f"--{flag} {path}: no model configuration can be loaded; there is no such folder with a "
+            f"config.json, and no hub model of this name can be reached: {_first_line(error)}"
         ) from None
 
 
@@ -84,7 +87,7 @@ def load_base(path: str, quantization=None, from_scratch: bool = False, dtype: t
         model = AutoModelForCausalLM.from_pretrained(
             path, config=config, dtype=dtype, quantization_config=quantization, device_map={"": local_device()}
         )
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise InputError(f"--base_model {path}: the weights cannot be loaded: {_first_line(error)}") from None
     if quantization is not None:
         _keep_training_layout(model)
@@ -102,19 +105,44 @@ def _keep_training_layout(model) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
-def fingerprint(model) -> str:
-    """Tells bases of the same shape apart, however they are stored: a digest, in bfloat16, of the weights that no
-    quantization and no resizing touches (norms, and the first rows of the embedding)."""
-    digest = hashlib.sha256(f"{model.config.model_type} {model.config.tie_word_embeddings}".encode())
-    digest.update(_bytes(model.get_input_embeddings().weight[:64]))
-    for name, parameter in model.named_parameters():
-        if "norm" in name:
-            digest.update(_bytes(parameter))
-    return digest.hexdigest()[:16]
+def fingerprint(path: str) -> str | None:
+    """Tells the weights of bases apart, in whatever precision and shards they were saved: a digest of the shape and of
+    some values, in bfloat16, of every tensor in the safetensors files of a folder or hub model. None where there are
+    no such files. Raises InputError for a damaged one."""
+    tensors: dict[str, str] = {}
+    for file in _weight_files(path):
+        try:
+            with safe_open(file, "pt") as opened:
+                for name in opened.keys():  # noqa: SIM118, it is no dictionary
+                    part = opened.get_slice(name)
+                    shape = part.get_shape()
+                    rows = sorted({0, shape[0] // 2, shape[0] - 1}) if shape and shape[0] else []
+                    values = b"".join(_bytes(part[row : row + 1]) for row in rows)
+                    tensors[name] = f"{name} {shape} {hashlib.sha256(values).hexdigest()}"
+        except SafetensorError as error:
+            raise InputError(f"{file}: cannot be read, the file is damaged: {error}") from None
+    if not tensors:
+        return None
+    return hashlib.sha256("".join(tensors[name] for name in sorted(tensors)).encode()).hexdigest()[:16]
+
+
+def _weight_files(path: str) -> list[str]:
+    def found(name: str) -> str | None:
+        return cached_file(
+            path, name, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False
+        )
+
+    index = found(SAFE_WEIGHTS_INDEX_NAME)
+    if index is None:
+        names = [SAFE_WEIGHTS_NAME]
+    else:
+        with open(index, encoding="utf-8") as file:
+            names = sorted(set(json.load(file)["weight_map"].values()))
+    return [file for file in map(found, names) if file is not None]
 
 
 def _bytes(tensor: torch.Tensor) -> bytes:
-    return tensor.detach().to("cpu", torch.bfloat16).contiguous().view(torch.int16).numpy().tobytes()
+    return tensor.to(torch.bfloat16).contiguous().view(torch.int16).numpy().tobytes()
 
 
 def add_sid_tokens(model, tokenizer, sid_tokens: list[str]) -> list[int]:

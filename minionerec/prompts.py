@@ -177,6 +177,11 @@ def _override(task: Task, changes: object, path: str) -> Task:
         "interaction": {"sid_history", "title_history", "sid", "title"},
         "item": {"sid", "title", "description"},
     }[task.rows]
+    if task.response == "{sid}" and changes.get("response", "{sid}") != "{sid}":
+        raise InputError(
+            f"{path}: response of task {task.name!r} must stay {{sid}}: a SID is decoded right behind the prompt; "
+            "other words go into the template"
+        )
     # The answer may not stand in the question: a history task sees the target in its response alone.
     targets = {"sid", "title"} if task.rows == "interaction" else set()
     new = replace(task, **changes)
@@ -227,8 +232,6 @@ def load_prompts(
         unknown = [name for name in chosen if name not in table]
         if unknown or not chosen:
             raise InputError(f"--tasks {tasks!r}: unknown {', '.join(unknown)}; there are all, {', '.join(table)}")
-        if not any(table[name].rows == "interaction" for name in chosen):
-            raise InputError(f"--tasks {tasks!r}: needs a task on interactions to validate on")
     else:
         chosen = default
     return Prompts(
@@ -242,8 +245,10 @@ def recorded_prompts(
     """The wording a later command uses with a checkpoint: of `prompt_file` where one is given, else what the checkpoint
     recorded, else the table above. Tasks it was not trained on come in the built-in wording, but in its own template
     and category."""
-    prompts = load_prompts(category, prompt_file, tasks, default)
     recorded = read_run(checkpoint).get("prompts")
+    if not category.strip() and recorded is None:
+        raise InputError(f"--category is missing, and {checkpoint} recorded none; say what the items are")
+    prompts = load_prompts(category or recorded["category"], prompt_file, tasks, default)
     if prompt_file or recorded is None:
         return prompts
     known = Prompts.from_json(recorded)

@@ -288,6 +288,12 @@ class ReReTrainer(DurableRun, GRPOTrainer):
         self.model.train(training)
         return metrics
 
+    def _determine_best_metric(self, metrics, trial):
+        """The Trainer's, for models that are also saved: a better one that is gone cannot be loaded."""
+        step = self.state.global_step
+        saved = step > 0 and (step % self.state.save_steps == 0 or step == self.state.max_steps)
+        return saved and super()._determine_best_metric(metrics, trial)
+
     def create_model_card(self, *args, **kwargs) -> None:
         """TRL writes one into the output folder with every checkpoint; ours is the recorded configuration."""
 

@@ -9,6 +9,7 @@ import shutil
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -17,7 +18,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from transformers import Trainer, TrainerCallback
 
-from minionerec.checkpoint import RUN_FILE, make_portable, write_json
+from minionerec.checkpoint import RUN_FILE, make_portable, read_run, write_json
 from minionerec.cli import InputError, RunError
 from minionerec.dataset import IGNORE
 
@@ -58,16 +59,18 @@ def response_logits(model, inputs: dict[str, torch.Tensor], unwrapped=None) -> t
 class DurableRun:
     """For a Trainer: a run that leaves checkpoints to go on from, however it ends.
 
-    Every checkpoint holds `run`, the resolved configuration, and its trainer state is written last, when all processes
-    have written theirs. Ctrl-C and SIGTERM save one before they stop the run. A loss that is no number, or a checkpoint
-    that cannot be written, ends it with the last good checkpoint named (RunError).
+    Every checkpoint holds `run`, the resolved configuration, with the seconds trained so far. Its trainer state is
+    written last, when all processes have written theirs. Ctrl-C and SIGTERM save one before they stop the run. A loss
+    that is no number, or a checkpoint that cannot be written, ends it with the last good checkpoint named (RunError).
     """
 
     run: dict
 
-    def train(self, *args, **kwargs):
+    def train(self, resume_from_checkpoint: str | None = None, **kwargs):
+        self._seconds_before = read_run(resume_from_checkpoint).get("seconds", 0.0) if resume_from_checkpoint else 0.0
+        self._started = time.perf_counter()
         with _stop_on_signals(self) as stop:
-            result = super().train(*args, **kwargs)
+            result = super().train(resume_from_checkpoint, **kwargs)
         if stop.stopped:
             raise RunError(
                 f"stopped at step {self.state.global_step} of {self.state.max_steps} and saved {self._last_good()}; "
@@ -75,6 +78,11 @@ class DurableRun:
                 exit_code=130,
             )
         return result
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of training up to now, those before the checkpoint that it goes on from included."""
+        return self._seconds_before + time.perf_counter() - self._started
 
     def training_step(self, *args, **kwargs):
         loss = super().training_step(*args, **kwargs)
@@ -93,7 +101,7 @@ class DurableRun:
         if self.args.should_save:
             folder = output_dir or self.args.output_dir
             os.remove(os.path.join(folder, "training_args.bin"))  # a pickle that nothing here reads
-            write_json(os.path.join(folder, RUN_FILE), self.run)
+            write_json(os.path.join(folder, RUN_FILE), {**self.run, "seconds": self.seconds})
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
@@ -209,9 +217,45 @@ def newest_checkpoint(output_dir: str) -> str | None:
     return max(found)[1] if found else None
 
 
-def resume_point(output_dir: str, resume_from_checkpoint: str | None, say: Callable[[str], None]) -> str | None:
+# Flags that may differ between a run and its continuation without a word, and those that may not differ at all.
+NOT_OF_THE_TRAINING = ("output_dir", "resume_from_checkpoint", "wandb_project", "wandb_run_name", "report_to")
+OF_THE_ADAPTER = ("lora_r", "lora_alpha", "lora_target_modules", "use_rslora", "use_dora", "load_in_8bit")
+
+
+def resume_point(
+    output_dir: str, resume_from_checkpoint: str | None, run: dict, say: Callable[[str], None]
+) -> str | None:
     """The checkpoint that `--resume_from_checkpoint` means: itself, or for True the newest one, None where there is
-    none yet. Raises InputError for one that was not written to its end."""
+    none yet. Where other flags differ from those of the run that wrote it, that is said.
+
+    Raises InputError for one that was not written to its end, or that `run` cannot go on from: of another command,
+    method, adapter or base.
+    """
+    checkpoint = _checkpoint_meant(output_dir, resume_from_checkpoint, say)
+    recorded = read_run(checkpoint) if checkpoint else {}
+    if not recorded:
+        return checkpoint
+    flags, before = run["flags"], recorded["flags"]
+    adapted = OF_THE_ADAPTER if run["method"] in ("lora", "qlora") else ()
+    problems = [
+        f"--resume_from_checkpoint: {checkpoint} is of another run: {what} was {old} there and is {new} here"
+        for what, old, new in (
+            ("the command", recorded["command"], run["command"]),
+            ("the method", recorded["method"], run["method"]),
+            ("the base", recorded.get("base_fingerprint"), run["base_fingerprint"]),
+            *((f"--{name}", before.get(name), flags[name]) for name in adapted),
+        )
+        if old != new
+    ]
+    if problems:
+        raise InputError(problems)
+    for name in sorted(set(flags) & set(before) - {*NOT_OF_THE_TRAINING, *adapted}):
+        if flags[name] != before[name]:
+            say(f"warning: --{name} is {flags[name]} here and was {before[name]} up to {checkpoint}")
+    return checkpoint
+
+
+def _checkpoint_meant(output_dir: str, resume_from_checkpoint: str | None, say: Callable[[str], None]) -> str | None:
     if resume_from_checkpoint not in ("True", "true"):
         if resume_from_checkpoint is not None and not is_complete(resume_from_checkpoint):
             raise InputError(

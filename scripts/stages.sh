@@ -6,6 +6,7 @@
 #   CONFIG=configs/zero2.yaml (or zero3, fsdp) to train under that engine instead of plain data parallelism
 #   BASE_MODEL, CATEGORY, DATA (folder with train, valid, test, info, index), OUT (folder for results)
 #   TRAIN_FILE, EVAL_FILE, TEST_FILE, INFO_FILE, INDEX_FILE, ITEM_FILE in place of what DATA holds
+#   Relative paths are meant from the root of the repository.
 #   PYTHON=python to use an environment of your own instead of .venv
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 METHOD="${METHOD:-lora}" PRESET="${PRESET:-balanced}" NPROC="${NPROC:-1}"
@@ -14,6 +15,7 @@ BASE_MODEL="${BASE_MODEL:-Qwen/Qwen2.5-0.5B}"
 COMPARE_OUT="${OUT:-output/${CATEGORY}_compare}" OUT="${OUT:-output/${CATEGORY}_${METHOD}}"
 
 first() { # the first file that matches, or the pattern itself, for the command to complain about
+    local IFS=
     local files=($1)
     echo "${files[0]}"
 }

@@ -21,6 +21,9 @@ SFT = [
     ({"batch_size": 10, "micro_batch_size": 4}, "--batch_size 10 is no multiple of --micro_batch_size 4"),
     ({"learning_rate": 0}, "--learning_rate 0.0: must be above 0"),
     ({"cutoff_len": 5}, "--cutoff_len 5"),
+    ({"cutoff_len": 40}, "--cutoff_len 40: the instruction of task sid_history_to_sid alone has"),
+    ({"category": " "}, "--category is missing"),
+    ({"tasks": "title_to_sid"}, "needs a task on interactions to validate on"),
     ({"sample": 0}, "--sample 0"),
     ({"base_model": ""}, "--base_model is missing"),
     ({"base_model": "./nowhere"}, "--base_model ./nowhere: no such folder"),
@@ -89,6 +92,9 @@ EVALUATE = [
     ({"result_json_data": ""}, "--result_json_data"),
     ({"max_new_tokens": 1}, "--max_new_tokens 1"),
     ({"K": -1}, "--K -1"),
+    ({"K": 60}, "--K 60: must be between 0 and --num_beams 50"),
+    ({"category": ""}, "--category is missing"),
+    ({"result_json_data": __file__ + "/x/r.json"}, "cannot be written to"),
     ({"prompt_file": "nowhere.json"}, "--prompt_file nowhere.json"),
     ({"train_file": "nowhere.csv"}, "--train_file nowhere.csv: no such file"),
     ({"K": "ten"}, "--K 'ten' is not valid; expected a whole number"),
@@ -102,6 +108,7 @@ def test_evaluate_refuses(files, base, tmp_path, flags, message):
         "info_file": files["info"],
         "test_data_path": files["test"],
         "result_json_data": tmp_path / "r.json",
+        "category": "bolts",
     }
     refused("evaluate.py", message, **{**good, **flags})
     assert not (tmp_path / "r.json").exists()
@@ -132,8 +139,8 @@ def test_index_that_is_no_json(files, base, tmp_path):
 def test_evaluate_reports_all_problems_together(tmp_path):
     result = run_command("evaluate.py", base_model="", info_file="nowhere.txt", test_data_path="", num_beams=0)
     assert result.returncode == 2
-    # base_model, num_beams, result_json_data, info_file, test_data_path
-    assert len(result.stderr.strip().splitlines()) == 5
+    # base_model, num_beams, result_json_data, category, info_file, test_data_path, and K, which no ranking holds
+    assert len(result.stderr.strip().splitlines()) == 7
 
 
 def test_evaluate_refuses_an_adapter_of_another_base(files, base, tmp_path):

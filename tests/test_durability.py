@@ -138,12 +138,42 @@ def test_the_last_good_checkpoint_is_named(tmp_path):
     assert [path.name for path in (tmp_path / "again").glob("*/checkpoint-*")] == ["checkpoint-1"]
 
 
+RUN = {
+    "command": "sft",
+    "method": "lora",
+    "base_fingerprint": "f",
+    "flags": {"lora_r": 8, "seed": 1, "use_dora": False},
+}
+RUN["flags"] |= {"lora_alpha": 16, "lora_target_modules": "all", "use_rslora": False, "load_in_8bit": False}
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"command": "rl"}, "the command was sft there and is rl here"),
+        ({"method": "full"}, "the method was lora there and is full here"),
+        ({"base_fingerprint": "g"}, "the base was f there and is g here"),
+        ({"flags": {**RUN["flags"], "lora_r": 4}}, "--lora_r was 8 there and is 4 here"),
+    ],
+)
+def test_a_checkpoint_of_another_run_is_refused(tmp_path, changed, message):
+    folder = tmp_path / "checkpoint-5"
+    folder.mkdir()
+    (folder / "trainer_state.json").write_text('{"global_step": 5}')
+    (folder / "minionerec.json").write_text(json.dumps(RUN))
+    said = []
+    assert resume_point(str(tmp_path), "True", {**RUN, "flags": {**RUN["flags"], "seed": 2}}, said.append)
+    assert said[-1].startswith("warning: --seed is 2 here and was 1 up to ")
+    with pytest.raises(InputError, match=message):
+        resume_point(str(tmp_path), "True", {**RUN, **changed}, said.append)
+
+
 def test_a_truncated_checkpoint_is_never_resumed(tmp_path):
     for step, state in ((5, '{"global_step": 5}'), (10, '{"global_step": 10, "log_his')):
         (tmp_path / f"checkpoint-{step}").mkdir()
         (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(state)
     said = []
-    assert resume_point(str(tmp_path), "True", said.append) == str(tmp_path / "checkpoint-5")
+    assert resume_point(str(tmp_path), "True", RUN, said.append) == str(tmp_path / "checkpoint-5")
     with pytest.raises(InputError, match="is no complete checkpoint"):
-        resume_point(str(tmp_path), str(tmp_path / "checkpoint-10"), said.append)
+        resume_point(str(tmp_path), str(tmp_path / "checkpoint-10"), RUN, said.append)
     assert json.loads((tmp_path / "checkpoint-5" / "trainer_state.json").read_text())["global_step"] == 5

@@ -2,6 +2,7 @@ import hashlib
 import json
 import os
 import resource
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -153,11 +154,50 @@ def test_merge_refuses(trained, base, untied_base, tmp_path):
         ({"into": "nothing"}, "--into 'nothing'"),
         ({"dtype": "int3"}, "--dtype 'int3'"),
         ({"max_shard_size": "many"}, "--max_shard_size 'many'"),
+        ({"max_shard_size": "5MGB"}, "--max_shard_size '5MGB'"),
+        ({"base_model": trained["untied"]}, "is an adapter, not a model"),
         ({"base_model": untied_base}, "does not fit the base"),
         ({"adapter": trained["4 bits"], "into": "original", "eval_file": "nowhere.csv"}, "--eval_file nowhere.csv"),
     ):
         refused("merge_lora.py", message, **{**good, **flags})
     assert not (tmp_path / "m").exists()
+
+
+def test_a_base_that_does_not_say_its_precision(trained, base, tmp_path):
+    shutil.copytree(base, tmp_path / "base")
+    config = json.loads((tmp_path / "base" / "config.json").read_text())
+    del config["dtype"]
+    (tmp_path / "base" / "config.json").write_text(json.dumps(config))
+    merge(adapter=trained["tied"], base_model=str(tmp_path / "base"), output_dir=str(tmp_path / "merged"))
+    assert (tmp_path / "merged" / "model.safetensors").exists()
+    assert not (tmp_path / "merged" / "adapter_config.json").exists()
+
+
+def test_a_merged_checkpoint_is_another_base(trained, base, tmp_path):
+    merge(adapter=trained["tied"], output_dir=str(tmp_path / "merged"))
+    assert modeling.fingerprint(str(tmp_path / "merged")) != modeling.fingerprint(base)
+    refused(
+        "merge_lora.py",
+        "does not fit",
+        adapter=trained["tied"],
+        base_model=tmp_path / "merged",
+        output_dir=tmp_path / "m",
+    )
+    # In other shards and another precision it is the same.
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path / "shards", max_shard_size="100KB")
+    assert modeling.fingerprint(str(tmp_path / "shards")) == modeling.fingerprint(base)
+
+
+def test_damaged_weights_are_named(trained, files, base, tmp_path):
+    shutil.copytree(trained["tied"], tmp_path / "adapter")
+    shutil.copytree(base, tmp_path / "base")
+    for path in (tmp_path / "adapter" / "adapter_model.safetensors", tmp_path / "base" / "model.safetensors"):
+        path.write_bytes(path.read_bytes()[:-100])
+    refused("merge_lora.py", "the file is damaged", adapter=tmp_path / "adapter", output_dir=tmp_path / "m")
+    refused("sft.py", "cannot be read", **sft_flags(files, str(tmp_path / "base"), tmp_path / "run"))
+    (tmp_path / "adapter" / "adapter_model.safetensors").unlink()
+    refused("merge_lora.py", "holds no adapter_model", adapter=tmp_path / "adapter", output_dir=tmp_path / "m")
 
 
 def test_files_that_transformers_4_reads(tmp_path):

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, run_command, sft_flags
+from conftest import ROOT, run_command, sft_flags, write_csv
 from peft import AutoPeftModelForCausalLM
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -21,6 +21,7 @@ import rl
 from minionerec import sasrec
 from minionerec.checkpoint import read_run
 from minionerec.data import read_info
+from minionerec.prompts import RECOMMENDATION, recorded_prompts
 
 STATE = {"optimizer.pt", "rng_state.pth", "scheduler.pt", "trainer_state.json"}
 CHECKPOINT = {"minionerec.json", "tokenizer.json", "tokenizer_config.json"}
@@ -182,6 +183,8 @@ def test_a_killed_run_continues_exactly(files, sft, tmp_path):
         ({"use_lora": True, "use_qlora": True}, "exclude each other"),
         ({"model_path": "./nowhere"}, "--model_path ./nowhere: no such folder"),
         ({"tasks": "sid_to_dream"}, "unknown sid_to_dream"),
+        ({"tasks": "sid_to_title"}, "sid_to_title asks for a title; RL rewards items"),
+        ({"base_model": "base"}, "--base_model names the base of an adapter checkpoint"),
         ({"num_generations": 48, "train_batch_size": 48}, "has only 39 different SIDs"),
         ({"lora_rr": 8}, "did you mean --lora_r?"),
     ],
@@ -227,6 +230,67 @@ def test_two_processes_do_what_one_does(files, sft, tmp_path):
         assert [value is None for value in one] == [value is None for value in two]
         pairs = [(a, b) for a, b in zip(one, two, strict=True) if a is not None]
         assert [a for a, _ in pairs] == pytest.approx([b for _, b in pairs], abs=1e-4, rel=1e-3)
+
+
+def test_the_best_model_is_one_that_was_saved(files, sft, tmp_path):
+    """Whatever way the shares round: of 10 steps, an evaluation every 2 and a save every 6, but not every 5."""
+    flags = {"use_lora": True, "eval_step": 0.15, "save_steps": 0.45, "learning_rate": 1e-2, "add_gt": True}
+    metrics, _ = run_rl(files, sft["lora"], tmp_path / "run", **flags)
+    evaluated = {entry["step"]: entry["eval_NDCG@10"] for entry in metrics["history"] if "eval_NDCG@10" in entry}
+    assert set(evaluated) == {0, 2, 4, 6, 8, 10}
+    best = int(metrics["best_checkpoint"].rsplit("-", 1)[1])
+    assert best in (6, 10) and metrics["best_eval_NDCG@10"] == evaluated[best]
+
+
+def test_a_checkpoint_keeps_its_wording_and_its_cut(files, base, tmp_path):
+    wording = {"tasks": {"sid_history_to_sid": {"instruction": "What next?"}}}
+    (tmp_path / "prompts.json").write_text(json.dumps(wording))
+    flags = {
+        "use_lora": True,
+        "cutoff_len": 300,
+        "tasks": "sid_history_to_sid",
+        "prompt_file": tmp_path / "prompts.json",
+    }
+    done = run_command("sft.py", **sft_flags(files, base, tmp_path / "sft", sample=20, **flags))
+    assert done.returncode == 0, done.stderr[-2000:]
+    flags = {"use_lora": True, "tasks": "title_history_to_sid", "category": "", "test_during_training": False}
+    run_rl(files, tmp_path / "sft" / "final_checkpoint", tmp_path / "rl", **flags)
+    recorded = read_run(tmp_path / "rl" / "final_checkpoint")
+    assert recorded["flags"]["cutoff_len"] == 300 and recorded["prompts"]["category"] == "bolts"
+    prompts = recorded_prompts(str(tmp_path / "rl" / "final_checkpoint"), "", None, RECOMMENDATION)
+    assert prompts.tasks[RECOMMENDATION].instruction == "What next?"
+
+
+def test_a_small_catalogue_is_watched_at_a_shorter_cut(files, base, tmp_path):
+    index = dict(list(json.loads(Path(files["index"]).read_text()).items())[:7])  # two of them share a SID
+    items = json.loads(Path(files["item"]).read_text(encoding="utf-8"))
+    small = {name: str(tmp_path / name) for name in ("train", "valid", "index", "item", "info")}
+    Path(small["index"]).write_text(json.dumps(index))
+    Path(small["item"]).write_text(json.dumps({i: items[i] for i in index}))
+    lines = [f"{''.join(tokens)}\t{items[i]['title']}\t{i}\n" for i, tokens in index.items()]
+    Path(small["info"]).write_text("".join(lines))
+    for split in ("train", "valid"):
+        write_csv(Path(small[split]), [[u % 7, (u + 1) % 7, (u + 3) % 7] for u in range(16)], index, items)
+    done = run_command("sft.py", **sft_flags(small, base, tmp_path / "sft", use_lora=True))
+    assert done.returncode == 0, done.stderr[-2000:]
+    metrics, _ = run_rl(small, tmp_path / "sft" / "final_checkpoint", tmp_path / "rl", use_lora=True)
+    assert metrics["best_eval_NDCG@5"] > 0
+
+
+def test_sid_rows_alone_are_no_start(files, base, tmp_path):
+    done = run_command("sft.py", **sft_flags(files, base, tmp_path / "sft", freeze_LLM=True))
+    assert done.returncode == 0, done.stderr[-2000:]
+    start = next((tmp_path / "sft").glob("checkpoint-*"))
+    result = run_command("rl.py", **rl_flags(files, start, tmp_path / "rl", use_lora=True))
+    assert result.returncode == 2 and "is a checkpoint from the middle of a --freeze_LLM run" in result.stderr
+
+
+def test_another_run_is_not_continued(files, sft, tmp_path):
+    folder = Path(sft["lora"]).parent
+    before = sorted(os.listdir(folder))
+    result = run_command("rl.py", **rl_flags(files, sft["lora"], folder, use_lora=True, resume_from_checkpoint=True))
+    assert result.returncode == 2 and "the command was sft there and is rl here" in result.stderr
+    assert sorted(os.listdir(folder)) == before
 
 
 def test_what_differs_from_the_sft_run_is_named(sft):

@@ -107,6 +107,8 @@ def test_a_killed_run_continues_exactly(files, base, tmp_path):
     assert not (output / "final_checkpoint").exists()
     resumed = run_sft(files, base, output, **flags, resume_from_checkpoint=True)
     assert losses_of(resumed) == losses_of(whole)
+    again = run_sft(files, base, output, **flags, resume_from_checkpoint=True)  # nothing is left to do
+    assert again["seconds"] == pytest.approx(resumed["seconds"], abs=1.0) and again["seconds"] > 1
     tensors = [
         load_file(run / "final_checkpoint" / "adapter_model.safetensors") for run in (tmp_path / "whole", output)
     ]
