@@ -65,6 +65,8 @@ class DurableRun:
     """
 
     run: dict
+    _seconds_before = 0.0
+    _started: float | None = None  # where it never is, nothing was trained
 
     def train(self, resume_from_checkpoint: str | None = None, **kwargs):
         self._seconds_before = read_run(resume_from_checkpoint).get("seconds", 0.0) if resume_from_checkpoint else 0.0
@@ -82,7 +84,7 @@ class DurableRun:
     @property
     def seconds(self) -> float:
         """Seconds of training up to now, those before the checkpoint that it goes on from included."""
-        return self._seconds_before + time.perf_counter() - self._started
+        return self._seconds_before + (time.perf_counter() - self._started if self._started is not None else 0.0)
 
     def training_step(self, *args, **kwargs):
         loss = super().training_step(*args, **kwargs)

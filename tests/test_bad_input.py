@@ -139,8 +139,8 @@ def test_index_that_is_no_json(files, base, tmp_path):
 def test_evaluate_reports_all_problems_together(tmp_path):
     result = run_command("evaluate.py", base_model="", info_file="nowhere.txt", test_data_path="", num_beams=0)
     assert result.returncode == 2
-    # base_model, num_beams, result_json_data, category, info_file, test_data_path, and K, which no ranking holds
-    assert len(result.stderr.strip().splitlines()) == 7
+    # base_model, num_beams, result_json_data, category, info_file, test_data_path
+    assert len(result.stderr.strip().splitlines()) == 6
 
 
 def test_evaluate_refuses_an_adapter_of_another_base(files, base, tmp_path):

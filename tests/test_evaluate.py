@@ -57,7 +57,7 @@ def test_rankings_and_metrics_of_an_adapter(files, base, checkpoint, tmp_path):
     (moved / "adapter_config.json").write_text(json.dumps(config))
     lost = run_command("evaluate.py", **flags_of(files, tmp_path / "l.json", base_model=moved))
     assert lost.returncode == 2
-    assert "its base /nowhere/base is not there; give --base_model BASE --adapter" in lost.stderr
+    assert "its base /nowhere/base is not there; give the folder of the base as --base_model" in lost.stderr
 
 
 def test_two_processes_give_the_same_rankings(files, checkpoint, tmp_path):
