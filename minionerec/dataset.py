@@ -282,7 +282,7 @@ def item_rows(catalogue: Catalogue) -> list[Item]:
 class Collator:
     """Pads a batch of examples on the right to its longest.
 
-    Returns input_ids, attention_mask and labels [rows, tokens]; labels are IGNORE on the prompt and the padding.
+    Returns input_ids and labels [rows, tokens]; labels are IGNORE on the prompt and the padding.
     """
 
     def __init__(self, pad_token_id: int):
@@ -291,14 +291,12 @@ class Collator:
     def __call__(self, examples: list[dict]) -> dict[str, torch.Tensor]:
         shape = (len(examples), max(len(example["input_ids"]) for example in examples))
         input_ids = torch.full(shape, self.pad_token_id)
-        attention_mask = torch.zeros(shape, dtype=torch.long)
         labels = torch.full(shape, IGNORE)
         for i, example in enumerate(examples):
             ids = torch.tensor(example["input_ids"])
             input_ids[i, : len(ids)] = ids
-            attention_mask[i, : len(ids)] = 1
             labels[i, example["prompt_length"] : len(ids)] = ids[example["prompt_length"] :]
-        return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+        return {"input_ids": input_ids, "labels": labels}
 
 
 def left_padded(sequences: list[list[int]], pad_token_id: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -16,6 +16,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from transformers import masking_utils
 
 import lora_utils
 
@@ -197,12 +198,15 @@ def _run(model: nn.Module, step: Step, dtype: torch.dtype) -> tuple[int, int, in
     keeps up to the output head; and what the head and the loss add."""
     model.train()
     at_head: list[int] = []
-    # The seed of a dropout mask is a value, which fakes have none of.
-    with mock.patch.object(lora_utils, "_draw_seed", lambda: 0), FakeTensorMode(allow_non_fake_inputs=True):
+    # What depends on values, which fakes have none of: the seed of a dropout mask; whether rows hold packed sequences.
+    with (
+        mock.patch.object(lora_utils, "_draw_seed", lambda: 0),
+        mock.patch.object(masking_utils, "find_packed_sequence_indices", lambda _: None),
+        FakeTensorMode(allow_non_fake_inputs=True),
+    ):
         _without_storage(model)
         ids = torch.zeros(step.rows, step.tokens, dtype=torch.long)
-        mask = torch.ones(step.rows, step.tokens, dtype=torch.long)
-        inputs = {"input_ids": ids, "attention_mask": mask}
+        inputs = {"input_ids": ids}
         if step.shared:
             inputs["attention_mask"] = torch.zeros(step.rows, 1, step.tokens, step.tokens, dtype=dtype)
             inputs["position_ids"] = ids

@@ -10,12 +10,14 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
+from torch.utils.data import Sampler
 from transformers import Trainer, TrainerCallback
 
 from minionerec.checkpoint import RUN_FILE, make_portable, read_run, write_json
@@ -44,15 +46,18 @@ def head_on(model, positions: torch.Tensor):
 def response_logits(model, inputs: dict[str, torch.Tensor], unwrapped=None) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits [N, V] that predict the response tokens of a batch, and those tokens [N].
 
+    No token sees what stands behind it, so none sees the padding, and attention needs no mask for it: it runs in the
+    kernels that know the causal one alone.
+
     Args:
         model: a causal LM, wrapped for distributed training or not.
-        inputs: input_ids, attention_mask, labels [B, L], padded on the right.
+        inputs: input_ids, labels [B, L], padded on the right.
         unwrapped: the model inside the wrappers, where there are any.
     """
     targets = inputs["labels"][:, 1:]
     predicts = F.pad(targets != IGNORE, (0, 1))  # position t predicts token t + 1; the last one predicts none
     with head_on(unwrapped if unwrapped is not None else model, predicts):
-        logits = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False).logits
+        logits = model(input_ids=inputs["input_ids"], use_cache=False).logits
     return logits, targets[targets != IGNORE]
 
 
@@ -176,6 +181,35 @@ def _stop_on_signals(trainer: Trainer) -> Iterator[_Stop]:
             signal.signal(number, handler)
 
 
+class StepSampler(Sampler):
+    """A random order of the examples, in which those of an optimizer step stand from the longest to the shortest.
+
+    A step's gradient does not depend on how its examples are spread over micro-batches; its padding does, and so does
+    the time it takes. What needs the most memory comes first.
+
+    Args:
+        lengths: tokens of every example.
+        step_rows: examples of an optimizer step, over all processes.
+        seed: of the order, which is another one every epoch.
+    """
+
+    def __init__(self, lengths: Sequence[int], step_rows: int, seed: int):
+        self.lengths, self.step_rows, self.seed = np.asarray(lengths), step_rows, seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        order = np.random.default_rng((self.seed, self.epoch)).permutation(len(self))
+        for start in range(0, len(order), self.step_rows):
+            step = order[start : start + self.step_rows]
+            yield from step[np.argsort(-self.lengths[step], kind="stable")].tolist()
+
+
 class SFTTrainer(DurableRun, Trainer):
     """Supervised fine-tuning on prompts and responses.
 
@@ -188,6 +222,13 @@ class SFTTrainer(DurableRun, Trainer):
         self.run = run
         # The Trainer then counts the response tokens of an accumulated batch and leaves the division to compute_loss.
         self.model_accepts_loss_kwargs = True
+
+    def _get_train_sampler(self, train_dataset=None) -> Sampler:
+        if self.args.train_sampling_strategy != "random":
+            return super()._get_train_sampler(train_dataset)
+        args = self.args
+        step_rows = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        return StepSampler(self.train_dataset["length"], step_rows, args.seed)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         logits, targets = response_logits(model, inputs, self.accelerator.unwrap_model(model))

@@ -7,7 +7,7 @@ from transformers import TrainingArguments
 
 import lora_utils
 from minionerec.dataset import Collator
-from minionerec.trainer import SFTTrainer, newest_checkpoint, response_logits, save_final
+from minionerec.trainer import SFTTrainer, StepSampler, newest_checkpoint, response_logits, save_final
 
 IDS = [90, 91, 92]
 
@@ -33,9 +33,8 @@ def adapted(architecture: str, tied: bool, method: str):
     return model
 
 
-@pytest.mark.parametrize(
-    ("architecture", "tied"), [("qwen2", True), ("qwen2", False), ("gemma2", True), ("gpt2", True)]
-)
+@pytest.mark.parametrize("architecture", ["qwen2", "qwen3", "llama", "mistral", "gemma2", "phi3", "gpt2"])
+@pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("method", ["full", "lora"])
 def test_label_only_loss_equals_the_ordinary_one(architecture, tied, method):
     batch = Collator(0)(examples(6))
@@ -47,7 +46,8 @@ def test_label_only_loss_equals_the_ordinary_one(architecture, tied, method):
             assert logits.shape == (int((batch["labels"] != -100).sum()), 96)
             loss = F.cross_entropy(logits.float(), targets)
         else:
-            loss = model(**batch).loss
+            padding = (batch["input_ids"] != 0).long()  # no example holds token 0
+            loss = model(**batch, attention_mask=padding).loss
         loss.backward()
         losses.append(loss.detach())
         gradients.append({n: p.grad for n, p in model.named_parameters() if p.requires_grad})
@@ -98,11 +98,43 @@ def test_accumulation_and_grouping_by_length_change_nothing(tmp_path):
     loss, weights = one_step(tmp_path, 8)
     start = {n: p for n, p in adapted("qwen2", True, "lora").named_parameters() if p.requires_grad}
     assert all(not torch.equal(weights[name], start[name]) for name in weights)
-    for micro_batch_size, strategy in ((1, "sequential"), (2, "sequential"), (2, "group_by_length")):
+    for micro_batch_size, strategy in ((1, "sequential"), (2, "sequential"), (2, "group_by_length"), (2, "random")):
         other_loss, other = one_step(tmp_path, micro_batch_size, strategy)
         assert other_loss == pytest.approx(loss, rel=1e-5)
         for name, weight in weights.items():
             torch.testing.assert_close(other[name], weight, atol=1e-6, rtol=1e-5)
+
+
+def test_the_examples_of_a_step_stand_from_the_longest_to_the_shortest():
+    lengths = torch.randint(5, 50, (103,), generator=torch.Generator().manual_seed(0)).tolist()
+    sampler = StepSampler(lengths, 16, seed=3)
+    epochs = []
+    for epoch in range(2):
+        sampler.set_epoch(epoch)
+        order = list(sampler)
+        assert sorted(order) == list(range(103)) and order == list(sampler)
+        steps = [order[start : start + 16] for start in range(0, 103, 16)]
+        for step in steps:
+            assert [lengths[i] for i in step] == sorted((lengths[i] for i in step), reverse=True)
+        epochs.append([set(step) for step in steps])
+    assert epochs[0] != epochs[1]
+    # Which examples make a step does not depend on their lengths: that would make its gradient another one.
+    alike = StepSampler([1] * 103, 16, seed=3)
+    order = list(alike)
+    assert [set(order[start : start + 16]) for start in range(0, 103, 16)] == epochs[0]
+    assert list(StepSampler(lengths, 16, seed=4)) != list(StepSampler(lengths, 16, seed=3))
+
+
+def test_training_takes_its_examples_in_that_order(tmp_path):
+    trainer = trainer_of(tmp_path, 2, "random", seed=5)
+    loader = trainer.get_train_dataloader()
+    for epoch in range(2):
+        sampler = StepSampler(trainer.train_dataset["length"], 8, seed=5)
+        sampler.set_epoch(epoch)
+        expected = [trainer.train_dataset[i]["input_ids"] for i in sampler]
+        loader.set_epoch(epoch)
+        taken = [ids[ids != 0].tolist() for batch in loader for ids in batch["input_ids"]]
+        assert taken == expected
 
 
 def test_only_complete_checkpoints_count(tmp_path):

@@ -65,9 +65,8 @@ def fsdp() -> None:
         gradients = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
         if shared_out:
             gradients = {name: gradient.full_tensor() for name, gradient in gradients.items()}
-        rows, scores = constrained_beam_search(
-            model.eval(), batch["input_ids"][:2, :3], batch["attention_mask"][:2, :3], trie, 4
-        )
+        prompts = batch["input_ids"][:2, :3]
+        rows, scores = constrained_beam_search(model.eval(), prompts, torch.ones_like(prompts), trie, 4)
         found[shared_out] = (loss.detach(), gradients, rows, scores)
     assert found[True][1].keys() == found[False][1].keys()
     torch.testing.assert_close(found[True], found[False], atol=1e-6, rtol=1e-5)

@@ -1,0 +1,128 @@
+"""Measures what an SFT step gains when its examples are dealt to the micro-batches from the longest to the shortest, as
+`minionerec.trainer.StepSampler` does, beside the same step in random order.
+
+    python benchmarks/padding.py --base_model out/base --train_file train.csv \\
+        --sid_index_path Industrial_and_Scientific.index.json --item_meta_path Industrial_and_Scientific.item.json
+"""
+
+import os
+import sys
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+from benchmarks.common import print_json, print_table, quiet, seconds_of
+from minionerec import checks, cli
+from minionerec.data import Problems, read_catalogue, read_interactions
+from minionerec.prompts import load_prompts
+
+
+def padding(
+    base_model: str = "",
+    train_file: str = "",
+    sid_index_path: str = "",
+    item_meta_path: str = "",
+    category: str = "Industrial_and_Scientific",
+    tasks: str = "all",
+    batch_size: int = 512,
+    micro_batch_size: int = 8,
+    cutoff_len: int = 512,
+    use_qlora: bool = False,
+    steps: int = 3,
+) -> None:
+    """Prints padding, seconds and largest difference in gradients of LoRA steps in both orders, on the same examples.
+
+    Args:
+        base_model: folder or hub name of the model to start from.
+        train_file: CSV of training interactions.
+        sid_index_path: JSON of item id to SID tokens.
+        item_meta_path: JSON of item id to title and description.
+        category: what the items are, for the prompts.
+        tasks: all, or task names separated by commas.
+        batch_size: rows of an optimizer step.
+        micro_batch_size: rows of a forward pass.
+        cutoff_len: tokens of a row at most.
+        use_qlora: on a base stored in 4 bits.
+        steps: timed steps of each order.
+    """
+    problems = Problems()
+    checks.check_base(problems, base_model)
+    checks.check_positive(problems, batch_size=batch_size, micro_batch_size=micro_batch_size, steps=steps)
+    checks.check_batch(problems, batch_size, micro_batch_size)
+    prompts = problems.attempt(load_prompts, category, None, tasks)
+    catalogue = problems.attempt(read_catalogue, sid_index_path, item_meta_path)
+    problems.check()
+
+    import torch
+    import torch.nn.functional as F
+
+    import lora_utils
+    from minionerec import modeling
+    from minionerec.dataset import Collator, Encoder, item_rows, tokenized_dataset
+    from minionerec.trainer import StepSampler, response_logits
+
+    quiet()
+
+    def rows_of(kind: str):
+        if kind == "item":
+            return item_rows(catalogue)
+        return read_interactions(train_file, "train_file", catalogue.sids, prompts.need_titles)
+
+    torch.manual_seed(0)
+    tokenizer = modeling.load_tokenizer(base_model)
+    model = modeling.load_base(base_model, lora_utils.quantization_config(use_qlora))
+    ids = modeling.add_sid_tokens(model, tokenizer, catalogue.sid_tokens)
+    # Without dropout, whose masks depend on the shape of a micro-batch, both orders have the same gradients.
+    model = lora_utils.add_lora(model, lora_utils.lora_config(model, ids, lora_dropout=0.0)).train()
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    examples = tokenized_dataset(
+        Encoder(tokenizer, prompts, cutoff_len), rows_of, [train_file, sid_index_path, item_meta_path]
+    )
+    collate, device = Collator(tokenizer.pad_token_id), modeling.local_device()
+    sorted_order = list(StepSampler(examples["length"], batch_size, seed=0))
+
+    def micro_batches(order: list[int]) -> list[dict[str, torch.Tensor]]:
+        starts = range(0, len(order), micro_batch_size)
+        return [collate([examples[i] for i in order[start : start + micro_batch_size]]) for start in starts]
+
+    def gradients(batches: list[dict[str, torch.Tensor]]) -> None:
+        model.zero_grad()
+        for batch in batches:
+            batch = {name: tensor.to(device) for name, tensor in batch.items()}
+            with torch.autocast(device.type, torch.bfloat16, enabled=modeling.computes_in_bf16(model)):
+                logits, targets = response_logits(model, batch)
+            F.cross_entropy(logits.float(), targets, reduction="sum").backward()
+
+    seconds, padded, tokens = {"random": 0.0, "sorted": 0.0}, {"random": 0, "sorted": 0}, 0
+    difference = largest = 0.0
+    for step in range(steps + 1):
+        of_step = sorted_order[step * batch_size : (step + 1) * batch_size]
+        shuffled = [of_step[i] for i in torch.randperm(len(of_step))]
+        found = {}
+        for name, order in (("random", shuffled), ("sorted", of_step)):
+            batches = micro_batches(order)
+            took = seconds_of(lambda batches=batches: gradients(batches))
+            found[name] = [parameter.grad.clone() for parameter in trained]
+            if step:  # the first one warms up
+                seconds[name] += took
+                padded[name] += sum(batch["input_ids"].numel() for batch in batches)
+        tokens += sum(examples[i]["length"] for i in of_step) if step else 0
+        for one, other in zip(found["random"], found["sorted"], strict=True):
+            difference = max(difference, (one - other).abs().max().item())
+            largest = max(largest, one.abs().max().item())
+    table = [
+        {
+            "order in a step": name,
+            "s/step": seconds[name] / steps,
+            "times as fast": seconds["random"] / seconds[name],
+            "padding": f"{1 - tokens / padded[name]:.0%}",
+        }
+        for name in seconds
+    ]
+    print_table(table)
+    difference /= largest
+    print(f"largest difference in gradients: {difference:.1e} of the largest gradient")
+    print_json("padding", table=table, rows=batch_size, micro_batch_size=micro_batch_size, difference=difference)
+
+
+if __name__ == "__main__":
+    cli.run(padding)
