@@ -10,6 +10,8 @@ The functions are called by `sft.py` before training and by `rl.py` before it bu
 """
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 
 import torch
@@ -17,7 +19,7 @@ import torch.nn.functional as F
 from peft import LoraConfig, PeftModel, TaskType, TrainableTokensConfig, get_peft_model, get_peft_model_state_dict
 from peft.tuners import lora
 from peft.tuners.trainable_tokens import TrainableTokensLayer
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, TrainableTokensWrapper
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
@@ -189,7 +191,6 @@ class SidRows(TrainableTokensLayer):
                 result = self._overwrite_logits(result, x, rows, adapter)
         return result
 
-    @torch.inference_mode(False)  # decoding may be the first to ask, and training must be able to use the answer
     def _ids(self, adapter: str, device: torch.device) -> torch.Tensor:
         """The token ids of the rows, [n], kept on the device."""
         cache = self.__dict__.setdefault("_ids_cache", {})
@@ -197,7 +198,6 @@ class SidRows(TrainableTokensLayer):
             cache[adapter, device] = torch.tensor(self.token_indices[adapter], device=device)
         return cache[adapter, device]
 
-    @torch.inference_mode(False)
     def _row_of(self, adapter: str, device: torch.device) -> torch.Tensor:
         """[V], the row of every token id, -1 for those that have none."""
         cache = self.__dict__.setdefault("_row_of_cache", {})
@@ -327,6 +327,28 @@ def use_lean_layers(model: nn.Module) -> None:
 
 
 # --- Wrapping ---------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def ready_for_fsdp(model: nn.Module) -> Iterator[None]:
+    """While open, accelerate can share out with FSDP what an embedding and an output head with trained rows share.
+
+    It compares the two weights, of which PEFT's wrappers show a new, merged copy at every look, and would share a tied
+    matrix out twice; so they show the base's own. And torch looks into a module once: the rows of tied matrices stand
+    in one dictionary, so the head gets one of its own with the same parameters.
+    """
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    wrappers = [module for module in ends if isinstance(module, TrainableTokensWrapper)]
+    for wrapper in wrappers:
+        wrapper.__dict__["weight"] = wrapper.original_module.weight
+        rows = wrapper.token_adapter
+        if rows.tied_adapter is not None:
+            rows.trainable_tokens_delta = nn.ParameterDict(rows.trainable_tokens_delta.items())
+    try:
+        yield
+    finally:
+        for wrapper in wrappers:
+            del wrapper.__dict__["weight"]
 
 
 def prepare_quantized(model: nn.Module) -> None:

@@ -206,7 +206,7 @@ def _prefill(model, input_ids: torch.Tensor, attention_mask: torch.Tensor, room:
     return output.logits, (_TreeBeams if tree else _CopiedBeams)(model, attention_mask, output.past_key_values)
 
 
-@torch.inference_mode()
+@torch.no_grad()  # inference mode would leave weights that FSDP gathers unfit for training
 def constrained_beam_search(
     model,
     input_ids: torch.Tensor,
@@ -261,7 +261,7 @@ def constrained_beam_search(
     return finished_row, finished_score
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def constrained_sample(
     model,
     input_ids: torch.Tensor,

@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from torch.utils.data import Sampler
 from transformers import Trainer, TrainerCallback
 
+import lora_utils
 from minionerec.checkpoint import RUN_FILE, make_portable, read_run, write_json
 from minionerec.cli import InputError, RunError
 from minionerec.dataset import IGNORE
@@ -86,6 +87,10 @@ class DurableRun:
             )
         return result
 
+    def _prepare_for_training(self, *args, **kwargs):
+        with lora_utils.ready_for_fsdp(self.model) if self.is_fsdp_enabled else nullcontext():
+            return super()._prepare_for_training(*args, **kwargs)
+
     @property
     def seconds(self) -> float:
         """Seconds of training up to now, those before the checkpoint that it goes on from included."""
@@ -104,6 +109,9 @@ class DurableRun:
         return newest_checkpoint(self.args.output_dir) or "none, the run has saved none yet"
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        if state_dict is not None:  # gathered by an engine, tied matrices twice
+            tied = getattr(self.model, "all_tied_weights_keys", {})
+            state_dict = {name: tensor for name, tensor in state_dict.items() if name not in tied}
         super()._save(output_dir, state_dict)
         if self.args.should_save:
             folder = output_dir or self.args.output_dir
@@ -116,7 +124,7 @@ class DurableRun:
 
     def _save_checkpoint(self, model, trial) -> None:
         step = self.state.global_step
-        trained = [p for p in self.model.parameters() if p.requires_grad]
+        trained = [p.detach() for p in self.model.parameters() if p.requires_grad]
         # FSDP shares weights out: each process looks at its own part.
         if not all(torch.isfinite(p.to_local() if hasattr(p, "to_local") else p).all() for p in trained):
             raise RunError(

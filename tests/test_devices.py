@@ -3,45 +3,128 @@ adapter on every rank, weights that are shared out, and the engines' configurati
 
 import json
 import os
+import shutil
+import socket
 import subprocess
 import sys
+from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from conftest import ROOT, run_command, sft_flags
 from safetensors.torch import load_file
+from test_rl import rl_flags
 
 import lora_utils
 from minionerec import modeling
+from minionerec.trainer import newest_checkpoint
 
 
-def torchrun(*argv: object) -> None:
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*launch, *map(str, argv)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
-    )
+def launch(module: str, *argv: object) -> None:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    command = [sys.executable, "-m", module, *map(str, argv)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-@pytest.mark.parametrize("method", ["use_lora", "use_qlora"])
-def test_two_processes_train_as_one_does(files, base, tmp_path, method):
-    more = {method: True, "lora_dropout": 0.0, "micro_batch_size": 4, "learning_rate": 1e-3}
-    one = run_command("sft.py", **sft_flags(files, base, tmp_path / "one", **more))
-    assert one.returncode == 0, one.stderr[-3000:]
-    flags = sft_flags(files, base, tmp_path / "two", **more)
-    torchrun("tests/workers.py", "digests", tmp_path, "sft.py", *(f"--{name}={flags[name]}" for name in flags))
+def torchrun(*argv: object) -> None:
+    launch("torch.distributed.run", "--standalone", "--nproc_per_node", 2, *argv)
 
+
+needs_deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="pip install deepspeed")
+ENGINES = ["fsdp", pytest.param("zero2", marks=needs_deepspeed), pytest.param("zero3", marks=needs_deepspeed)]
+
+
+def two_processes(engine: str, folder: Path, script: str, flags: dict) -> None:
+    """Runs a command in two processes; each leaves a digest of the weights it trained in `folder`."""
+    argv = ["tests/workers.py", "digests", folder, script, *(f"--{name}={value}" for name, value in flags.items())]
+    if engine == "torchrun":
+        torchrun(*argv)
+    else:
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            port = free.getsockname()[1]
+        config = ["--config_file", f"configs/{engine}.yaml", "--main_process_port", port]
+        launch("accelerate.commands.launch", *config, *argv)
+    if engine != "zero3":  # where each holds its share alone
+        assert (folder / "rank0").read_text() == (folder / "rank1").read_text()
+
+
+def assert_same_run(one: Path, two: Path, atol: float) -> None:
+    """The same curve, and the same weights in final_checkpoint up to `atol`."""
     curves = []
-    for run in ("one", "two"):
-        history = json.loads((tmp_path / run / "metrics.json").read_text())["history"]
-        curves.append([entry[key] for entry in history for key in ("loss", "eval_loss") if key in entry])
-    assert len(curves[0]) > 10 and curves[1] == pytest.approx(curves[0], rel=1e-3)
-    assert (tmp_path / "rank0").read_text() == (tmp_path / "rank1").read_text()
-    one, two = (load_file(tmp_path / run / "final_checkpoint" / "adapter_model.safetensors") for run in ("one", "two"))
-    for name, tensor in one.items():
-        torch.testing.assert_close(two[name], tensor, atol=1e-3 if method == "use_qlora" else 1e-5, rtol=1e-3)
+    for run in (one, two):
+        history = json.loads((run / "metrics.json").read_text())["history"]
+        curves.append([entry[key] for entry in history for key in ("loss", "eval_loss", "eval_HR@10") if key in entry])
+    assert len(curves[0]) > 10 and curves[1] == pytest.approx(curves[0], rel=1e-3, abs=1e-4)
+    weights = [load_file(next((run / "final_checkpoint").glob("*model.safetensors"))) for run in (one, two)]
+    assert weights[0].keys() == weights[1].keys()
+    for name, tensor in weights[0].items():
+        torch.testing.assert_close(weights[1][name].to(tensor.dtype), tensor, atol=atol, rtol=1e-3)
+
+
+METHODS = {
+    "full": {},
+    "lora": {"use_lora": True, "lora_dropout": 0.0},
+    "qlora": {"use_qlora": True, "lora_dropout": 0.0},
+}
+SMALL_STEPS = {"micro_batch_size": 4, "learning_rate": 1e-3}
+
+
+@pytest.fixture(scope="module")
+def trained(files, base, tmp_path_factory):
+    """`trained(method)`: the folder of an SFT run in one process, made once."""
+    runs: dict[str, Path] = {}
+
+    def folder(method: str) -> Path:
+        if method not in runs:
+            output = tmp_path_factory.mktemp("one") / method
+            one = run_command("sft.py", **sft_flags(files, base, output, **METHODS[method], **SMALL_STEPS))
+            assert one.returncode == 0, one.stderr[-3000:]
+            runs[method] = output
+        return runs[method]
+
+    return folder
+
+
+@pytest.mark.parametrize("method", ["lora", "qlora"])
+@pytest.mark.parametrize("engine", ["torchrun", *ENGINES])
+def test_two_processes_train_as_one_does(files, base, trained, tmp_path, engine, method):
+    flags = sft_flags(files, base, tmp_path / "two", **METHODS[method], **SMALL_STEPS)
+    two_processes(engine, tmp_path, "sft.py", flags)
+    # DeepSpeed keeps the adapter of a quantized base in bfloat16, beside its own float32 copy.
+    assert_same_run(trained(method), tmp_path / "two", 3e-3 if method == "qlora" else 1e-5)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_two_processes_save_one_tied_matrix(files, base, trained, tmp_path, engine):
+    two_processes(engine, tmp_path, "sft.py", sft_flags(files, base, tmp_path / "two", **SMALL_STEPS))
+    assert_same_run(trained("full"), tmp_path / "two", 1e-4)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_an_engine_goes_on_from_its_checkpoint(files, base, trained, tmp_path, engine):
+    flags = sft_flags(files, base, tmp_path / "two", **METHODS["lora"], **SMALL_STEPS)
+    two_processes(engine, tmp_path, "sft.py", flags)
+    newest = newest_checkpoint(str(tmp_path / "two"))
+    shutil.rmtree(newest)
+    shutil.rmtree(tmp_path / "two" / "final_checkpoint")
+    assert newest_checkpoint(str(tmp_path / "two"))
+    two_processes(engine, tmp_path, "sft.py", {**flags, "resume_from_checkpoint": True})
+    assert_same_run(trained("lora"), tmp_path / "two", 1e-5)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_an_engine_does_the_same_rl(files, trained, tmp_path, engine):
+    start = trained("lora") / "final_checkpoint"
+    flags = {"use_lora": True, "add_gt": True}
+    one = run_command("rl.py", **rl_flags(files, start, tmp_path / "one", **flags))
+    assert one.returncode == 0, one.stderr[-3000:]
+    flags = rl_flags(files, start, tmp_path / "two", **flags)
+    two_processes(engine, tmp_path, "rl.py", {**flags, "train_batch_size": flags["train_batch_size"] // 2})
+    assert_same_run(tmp_path / "one", tmp_path / "two", 1e-4)
 
 
 def test_weights_that_fsdp_shares_out_train_and_decode_the_same():

@@ -1,6 +1,7 @@
-"""What test_devices.py starts under torchrun.
+"""What test_devices.py starts under torchrun and accelerate.
 
 torchrun --nproc_per_node 2 tests/workers.py digests FOLDER sft.py --base_model ...
+accelerate launch --config_file configs/zero2.yaml tests/workers.py digests FOLDER sft.py --base_model ...
 torchrun --nproc_per_node 2 tests/workers.py fsdp
 """
 
@@ -18,17 +19,48 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 
+def engines_on_cpus() -> None:
+    """Lets accelerate and the Trainer start FSDP and DeepSpeed, which they keep for GPUs, on CPUs that talk over gloo.
+    What is shared out, gathered and saved afterwards is what they do on GPUs."""
+    import peft.tuners.trainable_tokens.layer as trainable_tokens
+    import transformers
+    from accelerate import PartialState
+    from accelerate.utils import DistributedType
+
+    start, check = PartialState.__init__, transformers.TrainingArguments.__post_init__
+
+    def started(state, cpu=False, backend=None, **kwargs):
+        start(state, **kwargs)
+
+    def checked(args):
+        args.use_cpu = False
+        check(args)
+
+    def on_cpu(state):
+        state.device = torch.device("cpu")
+
+    PartialState.__init__, PartialState.set_device = started, on_cpu
+    PartialState._prepare_backend = lambda *args: ("gloo", DistributedType.MULTI_GPU)
+    PartialState.wait_for_everyone = lambda state: dist.barrier()
+    transformers.TrainingArguments.__post_init__ = checked
+    transformers.training_args.is_torch_bf16_gpu_available = lambda: True
+    trainable_tokens.check_deepspeed_zero3_enabled = lambda: False  # it sends the rows of a new adapter from GPU to GPU
+
+
 def digests(folder: str, script: str, *flags: str) -> None:
     """Runs a command; every process leaves a digest of the weights it trained in `folder`."""
     from minionerec import trainer
 
+    if "true" in (os.environ.get("ACCELERATE_USE_FSDP"), os.environ.get("ACCELERATE_USE_DEEPSPEED")):
+        engines_on_cpus()
     finish = trainer.finish
 
     def recorded(run, *args, **kwargs):
         digest = hashlib.sha256()
         for _, parameter in sorted(run.accelerator.unwrap_model(run.model).named_parameters()):
             if parameter.requires_grad:
-                digest.update(parameter.detach().numpy().tobytes())
+                whole = parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
+                digest.update(whole.detach().contiguous().view(torch.uint8).numpy().tobytes())
         Path(folder, f"rank{os.environ['RANK']}").write_text(digest.hexdigest())
         return finish(run, *args, **kwargs)
 
