@@ -91,7 +91,7 @@ def trained(files, base, tmp_path_factory):
 
 @pytest.mark.parametrize("method", ["lora", "qlora"])
 @pytest.mark.parametrize("engine", ["torchrun", *ENGINES])
-def test_two_processes_train_as_one_does(files, base, trained, tmp_path, engine, method):
+def test_two_processes_of_an_engine_train_as_one_does(files, base, trained, tmp_path, engine, method):
     flags = sft_flags(files, base, tmp_path / "two", **METHODS[method], **SMALL_STEPS)
     two_processes(engine, tmp_path, "sft.py", flags)
     # DeepSpeed keeps the adapter of a quantized base in bfloat16, beside its own float32 copy.
@@ -99,7 +99,7 @@ def test_two_processes_train_as_one_does(files, base, trained, tmp_path, engine,
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_two_processes_save_one_tied_matrix(files, base, trained, tmp_path, engine):
+def test_an_engine_saves_a_tied_matrix_once(files, base, trained, tmp_path, engine):
     two_processes(engine, tmp_path, "sft.py", sft_flags(files, base, tmp_path / "two", **SMALL_STEPS))
     assert_same_run(trained("full"), tmp_path / "two", 1e-4)
 
