@@ -68,7 +68,7 @@ def train(
         num_epochs: passes over the training rows at most; three evaluations without a gain end the run.
         learning_rate: peak of the cosine schedule.
         cutoff_len: tokens of a row at most; the oldest items of a history go first.
-        group_by_length: put rows of similar length into the same batch.
+        group_by_length: put rows of similar length into the same optimizer step; those of a step always go by length.
         freeze_LLM: train the SID rows of the embedding matrices alone.
         wandb_project: Weights & Biases project; given, the run reports there.
         wandb_run_name: name of the run in the trackers.
