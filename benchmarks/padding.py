@@ -12,7 +12,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from benchmarks.common import print_json, print_table, quiet, seconds_of
 from minionerec import checks, cli
-from minionerec.data import Problems, read_catalogue, read_interactions
+from minionerec.data import Problems, count_rows, read_catalogue, read_interactions
 from minionerec.prompts import load_prompts
 
 
@@ -50,6 +50,8 @@ def padding(
     checks.check_batch(problems, batch_size, micro_batch_size)
     prompts = problems.attempt(load_prompts, category, None, tasks)
     catalogue = problems.attempt(read_catalogue, sid_index_path, item_meta_path)
+    sids = catalogue.sids if catalogue else None
+    problems.attempt(count_rows, train_file, "train_file", sids, titles=bool(prompts) and prompts.need_titles)
     problems.check()
 
     import torch
@@ -65,7 +67,7 @@ def padding(
     def rows_of(kind: str):
         if kind == "item":
             return item_rows(catalogue)
-        return read_interactions(train_file, "train_file", catalogue.sids, prompts.need_titles)
+        return read_interactions(train_file, "train_file", sids, prompts.need_titles)
 
     torch.manual_seed(0)
     tokenizer = modeling.load_tokenizer(base_model)
@@ -77,6 +79,9 @@ def padding(
     examples = tokenized_dataset(
         Encoder(tokenizer, prompts, cutoff_len), rows_of, [train_file, sid_index_path, item_meta_path]
     )
+    needed = (steps + 1) * batch_size  # one step warms up
+    if len(examples) < needed:
+        raise cli.InputError(f"--steps {steps}: takes {needed:,} examples, and there are {len(examples):,}")
     collate, device = Collator(tokenizer.pad_token_id), modeling.local_device()
     sorted_order = list(StepSampler(examples["length"], batch_size, seed=0))
 
@@ -102,7 +107,7 @@ def padding(
             batches = micro_batches(order)
             took = seconds_of(lambda batches=batches: gradients(batches))
             found[name] = [parameter.grad.clone() for parameter in trained]
-            if step:  # the first one warms up
+            if step:
                 seconds[name] += took
                 padded[name] += sum(batch["input_ids"].numel() for batch in batches)
         tokens += sum(examples[i]["length"] for i in of_step) if step else 0

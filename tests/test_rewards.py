@@ -55,6 +55,7 @@ def test_embeddings_are_read_by_item_id(tmp_path):
 
 
 def test_embeddings_are_never_unpickled(tmp_path):
+    # A whole pickle, so that a reader that unpickled would get through; writing one executes nothing.
     np.save(tmp_path / "e.npy", np.array([{"a": 1}], dtype=object), allow_pickle=True)
     with pytest.raises(InputError, match="cannot be read"):
         rewards.read_embeddings(str(tmp_path / "e.npy"), {"0": "s"})
