@@ -23,7 +23,7 @@ import lora_utils
 GB = 1e9
 CUDA_CONTEXT = 0.6e9  # of the driver and its libraries, about; torch.cuda.max_memory_allocated does not count it
 # Of the activations, what the C library holds back when they are freed, as measured: benchmarks/memory.py.
-HELD_BACK_ON_CPU = 0.45
+HELD_BACK_ON_CPU = 0.7
 
 
 @dataclass
