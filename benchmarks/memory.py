@@ -51,6 +51,7 @@ BITS = {"full_response": 16, "lora": 16, "lora8": 8, "qlora": 4}
 
 
 def predicted(
+    folder: str,
     size: str,
     method: str,
     rows: int,
@@ -61,11 +62,14 @@ def predicted(
     on_gpu: bool,
     adapter_flags: dict,
 ) -> float:
-    """The prediction in GB, without what PyTorch does not report on a GPU (the driver's context)."""
+    """The prediction in GB, without what PyTorch does not report on a GPU (the driver's context). On a CPU it counts
+    what a process holds that has loaded the tokenizer in `folder` and the libraries, as a dry run has."""
     from transformers import Qwen2Config
 
+    from minionerec import modeling, trainer  # noqa: F401
     from minionerec.memory import Step, predict
 
+    tokenizer = None if on_gpu else modeling.load_tokenizer(folder)
     *numbers, tied = SHAPES[size]
     config = Qwen2Config(**dict(zip(NAMES, numbers, strict=True)), tie_word_embeddings=tied)
     entries = numbers[-1] - SPARE_ROWS + sids
@@ -80,6 +84,7 @@ def predicted(
         bits=BITS[method],
         gradient_checkpointing=checkpointing,
     )
+    del tokenizer
     return parts["total"] - (parts["runtime"] if on_gpu else 0)
 
 
@@ -146,8 +151,7 @@ def _measured(size, method, rows, tokens, response, sids, repeats, on_gpu, predi
     target = TARGETS[method][size]
 
     def prediction(rows: int, checkpointing: bool) -> float:
-        settings = (size, method, rows, tokens, response, sids, checkpointing, on_gpu, adapter_flags)
-        # On a CPU it counts what a process holds that does nothing else.
+        settings = (folder, size, method, rows, tokens, response, sids, checkpointing, on_gpu, adapter_flags)
         return predicted(*settings) if on_gpu else in_fresh_process(predicted, *settings)
 
     chosen, checkpointing = rows or 1, False

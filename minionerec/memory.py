@@ -23,7 +23,9 @@ import lora_utils
 GB = 1e9
 CUDA_CONTEXT = 0.6e9  # of the driver and its libraries, about; torch.cuda.max_memory_allocated does not count it
 # Of the activations, what the C library holds back when they are freed, as measured: benchmarks/memory.py.
-HELD_BACK_ON_CPU = 0.7
+HELD_BACK_ON_CPU = 0.65
+# Of the bfloat16 products that `cli.PRODUCTS_KEPT` keeps compiled on a CPU, as measured.
+COMPILED_ON_CPU = 0.07e9
 
 
 @dataclass
@@ -137,8 +139,9 @@ def predict(
     weights = sum(
         _quantized_bytes(p, bits) if key in linear else p.numel() * p.element_size() for key, p in base_weights.items()
     )
-    # A product with a quantized weight first writes it out.
-    dequantized = max((base_weights[key].numel() * 2 for key in linear), default=0)
+    # A product with a quantized weight first writes it out; one in 8 bits on a CPU in float32.
+    width = 4 if bits == 8 and not on_gpu else 2
+    dequantized = max((base_weights[key].numel() * width for key in linear), default=0)
     if bits < 16:
         lora_utils.prepare_quantized(model)
     with torch.device("meta"):
@@ -160,6 +163,7 @@ def predict(
         # A resized embedding stands beside the file it was read from, of which the other weights are a view.
         resized = config_rows < vocabulary and bits == 16
         runtime = resident_bytes() + HELD_BACK_ON_CPU * kept + resized * config_rows * hidden * dtype.itemsize
+        runtime += COMPILED_ON_CPU * (dtype == torch.bfloat16)
     if reference_copy:
         weights *= 2
     parts = {
