@@ -35,8 +35,9 @@ def table(
         train_file: CSV of training interactions, for the popularity baseline.
         test_data_path: CSV of the test interactions the runs were evaluated on.
         runs: name=folder of every run, separated by commas; a folder holds metrics.json and result.json. Folders of the
-            same name are the seeds of one run: their mean is printed, and with intervals their standard deviation.
-        intervals: print 95% bootstrap intervals over the test rows.
+            same name are the seeds of one run, in the same order for all: their mean is printed.
+        intervals: print 95% bootstrap intervals over the test rows, and the standard deviation over seeds (of a ratio,
+            over those of the ratios seed by seed).
         against: methods, separated by commas, to compare with: the NDCG@10 and MRR of "lora SFT" are then given as a
             share of those of "full SFT" for full.
         figure: PNG file for a bar chart with the intervals.
@@ -88,8 +89,15 @@ def table(
         """[rows], the mean over seeds."""
         return np.mean([seed[metric] for seed in seeds_of[name]], axis=0)
 
+    def means_of(name: str, metric: str) -> np.ndarray:
+        """[seeds]"""
+        return np.array([seed[metric].mean() for seed in seeds_of[name]])
+
     def interval(samples: np.ndarray) -> tuple[float, float]:
         return tuple(np.percentile(samples, (2.5, 97.5)))
+
+    def spread(of_seeds: np.ndarray) -> str:
+        return f" ± {np.std(of_seeds, ddof=1):.4f}" if len(of_seeds) > 1 else ""
 
     def cell(name: str, metric: str) -> str:
         if metric not in seeds_of[name][0]:
@@ -97,21 +105,21 @@ def table(
         values = mean_of(name, metric)
         text = f"{values.mean():.4f}"
         if intervals:
-            text += " [{:.4f}, {:.4f}]".format(*interval(values[drawn].mean(axis=1)))
-            if len(seeds_of[name]) > 1:
-                text += f" ± {np.std([seed[metric].mean() for seed in seeds_of[name]], ddof=1):.4f}"
+            text += " [{:.4f}, {:.4f}]".format(*interval(values[drawn].mean(axis=1))) + spread(means_of(name, metric))
         return text
 
     def ratio(name: str, method: str, metric: str) -> str:
-        """To the same stage of a method that stands above; empty where there is none."""
+        """To the same stage of a method that stands above; empty where there is none, or rankings are too short."""
         other = " ".join([method, *name.split(" ")[1:]])
-        if other not in order[: order.index(name)]:
+        if other not in order[: order.index(name)] or metric not in seeds_of[name][0]:
             return ""
         ours, theirs = mean_of(name, metric), mean_of(other, metric)
         text = f"{ours.mean() / theirs.mean():.3f}"
         if intervals:
             low, high = interval(ours[drawn].mean(axis=1) / theirs[drawn].mean(axis=1))
             text += f" [{low:.3f}, {high:.3f}]"
+            if len(seeds_of[name]) == len(seeds_of[other]):
+                text += spread(means_of(name, metric) / means_of(other, metric))
         return text
 
     compared = [(method, metric) for method in references for metric in RELATIVE]

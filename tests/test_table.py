@@ -1,0 +1,46 @@
+"""The table of scripts/table.py: means, spreads and ratios by hand."""
+
+import json
+
+import pytest
+
+from scripts.table import table
+
+
+@pytest.fixture
+def make_run(tmp_path):
+    def make(name: str, found: list[bool]) -> str:
+        """A run whose first place is the target in the rows of `found`, and which misses it in the others."""
+        folder = tmp_path / name
+        folder.mkdir()
+        pairs = zip("ab", found, strict=True)
+        rows = [{"input": "", "output": sid, "predict": [sid if hit else "<x>"]} for sid, hit in pairs]
+        (folder / "result.json").write_text(json.dumps(rows))
+        costs = {"trainable_parameters": 1000, "seconds": 10 * sum(found), "peak_memory_gb": 1.0, "checkpoint_mb": 2.0}
+        (folder / "metrics.json").write_text(json.dumps(costs))
+        return str(folder)
+
+    return make
+
+
+def test_the_table_by_hand(tmp_path, make_run, capsys):
+    header = "history_item_sid,item_sid,history_item_title,item_title\n"
+    for name, sids in (("train", "aab"), ("test", "ab")):
+        (tmp_path / f"{name}.csv").write_text(header + "".join(f"\"['a']\",{sid},\"['x']\",x\n" for sid in sids))
+    runs = {"full SFT": [[1, 0], [1, 1]], "lora SFT": [[1, 1], [1, 1]]}
+    pairs = [f"{name}={make_run(f'{name}{i}', seed)}" for name, seeds in runs.items() for i, seed in enumerate(seeds)]
+    arguments = {"train_file": f"{tmp_path}/train.csv", "test_data_path": f"{tmp_path}/test.csv"}
+    table(**arguments, runs=",".join(pairs), intervals=True, against="full", figure=f"{tmp_path}/figure.png")
+    header, _, *lines = [
+        [cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()
+    ]
+    rows = {line[0]: dict(zip(header, line, strict=True)) for line in lines}
+    assert rows["popularity"]["HR@1"].startswith("0.5000 [0.0000, 1.0000]")
+    # Seeds of 0.5 and 1: their standard deviation is 0.3536. Row 1 is found by both, row 2 by one of them.
+    assert rows["full SFT"]["HR@1"] == "0.7500 [0.5000, 1.0000] ± 0.3536"
+    assert rows["full SFT"]["MRR / full"] == "" and rows["full SFT"]["time (s)"] == "15"
+    assert rows["lora SFT"]["HR@1"] == "1.0000 [1.0000, 1.0000] ± 0.0000"
+    # Seed by seed 2 and 1; together 1 / 0.75, and with one row alone 1 or 2.
+    assert rows["lora SFT"]["MRR / full"] == "1.333 [1.000, 2.000] ± 0.7071"
+    assert rows["lora SFT"]["NDCG@10"] == rows["lora SFT"]["NDCG@10 / full"] == ""  # rankings of one item
+    assert (tmp_path / "figure.png").stat().st_size > 1000
