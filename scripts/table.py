@@ -96,8 +96,8 @@ def table(
     def interval(samples: np.ndarray) -> tuple[float, float]:
         return tuple(np.percentile(samples, (2.5, 97.5)))
 
-    def spread(of_seeds: np.ndarray) -> str:
-        return f" ± {np.std(of_seeds, ddof=1):.4f}" if len(of_seeds) > 1 else ""
+    def spread(of_seeds: np.ndarray, digits: int = 4) -> str:
+        return f" ± {np.std(of_seeds, ddof=1):.{digits}f}" if len(of_seeds) > 1 else ""
 
     def cell(name: str, metric: str) -> str:
         if metric not in seeds_of[name][0]:
@@ -119,7 +119,7 @@ def table(
             low, high = interval(ours[drawn].mean(axis=1) / theirs[drawn].mean(axis=1))
             text += f" [{low:.3f}, {high:.3f}]"
             if len(seeds_of[name]) == len(seeds_of[other]):
-                text += spread(means_of(name, metric) / means_of(other, metric))
+                text += spread(means_of(name, metric) / means_of(other, metric), digits=3)
         return text
 
     compared = [(method, metric) for method in references for metric in RELATIVE]
