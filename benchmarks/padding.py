@@ -83,7 +83,7 @@ def padding(
     if len(examples) < needed:
         raise cli.InputError(f"--steps {steps}: takes {needed:,} examples, and there are {len(examples):,}")
     collate, device = Collator(tokenizer.pad_token_id), modeling.local_device()
-    sorted_order = list(StepSampler(examples["length"], batch_size, seed=0))
+    sorted_order = list(StepSampler(examples["length"][:], batch_size, seed=0))
 
     def micro_batches(order: list[int]) -> list[dict[str, torch.Tensor]]:
         starts = range(0, len(order), micro_batch_size)

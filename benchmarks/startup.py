@@ -78,6 +78,7 @@ def startup(
     eval_file: str = "",
     sid_index_path: str = "",
     item_meta_path: str = "",
+    category: str = "Industrial_and_Scientific",
     use_lora: bool = True,
     use_qlora: bool = False,
 ) -> None:
@@ -89,6 +90,7 @@ def startup(
         eval_file: CSV of validation interactions.
         sid_index_path: JSON of item id to SID tokens.
         item_meta_path: JSON of item id to title and description.
+        category: what the items are, for the prompts.
         use_lora: start a LoRA run.
         use_qlora: start a QLoRA run.
     """

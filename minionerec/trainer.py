@@ -236,7 +236,7 @@ class SFTTrainer(DurableRun, Trainer):
             return super()._get_train_sampler(train_dataset)
         args = self.args
         step_rows = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-        return StepSampler(self.train_dataset["length"], step_rows, args.seed)
+        return StepSampler(self.train_dataset["length"][:], step_rows, args.seed)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         logits, targets = response_logits(model, inputs, self.accelerator.unwrap_model(model))

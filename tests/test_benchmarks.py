@@ -1,0 +1,22 @@
+"""The benchmarks that run the commands on files: what they call is still there."""
+
+import json
+
+import pytest
+from conftest import run_command
+
+
+@pytest.mark.parametrize(
+    ("script", "flags"), [("startup", {}), ("padding", {"steps": 1, "batch_size": 16, "micro_batch_size": 8})]
+)
+def test_a_benchmark_measures(files, base, script, flags):
+    paths = {"train_file": files["train"], "sid_index_path": files["index"], "item_meta_path": files["item"]}
+    if script == "startup":
+        paths["eval_file"] = files["valid"]
+    result = run_command(f"benchmarks/{script}.py", base_model=base, category="bolts", **paths, **flags)
+    assert result.returncode == 0, result.stderr
+    record = json.loads(result.stdout.splitlines()[-1])
+    assert record["benchmark"] == script and len(record["table"]) == 2
+    if script == "startup":
+        cold, warm = record["table"]
+        assert cold["examples"] > warm["examples"] and cold["first step"] > 0
