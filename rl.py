@@ -133,7 +133,7 @@ def train(
         resume_from_checkpoint: a checkpoint folder, or True for the newest one in output_dir.
         report_to: none, tensorboard or wandb.
         dry_run: check the input, print prompts, steps and the predicted peak memory, and stop.
-        gpu_memory: with dry_run, the memory of the card that is meant, such as 12GB; otherwise the one found.
+        gpu_memory: with dry_run, the memory of the card that is meant, such as 12GB or 12GiB; otherwise the one found.
     """
     flags = dict(locals())
     problems = Problems()
@@ -277,7 +277,8 @@ def train(
         config = modeling.load_config(base_model if from_adapter else model_path)
         ids = sorted(tokenizer.convert_tokens_to_ids(catalogue.sid_tokens))
         columns = list(train_dataset["prompt"])
-        return dryrun.rl(flags, config, tokenizer, ids, columns, steps, sequences.shape[1] + 1, own=from_adapter)
+        depth = sequences.shape[1] + 1
+        return dryrun.rl(flags, config, tokenizer, ids, encoder, rows_of, columns, steps, depth, own=from_adapter)
     state.print(f"prompts: {len(train_dataset):,} to train on, {len(eval_dataset):,} to validate; steps: {steps:,}")
 
     run["base_fingerprint"] = modeling.fingerprint(base_model if from_adapter else model_path)

@@ -93,7 +93,7 @@ def train(
         eval_step: how often to evaluate and save, as a share of the training.
         report_to: none, tensorboard or wandb.
         dry_run: check the input, print rows, tokens, steps and the predicted peak memory, and stop.
-        gpu_memory: with dry_run, the memory of the card that is meant, such as 12GB; otherwise the one found.
+        gpu_memory: with dry_run, the memory of the card that is meant, such as 12GB or 12GiB; otherwise the one found.
     """
     flags = dict(locals())
     problems = Problems()

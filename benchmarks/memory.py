@@ -6,7 +6,7 @@ where none does, gradient checkpointing is turned on. bfloat16 on a GPU, float32
 `torch.cuda.max_memory_allocated` on the one, the resident set on the other.
 
     python benchmarks/memory.py                                           # all sizes, on a GPU with 80 GB or more
-    python benchmarks/memory.py --sizes 0.5B,1.5B --rows 2 --tokens 240   # on a CPU
+    python benchmarks/memory.py --sizes 0.5B --rows 2 --tokens 240        # on a CPU
     python benchmarks/memory.py --predict_only True                       # no weights, some minutes
     python benchmarks/memory.py --lora_r 8 --lora_target_modules qkv      # the adapter of the preset low_memory
 """
@@ -114,11 +114,12 @@ def memory(
         lora_target_modules: all linear layers, qkv, or names separated by commas.
         predict_only: print predictions for a GPU alone.
     """
+    chosen_sizes, chosen_methods = ([name.strip() for name in names.split(",")] for names in (sizes, methods))
     problems = Problems()
     checks.check_positive(problems, tokens=tokens, response_tokens=response_tokens, sids=sids, repeats=repeats)
     checks.check_positive(problems, lora_r=lora_r)
-    problems += [f"--sizes {size!r}: there are {', '.join(SHAPES)}" for size in sizes.split(",") if size not in SHAPES]
-    problems += [f"--methods {m!r}: there are {', '.join(TARGETS)}" for m in methods.split(",") if m not in TARGETS]
+    problems += [f"--sizes {size!r}: there are {', '.join(SHAPES)}" for size in chosen_sizes if size not in SHAPES]
+    problems += [f"--methods {m!r}: there are {', '.join(TARGETS)}" for m in chosen_methods if m not in TARGETS]
     if rows < 0:
         problems.add(f"--rows {rows}: must be 0 or more")
     problems.check()
@@ -128,13 +129,13 @@ def memory(
     on_gpu = predict_only or torch.cuda.is_available()
     adapter_flags = {"lora_r": lora_r, "lora_target_modules": lora_target_modules}
     table = []
-    for size in sizes.split(","):
+    for size in chosen_sizes:
         *numbers, tied = SHAPES[size]
         with tempfile.TemporaryDirectory() as folder:
             if not predict_only:
                 shape = dict(zip(NAMES, numbers, strict=True))
                 in_fresh_process(save_base, folder, shape, tied, "bfloat16" if on_gpu else "float32")
-            for method in methods.split(","):
+            for method in chosen_methods:
                 settings = (size, method, rows, tokens, response_tokens, sids, repeats, on_gpu, predict_only, folder)
                 row = _measured(*settings, adapter_flags)
                 table.append(row)

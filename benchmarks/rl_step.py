@@ -1,6 +1,6 @@
 """Measures one RL optimizer step (completions, reference, loss, backward, update): seconds by phase, peak memory in GB.
 
-Three ways take their steps in turn, each in a process of its own, on the same model, prompts and rewards:
+Four ways take their steps in turn, each in a process of its own, on the same model, prompts and rewards:
 
 - plain: the original's way. `generate` with a Python function that looks up the allowed tokens of every beam; policy
   and reference over the prompt repeated for each of its G completions, with logits at every position; PEFT's layers.
@@ -268,8 +268,12 @@ def rl_step(
     """
     problems = Problems()
     checks.check_positive(problems, prompts=prompts, prompt_tokens=prompt_tokens, sids=sids, repeats=repeats)
-    if micro_batch_size % num_generations or prompts * num_generations % micro_batch_size:
+    if num_generations < 2:
+        problems.add(f"--num_generations {num_generations}: must be 2 or more")
+    elif micro_batch_size % num_generations or prompts * num_generations % micro_batch_size:
         problems.add("--micro_batch_size must hold whole groups, and --prompts fill whole micro-batches")
+    if sids < max(prompts, num_generations):
+        problems.add(f"--sids {sids}: must be at least --prompts and --num_generations")
     problems.check()
     shape = {
         "hidden_size": hidden_size,

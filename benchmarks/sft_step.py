@@ -3,9 +3,9 @@
 Each way to train is run beside full fine-tuning with logits at every position, on the same model and batch: two
 processes that take their steps in turn, so that whatever else the machine does slows both. The ways are full with
 logits at response positions only (`response_logits`), LoRA as PEFT does it (dense SID rows, logits at every position),
-this project's LoRA, and its QLoRA. The model has the shape of Qwen2-0.5B and random weights; 560 SID tokens are added.
-Memory counts from before a process's first step, which is not timed. float32 on a CPU, bfloat16 on a GPU. A pair of
-full fine-tunings holds 25 GB on a CPU, full and LoRA 18 GB.
+this project's LoRA, on a base as it is and in 8 bits, and its QLoRA. The model has the shape of Qwen2-0.5B and random
+weights; 560 SID tokens are added. Memory counts from before a process's first step, which is not timed. float32 on a
+CPU, bfloat16 on a GPU. A pair of full fine-tunings holds 25 GB on a CPU, full and LoRA 18 GB.
 
     python benchmarks/sft_step.py
     python benchmarks/sft_step.py --methods full_response,peft,lora,qlora --rows 16 --repeats 20
@@ -146,13 +146,13 @@ def sft_step(
         rows: rows of a step.
         tokens: tokens of a row.
         response_tokens: tokens of a row that carry loss.
-        methods: some of full_response, peft, lora, qlora, separated by commas.
+        methods: some of full_response, peft, lora, lora8, qlora, separated by commas.
         repeats: timed steps of a process; medians count.
     """
     problems = Problems()
     checks.check_positive(problems, rows=rows, tokens=tokens, response_tokens=response_tokens, repeats=repeats)
     checks.check_positive(problems, sids=sids, vocab_size=vocab_size)
-    chosen = methods.split(",")
+    chosen = [name.strip() for name in methods.split(",")]
     known = [method for method in METHODS if method != "full"]
     problems += [f"--methods {name!r}: there are {', '.join(known)}" for name in chosen if name not in known]
     if tokens <= response_tokens:

@@ -91,10 +91,10 @@ def startup(
         sid_index_path: JSON of item id to SID tokens.
         item_meta_path: JSON of item id to title and description.
         category: what the items are, for the prompts.
-        use_lora: start a LoRA run.
+        use_lora: start a LoRA run; else, without use_qlora, one in full.
         use_qlora: start a QLoRA run.
     """
-    flags = dict(locals())
+    flags = {**locals(), "use_lora": use_lora and not use_qlora}
     from benchmarks.common import print_json, print_table
 
     table = []
@@ -104,13 +104,13 @@ def startup(
             argv = [f"--{name}={value}" for name, value in flags.items()]
             argv += [f"--output_dir={os.path.join(folder, cache)}", "--batch_size=8", "--micro_batch_size=8"]
             started = time.time()
-            subprocess.run(
+            run = subprocess.run(
                 [sys.executable, os.path.abspath(__file__), "--marks", marks_file, *argv],
                 env={**os.environ, "HF_DATASETS_CACHE": os.path.join(folder, "cache")},
                 stdout=subprocess.DEVNULL,
             )
             if not os.path.exists(marks_file):
-                sys.exit(1)  # sft.py has said why
+                sys.exit(run.returncode)  # sft.py has said why
             with open(marks_file, encoding="utf-8") as file:
                 ends = json.load(file)
             seconds = [end - start for start, end in zip([started, *ends], ends, strict=False)]

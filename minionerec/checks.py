@@ -17,7 +17,9 @@ def check_model(problems: Problems, flag: str, path: str) -> None:
         problems.add(f"--{flag} is missing; give a folder with a model, or the name of a hub model")
     elif os.path.isdir(path):
         if not any(os.path.isfile(os.path.join(path, name)) for name in ("config.json", "adapter_config.json")):
-            problems.add(f"--{flag} {path}: the folder has no config.json; is it a model?")
+            final = os.path.join(path, "final_checkpoint")
+            meant = f"did you mean {final}?" if os.path.isdir(final) else "is it a model?"
+            problems.add(f"--{flag} {path}: the folder has no config.json; {meant}")
     elif path.startswith((".", "/", "~")) or path.count("/") > 1 or os.path.exists(path):
         problems.add(f"--{flag} {path}: no such folder")
 
@@ -127,11 +129,17 @@ def check_report_to(problems: Problems, report_to: str) -> None:
         problems.add(f"--report_to {report_to}: {report_to} is not installed; pip install {report_to}")
 
 
+def memory_gb(text: str) -> float:
+    """A size such as 12GB (1e9 bytes) or 12GiB (2^30 bytes), in GB. Raises ValueError for anything else."""
+    text = text.upper()
+    return float(text.removesuffix("GIB")) * 2**30 / 1e9 if text.endswith("GIB") else float(text.removesuffix("GB"))
+
+
 def check_gpu_memory(problems: Problems, gpu_memory: str) -> None:
     """Nothing, or a size such as 12GB."""
     try:
-        good = not gpu_memory or float(gpu_memory.upper().removesuffix("GB")) > 0
+        good = not gpu_memory or memory_gb(gpu_memory) > 0
     except ValueError:
         good = False
     if not good:
-        problems.add(f"--gpu_memory {gpu_memory!r}: must be a size such as 12GB")
+        problems.add(f"--gpu_memory {gpu_memory!r}: must be a size such as 12GB or 12GiB")

@@ -182,6 +182,10 @@ def read_titles_and_descriptions(item_meta_path: str) -> list[str]:
     """The texts of a metadata file, for a tokenizer to learn from."""
     metadata = _read_json_object(item_meta_path, "item_meta_path")
     items = [fields for fields in metadata.values() if isinstance(fields, dict)]
+    if not items:
+        raise InputError(
+            f"--item_meta_path {item_meta_path}: no item has a title and a description; is it the metadata?"
+        )
     texts = [str(fields.get("title") or "") for fields in items]
     texts += [_description(fields.get("description") or "") for fields in items]
     return [text for text in texts if is_text(text)]

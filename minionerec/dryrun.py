@@ -9,6 +9,7 @@ from statistics import median
 import torch
 
 from minionerec import modeling
+from minionerec.checks import memory_gb
 from minionerec.dataset import BATCH_ROWS, Encoder, batches
 from minionerec.memory import GB, Step, cache_gb, predict
 
@@ -51,7 +52,7 @@ def say_flags(flags: dict) -> None:
 def device_of(gpu_memory: str) -> tuple[bool, float, str]:
     """(whether it is a GPU, its memory in GB, its name): of `gpu_memory`, such as 12GB, or of what this machine has."""
     if gpu_memory:
-        return True, float(gpu_memory.upper().removesuffix("GB")), f"a GPU with {gpu_memory}"
+        return True, memory_gb(gpu_memory), f"a GPU with {gpu_memory}"
     if torch.cuda.is_available():
         card = torch.cuda.get_device_properties(modeling.local_device())
         return True, card.total_memory / GB, card.name
@@ -146,6 +147,8 @@ def rl(
     config,
     tokenizer,
     sid_token_ids: list[int],
+    encoder: Encoder,
+    rows_of,
     prompts: list[list[int]],
     steps: int,
     depth: int,
@@ -153,6 +156,7 @@ def rl(
 ) -> dict[str, float]:
     """The dry run of rl.py, for completions of at most `depth` tokens. `own`: the checkpoint's adapter trains on."""
     say_flags(flags)
+    say_tasks(encoder, rows_of)
     lengths = sorted(map(len, prompts))
     print(
         f"\n{len(lengths):,} prompts of {median(lengths):.0f} tokens (median), {lengths[-1]} at most; {steps:,} steps"

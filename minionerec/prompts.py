@@ -247,7 +247,8 @@ def recorded_prompts(
     and category."""
     recorded = read_run(checkpoint).get("prompts")
     if not category.strip() and recorded is None:
-        raise InputError(f"--category is missing, and {checkpoint} recorded none; say what the items are")
+        recorded_none = f", and {checkpoint} recorded none" if checkpoint else ""
+        raise InputError(f"--category is missing{recorded_none}; say what the items are")
     prompts = load_prompts(category or recorded["category"], prompt_file, tasks, default)
     if prompt_file or recorded is None:
         return prompts

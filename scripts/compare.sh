@@ -5,8 +5,11 @@
 #   SFT_RATES_full, _lora, _qlora, RL_RATES_full, ...: learning rates to choose from on the validation file
 #   SFT_FLAGS, RL_FLAGS, EVAL_FLAGS: more flags of a stage
 source "$(dirname "$0")/stages.sh"
-SEEDS="${SEEDS:-1}"
+SEEDS="${SEEDS:-1}" METHODS="${METHODS:-full lora qlora}"
 OUT="$COMPARE_OUT"
+[ $# = 0 ] || fail "takes no flags; SFT_FLAGS, RL_FLAGS and EVAL_FLAGS hold those of a stage"
+[[ "$SEEDS" =~ ^[1-9][0-9]*$ ]] || fail "SEEDS=$SEEDS: must be a number of seeds"
+for METHOD in $METHODS; do use_method; done
 RUNS=()
 
 best() { # the folder whose metrics.json has the best value: best min|max name folder...
@@ -37,7 +40,6 @@ chosen() { # chosen stage name choose metric rates flags...: sets CHOSEN (folder
 unless_done "$OUT/sasrec/result.json" "$PYTHON" scripts/train_sasrec.py --train_file "$TRAIN_FILE" \
     --eval_file "$EVAL_FILE" --test_data_path "$TEST_FILE" --info_file "$INFO_FILE" --output_dir "$OUT/sasrec"
 RUNS+=("SASRec=$OUT/sasrec")
-METHODS="${METHODS:-full lora qlora}"
 for METHOD in $METHODS; do
     use_method
     sft_rates="SFT_RATES_$METHOD" rl_rates="RL_RATES_$METHOD"

@@ -29,7 +29,7 @@ def kill_and_resume(output_dir: str = "", kills: int = 20, seed: int = 0) -> Non
 
     Args:
         output_dir: folder for the runs; it must not exist.
-        kills: how often each of the two commands is killed.
+        kills: how often each of the two commands is killed at least; its first run goes on until it ends by itself.
         seed: seed of the moments.
     """
     problems = Problems()

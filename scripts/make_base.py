@@ -60,6 +60,8 @@ def make_base(
         problems.add("--output_dir is missing; give a folder for the model")
     elif os.path.exists(os.path.join(output_dir, "config.json")):
         problems.add(f"--output_dir {output_dir}: holds a model already; name another folder")
+    else:
+        checks.check_writable(problems, "output_dir", output_dir)
     problems.check()
 
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers

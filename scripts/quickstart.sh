@@ -4,6 +4,10 @@
 source "$(dirname "$0")/setup.sh"
 started=$SECONDS
 DATA=examples/demo
+if [ $# != 0 ]; then
+    echo "quickstart.sh: error: takes no flags; OUT=folder names another folder for the results" >&2
+    exit 2
+fi
 OUT="${OUT:-out/quickstart}"
 if [ -e "$OUT" ]; then
     echo "quickstart.sh: error: $OUT holds an earlier run; remove it, or name another folder: OUT=out/again" >&2

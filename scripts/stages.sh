@@ -2,14 +2,17 @@
 # What the pipeline scripts share: paths, presets, and one function for each stage. Sourced; settings are environment
 # variables, and flags given to a function go last, where they win.
 #
-#   METHOD=lora|qlora|full   PRESET=quick|balanced|best|low_memory   NPROC=processes (one for each GPU)
+#   METHOD=lora|qlora|full   PRESET=quick|balanced|best|low_memory (QLoRA where METHOD says nothing)
+#   NPROC=processes, one for each GPU
 #   CONFIG=configs/zero2.yaml (or zero3, fsdp) to train under that engine instead of plain data parallelism
 #   BASE_MODEL, CATEGORY, DATA (folder with train, valid, test, info, index), OUT (folder for results)
 #   TRAIN_FILE, EVAL_FILE, TEST_FILE, INFO_FILE, INDEX_FILE, ITEM_FILE in place of what DATA holds
 #   Relative paths are meant from the root of the repository.
 #   PYTHON=python to use an environment of your own instead of .venv
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
-METHOD="${METHOD:-lora}" PRESET="${PRESET:-balanced}" NPROC="${NPROC:-1}"
+PRESET="${PRESET:-balanced}" NPROC="${NPROC:-1}"
+[ "$PRESET" != low_memory ] || METHOD="${METHOD:-qlora}"
+METHOD="${METHOD:-lora}"
 CATEGORY="${CATEGORY:-Industrial_and_Scientific}" DATA="${DATA:-data/Amazon}"
 BASE_MODEL="${BASE_MODEL:-Qwen/Qwen2.5-0.5B}"
 COMPARE_OUT="${OUT:-output/${CATEGORY}_compare}" OUT="${OUT:-output/${CATEGORY}_${METHOD}}"
@@ -42,15 +45,16 @@ use_method() { # sets what depends on METHOD and PRESET; learning rates to start
     quick) PRESET_FLAGS=(--lora_r 8 --lora_alpha 16 --lora_dropout 0.05 --lora_target_modules qkv) ;;
     balanced) PRESET_FLAGS=(--lora_r 16 --lora_alpha 32 --lora_dropout 0.05 --lora_target_modules all) ;;
     best) PRESET_FLAGS=(--lora_r 32 --lora_alpha 64 --lora_dropout 0.1 --lora_target_modules all) ;;
-    low_memory)
-        PRESET_FLAGS=(--lora_r 8 --lora_alpha 16 --lora_dropout 0.05 --lora_target_modules qkv
-            --gradient_checkpointing True)
-        ;;
+    low_memory) PRESET_FLAGS=(--lora_r 8 --lora_alpha 16 --lora_dropout 0.05 --lora_target_modules qkv) ;;
     *) fail "PRESET=$PRESET: must be quick, balanced, best or low_memory" ;;
     esac
     [ "$METHOD" != full ] || PRESET_FLAGS=() # training in full has no adapter to configure
+    [ "$PRESET" != low_memory ] || PRESET_FLAGS+=(--gradient_checkpointing True)
 }
 use_method
+[[ "$NPROC" =~ ^[1-9][0-9]*$ ]] || fail "NPROC=$NPROC: must be a number of processes"
+[ -z "${CONFIG:-}" ] || [ -f "$CONFIG" ] || fail "CONFIG=$CONFIG: no such file; there are $(echo configs/*.yaml)"
+[[ "$OUT" != *,* ]] || fail "OUT=$OUT: must hold no comma"
 FILES=(--train_file "$TRAIN_FILE" --eval_file "$EVAL_FILE" --category "$CATEGORY"
     --sid_index_path "$INDEX_FILE" --item_meta_path "$ITEM_FILE")
 

@@ -10,7 +10,7 @@ import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from minionerec import cli
+from minionerec import checks, cli
 from minionerec.data import Problems, count_rows, read_interactions
 from minionerec.metrics import popularity, rank_of, ranking_metrics
 
@@ -46,10 +46,16 @@ def table(
     problems.attempt(count_rows, train_file, "train_file", titles=False)
     rows = problems.attempt(count_rows, test_data_path, "test_data_path", titles=False)
     folders: dict[str, list[str]] = {}
-    for name, _, folder in (run.partition("=") for run in runs.split(",") if "=" in run):
-        folders.setdefault(name, []).append(folder)
+    for run in (run for run in runs.split(",") if run):
+        name, equals, folder = run.partition("=")
+        if equals:
+            folders.setdefault(name, []).append(folder)
+        else:
+            problems.add(f"--runs: {run!r} is no name=folder pair; paths must hold no comma")
     if not folders:
         problems.add(f"--runs {runs!r}: give name=folder pairs, separated by commas")
+    if figure:
+        checks.check_writable(problems, "figure", os.path.dirname(figure) or ".")
     references = [word for word in against.split(",") if word]
     for word in references:
         if not any(name.split(" ")[0] == word for name in folders):
@@ -133,6 +139,7 @@ def table(
     if figure:
         from minionerec.plots import plot_bars
 
+        os.makedirs(os.path.dirname(figure) or ".", exist_ok=True)
         panels = {metric: {} for metric in ("HR@10", "NDCG@10", "MRR")}
         for metric, bars in panels.items():
             for name in (name for name in seeds_of if metric in seeds_of[name][0]):

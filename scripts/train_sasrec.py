@@ -54,8 +54,7 @@ def train_sasrec(
         problems.add(f"--hidden_size {hidden_size}: must be even, for two heads")
     if not 0 <= dropout < 1:
         problems.add(f"--dropout {dropout}: must be at least 0 and below 1")
-    if not output_dir or os.path.exists(output_dir):
-        problems.add(f"--output_dir {output_dir!r}: give a folder that does not exist yet")
+    checks.check_new_folder(problems, output_dir)
     sids = problems.attempt(read_info, info_file)
     for flag, path in (("train_file", train_file), ("eval_file", eval_file), ("test_data_path", test_data_path)):
         if path or flag != "test_data_path":

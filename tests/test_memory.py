@@ -1,6 +1,7 @@
 """The prediction of memory against what the same training really holds, and the dry runs that print it."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from test_trainer import IDS
 from transformers import AutoModelForCausalLM
 
 import lora_utils
+from minionerec.checks import memory_gb
 from minionerec.memory import GB, Step, _Alive, cache_gb, predict, resident_bytes
 from minionerec.trainer import response_logits
 
@@ -87,6 +89,10 @@ def test_the_cache_of_the_beams():
     assert cache_gb(config, 3, 100, 20, 4, True) == pytest.approx(without + 3 * 20 * 4 * per_token / GB)
 
 
+def test_sizes_of_cards():
+    assert memory_gb("12GB") == memory_gb("12") == 12 and memory_gb("12GiB") == 12 * 2**30 / GB
+
+
 def test_a_dry_run_of_sft(files, base, tmp_path):
     flags = sft_flags(files, base, tmp_path / "run", use_lora=True, dry_run=True)
     done = run_command("sft.py", **flags, gpu_memory="24GB")
@@ -112,7 +118,12 @@ def test_a_dry_run_of_rl(files, base, tmp_path):
     flags = rl_flags(files, tmp_path / "sft" / "final_checkpoint", tmp_path / "rl", use_lora=True, dry_run=True)
     done = run_command("rl.py", **flags)
     assert done.returncode == 0, done.stderr
-    assert "40 prompts of" in done.stdout and "10 steps" in done.stdout and "cache" in done.stdout
+    assert (
+        re.search(r"\nsid_history_to_sid +40 +1 ", done.stdout)
+        and "40 prompts of" in done.stdout
+        and "10 steps" in done.stdout
+        and "cache" in done.stdout
+    )
     assert "--lora_r is 16 here and was 8" in done.stdout
     trainable = json.loads((tmp_path / "sft" / "metrics.json").read_text())["trainable_parameters"]
     assert f"trainable parameters: {trainable:,}\n" in done.stdout

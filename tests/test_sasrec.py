@@ -55,4 +55,4 @@ def test_the_command_trains_saves_and_evaluates(files, tmp_path):
     metrics = json.loads((tmp_path / "m" / "result.metrics.json").read_text())
     assert 0 <= metrics["NDCG@10"] <= metrics["HR@10"] <= 1
     again = run_command("scripts/train_sasrec.py", **flags, output_dir=tmp_path / "m")
-    assert again.returncode == 2 and "does not exist yet" in again.stderr
+    assert again.returncode == 2 and "exists already" in again.stderr

@@ -77,10 +77,29 @@ def test_the_stage_scripts_pass_flags_on(checkout, base, script):
     assert line.startswith(f"{script.split('_')[0]}.py: error:")
 
 
-@pytest.mark.parametrize("setting", [{"METHOD": "lori"}, {"PRESET": "fast"}])
+@pytest.mark.parametrize("setting", [{"METHOD": "lori"}, {"PRESET": "fast"}, {"NPROC": "x"}, {"CONFIG": "zero2"}])
 def test_unknown_settings_are_refused(checkout, setting):
     result = bash(checkout, "pipeline.sh", **setting)
-    assert result.returncode == 2 and "must be" in result.stderr
+    (name,) = setting
+    assert result.returncode == 2 and f"pipeline.sh: error: {name}={setting[name]}: " in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("flags", "setting"), [((), {"SEEDS": "three"}), ((), {"METHODS": "full,lora"}), (("--num_epochs", "1"), {})]
+)
+def test_a_comparison_refuses_what_it_does_not_know_before_it_trains(checkout, flags, setting):
+    result = bash(checkout, "compare.sh", *flags, **setting)
+    assert result.returncode == 2 and result.stderr.startswith("compare.sh: error: ")
+
+
+@pytest.mark.parametrize("method", ["", "full", "lora"])
+def test_the_preset_for_little_memory(checkout, method):
+    """QLoRA unless METHOD says otherwise, and checkpointing in any case."""
+    result = bash(checkout, "pipeline.sh", PYTHON="echo", PRESET="low_memory", METHOD=method)
+    sft, rl, *_ = result.stdout.splitlines()
+    for line, script in ((sft, "sft.py"), (rl, "rl.py")):
+        assert line.startswith(script) and "--gradient_checkpointing True" in line
+        assert ("--use_qlora True" in line) == (not method) and ("--use_lora True" in line) == (method == "lora")
 
 
 def python(checkout, line: str) -> str:

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from minionerec.cli import InputError
 from scripts.table import table
 
 
@@ -44,3 +45,10 @@ def test_the_table_by_hand(tmp_path, make_run, capsys):
     assert rows["lora SFT"]["MRR / full"] == "1.333 [1.000, 2.000] ± 0.707"
     assert rows["lora SFT"]["NDCG@10"] == rows["lora SFT"]["NDCG@10 / full"] == ""  # rankings of one item
     assert (tmp_path / "figure.png").stat().st_size > 1000
+
+
+def test_what_the_table_refuses(tmp_path, make_run, files):
+    paths = {"train_file": files["train"], "test_data_path": files["test"], "runs": f"a={make_run('a', [1, 1])},b"}
+    with pytest.raises(InputError) as error:
+        table(**paths, figure=f"{files['train']}/figure.png")
+    assert [problem.split(" ")[0] for problem in error.value.problems] == ["--runs:", "--figure"]
