@@ -118,12 +118,8 @@ def test_a_dry_run_of_rl(files, base, tmp_path):
     flags = rl_flags(files, tmp_path / "sft" / "final_checkpoint", tmp_path / "rl", use_lora=True, dry_run=True)
     done = run_command("rl.py", **flags)
     assert done.returncode == 0, done.stderr
-    assert (
-        re.search(r"\nsid_history_to_sid +40 +1 ", done.stdout)
-        and "40 prompts of" in done.stdout
-        and "10 steps" in done.stdout
-        and "cache" in done.stdout
-    )
+    assert re.search(r"\nsid_history_to_sid +40 +1 ", done.stdout)
+    assert "40 prompts of" in done.stdout and "10 steps" in done.stdout and "cache" in done.stdout
     assert "--lora_r is 16 here and was 8" in done.stdout
     trainable = json.loads((tmp_path / "sft" / "metrics.json").read_text())["trainable_parameters"]
     assert f"trainable parameters: {trainable:,}\n" in done.stdout
