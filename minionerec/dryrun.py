@@ -168,7 +168,9 @@ def rl(
         completions, method = flags["train_batch_size"], _method(flags)
         # A group whose completions are spread over several micro-batches takes its prompt along into each.
         rows, in_row = -(-completions // group), min(group, completions)
-        step = Step(rows, tokens + in_row * depth, completions * depth, True, flags["gradient_accumulation_steps"] > 1)
+        # A completion's last token is predicted and predicts nothing; its first is predicted by the prompt.
+        width, predicting = tokens + in_row * (depth - 1), rows + completions * (depth - 1)
+        step = Step(rows, width, predicting, True, flags["gradient_accumulation_steps"] > 1)
         parts = predict(
             config,
             len(tokenizer),

@@ -46,6 +46,13 @@ def completion_logps(
     with head_on(inner, wanted):
         logits = model(**inputs, use_cache=False).logits.float() / temperature  # [N, V]
     row = (wanted.flatten().cumsum(0) - 1)[place].clamp(min=0)  # [B, C], the row of `logits` that predicts each token
+    return token_logps(logits, row, completion_ids, completion_mask)
+
+
+def token_logps(
+    logits: torch.Tensor, row: torch.Tensor, completion_ids: torch.Tensor, completion_mask: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What `completion_logps` returns, of logits [N, V] whose row `row` [B, C] predicts each completion token."""
     total = logits.logsumexp(dim=1)
     logps = torch.where(completion_mask, logits[row, completion_ids] - total[row], 0.0)
     with torch.no_grad():

@@ -19,13 +19,14 @@ from torch.utils._pytree import tree_leaves
 from transformers import masking_utils
 
 import lora_utils
+from minionerec.logprobs import token_logps
 
 GB = 1e9
 CUDA_CONTEXT = 0.6e9  # of the driver and its libraries, about; torch.cuda.max_memory_allocated does not count it
 # Of the activations, what the C library holds back when they are freed, as measured: benchmarks/memory.py.
 HELD_BACK_ON_CPU = 0.65
 # Of the bfloat16 products that `cli.PRODUCTS_KEPT` keeps compiled on a CPU, as measured.
-COMPILED_ON_CPU = 0.07e9
+COMPILED_ON_CPU = 0.1e9
 
 
 @dataclass
@@ -220,7 +221,11 @@ def _run(model: nn.Module, step: Step, dtype: torch.dtype) -> tuple[int, int, in
             for _ in range(2 if step.accumulate else 1):
                 with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
                     logits = _logits(model, inputs, step.response_tokens)
-                    loss = F.cross_entropy(logits.float(), ids.new_zeros(len(logits)))
+                    first = ids.new_zeros(len(logits))
+                    if step.shared:
+                        loss = token_logps(logits.float() / 1.0, first, first, first.bool())[0].sum()
+                    else:
+                        loss = F.cross_entropy(logits.float(), first)
                 of_loss = alive.bytes - at_head[-1]
                 loss.backward()
                 del logits, loss

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 import lora_utils
 from minionerec.checks import memory_gb
+from minionerec.logprobs import completion_logps
 from minionerec.memory import GB, Step, _Alive, cache_gb, predict, resident_bytes
 from minionerec.trainer import response_logits
 
@@ -56,6 +57,28 @@ def test_the_prediction_is_what_training_holds(architecture, method, checkpointi
     assert predicted == pytest.approx(peak, rel=0.1)
     assert (parts["weights"] + parts["adapter"]) * GB == pytest.approx(weights)
     assert parts["total"] == pytest.approx(sum(v for k, v in parts.items() if k not in ("total", "trainable")))
+
+
+@pytest.mark.parametrize("shape", [(4, 30, 8), (2, 100, 4)])
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_the_prediction_of_rl_is_what_its_loss_holds(method, shape):
+    groups, width, size = shape
+    config = config_of("qwen2")
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config)
+    if method == "lora":
+        model = lora_utils.add_lora(model, lora_utils.lora_config(model, IDS))
+    prompts = torch.randint(1, 90, (groups, width)).repeat_interleave(size, 0)
+    completions = torch.randint(1, 90, (groups * size, 4))
+    inputs = (prompts, torch.ones_like(prompts), completions, torch.ones_like(completions))
+    alive = _Alive([*model.parameters(), *model.buffers(), *inputs])
+    with alive:
+        for _ in range(2):
+            completion_logps(model.train(), *inputs)[0].sum().backward()
+    step = Step(groups, width + 3 * size, groups + 3 * groups * size, shared=True)
+    parts = predict(config, 96, IDS, step, method, False)
+    predicted = (parts["gradients"] + parts["activations"] + parts["logits"]) * GB
+    assert predicted == pytest.approx(alive.peak, rel=0.1)
 
 
 @pytest.mark.parametrize("bits", [4, 8])
