@@ -77,6 +77,7 @@ class DurableRun:
     def train(self, resume_from_checkpoint: str | None = None, **kwargs):
         self._seconds_before = read_run(resume_from_checkpoint).get("seconds", 0.0) if resume_from_checkpoint else 0.0
         self._started = time.perf_counter()
+        forget_peak_of_loading()
         with _stop_on_signals(self) as stop:
             result = super().train(resume_from_checkpoint, **kwargs)
         if stop.stopped:
@@ -319,13 +320,27 @@ def _checkpoint_meant(output_dir: str, resume_from_checkpoint: str | None, say: 
     return newest
 
 
+def forget_peak_of_loading() -> None:
+    """On a CPU, where Linux counts the pages of the weight files as resident until they are wanted elsewhere."""
+    try:
+        with open("/proc/self/clear_refs", "w") as file:
+            file.write("5")
+    except OSError:
+        pass
+
+
 def peak_memory_gb() -> float:
-    """The most memory this process has held, in GB (1e9 bytes): on the GPU where there is one, else resident."""
+    """The most memory this process has held, in GB (1e9 bytes): on the GPU where there is one, else resident, since it
+    started or `forget_peak_of_loading`."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 1e9
-    import resource
+    try:
+        with open("/proc/self/status") as file:
+            return next(int(line.split()[1]) for line in file if line.startswith("VmHWM:")) * 1024 / 1e9
+    except OSError:  # not Linux
+        import resource
 
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e9
 
 
 def folder_size_mb(path: str) -> float:
