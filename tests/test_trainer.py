@@ -6,6 +6,7 @@ from models import make_model
 from transformers import TrainingArguments
 
 import lora_utils
+from minionerec import trainer
 from minionerec.dataset import Collator
 from minionerec.trainer import SFTTrainer, StepSampler, newest_checkpoint, response_logits, save_final
 
@@ -166,3 +167,12 @@ def test_a_final_checkpoint_appears_whole_or_not_at_all(tmp_path, monkeypatch):
     assert {"adapter_config.json", "adapter_model.safetensors", "minionerec.json"} <= {f.name for f in final.iterdir()}
     assert not (final / "leftover").exists()
     assert not (tmp_path / "final_checkpoint.partial").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="counts resident memory")
+def test_the_peak_of_loading_is_forgotten():
+    loaded = torch.ones(100_000_000)
+    before = trainer.peak_memory_gb()
+    del loaded
+    trainer.forget_peak_of_loading()
+    assert trainer.peak_memory_gb() < before - 0.3
