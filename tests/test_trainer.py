@@ -6,9 +6,16 @@ from models import make_model
 from transformers import TrainingArguments
 
 import lora_utils
-from minionerec import trainer
 from minionerec.dataset import Collator
-from minionerec.trainer import SFTTrainer, StepSampler, newest_checkpoint, response_logits, save_final
+from minionerec.trainer import (
+    SFTTrainer,
+    StepSampler,
+    forget_peak_of_loading,
+    newest_checkpoint,
+    peak_memory_gb,
+    response_logits,
+    save_final,
+)
 
 IDS = [90, 91, 92]
 
@@ -172,7 +179,7 @@ def test_a_final_checkpoint_appears_whole_or_not_at_all(tmp_path, monkeypatch):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="counts resident memory")
 def test_the_peak_of_loading_is_forgotten():
     loaded = torch.ones(100_000_000)
-    before = trainer.peak_memory_gb()
+    before = peak_memory_gb()
     del loaded
-    trainer.forget_peak_of_loading()
-    assert trainer.peak_memory_gb() < before - 0.3
+    forget_peak_of_loading()
+    assert peak_memory_gb() < before - 0.3
