@@ -127,9 +127,8 @@ def decode(
     """
     problems = Problems()
     checks.check_positive(problems, prompts=prompts, sids=sids, small_catalogue=small_catalogue, repeats=repeats)
-    if min(sids, small_catalogue, large_catalogue) < 50 or max(sids, small_catalogue, large_catalogue) > CODES ** len(
-        LEVELS
-    ):
+    sizes = (sids, small_catalogue, large_catalogue)
+    if min(sizes) < 50 or max(sizes) > CODES ** len(LEVELS):
         problems.add("--sids, --small_catalogue and --large_catalogue must be between 50 and 16777216")
     problems.check()
     build = in_fresh_process(build_cost, large_catalogue, vocab_size)
