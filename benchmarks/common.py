@@ -7,6 +7,8 @@ import time
 from collections.abc import Callable
 from statistics import median
 
+from minionerec.resident import peak_rss_gb, reset_peak_rss
+
 
 def quiet() -> None:
     """Keeps progress bars, warnings and a note on bitsandbytes' optional CPU kernel out of the report."""
@@ -77,26 +79,6 @@ def peak_memory_gb() -> float:
     import torch
 
     return torch.cuda.max_memory_allocated() / 1e9 if torch.cuda.is_available() else peak_rss_gb()
-
-
-def reset_peak_rss() -> None:
-    with open("/proc/self/clear_refs", "w") as file:
-        file.write("5")
-
-
-def _status_gb(field: str) -> float:
-    with open("/proc/self/status") as file:
-        return next(int(line.split()[1]) for line in file if line.startswith(field)) * 1024 / 1e9
-
-
-def peak_rss_gb() -> float:
-    """The peak resident memory of this process since the last reset, in GB. `ru_maxrss` would be its parent's too."""
-    return _status_gb("VmHWM:")
-
-
-def rss_gb() -> float:
-    """The resident memory of this process now, in GB."""
-    return _status_gb("VmRSS:")
 
 
 def seconds_of(function: Callable[[], object]) -> float:

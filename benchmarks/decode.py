@@ -20,15 +20,13 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from benchmarks.common import (
     in_fresh_process,
     interleaved_medians,
-    peak_rss_gb,
     print_json,
     print_table,
     quiet,
-    reset_peak_rss,
-    rss_gb,
 )
 from minionerec import checks, cli
 from minionerec.data import Problems
+from minionerec.resident import peak_rss_gb, reset_peak_rss, rss_gb
 
 LEVELS = "abc"
 CODES = 256  # of a level

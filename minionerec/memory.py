@@ -5,7 +5,6 @@ runs on fake tensors, which have shapes and no storage, while every storage that
 architecture keeps for the backward pass is so measured and not guessed; what a quantized base weighs is arithmetic.
 """
 
-import os
 import weakref
 from dataclasses import dataclass
 from unittest import mock
@@ -20,6 +19,7 @@ from transformers import masking_utils
 
 import lora_utils
 from minionerec.logprobs import token_logps
+from minionerec.resident import rss_gb
 
 GB = 1e9
 CUDA_CONTEXT = 0.6e9  # of the driver and its libraries, about; torch.cuda.max_memory_allocated does not count it
@@ -163,7 +163,7 @@ def predict(
     else:
         # A resized embedding stands beside the file it was read from, of which the other weights are a view.
         resized = config_rows < vocabulary and bits == 16
-        runtime = resident_bytes() + HELD_BACK_ON_CPU * kept + resized * config_rows * hidden * dtype.itemsize
+        runtime = rss_gb() * GB + HELD_BACK_ON_CPU * kept + resized * config_rows * hidden * dtype.itemsize
         runtime += COMPILED_ON_CPU * (dtype == torch.bfloat16)
     if reference_copy:
         weights *= 2
@@ -178,12 +178,6 @@ def predict(
     }
     parts = {name: size / GB for name, size in parts.items()}
     return {**parts, "total": sum(parts.values()), "trainable": sum(p.numel() for p in trained)}
-
-
-def resident_bytes() -> int:
-    """What this process holds now: on a CPU, the interpreter and the libraries."""
-    with open("/proc/self/statm") as file:
-        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def cache_gb(config, rows: int, tokens: int, beams: int, completion_tokens: int, on_gpu: bool) -> float:

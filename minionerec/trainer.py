@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ import lora_utils
 from minionerec.checkpoint import RUN_FILE, make_portable, read_run, write_json
 from minionerec.cli import InputError, RunError
 from minionerec.dataset import IGNORE
+from minionerec.resident import peak_rss_gb, reset_peak_rss
 
 
 @contextmanager
@@ -322,11 +323,8 @@ def _checkpoint_meant(output_dir: str, resume_from_checkpoint: str | None, say: 
 
 def forget_peak_of_loading() -> None:
     """On a CPU, where Linux counts the pages of the weight files as resident until they are wanted elsewhere."""
-    try:
-        with open("/proc/self/clear_refs", "w") as file:
-            file.write("5")
-    except OSError:
-        pass
+    with suppress(OSError):  # where it is forbidden, or no Linux, the peak is that of the whole process
+        reset_peak_rss()
 
 
 def peak_memory_gb() -> float:
@@ -335,8 +333,7 @@ def peak_memory_gb() -> float:
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 1e9
     try:
-        with open("/proc/self/status") as file:
-            return next(int(line.split()[1]) for line in file if line.startswith("VmHWM:")) * 1024 / 1e9
+        return peak_rss_gb()
     except OSError:  # not Linux
         import resource
 

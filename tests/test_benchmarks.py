@@ -18,5 +18,7 @@ def test_a_benchmark_measures(files, base, script, flags):
     record = json.loads(result.stdout.splitlines()[-1])
     assert record["benchmark"] == script and len(record["table"]) == 2
     if script == "startup":
-        cold, warm = record["table"]
-        assert cold["examples"] > warm["examples"] and cold["first step"] > 0
+        phases = ("checks", "imports", "tokenizer and base", "adapter", "examples", "trainer", "first step")
+        for row, cache in zip(record["table"], ("cold", "warm"), strict=True):
+            assert row["cache"] == cache and all(row[phase] > 0 for phase in phases)
+            assert row["all"] == pytest.approx(sum(row[phase] for phase in phases))

@@ -145,7 +145,7 @@ def test_few_compiled_products_are_kept(tmp_path):
     """bfloat16 products of 900 widths: kept, they hold 0.6 GB; those of the last 64 less than a tenth of that."""
     script = tmp_path / "widths.py"
     script.write_text(
-        "from benchmarks.common import rss_gb\nfrom minionerec import cli\n"
+        "from minionerec import cli\nfrom minionerec.resident import rss_gb\n"
         "def multiply(count: int = 900):\n"
         "    import torch\n"
         "    rows, weight = torch.randn(1000, 64).bfloat16(), torch.randn(64, 256).bfloat16()\n"

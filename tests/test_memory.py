@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM
 import lora_utils
 from minionerec.checks import memory_gb
 from minionerec.logprobs import completion_logps
-from minionerec.memory import GB, Step, _Alive, cache_gb, predict, resident_bytes
+from minionerec.memory import GB, Step, _Alive, cache_gb, predict
+from minionerec.resident import rss_gb
 from minionerec.trainer import response_logits
 
 ROWS, TOKENS, RESPONSE = 4, 120, 3
@@ -146,4 +147,4 @@ def test_a_dry_run_of_rl(files, base, tmp_path):
     assert "--lora_r is 16 here and was 8" in done.stdout
     trainable = json.loads((tmp_path / "sft" / "metrics.json").read_text())["trainable_parameters"]
     assert f"trainable parameters: {trainable:,}\n" in done.stdout
-    assert not (tmp_path / "rl").exists() and resident_bytes() > 1e8
+    assert not (tmp_path / "rl").exists() and rss_gb() > 0.1
