@@ -116,7 +116,10 @@ def find_target_modules(model: nn.Module, spec: str = "all") -> list[str]:
 
 def quantization_config(use_qlora: bool = False, load_in_8bit: bool = False) -> BitsAndBytesConfig | None:
     """How bitsandbytes stores the frozen base: NF4 with double quantization and matmuls in the device's 16-bit dtype
-    for QLoRA, LLM.int8 for `load_in_8bit`, None for neither. Source: Dettmers et al., QLoRA (2023) and LLM.int8 (2022)."""
+    for QLoRA, LLM.int8 for `load_in_8bit`, None for neither.
+
+    Source: Dettmers et al., QLoRA (2023) and LLM.int8 (2022).
+    """
     if use_qlora:
         dtype = modeling.compute_dtype(quantized=True)
         return BitsAndBytesConfig(
