@@ -21,10 +21,15 @@ def answer(name: str = "bfloat16"):
     return lambda quantized=False: getattr(torch, name)
 
 
-def main() -> None:
+def switch() -> None:
+    """Turns this process into one on a GPU that computes in AS_ON_GPU."""
     from minionerec import modeling
 
     modeling.compute_dtype = answer(os.environ.get("AS_ON_GPU", "bfloat16"))
+
+
+def main() -> None:
+    switch()
     sys.argv = sys.argv[1:]
     runpy.run_path(str(ROOT / sys.argv[0]), run_name="__main__")
 

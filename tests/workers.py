@@ -18,6 +18,8 @@ import torch.nn.functional as F
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import as_on_gpu  # noqa: E402
+
 
 def engines_on_cpus() -> None:
     """Lets accelerate and the Trainer start FSDP and DeepSpeed, which they keep for GPUs, on CPUs that talk over gloo.
@@ -53,6 +55,8 @@ def digests(folder: str, script: str, *flags: str) -> None:
 
     if "true" in (os.environ.get("ACCELERATE_USE_FSDP"), os.environ.get("ACCELERATE_USE_DEEPSPEED")):
         engines_on_cpus()
+    if "AS_ON_GPU" in os.environ:
+        as_on_gpu.switch()
     finish = trainer.finish
 
     def recorded(run, *args, **kwargs):
