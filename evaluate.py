@@ -83,6 +83,7 @@ def evaluate(
     import lora_utils
     from minionerec import modeling, sid
     from minionerec.dataset import Encoder
+    from minionerec.probe import prove
     from minionerec.ranking import rank_prompts
 
     started = time.perf_counter()
@@ -109,6 +110,9 @@ def evaluate(
     encoder = Encoder(tokenizer, prompts, flags.get("cutoff_len", 2048))
     task = prompts.tasks[RECOMMENDATION]
     encoded = encoder.encode_prompts(task, examples, [encoder.cutoff_len - trie.depth] * rows)
+    longest = max(map(len, encoded))
+    proof = prove(model, longest, longest + min(num_beams, len(trie)) * trie.depth, f"--base_model {base_model}")
+    state.print(f"decoding: {proof}")
     decoding = time.perf_counter()
     ranked = rank_prompts(model, trie, encoded, tokenizer.pad_token_id, num_beams, batch_size, length_penalty)
     decoded = time.perf_counter() - decoding

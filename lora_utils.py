@@ -28,6 +28,7 @@ from transformers.pytorch_utils import Conv1D
 from minionerec import modeling
 from minionerec.checkpoint import read_run
 from minionerec.cli import InputError
+from minionerec.head import float32_linear
 
 # --- Which layers -----------------------------------------------------------------------------------------------------
 
@@ -223,7 +224,11 @@ class SidRows(TrainableTokensLayer):
     ) -> torch.Tensor:
         ids = self._ids(adapter, hidden.device)
         bias = self.base_layer.bias
-        columns = F.linear(hidden, rows.to(hidden.dtype), None if bias is None else bias[ids])
+        bias = None if bias is None else bias[ids]
+        if result.dtype == torch.float32:  # also of 16-bit hidden states, in `head.float32_head`
+            columns = float32_linear(hidden, rows.float(), bias)
+        else:
+            columns = F.linear(hidden, rows.to(hidden.dtype), bias)
         return result.index_copy(-1, ids, columns.to(result.dtype))
 
 

@@ -223,6 +223,7 @@ def train(
     from minionerec import __version__, modeling, sid, trainer
     from minionerec.dataset import Encoder, item_rows, prompt_dataset
     from minionerec.plots import RL_PANELS
+    from minionerec.probe import prove
     from minionerec.rl_trainer import ReReTrainer
 
     started_from = read_run(model_path)
@@ -310,6 +311,12 @@ def train(
                 use_dora,
                 init_lora_weights,
             )
+
+    # Before the weights are sharded, and for the longest rows that any process can have.
+    beams = max(test_beam, num_generations * 3 // 2, train_batch_size)
+    depth = sequences.shape[1] + 1
+    proof = prove(model, cutoff_len, cutoff_len + beams * depth, f"--model_path {model_path}")
+    state.print(f"decoding: {proof}; completions {'share a row with' if proof.shared else 'each repeat'} their prompt")
 
     if wandb_project:
         os.environ["WANDB_PROJECT"] = wandb_project

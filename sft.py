@@ -156,6 +156,7 @@ def train(
     from minionerec import __version__, modeling, trainer
     from minionerec.dataset import Collator, Encoder, item_rows, tokenized_dataset
     from minionerec.plots import SFT_PANELS
+    from minionerec.probe import prove
 
     if adapter:
         lora_utils.find_target_modules(lora_utils.meta_model(modeling.load_config(base_model)), lora_target_modules)
@@ -187,6 +188,9 @@ def train(
         base_model, lora_utils.quantization_config(use_qlora, load_in_8bit), from_scratch=train_from_scratch
     )
     sid_token_ids = modeling.add_sid_tokens(model, tokenizer, catalogue.sid_tokens)
+    proof = prove(model, name=f"--base_model {base_model}")  # what cannot be decoded is not worth training
+    if proof.why:
+        state.print(f"decoding: {proof}")
     if adapter:
         config = lora_utils.lora_config(
             model,

@@ -32,12 +32,16 @@ def load_tokenizer(path: str):
 def load_config(path: str, flag: str = "base_model"):
     """The configuration of a base model, which `flag` named. Raises InputError where none can be loaded."""
     try:
-        return AutoConfig.from_pretrained(path)
+        config = AutoConfig.from_pretrained(path)
     except (OSError, ValueError) as error:
         raise InputError(
             f"--{flag} {path}: no model configuration can be loaded; there is no such folder with a "
             f"config.json, and no hub model of this name can be reached: {_first_line(error)}"
         ) from None
+    if hasattr(config, "rescale_every"):
+        # In evaluation RWKV divides weights, where they stand: adapters would not fit them, checkpoints would keep it.
+        config.rescale_every = 0
+    return config
 
 
 def _first_line(error: BaseException) -> str:

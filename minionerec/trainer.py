@@ -24,25 +24,8 @@ import lora_utils
 from minionerec.checkpoint import RUN_FILE, make_portable, read_run, write_json
 from minionerec.cli import InputError, RunError
 from minionerec.dataset import IGNORE
+from minionerec.head import head_on
 from minionerec.resident import peak_rss_gb, reset_peak_rss
-
-
-@contextmanager
-def head_on(model, positions: torch.Tensor):
-    """While open, the output head of `model` sees the hidden states at `positions` [B, L] (bool) alone.
-
-    The logits of a forward are then [N, V] instead of [B, L, V]. What an architecture does to its logits after the
-    head (Gemma's soft cap) still happens, since it works element by element.
-    """
-
-    def select(_module, args):
-        return (args[0][positions], *args[1:])
-
-    handle = model.get_output_embeddings().register_forward_pre_hook(select)
-    try:
-        yield
-    finally:
-        handle.remove()
 
 
 def response_logits(model, inputs: dict[str, torch.Tensor], unwrapped=None) -> tuple[torch.Tensor, torch.Tensor]:
