@@ -77,9 +77,6 @@ def evaluate(
         problems.attempt(count_rows, train_file, "train_file", titles=False)
     problems.check()
 
-    import torch
-    from accelerate import PartialState
-
     import lora_utils
     from minionerec import modeling, sid
     from minionerec.dataset import Encoder
@@ -87,7 +84,7 @@ def evaluate(
     from minionerec.ranking import rank_prompts
 
     started = time.perf_counter()
-    state = PartialState(cpu=not torch.cuda.is_available())
+    state = modeling.process_state()
     flags = read_run(checkpoint).get("flags", {})
     given = {"category": category}
     for line in differing_prompts(checkpoint, prompts) if prompt_file else mismatches(checkpoint, given, ("category",)):

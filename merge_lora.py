@@ -83,8 +83,7 @@ def merge(
 
     tokenizer = modeling.load_tokenizer(adapter)
     quantization = lora_utils.quantization_config(flags.get("use_qlora", False), flags.get("load_in_8bit", False))
-    saved_as = modeling.load_config(base_model).dtype or modeling.default_dtype()
-    wanted = saved_as if dtype == "auto" else getattr(torch, dtype)
+    wanted = modeling.saved_dtype(base_model) if dtype == "auto" else getattr(torch, dtype)
 
     def rankings(model) -> list[list[int]]:
         trie = sid.Trie(sid.sid_sequences(tokenizer, sids), tokenizer.eos_token_id).to(model.device)

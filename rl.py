@@ -215,7 +215,6 @@ def train(
     problems.check()
 
     import torch
-    from accelerate import PartialState
     from transformers import set_seed
     from trl import GRPOConfig
 
@@ -232,7 +231,7 @@ def train(
     wording = recorded_prompts(model_path, category, prompt_file, default=tuple(TASKS))
     run = {"command": "rl", "method": method, "version": __version__, "flags": flags, "prompts": wording.to_json()}
     set_seed(seed)
-    state = PartialState(cpu=not torch.cuda.is_available())
+    state = modeling.process_state()
 
     if adapter and not from_adapter:
         config = modeling.load_config(model_path, "model_path")
@@ -293,12 +292,12 @@ def train(
             tokenizer,
             quantization,
             trainable=adapter,
-            merge_in=None if adapter else modeling.default_dtype(),
+            merge_in=None if adapter else modeling.master_dtype(),
         )
         if not adapter:
             model.requires_grad_(True)
     else:
-        model = modeling.load_base(model_path, quantization)
+        model = modeling.load_base(model_path, quantization, dtype=None if adapter else modeling.master_dtype())
         if adapter:
             peft_config = lora_utils.lora_config(
                 model,
@@ -363,7 +362,7 @@ def train(
             sync_ref_model=sync_ref_model,
             loss_type="dapo" if dapo else "grpo",
             importance_sampling_level="sequence" if gspo else "token",
-            bf16=modeling.computes_in_bf16(model),
+            **modeling.mixed_precision(use_qlora or load_in_8bit),
             use_cpu=not torch.cuda.is_available(),
             activation_checkpointing=gradient_checkpointing,
             activation_checkpointing_kwargs={"use_reentrant": False} if gradient_checkpointing else None,
@@ -395,7 +394,8 @@ def train(
         f"best_eval_{watched}": rl_trainer.state.best_metric,
         "best_checkpoint": rl_trainer.state.best_model_checkpoint,
     }
-    return trainer.finish(rl_trainer, output_dir, metrics, RL_PANELS)
+    saved = None if adapter else modeling.saved_dtype(base_model if from_adapter else model_path)
+    return trainer.finish(rl_trainer, output_dir, metrics, RL_PANELS, dtype=saved)
 
 
 def _multiple(whole: float, part: float) -> bool:

@@ -149,7 +149,6 @@ def train(
     problems.check()
 
     import torch
-    from accelerate import PartialState
     from transformers import EarlyStoppingCallback, TrainingArguments, set_seed
 
     import lora_utils
@@ -180,12 +179,15 @@ def train(
         return dryrun.sft(flags, config, tokenizer, sid_token_ids, Encoder(tokenizer, prompts, cutoff_len), rows_of)
 
     set_seed(seed)
-    state = PartialState(cpu=not torch.cuda.is_available())
+    state = modeling.process_state()
     run["base_fingerprint"] = modeling.fingerprint(base_model)
     resume = trainer.resume_point(output_dir, resume_from_checkpoint, run, state.print)
     tokenizer = modeling.load_tokenizer(base_model)
     model = modeling.load_base(
-        base_model, lora_utils.quantization_config(use_qlora, load_in_8bit), from_scratch=train_from_scratch
+        base_model,
+        lora_utils.quantization_config(use_qlora, load_in_8bit),
+        from_scratch=train_from_scratch,
+        dtype=modeling.master_dtype() if method == "full" else None,
     )
     sid_token_ids = modeling.add_sid_tokens(model, tokenizer, catalogue.sid_tokens)
     proof = prove(model, name=f"--base_model {base_model}")  # what cannot be decoded is not worth training
@@ -250,7 +252,7 @@ def train(
             learning_rate=learning_rate,
             lr_scheduler_type="cosine",
             warmup_steps=min(20, steps // 10),
-            bf16=modeling.computes_in_bf16(model),
+            **modeling.mixed_precision(use_qlora or load_in_8bit),
             use_cpu=not torch.cuda.is_available(),
             activation_checkpointing=gradient_checkpointing,
             activation_checkpointing_kwargs={"use_reentrant": False} if gradient_checkpointing else None,
@@ -281,7 +283,8 @@ def train(
         "best_eval_loss": sft_trainer.state.best_metric,
         "best_checkpoint": sft_trainer.state.best_model_checkpoint,
     }
-    return trainer.finish(sft_trainer, output_dir, metrics, SFT_PANELS, merge=freeze_LLM)
+    saved = None if adapter else modeling.saved_dtype(base_model)
+    return trainer.finish(sft_trainer, output_dir, metrics, SFT_PANELS, merge=freeze_LLM, dtype=saved)
 
 
 if __name__ == "__main__":

@@ -81,6 +81,16 @@ def make_portable(path: str) -> None:
         write_json(file, config)
 
 
+def record_dtype(path: str, dtype: str) -> None:
+    """Writes the precision of the weights in a folder into its config.json, in place."""
+    file = os.path.join(path, "config.json")
+    config = _read_json(file)
+    for part in (config, *config.values()):  # a composite model has a configuration for each of its parts
+        if isinstance(part, dict) and "dtype" in part:
+            part["dtype"] = dtype
+    write_json(file, config)
+
+
 def write_json(path: str, data: object) -> None:
     """Writes JSON whole or not at all."""
     partial = f"{path}.{os.getpid()}.partial"
