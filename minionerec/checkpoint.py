@@ -17,8 +17,8 @@ def is_adapter(path: str) -> bool:
 
 
 def read_adapter(path: str) -> dict:
-    """The configuration of a PEFT adapter. Raises InputError where it cannot be used, or where its ranks are higher
-    than those of the weights beside it, which would be allocated first and compared then."""
+    """The configuration of a PEFT adapter. Raises InputError where it cannot be used, or where a rank is higher than
+    those of the saved weights: PEFT would allocate it before it compares the two."""
     file = os.path.join(path, ADAPTER_FILE)
     config = check_values(file, _read_json(file), ADAPTER, "save the adapter again with PEFT, or train it again")
     found = [shape[0] for name, shape in _shapes(path) if ".lora_A" in name and shape]
@@ -68,13 +68,13 @@ def read_run(path: str) -> dict:
 
 
 def check_trainer_state(path: str, names: set[str]) -> None:
-    """Raises InputError where the trainer state of a checkpoint cannot be gone on from: a value is of another type, or
-    none of those that `names` holds."""
+    """Raises InputError where a run cannot resume from the trainer state of a checkpoint: a value has another type, or
+    its name is not one of `names`."""
     file, remedy = os.path.join(path, "trainer_state.json"), "resume from another checkpoint"
     state = check_values(file, _read_json(file), TRAINER_STATE, remedy)
     unknown = sorted(set(state) - names)
     if unknown:
-        raise InputError(f"{file}: {shorten(unknown, 60)} are no values of a trainer state; {remedy}")
+        raise InputError(f"{file}: {shorten(unknown, 60)} are not values of a trainer state; {remedy}")
 
 
 def mismatches(path: str, flags: dict, names: tuple[str, ...]) -> list[str]:

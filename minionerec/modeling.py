@@ -35,8 +35,8 @@ def load_tokenizer(path: str):
 
 
 def _as_its_file_says(tokenizer, path: str):
-    """transformers 5 rebuilds a tokenizer of no particular class as that of the model's type: beside a qwen2 model as
-    one over bytes, which drops what a vocabulary without them has no entry for, spaces and line feeds among it."""
+    """The tokenizer of tokenizer.json where transformers 5 replaced it. Next to a qwen2 config it loads a tokenizer of
+    the generic class as Qwen2's, over bytes: a vocabulary without bytes then loses spaces and line feeds."""
     generic = ("TokenizersBackend", "PreTrainedTokenizerFast")
     if type(tokenizer).__name__ in generic or get_tokenizer_config(path).get("tokenizer_class") not in generic:
         return tokenizer

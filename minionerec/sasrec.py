@@ -105,8 +105,8 @@ def save(model: SASRec, folder: str) -> None:
 
 
 def load(folder: str) -> SASRec:
-    """The model of a folder, in evaluation mode. Raises InputError where there is none, or where its two files do not
-    agree: sizes that a file only names are not allocated."""
+    """The model of a folder, in evaluation mode. Raises InputError where there is none, or where the settings do not
+    fit the weights; nothing is allocated for sizes that only the settings name."""
     try:
         with open(os.path.join(folder, CONFIG), encoding="utf-8") as file:
             data = json.load(file)

@@ -148,7 +148,7 @@ class DurableRun:
 
 @contextmanager
 def _unpickling_nothing(checkpoint: str | None) -> Iterator[None]:
-    """Turns what torch raises at a state file that would run code into InputError."""
+    """Turns what torch raises for a state file that would run code into InputError."""
     try:
         yield
     except pickle.UnpicklingError:

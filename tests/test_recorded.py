@@ -203,10 +203,10 @@ def test_an_adapters_configuration_is_checked(files, tmp_path, changes, message)
         ({"best_model_checkpoint": ["x"]}, "best_model_checkpoint is ['x'] and must be text or null"),
         ({"log_history": {}}, "log_history is {} and must be a list of objects"),
         ({"stateful_callbacks": 5}, "stateful_callbacks is 5 and must be an object"),
-        ({"colour": "red"}, "['colour'] are no values of a trainer state"),
+        ({"colour": "red"}, "['colour'] are not values of a trainer state"),
     ],
 )
-def test_a_trainer_state_that_cannot_be_gone_on_from(tmp_path, changes, message):
+def test_a_trainer_state_that_cannot_be_resumed(tmp_path, changes, message):
     checkpoint = record(tmp_path / "checkpoint-2")
     state = {"global_step": 2, "max_steps": 4, "epoch": 0.5, "best_metric": float("inf"), "log_history": []}
     (checkpoint / "trainer_state.json").write_text(json.dumps(state))
