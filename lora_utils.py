@@ -439,7 +439,7 @@ def load_adapter(model: nn.Module, path: str, trainable: bool = False) -> PeftMo
         wrapped = PeftModel.from_pretrained(model, path, is_trainable=trainable)
     except SafetensorError as error:
         raise InputError(f"adapter {path}: its weights cannot be read, the file is damaged: {error}") from None
-    except (RuntimeError, ValueError, IndexError) as error:
+    except (RuntimeError, ValueError, IndexError, TypeError, KeyError) as error:
         reason = next((line.strip() for line in str(error).splitlines() if "size mismatch" in line), str(error))
         raise InputError(
             f"adapter {path} does not fit the base {model.config._name_or_path}: {reason.strip()[:300]}"

@@ -5,6 +5,7 @@ Dimensions: `B` rows, `L` tokens, `N` response tokens in the batch, `H` hidden, 
 
 import json
 import os
+import pickle
 import shutil
 import signal
 import sys
@@ -12,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import numpy as np
 import torch
@@ -20,10 +21,17 @@ import torch.nn.functional as F
 from accelerate.utils import AutocastKwargs
 from safetensors import SafetensorError
 from torch.utils.data import Sampler
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback, TrainerState
 
 import lora_utils
-from minionerec.checkpoint import RUN_FILE, make_portable, read_run, record_dtype, write_json
+from minionerec.checkpoint import (
+    RUN_FILE,
+    check_trainer_state,
+    make_portable,
+    read_run,
+    record_dtype,
+    write_json,
+)
 from minionerec.cli import InputError, RunError
 from minionerec.dataset import IGNORE
 from minionerec.head import head_on
@@ -77,7 +85,7 @@ class DurableRun:
         self._seconds_before = read_run(resume_from_checkpoint).get("seconds", 0.0) if resume_from_checkpoint else 0.0
         self._started = time.perf_counter()
         forget_peak_of_loading()
-        with _stop_on_signals(self) as stop:
+        with _stop_on_signals(self) as stop, _unpickling_nothing(resume_from_checkpoint):
             result = super().train(resume_from_checkpoint, **kwargs)
         if stop.stopped:
             raise RunError(
@@ -153,6 +161,18 @@ class DurableRun:
                 f"{error}; the last good checkpoint is {self._last_good()}. With room to write, the same command with "
                 "--resume_from_checkpoint True goes on from it"
             ) from None
+
+
+@contextmanager
+def _unpickling_nothing(checkpoint: str | None) -> Iterator[None]:
+    """Turns what torch raises for a state file that would run code into InputError."""
+    try:
+        yield
+    except pickle.UnpicklingError:
+        raise InputError(
+            f"--resume_from_checkpoint {checkpoint}: a .pt or .pth file there holds more than tensors and plain values "
+            "and is not loaded; resume from another checkpoint"
+        ) from None
 
 
 @contextmanager
@@ -303,16 +323,18 @@ def resume_point(
     method, adapter or base.
     """
     checkpoint = _checkpoint_meant(output_dir, resume_from_checkpoint, say)
+    if checkpoint:
+        check_trainer_state(checkpoint, {field.name for field in fields(TrainerState)})
     recorded = read_run(checkpoint) if checkpoint else {}
     if not recorded:
         return checkpoint
-    flags, before = run["flags"], recorded["flags"]
+    flags, before = run["flags"], recorded.get("flags", {})
     adapted = OF_THE_ADAPTER if run["method"] in ("lora", "qlora") else ()
     problems = [
         f"--resume_from_checkpoint: {checkpoint} is of another run: {what} was {old} there and is {new} here"
         for what, old, new in (
-            ("the command", recorded["command"], run["command"]),
-            ("the method", recorded["method"], run["method"]),
+            ("the command", recorded.get("command"), run["command"]),
+            ("the method", recorded.get("method"), run["method"]),
             ("the base", recorded.get("base_fingerprint"), run["base_fingerprint"]),
             *((f"--{name}", before.get(name), flags[name]) for name in adapted),
         )
