@@ -49,6 +49,14 @@ def _linear_layers(model: nn.Module) -> dict[str, nn.Module]:
     }
 
 
+def round_weights(model: nn.Module, dtype: torch.dtype, all_of_them: bool = False) -> None:
+    """Rounds weights of a frozen model to `dtype`, in place, so that it computes what its float32 original does under
+    autocast in less memory and time: those of the linear layers but the output head, or all of them, as FSDP does."""
+    parts = [model] if all_of_them else _linear_layers(model).values()
+    for parameter in (parameter for part in parts for parameter in part.parameters()):
+        parameter.data = parameter.data.to(dtype)
+
+
 def _in_attention(model: nn.Module, name: str) -> bool:
     parents = name.split(".")[:-1]
     return any(
@@ -108,16 +116,20 @@ def find_target_modules(model: nn.Module, spec: str = "all") -> list[str]:
 
 
 def quantization_config(use_qlora: bool = False, load_in_8bit: bool = False) -> BitsAndBytesConfig | None:
-    """How bitsandbytes stores the frozen base: NF4 with double quantization and bfloat16 products for QLoRA, LLM.int8
-    for `load_in_8bit`, None for neither. Source: Dettmers et al., QLoRA (2023) and LLM.int8 (2022)."""
+    """How bitsandbytes stores the frozen base: NF4 with double quantization and matmuls in the device's 16-bit dtype
+    for QLoRA, LLM.int8 for `load_in_8bit`, None for neither.
+
+    Source: Dettmers et al., QLoRA (2023) and LLM.int8 (2022).
+    """
     if use_qlora:
+        dtype = modeling.compute_dtype(quantized=True)
         return BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=torch.bfloat16,
+            bnb_4bit_compute_dtype=dtype,
             # FSDP and ZeRO-3 share out what has a floating type; the bits are the same.
-            bnb_4bit_quant_storage=torch.bfloat16 if modeling.shares_weights_out() else torch.uint8,
+            bnb_4bit_quant_storage=dtype if modeling.shares_weights_out() else torch.uint8,
         )
     return BitsAndBytesConfig(load_in_8bit=True) if load_in_8bit else None
 
@@ -427,7 +439,7 @@ def load_adapter(model: nn.Module, path: str, trainable: bool = False) -> PeftMo
         wrapped = PeftModel.from_pretrained(model, path, is_trainable=trainable)
     except SafetensorError as error:
         raise InputError(f"adapter {path}: its weights cannot be read, the file is damaged: {error}") from None
-    except (RuntimeError, ValueError, IndexError) as error:
+    except (RuntimeError, ValueError, IndexError, TypeError, KeyError) as error:
         reason = next((line.strip() for line in str(error).splitlines() if "size mismatch" in line), str(error))
         raise InputError(
             f"adapter {path} does not fit the base {model.config._name_or_path}: {reason.strip()[:300]}"

@@ -83,6 +83,7 @@ def padding(
     if len(examples) < needed:
         raise cli.InputError(f"--steps {steps}: takes {needed:,} examples, and there are {len(examples):,}")
     collate, device = Collator(tokenizer.pad_token_id), modeling.local_device()
+    dtype = modeling.compute_dtype(use_qlora)
     sorted_order = list(StepSampler(examples["length"][:], batch_size, seed=0))
 
     def micro_batches(order: list[int]) -> list[dict[str, torch.Tensor]]:
@@ -93,7 +94,7 @@ def padding(
         model.zero_grad()
         for batch in batches:
             batch = {name: tensor.to(device) for name, tensor in batch.items()}
-            with torch.autocast(device.type, torch.bfloat16, enabled=modeling.computes_in_bf16(model)):
+            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
                 logits, targets = response_logits(model, batch)
             F.cross_entropy(logits.float(), targets, reduction="sum").backward()
 

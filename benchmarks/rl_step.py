@@ -70,7 +70,7 @@ def setting(shape: dict, sids: int, prompts: int, prompt_tokens: int, silent_sha
         eos_token_id=0,
         pad_token_id=0,
     )
-    dtype = modeling.default_dtype()
+    dtype = modeling.compute_dtype()
     model = AutoModelForCausalLM.from_config(config, dtype=dtype).to(modeling.local_device())
     catalogue = random_sids(sids)
     sequences = sid.sid_sequences(tokenizer, catalogue)
@@ -116,7 +116,7 @@ def ours(connection, way: str, generations: int, micro_batch: int, *settings) ->
                 loss_type="grpo",
                 learning_rate=1e-4,
                 max_completion_length=len(LEVELS) + 1,
-                bf16=modeling.computes_in_bf16(model),
+                **modeling.mixed_precision(False),
                 use_cpu=not torch.cuda.is_available(),
                 activation_checkpointing=False,
                 remove_unused_columns=False,
@@ -182,7 +182,7 @@ def plain(connection, way: str, generations: int, micro_batch: int, *settings) -
 
     def logps(ids: torch.Tensor) -> torch.Tensor:
         kept = {"logits_to_keep": depth + 1} if way == "completion" else {}
-        with torch.autocast(ids.device.type, torch.bfloat16, enabled=model.dtype == torch.bfloat16):
+        with torch.autocast(ids.device.type, model.dtype, enabled=model.dtype != torch.float32):
             logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False, **kept).logits
         logits = logits[:, -depth - 1 : -1].float()
         return logits.log_softmax(dim=2).gather(2, ids[:, -depth:].unsqueeze(2)).squeeze(2)

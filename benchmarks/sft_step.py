@@ -81,7 +81,9 @@ def train(
 
     torch.manual_seed(0)
     tokenizer = modeling.load_tokenizer(folder)
-    model = modeling.load_base(folder, lora_utils.quantization_config(method == "qlora", method == "lora8"))
+    quantization = lora_utils.quantization_config(method == "qlora", method == "lora8")
+    full = method in ("full", "full_response")
+    model = modeling.load_base(folder, quantization, dtype=modeling.master_dtype() if full else None)
     ids = modeling.add_sid_tokens(model, tokenizer, [f"<a_{i}>" for i in range(sids)])
     if method == "peft":
         model = get_peft_model(model, lora_utils.lora_config(model, ids))
@@ -91,7 +93,7 @@ def train(
     if gradient_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
     model.train()
-    device = modeling.local_device()
+    device, dtype = modeling.local_device(), modeling.compute_dtype(quantization is not None)
     input_ids = torch.randint(0, ids[0], (rows, tokens))
     input_ids[:, tokens // 2 :] = torch.tensor(ids)[torch.randint(0, len(ids), (rows, tokens - tokens // 2))]
     labels = input_ids.clone()
@@ -103,7 +105,7 @@ def train(
     losses = []
 
     def step() -> None:
-        with torch.autocast(device.type, torch.bfloat16, enabled=modeling.computes_in_bf16(model)):
+        with torch.autocast(device.type, dtype, dtype != torch.float32, cache_enabled=not gradient_checkpointing):
             if method in ("full", "peft"):
                 loss = model(**inputs, use_cache=False).loss
             else:

@@ -22,6 +22,19 @@ from collections.abc import Callable
 # On a CPU, PyTorch and oneDNN each keep 1024 compiled products, one for every width a batch has had: 1.2 GB of a QLoRA
 # run on a small base, and no time saved by the older ones. Read when torch is imported.
 PRODUCTS_KEPT = {"LRU_CACHE_CAPACITY": "64", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64"}
+# Flags that save memory and what to say of them, what costs least first.
+SAVES_MEMORY = {
+    "micro_batch_size": "a smaller --micro_batch_size",
+    "train_batch_size": "a smaller --train_batch_size",
+    "eval_batch_size": "a smaller --eval_batch_size",
+    "batch_size": "a smaller --batch_size",
+    "num_beams": "a smaller --num_beams",
+    "num_generations": "a smaller --num_generations",
+    "gradient_checkpointing": "--gradient_checkpointing True",
+    "cutoff_len": "a smaller --cutoff_len",
+    "use_qlora": "--use_qlora True",
+    "hidden_size": "a smaller --hidden_size",
+}
 CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
 
 
@@ -121,6 +134,17 @@ def _out_of_memory(error: BaseException) -> bool:
     )
 
 
+def _what_saves_memory(parameters: dict, values: dict[str, str]) -> str:
+    """The advice of a command without memory: flags that it has and that are not set to that already."""
+    names = [name for name in SAVES_MEMORY if name in parameters and values.get(name, "").lower() != "true"]
+    if "micro_batch_size" in names:
+        names.remove("batch_size")  # there the size of an optimizer step, which accumulates
+    advice = ", ".join(SAVES_MEMORY[name] for name in names)
+    if not advice:  # it loads a model, and that is all
+        return "out of memory. On a GPU, CUDA_VISIBLE_DEVICES= before the command runs it on the CPU"
+    return f"out of memory. What helps, in this order: {advice}"
+
+
 def run(command: Callable[..., object]) -> None:
     """Runs `command` as a Fire command line built from `sys.argv` and exits.
 
@@ -168,11 +192,7 @@ def run(command: Callable[..., object]) -> None:
         if isinstance(error, OSError) and error.errno in CANNOT_WRITE:
             _complain(script, f"cannot write: {error}")
         elif _out_of_memory(error):
-            _complain(
-                script,
-                "out of memory. What helps, in this order: a smaller --micro_batch_size (or --batch_size and "
-                "--num_beams in evaluate.py), --gradient_checkpointing True, a smaller --cutoff_len, --use_qlora True",
-            )
+            _complain(script, _what_saves_memory(parameters, values))
         else:
             raise
         sys.exit(1)

@@ -121,22 +121,28 @@ def predict(
         vocabulary: entries of the tokenizer with the SID tokens.
         sid_token_ids: the rows that train beside a low-rank update.
         method: full, freeze_LLM, lora or qlora.
-        on_gpu: bfloat16 weights, as on a GPU that computes in it; else float32, as on a CPU.
+        on_gpu: 16-bit matmuls, as on a GPU; else float32, as on a CPU. What trains is float32 in both, so a model that
+            trains in full on a GPU takes 16 bytes a parameter (weights, gradients, two moments), and its activations
+            hold autocast's 16-bit copy of the weights.
         adapter_flags: the arguments of `lora_utils.lora_config` behind its first two.
         bits: of the base: 4, 8 or 16 (as it is).
-        reference_copy: a second, frozen model stands beside the one that trains.
+        reference_copy: a second, frozen model stands beside the one that trains; its linear layers are in 16 bits.
 
     Returns:
         weights, adapter, gradients, optimizer, logits, activations, runtime, total, and trainable (a count).
     """
     dtype = torch.bfloat16 if on_gpu or bits < 16 else torch.float32
-    model = lora_utils.meta_model(config, dtype)
+    model = lora_utils.meta_model(config, torch.float32 if method == "full" else dtype)
     config_rows, hidden = model.get_input_embeddings().weight.shape
     if vocabulary > model.get_input_embeddings().weight.shape[0]:
         with torch.device("meta"):
             model.resize_token_embeddings(vocabulary, mean_resizing=False)
-    linear = {id(layer.weight) for layer in lora_utils._linear_layers(model).values()} if bits < 16 else set()
+    linear = {id(layer.weight) for layer in lora_utils._linear_layers(model).values()}
     base_weights = {id(p): p for p in model.parameters()}
+    reference = sum(
+        p.numel() * (dtype.itemsize if key in linear else p.element_size()) for key, p in base_weights.items()
+    )
+    linear = linear if bits < 16 else set()
     weights = sum(
         _quantized_bytes(p, bits) if key in linear else p.numel() * p.element_size() for key, p in base_weights.items()
     )
@@ -157,7 +163,8 @@ def predict(
     trained = [p for p in model.parameters() if p.requires_grad]
     trained_bytes = sum(p.numel() * p.element_size() for p in trained)
     adapter = sum(p.numel() * p.element_size() for p in model.parameters() if id(p) not in base_weights)
-    peak, kept, loss = _run(model, step, dtype)
+    # As the trainers have it: SFT keeps none of autocast's copies of weights where it recomputes activations.
+    peak, kept, loss = _run(model, step, dtype, cache_enabled=step.shared or not gradient_checkpointing)
     if on_gpu:
         runtime = CUDA_CONTEXT
     else:
@@ -166,7 +173,7 @@ def predict(
         runtime = rss_gb() * GB + HELD_BACK_ON_CPU * kept + resized * config_rows * hidden * dtype.itemsize
         runtime += COMPILED_ON_CPU * (dtype == torch.bfloat16)
     if reference_copy:
-        weights *= 2
+        weights += reference
     parts = {
         "weights": weights,
         "adapter": adapter,
@@ -192,7 +199,7 @@ def cache_gb(config, rows: int, tokens: int, beams: int, completion_tokens: int,
     return (cached + rows * tokens * (3 * inner + 4 * text.hidden_size)) * size / GB
 
 
-def _run(model: nn.Module, step: Step, dtype: torch.dtype) -> tuple[int, int, int]:
+def _run(model: nn.Module, step: Step, dtype: torch.dtype, cache_enabled: bool) -> tuple[int, int, int]:
     """The most bytes that live during forward and backward passes, gradients included; those the first forward pass
     keeps up to the output head; and what the head and the loss add."""
     model.train()
@@ -213,7 +220,7 @@ def _run(model: nn.Module, step: Step, dtype: torch.dtype) -> tuple[int, int, in
         watch = model.get_output_embeddings().register_forward_pre_hook(lambda *_: at_head.append(alive.bytes))
         with alive:
             for _ in range(2 if step.accumulate else 1):
-                with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+                with torch.autocast("cpu", torch.bfloat16, dtype == torch.bfloat16, cache_enabled):
                     logits = _logits(model, inputs, step.response_tokens)
                     first = ids.new_zeros(len(logits))
                     if step.shared:

@@ -6,27 +6,42 @@ import os
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 from transformers.utils import logging as transformers_logging
 
+from minionerec import vocabulary
 from minionerec.cli import InputError
 
 
 def load_tokenizer(path: str):
     """The tokenizer of a checkpoint; padding falls back to the end-of-sequence token.
 
-    Raises InputError where there is none, or one without an end-of-sequence token or a fast implementation.
+    Texts keep their length: a truncation or padding that the checkpoint has switched on is off here. Raises InputError
+    where there is none, or one without an end-of-sequence token or a fast implementation.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError) as error:
+        tokenizer = _as_its_file_says(AutoTokenizer.from_pretrained(path), path)
+    except Exception as error:  # what `tokenizers` raises at a damaged file has no type of its own
         raise InputError(f"{path}: no tokenizer can be loaded: {_first_line(error)}") from None
     if tokenizer.eos_token_id is None or not tokenizer.is_fast:
         raise InputError(f"{path}: the tokenizer must be a fast one with an end-of-sequence token")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.backend_tokenizer.no_truncation()
+    tokenizer.backend_tokenizer.no_padding()
     return tokenizer
+
+
+def _as_its_file_says(tokenizer, path: str):
+    """The tokenizer of tokenizer.json where transformers 5 replaced it. Next to a qwen2 config it loads a tokenizer of
+    the generic class as Qwen2's, over bytes: a vocabulary without bytes then loses spaces and line feeds."""
+    generic = ("TokenizersBackend", "PreTrainedTokenizerFast")
+    if type(tokenizer).__name__ in generic or get_tokenizer_config(path).get("tokenizer_class") not in generic:
+        return tokenizer
+    of_file = PreTrainedTokenizerFast.from_pretrained(path)
+    return tokenizer if "ByteLevel" in repr(of_file.backend_tokenizer.pre_tokenizer) else of_file
 
 
 def load_config(path: str, flag: str = "base_model"):
@@ -49,10 +64,30 @@ def _first_line(error: BaseException) -> str:
 
 
 def local_device() -> torch.device:
-    """The device of this process: its own GPU in a distributed run, else the first one, else the CPU."""
+    """The device of this process: its own GPU in a distributed run, else the first visible one, else the CPU."""
     if torch.cuda.is_available():
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
     return torch.device("cpu")
+
+
+def process_state():
+    """accelerate's `PartialState` of this process, on `local_device`. Says in one line each what a user may not expect
+    of the GPUs: only one of several is used, or bfloat16 is not."""
+    from accelerate import PartialState
+
+    cards = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if cards == 1 and "LOCAL_RANK" in os.environ:
+        os.environ["LOCAL_RANK"] = "0"  # a launcher shows each process only its own GPU; engines count visible ones
+    state = PartialState(cpu=not cards)
+    if cards > 1 and state.num_processes == 1:
+        state.print(
+            f"{cards} GPUs are visible and this process uses one, {local_device()}; to use all of them, start the "
+            f"command with torchrun --nproc_per_node {cards}"
+        )
+    if cards and compute_dtype() == torch.float16:
+        name = torch.cuda.get_device_name(local_device())
+        state.print(f"{name} only emulates bfloat16: computing in float16, in training with scaled gradients")
+    return state
 
 
 def shares_weights_out() -> bool:
@@ -63,30 +98,56 @@ def shares_weights_out() -> bool:
     )
 
 
-def default_dtype() -> torch.dtype:
-    """bfloat16 on a GPU that computes in it, else float32."""
-    return torch.bfloat16 if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else torch.float32
+def compute_dtype(quantized: bool = False) -> torch.dtype:
+    """What this process's device multiplies matrices in, the only place that decides it: bfloat16 on a GPU that has it
+    (compute capability 8 or ROCm), float16 on an older one, which would emulate it; on a CPU float32, and bfloat16
+    where bitsandbytes stores the base."""
+    if not torch.cuda.is_available():
+        return torch.bfloat16 if quantized else torch.float32
+    native = torch.version.hip or torch.cuda.get_device_capability(local_device())[0] >= 8
+    return torch.bfloat16 if native else torch.float16
 
 
-def computes_in_bf16(model) -> bool:
-    """Whether a model's products are in bfloat16, so that training must run under autocast to it."""
-    return model.dtype == torch.bfloat16 or any(p.dtype == torch.bfloat16 for p in model.parameters())
+def mixed_precision(quantized: bool) -> dict[str, bool]:
+    """The arguments of a Trainer for autocast to `compute_dtype`; with float16 it scales the gradients."""
+    dtype = compute_dtype(quantized)
+    return {"bf16": dtype == torch.bfloat16, "fp16": dtype == torch.float16}
+
+
+def master_dtype() -> torch.dtype:
+    """Of the weights of a model that trains in full: float32, since an optimizer step is smaller than half a bfloat16
+    step of most weights. DeepSpeed keeps its own float32 copy of what it is given."""
+    deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
+    return compute_dtype() if deepspeed else torch.float32
+
+
+def saved_dtype(path: str) -> torch.dtype:
+    """The precision that a model was saved in, float32 where its configuration does not say."""
+    config = load_config(path)
+    return config.dtype or config.get_text_config().dtype or torch.float32
+
+
+# Families that are known to leave float16's range (65,504) in a forward or backward pass.
+OVERFLOW_FLOAT16 = ("gemma", "gpt_oss", "qwen3_5", "qwen3_moe", "t5")
 
 
 def load_base(path: str, quantization=None, from_scratch: bool = False, dtype: torch.dtype | str | None = None):
     """A causal LM on this process's device, for training or evaluation.
 
     Args:
-        quantization: a `BitsAndBytesConfig`; what it leaves unquantized is then in bfloat16.
+        quantization: a `BitsAndBytesConfig`; what it leaves unquantized is then in `compute_dtype`.
         from_scratch: random weights from the configuration instead of those of the checkpoint, in float32.
-        dtype: of the weights that are not quantized; "auto" as they were saved, None as this device computes best.
+        dtype: of the weights that are not quantized; "auto" as they were saved, None for `compute_dtype`.
     """
     config = load_config(path)
     transformers_logging.disable_progress_bar()
+    overflows = compute_dtype() == torch.float16 and config.model_type.startswith(OVERFLOW_FLOAT16)
+    if overflows and os.environ.get("RANK", "0") == "0":
+        print(f"warning: {config.model_type} models often overflow float16, which this GPU computes in")
     if from_scratch:
         return AutoModelForCausalLM.from_config(config, dtype=torch.float32).to(local_device())
     if dtype is None:
-        dtype = default_dtype() if quantization is None else torch.bfloat16
+        dtype = compute_dtype(quantization is not None)
     try:
         model = AutoModelForCausalLM.from_pretrained(
             path, config=config, dtype=dtype, quantization_config=quantization, device_map={"": local_device()}
@@ -154,10 +215,11 @@ def add_sid_tokens(model, tokenizer, sid_tokens: list[str]) -> list[int]:
     """Adds SID tokens to the tokenizer and rows for them to the model, and returns the ids of the rows to train: those
     of the SID tokens, and any other that the model did not have before. Sorted.
 
-    Tokens the tokenizer knows keep their ids; each new one becomes a single token.
+    Tokens the tokenizer knows keep their ids; each new one becomes a single token. Raises InputError as
+    `vocabulary.add_sid_tokens` does.
     """
     had = model.get_input_embeddings().weight.shape[0]
-    tokenizer.add_tokens(sid_tokens)
+    vocabulary.add_sid_tokens(tokenizer, sid_tokens)
     fit_embeddings(model, tokenizer)
     return sorted({*tokenizer.convert_tokens_to_ids(sid_tokens), *range(had, len(tokenizer))})
 

@@ -6,6 +6,7 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from tqdm import tqdm
 
+from minionerec.cli import RunError
 from minionerec.dataset import left_padded
 from minionerec.probe import prove
 from minionerec.sid import Trie, constrained_beam_search
@@ -42,9 +43,13 @@ def rank_prompts(
     with tqdm(total=sum(map(len, mine)), unit="row", leave=False, disable=not state.is_main_process) as progress:
         for batch in [*mine, *batches[:1]][:turns]:
             input_ids, attention_mask = left_padded([prompts[i] for i in batch], pad_token_id)
-            beams, _ = constrained_beam_search(
+            beams, scores = constrained_beam_search(
                 model, input_ids.to(model.device), attention_mask.to(model.device), trie, num_beams, length_penalty
             )
+            if scores.isnan().any():
+                raise RunError(
+                    f"the model's predictions are not finite in {model.dtype}; no items can be ranked by them"
+                )
             rankings += zip(batch, trie.source[beams.cpu().numpy()].tolist(), strict=True)
             progress.update(len(batch))
     ranking_of = dict(gather_object(rankings))

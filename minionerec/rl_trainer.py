@@ -54,7 +54,7 @@ class ReReTrainer(DurableRun, GRPOTrainer):
     |---|---|
     | a whole model and `peft_config` | the model with the new adapter off |
     | a model that has a trained adapter | a frozen copy of the adapter, `ref` |
-    | a whole model, trained in full | a frozen copy of the model |
+    | a whole model, trained in full | a frozen copy of the model, rounded as autocast rounds the policy |
     """
 
     def __init__(
@@ -121,6 +121,9 @@ class ReReTrainer(DurableRun, GRPOTrainer):
             lora_utils.copy_adapter(self.model, "default", "ref")
             disable_dropout_in_model(self.model)
         elif reference is not None:
+            # FSDP rounds every weight of the policy, autocast those of matmuls. DeepSpeed's is in 16 bits already.
+            if not self.is_deepspeed_enabled:
+                lora_utils.round_weights(reference, modeling.compute_dtype(), all_of_them=self.is_fsdp_enabled)
             self.ref_model = self.accelerator.prepare_model(reference, evaluation_mode=True)
         if sync and self.ref_model is not None:
             self.add_callback(SyncRefModelCallback(self.ref_model, self.accelerator))

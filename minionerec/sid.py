@@ -7,6 +7,7 @@ end-of-sequence token, `C` children of the widest trie node at one depth, `T` to
 from collections.abc import Iterator, Sequence
 
 import numpy as np
+import tokenizers
 import torch
 
 from minionerec.beams import CopiedBeams, TreeBeams
@@ -110,19 +111,23 @@ def _padded(sequences: Sequence[Sequence[int]] | np.ndarray, eos_token_id: int) 
     return rows
 
 
-def sid_sequences(tokenizer, sids: Sequence[str]) -> np.ndarray:
-    """Token ids of SIDs as [S, D - 1], padded with PAD; one row a SID, in order. Works through a million SIDs flat."""
+def token_rows(tokenizer: tokenizers.Tokenizer, texts: Sequence[str]) -> np.ndarray:
+    """Token ids of texts as [S, tokens of the longest], padded with PAD; one row a text, in order. Works through a
+    million of them flat."""
     ids: list[np.ndarray] = []
-    for start in range(0, len(sids), 10_000):
-        batch = tokenizer.backend_tokenizer.encode_batch_fast(
-            list(sids[start : start + 10_000]), add_special_tokens=False
-        )
+    for start in range(0, len(texts), 10_000):
+        batch = tokenizer.encode_batch_fast(list(texts[start : start + 10_000]), add_special_tokens=False)
         rows = np.full((len(batch), max(len(encoding.ids) for encoding in batch)), PAD, dtype=np.int32)
         for row, encoding in zip(rows, batch, strict=True):
             row[: len(encoding.ids)] = encoding.ids
         ids.append(rows)
     width = max(rows.shape[1] for rows in ids)
     return np.concatenate([np.pad(rows, ((0, 0), (0, width - rows.shape[1])), constant_values=PAD) for rows in ids])
+
+
+def sid_sequences(tokenizer, sids: Sequence[str]) -> np.ndarray:
+    """Token ids of SIDs as [S, D - 1], padded with PAD; one row a SID, in order. `vocabulary` checks them."""
+    return token_rows(tokenizer.backend_tokenizer, sids)
 
 
 def _way(model, prompt: int, row: int, tree: bool | None) -> tuple[type, bool]:

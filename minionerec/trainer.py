@@ -5,6 +5,7 @@ Dimensions: `B` rows, `L` tokens, `N` response tokens in the batch, `H` hidden, 
 
 import json
 import os
+import pickle
 import shutil
 import signal
 import sys
@@ -12,16 +13,25 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import fields, replace
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from accelerate.utils import AutocastKwargs
 from safetensors import SafetensorError
 from torch.utils.data import Sampler
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback, TrainerState
 
 import lora_utils
-from minionerec.checkpoint import RUN_FILE, make_portable, read_run, write_json
+from minionerec.checkpoint import (
+    RUN_FILE,
+    check_trainer_state,
+    make_portable,
+    read_run,
+    record_dtype,
+    write_json,
+)
 from minionerec.cli import InputError, RunError
 from minionerec.dataset import IGNORE
 from minionerec.head import head_on
@@ -55,14 +65,27 @@ class DurableRun:
     """
 
     run: dict
+    save_dtype: torch.dtype | None = None  # of the weights that are saved; None as they train
     _seconds_before = 0.0
     _started: float | None = None  # where it never is, nothing was trained
+
+    def __init__(self, *args, **kwargs):
+        # Without a launcher transformers would wrap the model for all visible GPUs in nn.DataParallel and multiply the
+        # batch, of a quantized model without a word.
+        kwargs["args"]._n_gpu = min(kwargs["args"].n_gpu, 1)
+        super().__init__(*args, **kwargs)
+
+    def _build_accelerator_args(self, **kwargs) -> dict:
+        """The Trainer's; under DDP gradients then are views of its buckets, not a second copy."""
+        args = super()._build_accelerator_args(**kwargs)
+        args["kwargs_handlers"][0].gradient_as_bucket_view = True
+        return args
 
     def train(self, resume_from_checkpoint: str | None = None, **kwargs):
         self._seconds_before = read_run(resume_from_checkpoint).get("seconds", 0.0) if resume_from_checkpoint else 0.0
         self._started = time.perf_counter()
         forget_peak_of_loading()
-        with _stop_on_signals(self) as stop:
+        with _stop_on_signals(self) as stop, _unpickling_nothing(resume_from_checkpoint):
             result = super().train(resume_from_checkpoint, **kwargs)
         if stop.stopped:
             raise RunError(
@@ -73,6 +96,11 @@ class DurableRun:
         return result
 
     def _prepare_for_training(self, *args, **kwargs):
+        plugin = self.accelerator.state.fsdp_plugin if self.is_fsdp_enabled else None
+        if plugin and plugin.mixed_precision_policy:  # accelerate's would also add up gradients in 16 bits
+            plugin.mixed_precision_policy = replace(
+                plugin.mixed_precision_policy, reduce_dtype=torch.float32, output_dtype=None
+            )
         with lora_utils.ready_for_fsdp(self.model) if self.is_fsdp_enabled else nullcontext():
             return super()._prepare_for_training(*args, **kwargs)
 
@@ -84,9 +112,12 @@ class DurableRun:
     def training_step(self, *args, **kwargs):
         loss = super().training_step(*args, **kwargs)
         if not torch.isfinite(loss):  # before the optimizer has seen its gradients
+            overflow = (
+                ", or a GPU of compute capability 8, since this one computes in float16" if self.args.fp16 else ""
+            )
             raise RunError(
                 f"the loss is {loss.item()} at step {self.state.global_step + 1}; the last good checkpoint is "
-                f"{self._last_good()}. A smaller --learning_rate is the usual remedy"
+                f"{self._last_good()}. A smaller --learning_rate is the usual remedy{overflow}"
             )
         return loss
 
@@ -94,12 +125,17 @@ class DurableRun:
         return newest_checkpoint(self.args.output_dir) or "none, the run has saved none yet"
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        if self.save_dtype is not None:
+            state_dict = state_dict if state_dict is not None else self.model.state_dict()
+            state_dict = {n: t.to(self.save_dtype) if t.is_floating_point() else t for n, t in state_dict.items()}
         if state_dict is not None:  # gathered by an engine, tied matrices twice
             tied = getattr(self.model, "all_tied_weights_keys", {})
             state_dict = {name: tensor for name, tensor in state_dict.items() if name not in tied}
         super()._save(output_dir, state_dict)
         if self.args.should_save:
             folder = output_dir or self.args.output_dir
+            if self.save_dtype is not None:
+                record_dtype(folder, str(self.save_dtype).removeprefix("torch."))
             os.remove(os.path.join(folder, "training_args.bin"))  # a pickle that nothing here reads
             write_json(os.path.join(folder, RUN_FILE), {**self.run, "seconds": self.seconds})
 
@@ -125,6 +161,18 @@ class DurableRun:
                 f"{error}; the last good checkpoint is {self._last_good()}. With room to write, the same command with "
                 "--resume_from_checkpoint True goes on from it"
             ) from None
+
+
+@contextmanager
+def _unpickling_nothing(checkpoint: str | None) -> Iterator[None]:
+    """Turns what torch raises for a state file that would run code into InputError."""
+    try:
+        yield
+    except pickle.UnpicklingError:
+        raise InputError(
+            f"--resume_from_checkpoint {checkpoint}: a .pt or .pth file there holds more than tensors and plain values "
+            "and is not loaded; resume from another checkpoint"
+        ) from None
 
 
 @contextmanager
@@ -216,6 +264,13 @@ class SFTTrainer(DurableRun, Trainer):
         # The Trainer then counts the response tokens of an accumulated batch and leaves the division to compute_loss.
         self.model_accepts_loss_kwargs = True
 
+    def _build_accelerator_args(self, **kwargs) -> dict:
+        args = super()._build_accelerator_args(**kwargs)
+        # Autocast would keep its 16-bit copy of all weights to the end of a forward pass, which uses each once.
+        if self.args.activation_checkpointing:
+            args["kwargs_handlers"].append(AutocastKwargs(cache_enabled=False))
+        return args
+
     def _get_train_sampler(self, train_dataset=None) -> Sampler:
         if self.args.train_sampling_strategy != "random":
             return super()._get_train_sampler(train_dataset)
@@ -268,16 +323,18 @@ def resume_point(
     method, adapter or base.
     """
     checkpoint = _checkpoint_meant(output_dir, resume_from_checkpoint, say)
+    if checkpoint:
+        check_trainer_state(checkpoint, {field.name for field in fields(TrainerState)})
     recorded = read_run(checkpoint) if checkpoint else {}
     if not recorded:
         return checkpoint
-    flags, before = run["flags"], recorded["flags"]
+    flags, before = run["flags"], recorded.get("flags", {})
     adapted = OF_THE_ADAPTER if run["method"] in ("lora", "qlora") else ()
     problems = [
         f"--resume_from_checkpoint: {checkpoint} is of another run: {what} was {old} there and is {new} here"
         for what, old, new in (
-            ("the command", recorded["command"], run["command"]),
-            ("the method", recorded["method"], run["method"]),
+            ("the command", recorded.get("command"), run["command"]),
+            ("the method", recorded.get("method"), run["method"]),
             ("the base", recorded.get("base_fingerprint"), run["base_fingerprint"]),
             *((f"--{name}", before.get(name), flags[name]) for name in adapted),
         )
@@ -305,7 +362,10 @@ def _checkpoint_meant(output_dir: str, resume_from_checkpoint: str | None, say: 
 
 
 def forget_peak_of_loading() -> None:
-    """On a CPU, where Linux counts the pages of the weight files as resident until they are wanted elsewhere."""
+    """Starts the count of `peak_memory_gb` anew, for the peak of training: loading may hold a weight twice, and on a
+    CPU Linux counts the pages of the weight files as resident until they are wanted elsewhere."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
     with suppress(OSError):  # where it is forbidden, or no Linux, the peak is that of the whole process
         reset_peak_rss()
 
@@ -328,10 +388,12 @@ def folder_size_mb(path: str) -> float:
     return sum(os.path.getsize(os.path.join(path, name)) for name in os.listdir(path)) / 1e6
 
 
-def save_final(trainer: Trainer, path: str, merge: bool = False) -> None:
+def save_final(trainer: Trainer, path: str, merge: bool = False, dtype: torch.dtype | None = None) -> None:
     """Saves the trainer's model, tokenizer and resolved configuration as a folder that appears whole or not at all.
 
-    With `merge` trained rows are written into the base and a standalone model is saved. Every process must call it.
+    With `merge` trained rows are written into the base and a standalone model is saved. `dtype` is that of the saved
+    weights, where it is not that of training: the float32 weights of full fine-tuning stay in the checkpoints that a
+    run resumes from. Every process must call it.
     """
     partial = f"{path}.partial"
     if trainer.args.should_save:
@@ -339,6 +401,7 @@ def save_final(trainer: Trainer, path: str, merge: bool = False) -> None:
     if merge:
         trainer.model = trainer.model.merge_and_unload()
     trainer.model.config.use_cache = True
+    trainer.save_dtype = dtype
     trainer.save_model(partial)
     if trainer.args.should_save:
         make_portable(partial)
@@ -347,15 +410,22 @@ def save_final(trainer: Trainer, path: str, merge: bool = False) -> None:
     trainer.accelerator.wait_for_everyone()
 
 
-def finish(trainer: Trainer, output_dir: str, metrics: dict, panels: dict, merge: bool = False) -> dict:
+def finish(
+    trainer: Trainer,
+    output_dir: str,
+    metrics: dict,
+    panels: dict,
+    merge: bool = False,
+    dtype: torch.dtype | None = None,
+) -> dict:
     """Saves final_checkpoint, metrics.json and curves.png under `output_dir`; returns the metrics with what they cost.
 
-    Every process must call it; `merge` as in `save_final`.
+    Every process must call it; `merge` and `dtype` as in `save_final`.
     """
     metrics = {**metrics, "peak_memory_gb": peak_memory_gb()}
     final = os.path.join(output_dir, "final_checkpoint")
     with writing(final):
-        save_final(trainer, final, merge)
+        save_final(trainer, final, merge, dtype)
     if trainer.args.should_save:
         from minionerec.plots import plot_curves
 

@@ -1,5 +1,6 @@
 import inspect
 import os
+import re
 import subprocess
 import sys
 
@@ -7,10 +8,12 @@ import pytest
 from conftest import ROOT
 
 import evaluate
+import merge_lora
 import rl
 import sft
 from minionerec import cli
 from minionerec.cli import InputError, parse_flags, parse_value
+from scripts.train_sasrec import train_sasrec
 
 
 def command(output_dir: str = "", use_lora: bool = False, lora_r: int = 16, lora_target_modules: str = "all"):
@@ -117,15 +120,33 @@ def test_nothing_heavy_is_imported_before_the_checks(script):
 @pytest.mark.parametrize("error", ["torch.OutOfMemoryError('CUDA out of memory')", "MemoryError()"])
 def test_running_out_of_memory_ends_with_what_to_try(tmp_path, error):
     script = tmp_path / "hungry.py"
-    code = f"import torch\nfrom minionerec import cli\ndef eat(rows: int = 1):\n    raise {error}\ncli.run(eat)\n"
+    signature = "rows: int = 1, batch_size: int = 4, use_qlora: bool = False"
+    code = f"import torch\nfrom minionerec import cli\ndef eat({signature}):\n    raise {error}\ncli.run(eat)\n"
     script.write_text(code)
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     result = subprocess.run(
         [sys.executable, str(script), "--rows", "2"], capture_output=True, text=True, env=environment
     )
     assert result.returncode == 1
-    assert "out of memory" in result.stderr and "--use_qlora True" in result.stderr
+    assert result.stderr.strip().endswith("in this order: a smaller --batch_size, --use_qlora True")
     assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("command", "given", "advised"),
+    [
+        (sft.train, {}, "micro_batch_size gradient_checkpointing cutoff_len use_qlora"),
+        (sft.train, {"use_qlora": "True", "batch_size": "8"}, "micro_batch_size gradient_checkpointing cutoff_len"),
+        (rl.train, {}, "train_batch_size eval_batch_size num_generations gradient_checkpointing use_qlora"),
+        (evaluate.evaluate, {}, "batch_size num_beams"),
+        (train_sasrec, {}, "batch_size hidden_size"),
+        (merge_lora.merge, {}, ""),
+    ],
+)
+def test_the_advice_names_flags_that_the_command_has(command, given, advised):
+    text = cli._what_saves_memory(dict(inspect.signature(command).parameters), given)
+    assert re.findall(r"--(\w+)", text) == advised.split()
+    assert advised or "CUDA_VISIBLE_DEVICES= before the command" in text
 
 
 @pytest.mark.parametrize("script", ["sft.py", "rl.py", "evaluate.py"])

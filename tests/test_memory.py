@@ -23,8 +23,9 @@ from minionerec.trainer import response_logits
 ROWS, TOKENS, RESPONSE = 4, 120, 3
 
 
-def really_held(config, method: str, checkpointing: bool) -> tuple[int, int]:
-    """(peak bytes of forward and backward passes, bytes of all weights): the training itself, counted as it runs."""
+def really_held(config, method: str, checkpointing: bool, half: bool = False) -> tuple[int, int]:
+    """(peak bytes of forward and backward passes, bytes of all weights): the training itself, counted as it runs, with
+    `half` under the autocast of a GPU."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config)
     if method == "lora":
@@ -39,7 +40,8 @@ def really_held(config, method: str, checkpointing: bool) -> tuple[int, int]:
     alive = _Alive([*model.parameters(), *model.buffers(), *inputs.values()])
     with alive:
         for _ in range(2):
-            logits, targets = response_logits(model, inputs)
+            with torch.autocast("cpu", torch.bfloat16, half, cache_enabled=not checkpointing):
+                logits, targets = response_logits(model, inputs)
             loss = F.cross_entropy(logits.float(), targets)
             loss.backward()
             del logits, loss
@@ -58,6 +60,30 @@ def test_the_prediction_is_what_training_holds(architecture, method, checkpointi
     assert predicted == pytest.approx(peak, rel=0.1)
     assert (parts["weights"] + parts["adapter"]) * GB == pytest.approx(weights)
     assert parts["total"] == pytest.approx(sum(v for k, v in parts.items() if k not in ("total", "trainable")))
+
+
+@pytest.mark.parametrize("architecture", ["qwen2", "gemma2", "gpt2"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_full_fine_tuning_on_a_gpu_takes_16_bytes_a_parameter(architecture, checkpointing):
+    """4 each for weights and gradients, 8 for two moments; and what autocast adds: its copies of the weights are kept
+    for the backward pass, but not where activations are recomputed."""
+    config = config_of(architecture, hidden_size=128) if architecture != "gpt2" else config_of(architecture, n_embd=128)
+    step = Step(ROWS, TOKENS, ROWS * RESPONSE)
+    parts = predict(config, 96, IDS, step, "full", True, gradient_checkpointing=checkpointing)
+    model = parts["weights"] + parts["gradients"] + parts["optimizer"]
+    assert model * GB == pytest.approx(16 * parts["trainable"])
+    peak, weights = really_held(config, "full", checkpointing, half=True)
+    predicted = (parts["gradients"] + parts["activations"] + parts["logits"]) * GB
+    assert predicted == pytest.approx(peak, rel=0.1) and parts["weights"] * GB == pytest.approx(weights)
+
+
+def test_the_reference_of_a_full_run_on_a_gpu_is_rounded():
+    config, step = config_of("qwen2"), Step(1, 20, 4)
+    one, two = (predict(config, 96, IDS, step, "full", True, reference_copy=copy) for copy in (False, True))
+    model = AutoModelForCausalLM.from_config(config)
+    lora_utils.round_weights(model, torch.bfloat16)
+    reference = sum(p.numel() * p.element_size() for p in model.parameters())
+    assert (two["weights"] - one["weights"]) * GB == pytest.approx(reference, rel=0.01)
 
 
 @pytest.mark.parametrize("shape", [(4, 30, 8), (2, 100, 4)])

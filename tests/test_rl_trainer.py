@@ -57,7 +57,7 @@ def make_trainer(sft, start: str, output_dir, rows=8, switches=None, reward=None
     targets = [sids[(i * 5) % len(sids)] for i in range(rows)]
     values = {"output_dir": str(output_dir), "per_device_train_batch_size": 8, "num_generations": 4, "beta": 0.04}
     values |= {"learning_rate": 1e-2, "max_steps": 2, "logging_steps": 1, "save_strategy": "no", "report_to": "none"}
-    values |= {"bf16": modeling.computes_in_bf16(model), "use_cpu": True, "loss_type": "grpo", "seed": 3}
+    values |= {**modeling.mixed_precision("QLoRA" in start), "use_cpu": True, "loss_type": "grpo", "seed": 3}
     values |= {"activation_checkpointing": False, "remove_unused_columns": False, "use_bias_correction_kl": False}
     values |= settings
 

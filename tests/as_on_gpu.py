@@ -1,0 +1,33 @@
+"""The commands as on a GPU: they load and train in 16 bits, on the CPU. Only the function that says what a device
+computes in is replaced.
+
+    python tests/as_on_gpu.py sft.py --base_model ...
+    AS_ON_GPU=float16 python tests/as_on_gpu.py evaluate.py --base_model ...
+"""
+
+import os
+import runpy
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+
+def answer(name: str = "bfloat16"):
+    """What stands in for `modeling.compute_dtype`."""
+    import torch
+
+    return lambda quantized=False: getattr(torch, name)
+
+
+def main() -> None:
+    from minionerec import modeling
+
+    modeling.compute_dtype = answer(os.environ.get("AS_ON_GPU", "bfloat16"))
+    sys.argv = sys.argv[1:]
+    runpy.run_path(str(ROOT / sys.argv[0]), run_name="__main__")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,172 @@
+"""SFT, RL, evaluation and merging with every method as on a GPU: 16 bits, on the CPU, in this process."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from as_on_gpu import answer
+from conftest import sft_flags
+from safetensors.torch import load_file
+from test_rl import rl_flags
+from transformers import AutoConfig, AutoModelForCausalLM
+
+import evaluate
+import merge_lora
+import rl
+import sft
+from minionerec import modeling
+
+SFT = {
+    "full": {},
+    "train_from_scratch": {"train_from_scratch": True},
+    "freeze_LLM": {"freeze_LLM": True},
+    "lora": {"use_lora": True},
+    "lora8": {"use_lora": True, "load_in_8bit": True},
+    "qlora": {"use_qlora": True},
+}
+WHOLE = ("full", "train_from_scratch", "freeze_LLM")
+
+
+@pytest.fixture(autouse=True)
+def on_gpu(monkeypatch):
+    monkeypatch.setattr(modeling, "compute_dtype", answer("bfloat16"))
+
+
+@pytest.fixture(scope="module")
+def published(base, tmp_path_factory) -> str:
+    """The base as bases are published, in bfloat16."""
+    folder = str(tmp_path_factory.mktemp("published"))
+    AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16).save_pretrained(folder)
+    modeling.load_tokenizer(base).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(files, published, tmp_path_factory):
+    """`trained(method)`: the folder of an SFT run, made once."""
+    runs: dict[str, Path] = {}
+
+    def folder(method: str) -> Path:
+        if method not in runs:
+            runs[method] = tmp_path_factory.mktemp("sft") / method
+            # The head of a frozen model learns by its SID rows alone.
+            rate = 3e-2 if method == "freeze_LLM" else 1e-2
+            sft.train(**strings(sft_flags(files, published, runs[method], learning_rate=rate, **SFT[method])))
+        return runs[method]
+
+    return folder
+
+
+def strings(flags: dict) -> dict:
+    """Flags as the command line gives them to a command."""
+    return {name: str(value) if isinstance(value, Path) else value for name, value in flags.items()}
+
+
+def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(next(folder.glob("*model.safetensors")))
+
+
+def dtypes_of(folder: Path) -> set[torch.dtype]:
+    return {tensor.dtype for tensor in tensors_of(folder).values()}
+
+
+def newest(run: Path) -> Path:
+    return max(run.glob("checkpoint-*"), key=lambda folder: int(folder.name.rsplit("-", 1)[1]))
+
+
+def logged(run: Path, key: str) -> list[float]:
+    history = json.loads((run / "metrics.json").read_text())["history"]
+    return [entry[key] for entry in history if key in entry]
+
+
+@pytest.mark.parametrize("method", SFT)
+def test_sft(trained, published, method):
+    run = trained(method)
+    losses, validation = logged(run, "loss"), logged(run, "eval_loss")
+    assert losses[-1] < losses[0] - 0.1 and validation[-1] < validation[0]
+    final, checkpoint = run / "final_checkpoint", newest(run)
+    # Everything that trains does so in float32, and is resumed from float32.
+    assert dtypes_of(checkpoint) == {torch.float32}
+    if method not in WHOLE:
+        assert dtypes_of(final) == {torch.float32}
+        return
+    assert dtypes_of(final) == {torch.bfloat16}
+    assert AutoConfig.from_pretrained(final).dtype == torch.bfloat16
+    before, after = tensors_of(Path(published)), tensors_of(final)
+    assert before.keys() == after.keys()
+    moved = {name for name, old in before.items() if not torch.equal(after[name][: len(old)], old)}
+    assert moved == (set() if method == "freeze_LLM" else set(before))
+    assert AutoModelForCausalLM.from_pretrained(final).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("start", "flags"),
+    [
+        ("full", {}),
+        ("full", {"use_lora": True}),
+        ("full", {"use_qlora": True}),
+        ("freeze_LLM", {"use_lora": True, "load_in_8bit": True}),
+        ("lora", {"use_lora": True}),
+        ("lora8", {"use_lora": True, "load_in_8bit": True}),
+        ("qlora", {"use_qlora": True}),
+        ("lora", {}),
+    ],
+)
+def test_rl(files, trained, tmp_path, start, flags):
+    run = tmp_path / "run"
+    rl.train(**strings(rl_flags(files, trained(start) / "final_checkpoint", run, add_gt=True, **flags)))
+    kl, final = logged(run, "kl"), run / "final_checkpoint"
+    assert kl[0] == 0.0 and kl[-1] > 0
+    assert all(abs(loss) < 10 for loss in logged(run, "loss"))
+    assert all(0 <= value <= 1 for value in logged(run, "eval_NDCG@10"))
+    assert dtypes_of(newest(run)) == {torch.float32}
+    assert dtypes_of(final) == ({torch.float32} if flags else {torch.bfloat16})
+    if flags and start == "full":
+        return
+    before, after = (tensors_of(folder) for folder in (trained(start) / "final_checkpoint", final))
+    if before.keys() == after.keys():
+        assert not any(torch.equal(after[name], before[name]) for name in before)
+
+
+@pytest.mark.parametrize("method", SFT)
+def test_evaluation_ranks_as_in_float32(files, trained, tmp_path, method, monkeypatch):
+    flags = {"base_model": str(trained(method) / "final_checkpoint"), "info_file": files["info"], "category": "bolts"}
+    flags |= {"test_data_path": files["test"], "num_beams": 20}
+    found = []
+    for dtype in ("bfloat16", "float32"):
+        monkeypatch.setattr(modeling, "compute_dtype", answer(dtype))
+        path = tmp_path / f"{dtype}.json"
+        metrics = evaluate.evaluate(**flags, result_json_data=str(path))
+        assert 0 < metrics["HR@20"] <= 1
+        found.append([row["predict"] for row in json.loads(path.read_text())])
+    shared = [len({*one} & {*two}) / 20 for one, two in zip(*found, strict=True)]
+    assert sum(shared) / len(shared) > 0.9
+
+
+@pytest.mark.parametrize("method", ["lora", "lora8", "qlora"])
+def test_merging(files, trained, tmp_path, method):
+    adapter, merged = trained(method) / "final_checkpoint", tmp_path / "merged"
+    merge_lora.merge(adapter=str(adapter), output_dir=str(merged))
+    assert dtypes_of(merged) == {torch.bfloat16}
+    found = []
+    for folder in (adapter, merged):
+        flags = {"base_model": str(folder), "info_file": files["info"], "category": "bolts", "num_beams": 20}
+        path = tmp_path / "result.json"
+        evaluate.evaluate(**flags, test_data_path=files["test"], result_json_data=str(path))
+        found.append([row["predict"] for row in json.loads(path.read_text())])
+    shared = [len({*one} & {*two}) / 20 for one, two in zip(*found, strict=True)]
+    assert sum(shared) / len(shared) > 0.9
+
+
+def test_a_run_in_full_goes_on_exactly(files, trained, tmp_path):
+    """From its float32 weights: those in the base's precision would have lost the last steps."""
+    whole, again = trained("full"), tmp_path / "again"
+    shutil.copytree(whole, again)
+    shutil.rmtree(newest(again))
+    shutil.rmtree(again / "final_checkpoint")
+    flags = json.loads((whole / "final_checkpoint" / "minionerec.json").read_text())["flags"]
+    sft.train(**{**flags, "output_dir": str(again), "resume_from_checkpoint": "True"})
+    one, two = tensors_of(newest(whole)), tensors_of(newest(again))
+    assert all(torch.equal(two[name], tensor) for name, tensor in one.items())

@@ -1,0 +1,301 @@
+"""What a GPU computes in, and what trains in it: float32 weights of full runs, float16 on older cards, one card of
+several."""
+
+import json
+import os
+from pathlib import Path
+
+import accelerate
+import pytest
+import torch
+from accelerate import PartialState
+from as_on_gpu import answer
+from conftest import sft_flags
+from models import config_of, make_model
+from test_as_on_gpu import logged, newest, strings, tensors_of
+from test_rl import rl_flags
+from test_trainer import IDS, trainer_of
+from torch import nn
+from transformers import TrainingArguments
+
+import evaluate
+import lora_utils
+import rl
+import sft
+from minionerec import modeling, trainer
+from minionerec.cli import RunError
+
+# --- Which dtype ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def cards(monkeypatch):
+    """`cards(capability, count)`: as many GPUs, as far as anyone asks without using them."""
+
+    def plug_in(capability: int, count: int = 1) -> None:
+        monkeypatch.delenv("LOCAL_RANK", raising=False)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (capability, 0))
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "Tesla T4")
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
+
+    return plug_in
+
+
+@pytest.mark.parametrize(("capability", "dtype"), [(7, torch.float16), (8, torch.bfloat16), (9, torch.bfloat16)])
+def test_a_card_that_emulates_bfloat16_computes_in_float16(cards, capability, dtype):
+    cards(capability)
+    assert modeling.compute_dtype() == modeling.compute_dtype(quantized=True) == dtype
+    assert lora_utils.quantization_config(use_qlora=True).bnb_4bit_compute_dtype == dtype
+    half = modeling.mixed_precision(False)
+    assert half == {"bf16": dtype == torch.bfloat16, "fp16": dtype == torch.float16}
+    assert modeling.master_dtype() == torch.float32
+
+
+def test_a_cpu_computes_in_float32_and_beside_bitsandbytes_in_bfloat16():
+    assert modeling.compute_dtype() == torch.float32 and modeling.compute_dtype(quantized=True) == torch.bfloat16
+    assert modeling.mixed_precision(False) == {"bf16": False, "fp16": False}
+
+
+@pytest.mark.parametrize("name", ["float16", "bfloat16"])
+def test_a_frozen_base_is_loaded_in_what_the_device_computes(base, monkeypatch, name):
+    monkeypatch.setattr(modeling, "compute_dtype", answer(name))
+    dtype = getattr(torch, name)
+    assert modeling.load_base(base).dtype == dtype
+    quantized = modeling.load_base(base, lora_utils.quantization_config(use_qlora=True))
+    assert quantized.get_input_embeddings().weight.dtype == dtype
+    adapted = lora_utils.add_lora(quantized, lora_utils.lora_config(quantized, IDS))
+    assert {p.dtype for p in adapted.parameters() if p.requires_grad} == {torch.float32}
+    rows = lora_utils.train_sid_rows_only(modeling.load_base(base), IDS)
+    assert {p.dtype for p in rows.parameters() if p.requires_grad} == {torch.float32}
+
+
+# --- Full runs --------------------------------------------------------------------------------------------------------
+
+
+def sft_run(files, base, output, **flags) -> Path:
+    sft.train(**strings(sft_flags(files, base, output, **flags)))
+    return output
+
+
+def share_changed(before: Path, after: Path, dtype: torch.dtype = torch.float32) -> float:
+    """Of the values of a model, those of another one that are not what they were in `dtype`."""
+    old, new = tensors_of(before), tensors_of(after)
+    changed = sum(int((new[name][: len(t)] != t.to(dtype)).sum()) for name, t in old.items())
+    return changed / sum(tensor.numel() for tensor in old.values())
+
+
+def test_a_full_run_trains_all_weights_at_a_small_rate(files, base, tmp_path, monkeypatch):
+    monkeypatch.setattr(modeling, "compute_dtype", answer("bfloat16"))
+    flags = {"learning_rate": 1e-6, "sample": 10}
+    run = sft_run(files, base, tmp_path / "masters", **flags)
+    assert share_changed(Path(base), newest(run)) > 0.95
+    # What the test is about: weights in bfloat16 lose nearly every step.
+    monkeypatch.setattr(modeling, "master_dtype", lambda: torch.bfloat16)
+    run = sft_run(files, base, tmp_path / "bfloat16", **flags)
+    assert share_changed(Path(base), newest(run), torch.bfloat16) < 0.05
+
+
+def test_reinforcement_trains_all_weights_at_its_default_rate(files, base, tmp_path, monkeypatch):
+    start = sft_run(files, base, tmp_path / "sft", learning_rate=1e-2) / "final_checkpoint"
+    monkeypatch.setattr(modeling, "compute_dtype", answer("bfloat16"))
+    flags = rl_flags(files, start, tmp_path / "rl", add_gt=True, test_during_training=False, learning_rate=1e-6)
+    rl.train(**strings(flags))
+    assert share_changed(start, newest(tmp_path / "rl")) > 0.95
+
+
+def test_a_full_run_in_16_bits_follows_the_curve_of_float32(files, base, tmp_path, monkeypatch):
+    curves = []
+    for name in ("float32", "bfloat16"):
+        monkeypatch.setattr(modeling, "compute_dtype", answer(name))
+        run = sft_run(files, base, tmp_path / name, learning_rate=1e-3)
+        curves.append([*logged(run, "loss"), *logged(run, "eval_loss")])
+    assert curves[0][-1] < curves[0][0] - 0.3
+    assert curves[1] == pytest.approx(curves[0], abs=3e-3)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "implementation"),
+    [("qwen2", "sdpa"), ("qwen2", "eager"), ("qwen3", "sdpa"), ("gemma2", "eager"), ("phi3", "sdpa"), ("gpt2", "sdpa")],
+)
+def test_the_rounded_reference_computes_what_the_policy_does(architecture, implementation):
+    model = make_model(architecture, attn_implementation=implementation)
+    ids = torch.arange(1, 40).view(3, 13)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        expected = model(input_ids=ids).logits
+        lora_utils.round_weights(model, torch.bfloat16)
+        assert torch.equal(model(input_ids=ids).logits, expected)
+    dtypes = {name: p.dtype for name, p in model.named_parameters()}
+    assert {torch.bfloat16, torch.float32} == set(dtypes.values())
+
+
+def test_full_runs_keep_the_precision_of_their_base(base, files, tmp_path):
+    """On a CPU, where a base in bfloat16 trains in float32 too."""
+    folder = tmp_path / "base"
+    modeling.load_base(base).to(torch.bfloat16).save_pretrained(folder)
+    modeling.load_tokenizer(base).save_pretrained(folder)
+    assert modeling.saved_dtype(str(folder)) == torch.bfloat16 and modeling.saved_dtype(base) == torch.float32
+    run = sft_run(files, str(folder), tmp_path / "run", sample=10)
+    assert {t.dtype for t in tensors_of(run / "final_checkpoint").values()} == {torch.bfloat16}
+    config = json.loads((run / "final_checkpoint" / "config.json").read_text())
+    assert config["dtype"] == config["torch_dtype"] == "bfloat16"
+    assert {t.dtype for t in tensors_of(newest(run)).values()} == {torch.float32}
+
+
+# --- float16 ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def float16(monkeypatch):
+    """A device that computes in float16. accelerate keeps autocast and scaler for GPUs; torch has both for CPUs.
+    With the first scale gradients overflow."""
+    monkeypatch.setattr(modeling, "compute_dtype", answer("float16"))
+    start = accelerate.Accelerator.__init__
+
+    def started(self, *args, **kwargs):
+        start(self, *args, **kwargs)
+        if self.state.mixed_precision == "fp16":
+            self.native_amp, self.scaler = True, torch.amp.GradScaler("cpu", init_scale=2.0**24)
+
+    monkeypatch.setattr(accelerate.Accelerator, "__init__", started)
+    monkeypatch.setattr("transformers.trainer.Accelerator.__init__", started)
+
+
+@pytest.mark.parametrize("flags", [{}, {"use_lora": True}, {"use_qlora": True}, {"freeze_LLM": True}])
+def test_sft_in_float16_skips_steps_that_overflow_and_learns(files, base, tmp_path, float16, flags):
+    run = sft_run(files, base, tmp_path / "run", learning_rate=1e-2, **flags)
+    losses, norms = logged(run, "loss"), logged(run, "grad_norm")
+    assert torch.tensor(norms).isinf().any() and len(losses) == 15
+    assert losses[-1] < losses[0] - 0.1
+    assert (newest(run) / "scaler.pt").exists()
+    if not flags:
+        assert {t.dtype for t in tensors_of(newest(run)).values()} == {torch.float32}
+
+
+def test_rl_in_float16(files, base, tmp_path, float16):
+    start = sft_run(files, base, tmp_path / "sft", learning_rate=1e-2) / "final_checkpoint"
+    for name, flags in (("full", {}), ("lora", {"use_lora": True})):
+        rl.train(**strings(rl_flags(files, start, tmp_path / name, add_gt=True, **flags)))
+        kl = logged(tmp_path / name, "kl")
+        assert kl[0] == 0.0 and kl[-1] > 0
+    flags = {"base_model": str(tmp_path / "lora" / "final_checkpoint"), "info_file": files["info"], "category": "bolts"}
+    flags |= {"test_data_path": files["test"], "result_json_data": str(tmp_path / "result.json"), "num_beams": 10}
+    assert 0 <= evaluate.evaluate(**flags)["HR@10"] <= 1
+
+
+def test_an_overflow_that_reaches_the_loss_ends_the_run_and_says_why(tmp_path, float16, monkeypatch):
+    run = trainer_of(tmp_path, 8, fp16=True)
+    monkeypatch.setattr(
+        run, "compute_loss", lambda model, *_, **__: sum(p.sum() for p in model.parameters()) * torch.inf
+    )
+    with pytest.raises(RunError, match="this one computes in float16"):
+        run.train()
+
+
+def test_a_ranking_without_numbers_is_no_ranking(files, base, tmp_path, monkeypatch):
+    """Activations beyond float16 make every score NaN, and the order of NaNs is as good as any."""
+    checkpoint = sft_run(files, base, tmp_path / "sft", sample=10) / "final_checkpoint"
+    load = modeling.load_base
+
+    def overflowing(*args, **kwargs):
+        model = load(*args, **kwargs)
+        model.model.layers[0].mlp.down_proj.weight.data.fill_(torch.inf)
+        return model
+
+    monkeypatch.setattr(modeling, "load_base", overflowing)
+    monkeypatch.setattr(modeling, "compute_dtype", answer("float16"))
+    flags = {"base_model": str(checkpoint), "info_file": files["info"], "category": "bolts", "num_beams": 10}
+    with pytest.raises(RunError, match="not finite"):
+        evaluate.evaluate(**flags, test_data_path=files["test"], result_json_data=str(tmp_path / "result.json"))
+    assert not (tmp_path / "result.json").exists()
+
+
+def test_a_base_that_float16_does_not_fit_is_named(tmp_path, monkeypatch, capsys):
+    config_of("gemma2").save_pretrained(tmp_path)
+    for dtype, warned in (("bfloat16", False), ("float16", True)):
+        monkeypatch.setattr(modeling, "compute_dtype", answer(dtype))
+        modeling.load_base(str(tmp_path), from_scratch=True)
+        assert ("gemma2 models often overflow float16" in capsys.readouterr().out) == warned
+
+
+# --- Several cards, one card a process --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def state():
+    """`modeling.process_state` of a process that has no state yet."""
+    PartialState._reset_state()
+    yield modeling.process_state
+    PartialState._reset_state()
+
+
+@pytest.mark.parametrize(("capability", "count"), [(8, 1), (8, 4), (7, 1), (7, 2)])
+def test_a_command_says_what_it_makes_of_the_cards(cards, state, capsys, capability, count):
+    cards(capability, count)
+    found = state()
+    assert found.num_processes == 1 and found.device.type == "cuda"
+    said = capsys.readouterr().out.splitlines()
+    one_of_several = (
+        f"{count} GPUs are visible and this process uses one, cuda:0; to use all of them, start the command "
+    )
+    expected = [f"{one_of_several}with torchrun --nproc_per_node {count}"] if count > 1 else []
+    emulated = "Tesla T4 only emulates bfloat16: computing in float16, in training with scaled gradients"
+    assert said == expected + ([emulated] if capability < 8 else [])
+
+
+def test_a_command_without_cards_says_nothing(state, capsys):
+    assert state().device.type == "cpu" and capsys.readouterr().out == ""
+
+
+def test_each_process_has_its_own_card(cards, monkeypatch):
+    cards(8, 4)
+    assert modeling.local_device() == torch.device("cuda", 0)
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert modeling.local_device() == torch.device("cuda", 3)
+
+
+def test_a_process_that_sees_one_card_uses_it(cards, monkeypatch):
+    """As launchers that set CUDA_VISIBLE_DEVICES for each process have it."""
+    cards(8, 1)
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert modeling.local_device() == torch.device("cuda", 0)
+    # accelerate, DDP and DeepSpeed index devices by LOCAL_RANK: DDP(device_ids=[3]) and barrier(device_ids=[3]) fail.
+    seen = []
+    monkeypatch.setattr("accelerate.PartialState", lambda cpu: seen.append(os.environ["LOCAL_RANK"]) or FakeState())
+    modeling.process_state()
+    assert seen == ["0"]
+
+
+class FakeState:
+    num_processes = 4
+
+
+@pytest.fixture
+def two_visible(monkeypatch):
+    """A machine with two GPUs and no launcher, as transformers sees it: TrainingArguments count both."""
+    setup = TrainingArguments.__dict__["_setup_devices"].func
+
+    def found(args):
+        device = setup(args)
+        args._n_gpu = 2
+        return device
+
+    monkeypatch.setattr(TrainingArguments.__dict__["_setup_devices"], "func", found)
+    monkeypatch.setattr(nn.DataParallel, "__init__", lambda *_: pytest.fail("the model was wrapped for both cards"))
+
+
+@pytest.mark.parametrize("flags", [{}, {"use_qlora": True}])
+def test_two_visible_cards_train_as_one(files, base, tmp_path, two_visible, flags):
+    run = sft_run(files, base, tmp_path / "sft", learning_rate=1e-2, **flags)
+    assert json.loads((run / "metrics.json").read_text())["steps"] == 15  # 240 examples in batches of 16
+    rl.train(**strings(rl_flags(files, run / "final_checkpoint", tmp_path / "rl", test_during_training=False, **flags)))
+    assert json.loads((tmp_path / "rl" / "metrics.json").read_text())["steps"] == 10
+
+
+def test_the_peak_of_loading_on_a_card_is_forgotten(monkeypatch):
+    reset = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: reset.append(True))
+    trainer.forget_peak_of_loading()
+    assert reset == [True]
