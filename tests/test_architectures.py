@@ -27,7 +27,7 @@ SMALL = {
     "pad_token_id": 0,
 }
 CHANGES = json.loads((Path(__file__).parent / "architectures.json").read_text(encoding="utf-8"))
-# Nested configurations, which a flat list of changes cannot make, and one that is too big as it is.
+# Nested configurations, which a flat list of changes cannot make.
 VISION = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
 DELTA = {"linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 16, "linear_value_head_dim": 16}
 NESTED = {
@@ -50,11 +50,47 @@ NESTED = {
         "image_token_id": 95, "video_token_id": 94, "vision_start_token_id": 92, "vision_end_token_id": 93,
     },
 }  # fmt: skip
-CHANGES["kimi_linear"] = {
-    "num_hidden_layers": 4, "layer_types": ["linear_attention", "full_attention"] * 2, "linear_head_dim": 16,
-    "linear_num_heads": 4, "num_key_value_heads": 4, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8,
-    "v_head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32,
+SPARSE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+LATENT = {
+    "num_key_value_heads": 4, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 16,
 }  # fmt: skip
+MORE = {
+    "deepseek_v2": {
+        **LATENT, "q_lora_rank": 16, "n_routed_experts": 4, "n_group": 1, "topk_group": 1, "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32, "first_k_dense_replace": 1,
+    },
+    "falcon_h1": {
+        "mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_chunk_size": 16,
+    },
+    "falcon_mamba": {"state_size": 8},
+    "gemma3n_text": {
+        "head_dim": 16, "num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "sliding_window": 20, "num_kv_shared_layers": 2, "hidden_size_per_layer_input": 16,
+        "vocab_size_per_layer_input": 96, "intermediate_size": [128] * 4, "activation_sparsity_pattern": [0.0] * 4,
+    },
+    "gemma4_text": {
+        "head_dim": 16, "num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "sliding_window": 20, "hidden_size_per_layer_input": 16, "vocab_size_per_layer_input": 96,
+        "num_kv_shared_layers": 0,
+    },
+    "jamba": {
+        "num_hidden_layers": 4, "attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2,
+        "expert_layer_offset": 1, "num_experts": 4, "num_experts_per_tok": 2, "mamba_d_state": 8,
+    },
+    "kimi_linear": {
+        **LATENT, "num_hidden_layers": 4, "layer_types": ["linear_attention", "full_attention"] * 2,
+        "linear_head_dim": 16, "linear_num_heads": 4, "num_local_experts": 4, "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+    },
+    "lfm2_moe": {**SPARSE, "num_hidden_layers": 4, "layer_types": ["conv", "full_attention"] * 2},
+    "olmo": {},
+    "olmo3": {"sliding_window": 20, "num_hidden_layers": 4},
+    "zamba2": {
+        "num_key_value_heads": 4, "num_hidden_layers": 4, "layers_block_type": ["mamba", "hybrid"] * 2,
+        "mamba_d_state": 16, "mamba_ngroups": 1, "n_mamba_heads": 8, "mamba_headdim": 16,
+    },
+}  # fmt: skip
+CHANGES.update(MORE)
 # A window that prompts of these tests are longer than, one that their rows are longer than, one that any row is.
 WINDOWS = {
     "cohere2": {"sliding_window": 20},
@@ -87,16 +123,18 @@ WIDE = {
 
 # Layers that take no tree mask, by what they are; everything else shares the prompt's cache.
 RECURRENT = {
-    "bamba", "granitemoehybrid", "kimi_linear", "minimax", "olmo_hybrid", "qwen3_5", "qwen3_5_moe_text", "qwen3_5_text",
-    "qwen3_next",
+    "bamba", "granitemoehybrid", "jamba", "kimi_linear", "minimax", "olmo_hybrid", "qwen3_5", "qwen3_5_moe_text",
+    "qwen3_5_text", "qwen3_next", "zamba2",
 }  # fmt: skip
 COPIED = {
     **dict.fromkeys(RECURRENT, "linear_attention layers"),
+    "falcon_h1": "hybrid layers",
     "lfm2": "conv layers",
+    "lfm2_moe": "conv layers",
     "bloom": "bloom layers",  # ALiBi
     "mpt": "mpt layers",  # ALiBi
 }
-REREAD = {"mamba", "mamba2", "recurrent_gemma", "rwkv"}
+REREAD = {"falcon_mamba", "mamba", "mamba2", "recurrent_gemma", "rwkv"}
 SIDS = [(1,), (1, 2), (3, 4), (3, 4, 5), (3, 6, 7), (8, 2)]
 LENGTHS = (5, 31, 42)  # of prompts in one batch
 
