@@ -4,6 +4,7 @@ import pytest
 import torch
 from datasets import Dataset
 from trl import GRPOConfig
+from trl.trainer.utils import split_tensor_dict
 
 import lora_utils
 from minionerec import modeling, rewards, sid
@@ -315,6 +316,26 @@ def test_a_batch_of_silent_groups_runs_no_model(sft, tmp_path):
     loss.backward()
     assert loss.item() == 0.0
     assert all(p.grad is None for p in trainer.model.parameters())
+
+
+@pytest.mark.parametrize("collective", [True, False])
+def test_a_step_of_silent_groups_has_a_zero_gradient(sft, tmp_path, monkeypatch, collective):
+    """With a pass, where other processes wait for it, and without: the optimizer goes on with its momentum. The group
+    is larger than a micro-batch."""
+    trainer = make_trainer(
+        sft, "own LoRA", tmp_path, switches={"mask_all_zero": True}, reward=lambda prompts, **_: [1.0] * len(prompts),
+        per_device_train_batch_size=2, gradient_accumulation_steps=2,
+    )  # fmt: skip
+    monkeypatch.setattr(trainer, "_passes_are_collective", lambda: collective)
+    ran = []
+    trainer.model.get_base_model().model.register_forward_pre_hook(lambda *_: ran.append(torch.is_grad_enabled()))
+    _, batch = generated(trainer)
+    trainer._buffered_inputs = split_tensor_dict(batch, 2)
+    trainer._step, trainer.current_gradient_accumulation_steps = 1, 2
+    ran.clear()
+    loss = trainer.training_step(trainer.model, [], None)
+    assert loss.item() == 0.0 and ran == ([False, True] if collective else [])
+    assert all(not p.grad.any() for p in trainer.model.parameters() if p.requires_grad)
 
 
 def test_evaluation_ranks_the_validation_prompts(sft, tmp_path):
