@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Sequence
 from contextlib import contextmanager
 
+import numpy as np
 import torch
 from accelerate.utils import is_peft_model
 from safetensors.torch import load_file, save_file
@@ -133,10 +134,30 @@ class ReReTrainer(DurableRun, GRPOTrainer):
         elif sync and self.reference_adapter:
             self.add_callback(_SyncReferenceAdapter(self.reference_adapter))
 
+    # --- Rows ---------------------------------------------------------------------------------------------------------
+
+    def _get_dataloader(self, dataset, *args, is_training: bool = False, **kwargs):
+        """TRL's, of row numbers in training: pinning and moving a batch walk through every list in it, int by int, and
+        each prompt is there once for every completion."""
+        rows = _RowNumbers(len(dataset)) if is_training else dataset
+        return super()._get_dataloader(rows, *args, is_training=is_training, **kwargs)
+
+    def look_up(self, batch: list[dict]) -> list[dict]:
+        """The examples that TRL's methods and the rewards take, for a batch of the training's data loader. The
+        completions of a prompt share one."""
+        numbers = list(dict.fromkeys(example["row"] for example in batch))
+        columns = self.train_dataset[numbers]
+        examples = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+        example_of = dict(zip(numbers, examples, strict=True))
+        return [example_of[example["row"]] for example in batch]
+
     # --- Completions --------------------------------------------------------------------------------------------------
 
     def _tokenize_prompts(self, prompts: list):
-        return prompts, None, {}  # the dataset holds token ids already
+        """The dataset holds token ids already. As arrays, which become tensors at once; the completions of a prompt
+        share its list."""
+        array_of = {id(prompt): np.array(prompt, dtype=np.int64) for prompt in prompts}
+        return [array_of[id(prompt)] for prompt in prompts], None, {}
 
     def _generate_and_score_completions(self, inputs):
         self._targets = [self.tokens_of[example["target"]] for example in inputs]
@@ -185,11 +206,9 @@ class ReReTrainer(DurableRun, GRPOTrainer):
 
     def _prepare_inputs(self, generation_batch):
         """TRL's, with a shuffle that moves whole groups: scattered ones would share no prompt."""
-        if not self.model.training:
-            return self._generate_and_score_completions(generation_batch)
         steps = self.args.steps_per_generation
         if self._step % (steps * self.num_iterations) == 0 or self._buffered_inputs is None:
-            batch = self._generate_and_score_completions(generation_batch)
+            batch = self._generate_and_score_completions(self.look_up(generation_batch))
             group = self.num_generations
             order = torch.randperm(len(batch["advantages"]) // group, device=batch["advantages"].device)
             rows = (order.unsqueeze(1) * group + torch.arange(group, device=order.device)).flatten()
@@ -296,7 +315,7 @@ class ReReTrainer(DurableRun, GRPOTrainer):
             rankings = rank_prompts(
                 self.accelerator.unwrap_model(self.model),
                 self.trie,
-                list(dataset["prompt"]),
+                dataset["prompt"][:],
                 self._tokenizer.pad_token_id,
                 self.test_beam,
                 self.test_batch_size,
@@ -342,6 +361,19 @@ class ReReTrainer(DurableRun, GRPOTrainer):
         if reference and resume_from_checkpoint:
             overwrite(reference, load_file(os.path.join(resume_from_checkpoint, REFERENCE_FILE)))
         return prepared
+
+
+class _RowNumbers(torch.utils.data.Dataset):
+    """`count` rows, of which each holds its number only."""
+
+    def __init__(self, count: int):
+        self.count = count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, row: int) -> dict[str, int]:
+        return {"row": row}
 
 
 class _PromptSampler(RepeatSampler):
