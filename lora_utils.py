@@ -358,8 +358,8 @@ def ready_for_fsdp(model: nn.Module) -> Iterator[None]:
     wrappers = [module for module in ends if isinstance(module, TrainableTokensWrapper)]
     for wrapper in wrappers:
         wrapper.__dict__["weight"] = wrapper.original_module.weight
-        rows = wrapper.token_adapter
-        if rows.tied_adapter is not None:
+    for rows in (module.token_adapter if module in wrappers else module for module in ends):
+        if isinstance(rows, TrainableTokensLayer) and rows.tied_adapter is not None:
             rows.trainable_tokens_delta = nn.ParameterDict(rows.trainable_tokens_delta.items())
     try:
         yield

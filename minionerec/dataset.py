@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from itertools import chain, islice, product, takewhile
@@ -293,18 +293,22 @@ class Collator:
 
     def __call__(self, examples: list[dict]) -> dict[str, torch.Tensor]:
         shape = (len(examples), max(len(example["input_ids"]) for example in examples))
-        input_ids = torch.full(shape, self.pad_token_id)
-        labels = torch.full(shape, IGNORE)
+        # Rows are filled in NumPy: it takes in a list several times as fast as torch does.
+        input_ids = np.full(shape, self.pad_token_id, dtype=np.int64)
+        labels = np.full_like(input_ids, IGNORE)
         for i, example in enumerate(examples):
-            ids = torch.tensor(example["input_ids"])
+            ids, prompt_length = example["input_ids"], example["prompt_length"]
             input_ids[i, : len(ids)] = ids
-            labels[i, example["prompt_length"] : len(ids)] = ids[example["prompt_length"] :]
-        return {"input_ids": input_ids, "labels": labels}
+            labels[i, prompt_length : len(ids)] = input_ids[i, prompt_length : len(ids)]
+        return {"input_ids": torch.from_numpy(input_ids), "labels": torch.from_numpy(labels)}
 
 
-def left_padded(sequences: list[list[int]], pad_token_id: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """input_ids and attention_mask [rows, tokens] of prompts, padded on the left."""
+def left_padded(sequences: Sequence[Sequence[int]], pad_token_id: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """input_ids and attention_mask [rows, tokens] of prompts (lists or arrays), padded on the left."""
     width = max(len(ids) for ids in sequences)
-    input_ids = torch.tensor([[pad_token_id] * (width - len(ids)) + list(ids) for ids in sequences])
-    attention_mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in sequences])
-    return input_ids, attention_mask
+    input_ids = np.full((len(sequences), width), pad_token_id, dtype=np.int64)
+    attention_mask = np.zeros_like(input_ids)
+    for i, ids in enumerate(sequences):
+        input_ids[i, width - len(ids) :] = ids
+        attention_mask[i, width - len(ids) :] = 1
+    return torch.from_numpy(input_ids), torch.from_numpy(attention_mask)

@@ -1,5 +1,6 @@
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
@@ -99,9 +100,20 @@ def test_labels_cover_the_response_alone():
 
 
 def test_prompts_are_padded_on_the_left():
-    ids, mask = left_padded([[1, 2], [3]], 9)
-    assert torch.equal(ids, torch.tensor([[1, 2], [9, 3]]))
-    assert torch.equal(mask, torch.tensor([[1, 1], [0, 1]]))
+    for prompts in ([[1, 2], [3]], [np.array([1, 2], dtype=np.int32), np.array([3])]):
+        ids, mask = left_padded(prompts, 9)
+        assert torch.equal(ids, torch.tensor([[1, 2], [9, 3]]))
+        assert torch.equal(mask, torch.tensor([[1, 1], [0, 1]]))
+
+
+def test_no_batch_is_built_token_by_token(monkeypatch):
+    """torch takes in a list of numbers one by one."""
+    rows = [{"input_ids": list(range(50 + i)), "prompt_length": 40, "length": 50 + i} for i in range(4)]
+    monkeypatch.setattr(torch, "tensor", lambda *_: pytest.fail("torch.tensor of a list"))
+    batch = Collator(0)(rows)
+    ids, mask = left_padded([row["input_ids"] for row in rows], 0)
+    assert batch["input_ids"].dtype == batch["labels"].dtype == ids.dtype == mask.dtype == torch.int64
+    assert batch["input_ids"][0, :50].tolist() == ids[0, -50:].tolist() == list(range(50))
 
 
 TEXTS = [
