@@ -12,7 +12,7 @@ import os
 import time
 
 from minionerec import checks, cli
-from minionerec.checkpoint import base_of_adapter, is_adapter, mismatches, read_run, write_json
+from minionerec.checkpoint import base_of_adapter, is_adapter, mismatches, read_adapter, read_run, write_json
 from minionerec.data import Problems, count_rows, read_info, read_interactions
 from minionerec.metrics import format_metrics, popularity, rank_of, ranking_metrics
 from minionerec.prompts import RECOMMENDATION, differing_prompts, recorded_prompts
@@ -70,16 +70,20 @@ def evaluate(
         base_model, adapter = problems.attempt(base_of_adapter, base_model, WITH_BASE) or "", base_model
     elif adapter and is_adapter(base_model):
         problems.add(f"--base_model {base_model}: is an adapter, not a model; name the base of --adapter {adapter}")
+    elif adapter and is_adapter(adapter):
+        problems.attempt(read_adapter, adapter)
     prompts = problems.attempt(recorded_prompts, checkpoint, category, prompt_file, RECOMMENDATION)
     sids = problems.attempt(read_info, info_file)
-    rows = problems.attempt(count_rows, test_data_path, "test_data_path", sids, titles=False)
+    titles = bool(prompts) and prompts.need_titles
+    rows = problems.attempt(count_rows, test_data_path, "test_data_path", sids, titles)
     if train_file:
         problems.attempt(count_rows, train_file, "train_file", titles=False)
     problems.check()
 
     import lora_utils
-    from minionerec import modeling, sid
+    from minionerec import modeling, sid, vocabulary
     from minionerec.dataset import Encoder
+    from minionerec.probe import prove
     from minionerec.ranking import rank_prompts
 
     started = time.perf_counter()
@@ -89,7 +93,11 @@ def evaluate(
     for line in differing_prompts(checkpoint, prompts) if prompt_file else mismatches(checkpoint, given, ("category",)):
         state.print(line)
     tokenizer = modeling.load_tokenizer(checkpoint)
-    trie = sid.Trie(sid.sid_sequences(tokenizer, sids), tokenizer.eos_token_id)
+    encoder, task = Encoder(tokenizer, prompts, flags.get("cutoff_len", 2048)), prompts.tasks[RECOMMENDATION]
+    remedy = f"--info_file {info_file} is of another catalogue, or sft.py must make the checkpoint again"
+    where = f"{'--adapter' if adapter else '--base_model'} {checkpoint}"
+    sequences = vocabulary.sid_responses(encoder, sids, task.ending, None, where, remedy)
+    trie = sid.Trie(sequences, tokenizer.eos_token_id)
     if trie.depth > max_new_tokens:
         raise cli.InputError(
             f"--max_new_tokens {max_new_tokens}: the SIDs of {info_file} have up to {trie.depth} tokens"
@@ -102,10 +110,11 @@ def evaluate(
     model.eval()
     trie.to(model.device)
 
-    examples = list(read_interactions(test_data_path, "test_data_path", sids, titles=False))
-    encoder = Encoder(tokenizer, prompts, flags.get("cutoff_len", 2048))
-    task = prompts.tasks[RECOMMENDATION]
+    examples = list(read_interactions(test_data_path, "test_data_path", sids, titles))
     encoded = encoder.encode_prompts(task, examples, [encoder.cutoff_len - trie.depth] * rows)
+    longest = max(map(len, encoded))
+    proof = prove(model, longest, longest + min(num_beams, len(trie)) * trie.depth, f"--base_model {base_model}")
+    state.print(f"decoding: {proof}")
     decoding = time.perf_counter()
     ranked = rank_prompts(model, trie, encoded, tokenizer.pad_token_id, num_beams, batch_size, length_penalty)
     decoded = time.perf_counter() - decoding

@@ -28,6 +28,7 @@ from transformers.pytorch_utils import Conv1D
 from minionerec import modeling
 from minionerec.checkpoint import read_run
 from minionerec.cli import InputError
+from minionerec.head import float32_linear
 
 # --- Which layers -----------------------------------------------------------------------------------------------------
 
@@ -235,7 +236,11 @@ class SidRows(TrainableTokensLayer):
     ) -> torch.Tensor:
         ids = self._ids(adapter, hidden.device)
         bias = self.base_layer.bias
-        columns = F.linear(hidden, rows.to(hidden.dtype), None if bias is None else bias[ids])
+        bias = None if bias is None else bias[ids]
+        if result.dtype == torch.float32:  # also of 16-bit hidden states, in `head.float32_head`
+            columns = float32_linear(hidden, rows.float(), bias)
+        else:
+            columns = F.linear(hidden, rows.to(hidden.dtype), bias)
         return result.index_copy(-1, ids, columns.to(result.dtype))
 
 
@@ -353,8 +358,8 @@ def ready_for_fsdp(model: nn.Module) -> Iterator[None]:
     wrappers = [module for module in ends if isinstance(module, TrainableTokensWrapper)]
     for wrapper in wrappers:
         wrapper.__dict__["weight"] = wrapper.original_module.weight
-        rows = wrapper.token_adapter
-        if rows.tied_adapter is not None:
+    for rows in (module.token_adapter if module in wrappers else module for module in ends):
+        if isinstance(rows, TrainableTokensLayer) and rows.tied_adapter is not None:
             rows.trainable_tokens_delta = nn.ParameterDict(rows.trainable_tokens_delta.items())
     try:
         yield
@@ -434,7 +439,7 @@ def load_adapter(model: nn.Module, path: str, trainable: bool = False) -> PeftMo
         wrapped = PeftModel.from_pretrained(model, path, is_trainable=trainable)
     except SafetensorError as error:
         raise InputError(f"adapter {path}: its weights cannot be read, the file is damaged: {error}") from None
-    except (RuntimeError, ValueError, IndexError) as error:
+    except (RuntimeError, ValueError, IndexError, TypeError, KeyError) as error:
         reason = next((line.strip() for line in str(error).splitlines() if "size mismatch" in line), str(error))
         raise InputError(
             f"adapter {path} does not fit the base {model.config._name_or_path}: {reason.strip()[:300]}"

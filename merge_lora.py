@@ -13,7 +13,15 @@ import shutil
 from itertools import islice
 
 from minionerec import checks, cli
-from minionerec.checkpoint import RUN_FILE, base_of_adapter, is_adapter, make_portable, read_run, write_json
+from minionerec.checkpoint import (
+    RUN_FILE,
+    base_of_adapter,
+    is_adapter,
+    make_portable,
+    read_adapter,
+    read_run,
+    write_json,
+)
 from minionerec.data import Interaction, Problems, read_catalogue, read_interactions
 from minionerec.prompts import RECOMMENDATION, recorded_prompts
 
@@ -51,6 +59,8 @@ def merge(
     elif not is_adapter(adapter):
         problems.add(f"--adapter {adapter}: no adapter_config.json there; give the folder of an adapter checkpoint")
     else:
+        if base_model:
+            problems.attempt(read_adapter, adapter)
         base_model = base_model or problems.attempt(base_of_adapter, adapter) or ""
         if base_model:
             checks.check_base(problems, base_model)
@@ -70,13 +80,14 @@ def merge(
         prompts = problems.attempt(recorded_prompts, adapter, flags.get("category", ""), None, RECOMMENDATION)
         catalogue = problems.attempt(read_catalogue, sid_index_path or flags.get("sid_index_path", ""))
         sids = sorted(catalogue.sids) if catalogue else None
-        rows = problems.attempt(_first_rows, eval_file or flags.get("eval_file", ""), sids, sample)
+        titles = bool(prompts) and prompts.need_titles
+        rows = problems.attempt(_first_rows, eval_file or flags.get("eval_file", ""), sids, sample, titles)
     problems.check()
 
     import torch
 
     import lora_utils
-    from minionerec import modeling, sid
+    from minionerec import modeling, sid, vocabulary
     from minionerec.dataset import Encoder
     from minionerec.ranking import rank_prompts
     from minionerec.trainer import writing
@@ -86,9 +97,10 @@ def merge(
     wanted = modeling.saved_dtype(base_model) if dtype == "auto" else getattr(torch, dtype)
 
     def rankings(model) -> list[list[int]]:
-        trie = sid.Trie(sid.sid_sequences(tokenizer, sids), tokenizer.eos_token_id).to(model.device)
-        encoder = Encoder(tokenizer, prompts, flags.get("cutoff_len", 512))
-        task = prompts.tasks[RECOMMENDATION]
+        encoder, task = Encoder(tokenizer, prompts, flags.get("cutoff_len", 512)), prompts.tasks[RECOMMENDATION]
+        remedy = "give the --sid_index_path it was trained with"
+        sequences = vocabulary.sid_responses(encoder, sids, task.ending, catalogue, f"--adapter {adapter}", remedy)
+        trie = sid.Trie(sequences, tokenizer.eos_token_id).to(model.device)
         encoded = encoder.encode_prompts(task, rows, [encoder.cutoff_len - trie.depth] * len(rows))
         return rank_prompts(model.eval(), trie, encoded, tokenizer.pad_token_id, COMPARED, batch_size=8)
 
@@ -121,8 +133,8 @@ def merge(
     return report
 
 
-def _first_rows(path: str, sids: list[str] | None, count: int) -> list[Interaction]:
-    return list(islice(read_interactions(path, "eval_file", sids, titles=False), count))
+def _first_rows(path: str, sids: list[str] | None, count: int, titles: bool) -> list[Interaction]:
+    return list(islice(read_interactions(path, "eval_file", sids, titles), count))
 
 
 if __name__ == "__main__":

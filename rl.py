@@ -12,10 +12,11 @@ resuming, and input that is checked before anything is loaded.
 
 import math
 import os
+from dataclasses import replace
 
 from minionerec import checks, cli
 from minionerec.checkpoint import adapter_type, base_of_adapter, is_adapter, mismatches, read_run
-from minionerec.data import Problems, count_rows, read_catalogue, read_info, read_interactions
+from minionerec.data import Problems, read_catalogue, read_info, read_interactions
 from minionerec.prompts import RECOMMENDATION, RL_TASKS, TASKS, differing_prompts, recorded_prompts
 
 REWARD_TYPES = ("rule", "ranking", "ranking_only", "semantic", "sasrec")
@@ -201,16 +202,25 @@ def train(
     checks.check_resume(problems, resume_from_checkpoint)
     checks.check_gpu_memory(problems, gpu_memory)
     prompts = problems.attempt(recorded_prompts, model_path, category, prompt_file, tasks, RL_TASKS)
+    # Of all tasks, not of this run's alone: a checkpoint is asked for recommendations in the wording that it learnt.
+    wording = prompts and recorded_prompts(model_path, category, prompt_file, default=tuple(TASKS))
+    validation = wording and wording.only(RECOMMENDATION)
     for task in prompts.tasks.values() if prompts else ():
-        if task.response != "{sid}":
+        if task.ending is None:
             problems.add(f"--tasks {tasks}: {task.name} asks for a title; RL rewards items: {', '.join(RL_TASKS)}")
+    endings = {task.ending for task in [*prompts.tasks.values(), *validation.tasks.values()]} if prompts else set()
+    if len(endings - {None}) > 1:
+        problems.add(
+            f"--tasks {tasks}: what follows the SID differs between the responses, of {RECOMMENDATION} too; RL writes "
+            "them all alike"
+        )
     catalogue = problems.attempt(read_catalogue, sid_index_path, item_meta_path)
     sids = problems.attempt(read_info, info_file, catalogue)
     if sids and len(sids) < num_generations:
         problems.add(f"--num_generations {num_generations}: {info_file} has only {len(sids)} different SIDs")
-    titles = bool(prompts) and prompts.need_titles
-    problems.attempt(count_rows, train_file, "train_file", sids, titles)
-    problems.attempt(count_rows, eval_file, "eval_file", sids, titles=False)
+    _, left_out = checks.check_interactions(problems, "train_file", train_file, sids, prompts)
+    left_out += checks.check_interactions(problems, "eval_file", eval_file, sids, validation)[1]
+    left_out += checks.items_left_out(catalogue, prompts, item_meta_path)
     problems.attempt(_check_reward, reward_type, ada_path, cf_path)
     problems.check()
 
@@ -219,15 +229,14 @@ def train(
     from trl import GRPOConfig
 
     import lora_utils
-    from minionerec import __version__, modeling, sid, trainer
+    from minionerec import __version__, modeling, sid, trainer, vocabulary
     from minionerec.dataset import Encoder, item_rows, prompt_dataset
     from minionerec.plots import RL_PANELS
+    from minionerec.probe import prove
     from minionerec.rl_trainer import ReReTrainer
 
     started_from = read_run(model_path)
     method = "qlora" if use_qlora else "lora" if use_lora else "full"
-    # Of all tasks, not of this run's alone: a checkpoint is asked for recommendations in the wording that it learnt.
-    wording = recorded_prompts(model_path, category, prompt_file, default=tuple(TASKS))
     run = {"command": "rl", "method": method, "version": __version__, "flags": flags, "prompts": wording.to_json()}
     set_seed(seed)
     state = modeling.process_state()
@@ -236,27 +245,25 @@ def train(
         config = modeling.load_config(model_path, "model_path")
         lora_utils.find_target_modules(lora_utils.meta_model(config), lora_target_modules)
     tokenizer = modeling.load_tokenizer(model_path)
-    sequences = sid.sid_sequences(tokenizer, sids)
-    unknown = [token for token in catalogue.sid_tokens if token not in tokenizer.get_vocab()]
-    if unknown:
-        raise cli.InputError(
-            f"--model_path {model_path}: its tokenizer lacks {len(unknown)} SID tokens of {sid_index_path}, such as "
-            f"{unknown[0]}; start from a checkpoint that sft.py made with this index"
-        )
     cutoff_len = flags["cutoff_len"] = started_from.get("flags", {}).get("cutoff_len", 512)
     encoder = Encoder(tokenizer, prompts, cutoff_len)
+    asked = Encoder(tokenizer, replace(prompts, tasks={**prompts.tasks, **validation.tasks}), cutoff_len)
+    remedy = f"start from a checkpoint that sft.py made with {sid_index_path}"
+    sequences = vocabulary.sid_responses(asked, sids, endings.pop(), catalogue, f"--model_path {model_path}", remedy)
     # The longest SID, its end included, must fit behind the prompt.
     budget = cutoff_len - sequences.shape[1] - 1
 
     def rows_of(kind: str):
-        return item_rows(catalogue) if kind == "item" else read_interactions(train_file, "train_file", sids, titles)
+        if kind == "item":
+            return item_rows(catalogue)
+        return read_interactions(train_file, "train_file", sids, prompts.need_titles)
 
     train_dataset = prompt_dataset(encoder, rows_of, budget)
     if sample_train:
         train_dataset = train_dataset.shuffle(seed=seed).select(range(int(SAMPLE_SHARE * len(train_dataset))))
-    eval_encoder = Encoder(tokenizer, wording.only(RECOMMENDATION), cutoff_len)
+    eval_encoder = Encoder(tokenizer, validation, cutoff_len)
     eval_dataset = prompt_dataset(
-        eval_encoder, lambda kind: read_interactions(eval_file, "eval_file", sids, titles=False), budget
+        eval_encoder, lambda kind: read_interactions(eval_file, "eval_file", sids, validation.need_titles), budget
     )
     prompts_per_step = train_batch_size * gradient_accumulation_steps * state.num_processes // num_generations
     steps = len(train_dataset) // prompts_per_step * num_train_epochs
@@ -267,7 +274,7 @@ def train(
     notes = differing_prompts(model_path, prompts) if prompt_file else mismatches(model_path, flags, ("category",))
     if from_adapter:
         notes += _how_it_continues(model_path, started_from, flags, adapter)
-    for line in notes:
+    for line in [*left_out, *notes]:
         state.print(line)
     reward_funcs = _reward_functions(reward_type, num_generations, sids, sequences, catalogue, ada_path, cf_path)
     if dry_run:
@@ -309,6 +316,12 @@ def train(
                 use_dora,
                 init_lora_weights,
             )
+
+    # Before the weights are sharded, and for the longest rows that any process can have.
+    beams = max(test_beam, num_generations * 3 // 2, train_batch_size)
+    depth = sequences.shape[1] + 1
+    proof = prove(model, cutoff_len, cutoff_len + beams * depth, f"--model_path {model_path}")
+    state.print(f"decoding: {proof}; completions {'share a row with' if proof.shared else 'each repeat'} their prompt")
 
     if wandb_project:
         os.environ["WANDB_PROJECT"] = wandb_project

@@ -11,7 +11,7 @@ response tokens only, exact resuming, and input that is checked before anything 
 import os
 
 from minionerec import checks, cli
-from minionerec.data import Problems, count_rows, read_catalogue, read_interactions, sample_rows
+from minionerec.data import Problems, read_catalogue, read_interactions, sample_rows
 from minionerec.prompts import load_prompts
 
 
@@ -141,20 +141,20 @@ def train(
         problems.add(f"--tasks {tasks!r}: needs a task on interactions to validate on")
     catalogue = problems.attempt(read_catalogue, sid_index_path, item_meta_path)
     sids = catalogue.sids if catalogue else None
-    train_rows = problems.attempt(
-        count_rows, train_file, "train_file", sids, titles=bool(prompts) and prompts.need_titles
-    )
     eval_prompts = prompts and prompts.for_validation()
-    problems.attempt(count_rows, eval_file, "eval_file", sids, titles=bool(prompts) and eval_prompts.need_titles)
+    train_rows, notes = checks.check_interactions(problems, "train_file", train_file, sids, prompts)
+    notes += checks.check_interactions(problems, "eval_file", eval_file, sids, eval_prompts)[1]
+    notes += checks.items_left_out(catalogue, prompts, item_meta_path)
     problems.check()
 
     import torch
     from transformers import EarlyStoppingCallback, TrainingArguments, set_seed
 
     import lora_utils
-    from minionerec import __version__, modeling, trainer
+    from minionerec import __version__, modeling, trainer, vocabulary
     from minionerec.dataset import Collator, Encoder, item_rows, tokenized_dataset
     from minionerec.plots import SFT_PANELS
+    from minionerec.probe import prove
 
     if adapter:
         lora_utils.find_target_modules(lora_utils.meta_model(modeling.load_config(base_model)), lora_target_modules)
@@ -169,19 +169,25 @@ def train(
             read_interactions(train_file, "train_file", sids, prompts.need_titles), train_rows, sample, seed
         )
 
+    tokenizer = modeling.load_tokenizer(base_model)
+    vocabulary.add_sid_tokens(tokenizer, catalogue.sid_tokens)
+    encoder = Encoder(tokenizer, prompts, cutoff_len)
+    remedy = f"rename the SID tokens in --sid_index_path {sid_index_path}, or take another base"
+    vocabulary.check_sids(encoder, catalogue, f"--base_model {base_model}", remedy)
     if dry_run:
         from minionerec import dryrun
 
-        config, tokenizer = modeling.load_config(base_model), modeling.load_tokenizer(base_model)
-        tokenizer.add_tokens(catalogue.sid_tokens)
+        config = modeling.load_config(base_model)
         sid_token_ids = sorted(tokenizer.convert_tokens_to_ids(catalogue.sid_tokens))
-        return dryrun.sft(flags, config, tokenizer, sid_token_ids, Encoder(tokenizer, prompts, cutoff_len), rows_of)
+        print(*notes, sep="\n", end="\n" if notes else "")
+        return dryrun.sft(flags, config, tokenizer, sid_token_ids, encoder, rows_of)
 
     set_seed(seed)
     state = modeling.process_state()
     run["base_fingerprint"] = modeling.fingerprint(base_model)
     resume = trainer.resume_point(output_dir, resume_from_checkpoint, run, state.print)
-    tokenizer = modeling.load_tokenizer(base_model)
+    for line in notes:
+        state.print(line)
     model = modeling.load_base(
         base_model,
         lora_utils.quantization_config(use_qlora, load_in_8bit),
@@ -189,6 +195,9 @@ def train(
         dtype=modeling.master_dtype() if method == "full" else None,
     )
     sid_token_ids = modeling.add_sid_tokens(model, tokenizer, catalogue.sid_tokens)
+    proof = prove(model, name=f"--base_model {base_model}")  # what cannot be decoded is not worth training
+    if proof.why:
+        state.print(f"decoding: {proof}")
     if adapter:
         config = lora_utils.lora_config(
             model,
@@ -209,7 +218,7 @@ def train(
 
     with state.local_main_process_first():
         train_dataset = tokenized_dataset(
-            Encoder(tokenizer, prompts, cutoff_len),
+            encoder,
             rows_of,
             [train_file, sid_index_path, item_meta_path],
             sample=sample,

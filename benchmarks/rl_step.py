@@ -143,8 +143,7 @@ def ours(connection, way: str, generations: int, micro_batch: int, *settings) ->
             return logps(*args, **kwargs)
 
     trainer._generate_single_turn, trainer._get_per_token_logps_and_entropies = timed_generation, timed_logps
-    examples = [dict(zip(rows, values, strict=True)) for values in zip(*rows.values(), strict=True)]
-    batch = [example for example in examples for _ in range(generations)]
+    batch = [{"row": row} for row in range(len(prompts)) for _ in range(generations)]
 
     def step() -> dict[str, float]:
         phases.clear()

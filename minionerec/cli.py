@@ -47,10 +47,11 @@ class InputError(Exception):
 
 
 class RunError(Exception):
-    """A run that cannot go on, in one line that says what is left and what to do."""
+    """A run that cannot go on, in one line that says what is left and what to do. `everywhere`: all processes of the
+    run raise it."""
 
-    def __init__(self, message: str, exit_code: int = 1):
-        self.exit_code = exit_code
+    def __init__(self, message: str, exit_code: int = 1, everywhere: bool = False):
+        self.exit_code, self.everywhere = exit_code, everywhere
         super().__init__(message)
 
 
@@ -180,13 +181,13 @@ def run(command: Callable[..., object]) -> None:
             serialize=lambda result: None,
         )
     except InputError as error:
-        _complain(script, *error.problems)
+        _complain(script, *error.problems, everywhere=True)
         sys.exit(2)
     except RunError as error:
-        _complain(script, str(error), of_run=True)
+        _complain(script, str(error), of_run=True, everywhere=error.everywhere)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
-        _complain(script, "stopped")
+        _complain(script, "stopped", everywhere=True)
         sys.exit(130)
     except Exception as error:
         if isinstance(error, OSError) and error.errno in CANNOT_WRITE:
@@ -198,10 +199,11 @@ def run(command: Callable[..., object]) -> None:
         sys.exit(1)
 
 
-def _complain(script: str, *problems: str, of_run: bool = False) -> None:
-    """Prints problems: of input from the first process alone, all find the same; of a run from each that fails."""
+def _complain(script: str, *problems: str, of_run: bool = False, everywhere: bool = False) -> None:
+    """Prints problems: from each process that fails, or where they fail `everywhere`, from the first only."""
+    if everywhere and os.environ.get("RANK", "0") != "0":
+        return
     if of_run:
         print(file=sys.stderr)  # a progress bar may stand on the line
     for problem in problems:
-        if of_run or os.environ.get("RANK", "0") == "0":
-            print(f"{script}: error: {problem}", file=sys.stderr)
+        print(f"{script}: error: {problem}", file=sys.stderr)

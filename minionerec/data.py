@@ -92,7 +92,7 @@ def is_text(value: object) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """A catalogue entry. `sid` is the SID's tokens written together."""
+    """A catalogue entry. `sid` is the SID's tokens written together. A missing text is empty."""
 
     sid: str
     title: str
@@ -101,19 +101,21 @@ class Item:
 
 @dataclass(frozen=True)
 class Catalogue:
-    """All items by id, in the order of the index file, and the distinct SID tokens, sorted."""
+    """All items by id, in the order of the index file; the distinct SID tokens, sorted; and the tokens of every SID."""
 
     items: dict[str, Item]
     sid_tokens: list[str]
+    tokens_of: dict[str, list[str]]
 
     @property
     def sids(self) -> set[str]:
-        return {item.sid for item in self.items.values()}
+        return set(self.tokens_of)
 
 
 @dataclass(frozen=True, slots=True)
 class Interaction:
-    """One row of an interactions file: a history, oldest first, and the item that followed. Titles may be absent."""
+    """One row of an interactions file: a history, oldest first, and the item that followed. A missing title is
+    empty."""
 
     sid_history: list[str]
     title_history: list[str]
@@ -151,56 +153,82 @@ def read_catalogue(sid_index_path: str, item_meta_path: str | None = None) -> Ca
     index = _read_json_object(sid_index_path, "sid_index_path")
     metadata = _read_json_object(item_meta_path, "item_meta_path") if item_meta_path is not None else {}
     problems = FileProblems(sid_index_path)
+    tokens_of: dict[str, list[str]] = {}
     for item, tokens in index.items():
         if not isinstance(tokens, list) or not tokens or not all(is_text(t) and t.strip() for t in tokens):
             problems.add(f", item {item!r}", f"expected a list of SID tokens, found {shorten(tokens)}")
+        elif (other := tokens_of.setdefault("".join(tokens), tokens)) != tokens:
+            problems.add(f", item {item!r}", f"{shorten(tokens)} and {shorten(other)} are the same text; rename tokens")
     problems.check()
     problems = FileProblems(item_meta_path or "")
     items = {}
     for item, tokens in index.items():
-        fields = metadata.get(item, {})
-        if not isinstance(fields, dict):
-            problems.add(f", item {item!r}", f"expected an object with a title, found {shorten(fields)}")
-            continue
-        title, description = fields.get("title") or "", fields.get("description") or ""
-        description = _description(description)
-        if not is_text(title) or not is_text(description):
-            name, value = ("description", description) if is_text(title) else ("title", title)
-            problems.add(f", item {item!r}", f"{name} must be text, found {shorten(value)}")
-            continue
-        items[item] = Item("".join(tokens), title.strip(), description)
+        texts = _item_texts(metadata.get(item, {}), item, problems)
+        if texts is not None:
+            items[item] = Item("".join(tokens), *texts)
     problems.check()
-    if metadata and not any(item.title for item in items.values()):
+    if metadata and not any(item.title or item.description for item in items.values()):
         raise InputError(
-            f"--item_meta_path {item_meta_path}: none of the items of {sid_index_path} has a title there; "
-            "do the two files belong together?"
+            f"--item_meta_path {item_meta_path}: none of the items of {sid_index_path} has a title or a description "
+            "there; do the two files belong together?"
         )
-    return Catalogue(items, sorted({token for tokens in index.values() for token in tokens}))
+    return Catalogue(items, sorted({token for tokens in index.values() for token in tokens}), tokens_of)
 
 
 def read_titles_and_descriptions(item_meta_path: str) -> list[str]:
     """The texts of a metadata file, for a tokenizer to learn from."""
     metadata = _read_json_object(item_meta_path, "item_meta_path")
-    items = [fields for fields in metadata.values() if isinstance(fields, dict)]
-    if not items:
+    problems = FileProblems(item_meta_path)
+    texts = [_item_texts(fields, item, problems) for item, fields in metadata.items()]
+    problems.check()
+    texts = [title for title, _ in texts] + [description for _, description in texts]
+    if not any(texts):
         raise InputError(
-            f"--item_meta_path {item_meta_path}: no item has a title and a description; is it the metadata?"
+            f"--item_meta_path {item_meta_path}: no item has a title or a description; is it the metadata?"
         )
-    texts = [str(fields.get("title") or "") for fields in items]
-    texts += [_description(fields.get("description") or "") for fields in items]
-    return [text for text in texts if is_text(text)]
+    return texts
 
 
-def _description(value: object) -> str:
-    """A description as one text; published files often hold the text of a list of paragraphs."""
+def _item_texts(fields: object, item: str, problems: FileProblems) -> tuple[str, str] | None:
+    """Title and description of an entry of the metadata, or None where one is no text, which `problems` then holds."""
+    if not isinstance(fields, dict):
+        problems.add(f", item {item!r}", f"expected an object with a title, found {shorten(fields)}")
+        return None
+    title, description = _text(fields.get("title")), _description(fields.get("description"))
+    if title is not None and description is not None:
+        return title, description
+    name = "title" if title is None else "description"
+    problems.add(
+        f", item {item!r}",
+        f"{name} must be text or a list of texts, found {shorten(fields[name])}; write null where there is none",
+    )
+    return None
+
+
+# What Python writes for a float that is not a number, and so pandas for a missing text that was turned into one.
+NAN = "nan"
+
+
+def _text(value: object) -> str | None:
+    """The text of a JSON value, empty for null, NaN and "nan"; the texts of a list are joined. None for anything else,
+    such as an object or a number."""
+    if isinstance(value, list):
+        parts = [_text(part) for part in value if not isinstance(part, list)]  # no list in a list
+        return " ".join(filter(None, parts)) if len(parts) == len(value) and None not in parts else None
+    if value is None or value != value:
+        return ""
+    if not is_text(value):
+        return None
+    value = value.strip()
+    return "" if value == NAN else value
+
+
+def _description(value: object) -> str | None:
+    """`_text` of a description; published files often hold the text of a list of paragraphs."""
     if isinstance(value, str) and value.startswith("[") and value.endswith("]"):
-        try:
-            value = ast.literal_eval(value)
-        except (ValueError, SyntaxError, MemoryError, RecursionError):
-            return value
-    if isinstance(value, (list, tuple)):
-        return " ".join(str(part).strip() for part in value if str(part).strip())
-    return str(value).strip()
+        parts = _list_cell(value, missing=True)
+        return _text(value if parts is None else parts)
+    return _text(value)
 
 
 def read_info(path: str, catalogue: Catalogue | None = None) -> list[str]:
@@ -243,15 +271,26 @@ _PLAIN_TEXT = re.compile(_TEXT)
 _PLAIN_LIST = re.compile(rf"\[{_TEXT}(?:, {_TEXT})*\]")
 
 
-def _list_cell(text: str) -> list[str] | None:
-    """The texts of a list cell, or None where the cell is no list of texts."""
+def _list_cell(text: str, missing: bool = False) -> list[str] | None:
+    """The texts of a list cell, or None where the cell is no list of texts. With `missing`, None and nan, as Python
+    writes them, are empty texts."""
     if _PLAIN_LIST.fullmatch(text):
         return [part[1:-1] for part in _PLAIN_TEXT.findall(text)]
     try:
-        value = ast.literal_eval(text)
-    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        if not missing:
+            value = ast.literal_eval(text)
+        elif isinstance(body := ast.parse(text.lstrip(" \t"), mode="eval").body, ast.List):
+            value = ["" if _is_missing(part) else ast.literal_eval(part) for part in body.elts]
+        else:
+            return None
+    except (ValueError, SyntaxError, MemoryError, RecursionError, TypeError):
         return None
     return value if isinstance(value, list) and all(map(is_text, value)) else None
+
+
+def _is_missing(node: ast.expr) -> bool:
+    """Whether an element of a list is None or nan."""
+    return (isinstance(node, ast.Constant) and node.value is None) or (isinstance(node, ast.Name) and node.id == NAN)
 
 
 def read_interactions(
@@ -304,7 +343,7 @@ def _interaction(
             return None, f"the row ends before column {column}"
     sid = row["item_sid"].strip()
     sid_history = _list_cell(row["history_item_sid"])
-    title_history = _list_cell(row["history_item_title"]) if titles else []
+    title_history = _list_cell(row["history_item_title"], missing=True) if titles else []
     for column, value in (("history_item_sid", sid_history), ("history_item_title", title_history)):
         if value is None:
             return None, f"{column} must be a list of texts such as ['a', 'b'], found {shorten(row[column])}"
@@ -318,7 +357,10 @@ def _interaction(
                 return None, f"SID {shorten(value)} is not in the index or info file"
     elif not sid:
         return None, "item_sid is empty"
-    return Interaction(sid_history, title_history, sid, row["item_title"].strip() if titles else ""), None
+    title = row["item_title"].strip() if titles else ""
+    if NAN in title_history:
+        title_history = ["" if text == NAN else text for text in title_history]
+    return Interaction(sid_history, title_history, sid, "" if title == NAN else title), None
 
 
 def count_rows(path: str, flag: str, sids: Iterable[str] | None = None, titles: bool = True) -> int:

@@ -31,9 +31,12 @@ def say_tasks(encoder: Encoder, rows_of: Callable[[str], Iterable]) -> tuple[int
     for task in encoder.prompts.tasks.values():
         lengths, responses = [], []
         for rows in batches(rows_of(task.rows), BATCH_ROWS):
-            for prompt, response in encoder.encode(task, rows):
+            for prompt, response in encoder.encode(task, list(filter(task.suits, rows))):
                 lengths.append(len(prompt) + len(response))
                 responses.append(len(response))
+        if not lengths:  # every row lacks a text of the task
+            print(f"{task.name:<32}{0:>10}{task.weight:>8}")
+            continue
         lengths.sort()
         print(
             f"{task.name:<32}{len(lengths):>10,}{task.weight:>8}{median(lengths):>16.0f}"

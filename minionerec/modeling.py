@@ -6,38 +6,57 @@ import os
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 from transformers.utils import logging as transformers_logging
 
+from minionerec import vocabulary
 from minionerec.cli import InputError
 
 
 def load_tokenizer(path: str):
     """The tokenizer of a checkpoint; padding falls back to the end-of-sequence token.
 
-    Raises InputError where there is none, or one without an end-of-sequence token or a fast implementation.
+    Texts keep their length: a truncation or padding that the checkpoint has switched on is off here. Raises InputError
+    where there is none, or one without an end-of-sequence token or a fast implementation.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError) as error:
+        tokenizer = _as_its_file_says(AutoTokenizer.from_pretrained(path), path)
+    except Exception as error:  # what `tokenizers` raises at a damaged file has no type of its own
         raise InputError(f"{path}: no tokenizer can be loaded: {_first_line(error)}") from None
     if tokenizer.eos_token_id is None or not tokenizer.is_fast:
         raise InputError(f"{path}: the tokenizer must be a fast one with an end-of-sequence token")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.backend_tokenizer.no_truncation()
+    tokenizer.backend_tokenizer.no_padding()
     return tokenizer
+
+
+def _as_its_file_says(tokenizer, path: str):
+    """The tokenizer of tokenizer.json where transformers 5 replaced it. Next to a qwen2 config it loads a tokenizer of
+    the generic class as Qwen2's, over bytes: a vocabulary without bytes then loses spaces and line feeds."""
+    generic = ("TokenizersBackend", "PreTrainedTokenizerFast")
+    if type(tokenizer).__name__ in generic or get_tokenizer_config(path).get("tokenizer_class") not in generic:
+        return tokenizer
+    of_file = PreTrainedTokenizerFast.from_pretrained(path)
+    return tokenizer if "ByteLevel" in repr(of_file.backend_tokenizer.pre_tokenizer) else of_file
 
 
 def load_config(path: str, flag: str = "base_model"):
     """The configuration of a base model, which `flag` named. Raises InputError where none can be loaded."""
     try:
-        return AutoConfig.from_pretrained(path)
+        config = AutoConfig.from_pretrained(path)
     except (OSError, ValueError) as error:
         raise InputError(
             f"--{flag} {path}: no model configuration can be loaded; there is no such folder with a "
             f"config.json, and no hub model of this name can be reached: {_first_line(error)}"
         ) from None
+    if hasattr(config, "rescale_every"):
+        # In evaluation RWKV divides weights, where they stand: adapters would not fit them, checkpoints would keep it.
+        config.rescale_every = 0
+    return config
 
 
 def _first_line(error: BaseException) -> str:
@@ -196,10 +215,11 @@ def add_sid_tokens(model, tokenizer, sid_tokens: list[str]) -> list[int]:
     """Adds SID tokens to the tokenizer and rows for them to the model, and returns the ids of the rows to train: those
     of the SID tokens, and any other that the model did not have before. Sorted.
 
-    Tokens the tokenizer knows keep their ids; each new one becomes a single token.
+    Tokens the tokenizer knows keep their ids; each new one becomes a single token. Raises InputError as
+    `vocabulary.add_sid_tokens` does.
     """
     had = model.get_input_embeddings().weight.shape[0]
-    tokenizer.add_tokens(sid_tokens)
+    vocabulary.add_sid_tokens(tokenizer, sid_tokens)
     fit_embeddings(model, tokenizer)
     return sorted({*tokenizer.convert_tokens_to_ids(sid_tokens), *range(had, len(tokenizer))})
 

@@ -3,15 +3,20 @@
 A prompt file (`--prompt_file`, JSON) replaces any part of the wording:
 
     {"template": "{instruction}\\n{input}\\nAnswer:\\n",
-     "tasks": {"sid_history_to_sid": {"instruction": "...", "input": "...", "weight": 2}}}
+     "tasks": {"sid_history_to_sid": {"instruction": "...", "input": "...", "response": "{sid}\\n", "weight": 2}}}
+
+What a checkpoint recorded passes the checks of a prompt file.
 """
 
 import json
+import os
 import string
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 
-from minionerec.checkpoint import read_run
+from minionerec.checkpoint import RUN_FILE, read_run
 from minionerec.cli import InputError
+from minionerec.data import Interaction, Item, Problems, is_text, shorten
 
 # How the categories of the public MiniOneRec release are spoken of; any other text is used as it stands.
 CATEGORIES = {
@@ -30,7 +35,8 @@ class Task:
 
     `rows` says what a row is: an "interaction" of a CSV file, or an "item" of the catalogue. `input` and `response`
     are format strings over the fields of that row: {sid_history}, {title_history}, {sid}, {title}, {description}.
-    `weight` is how many times an epoch runs over the task.
+    A response with a SID begins with it and may end with a fixed text. `weight` is how many times an epoch runs over
+    the task.
     """
 
     name: str
@@ -39,6 +45,28 @@ class Task:
     input: str
     response: str
     weight: int = 1
+
+    @property
+    def ending(self) -> str | None:
+        """The fixed text after the SID of the response, or None where the task answers with something else."""
+        (before, field, *_), *rest = [*string.Formatter().parse(self.response)] or [("", None)]
+        if before or field != "sid" or any(field is not None for _, field, *_ in rest):
+            return None
+        return "".join(text for text, *_ in rest)
+
+    @cached_property
+    def fields(self) -> frozenset[str]:
+        """The fields of a row that the task reads or writes."""
+        return frozenset(_fields(self.input + self.response))
+
+    def suits(self, row: Interaction | Item) -> bool:
+        """Whether a row has every text that the task reads or writes; a history needs one title."""
+        names = self.fields
+        return (
+            ("title" not in names or bool(row.title))
+            and ("description" not in names or bool(row.description))
+            and ("title_history" not in names or any(map(str.strip, row.title_history)))
+        )
 
 
 TEMPLATE = "{instruction}\n{input}\nAnswer:\n"
@@ -128,8 +156,9 @@ class Prompts:
     @property
     def need_titles(self) -> bool:
         """Whether a task on interactions reads or writes titles."""
-        tasks = [task for task in self.tasks.values() if task.rows == "interaction"]
-        return any("title" in name for task in tasks for name in _field_names(task.input + task.response))
+        return any(
+            "title" in name for task in self.tasks.values() if task.rows == "interaction" for name in task.fields
+        )
 
     def for_validation(self) -> "Prompts":
         """The recommendation task alone; where it is not trained, the other tasks on interactions."""
@@ -145,55 +174,108 @@ class Prompts:
         return {"template": self.template, "category": self.category, "tasks": [asdict(t) for t in self.tasks.values()]}
 
     @staticmethod
-    def from_json(data: dict) -> "Prompts":
-        tasks = [Task(**task) for task in data["tasks"]]
-        return Prompts(data["template"], {task.name: task for task in tasks}, data["category"])
+    def from_json(data: object, place: str = "prompts") -> "Prompts":
+        """What `to_json` gave. Raises InputError, naming `place`, where it would not do as a prompt file."""
+        if not isinstance(data, dict) or set(data) != {"template", "category", "tasks"}:
+            raise InputError(f"{place}: expected an object of template, category and tasks")
+        _check_template(data["template"], place)
+        _check_text(data["category"], f"{place}: category")
+        if not isinstance(data["tasks"], list) or not all(isinstance(task, dict) for task in data["tasks"]):
+            raise InputError(f"{place}: tasks must be a list of objects")
+        problems, tasks = Problems(), {}
+        for task in data["tasks"]:
+            name, kind = task.get("name"), task.get("rows")
+            known = TASKS.get(name) if isinstance(name, str) else None
+            if known is None or kind != known.rows or name in tasks:
+                problems.add(f"{place}: task {_shown(name)} on rows {_shown(kind)} is unknown or there twice")
+            else:
+                wording = {key: value for key, value in task.items() if key not in ("name", "rows")}
+                tasks[name] = problems.attempt(_override, known, wording, place)
+        problems.check()
+        return Prompts(data["template"], tasks, data["category"])
 
 
-def _field_names(text: str) -> set[str]:
-    """The fields of a format string. Raises ValueError where it is none, or says how to format a field."""
-    names = set()
+MOST_TEXT = 10_000  # characters of a template, instruction, input, response or category
+MOST_REPEATS = 10  # of one field in a text
+MOST_WEIGHT = 100
+
+
+def _shown(value: object) -> str:
+    return shorten(value, 60)
+
+
+def _check_text(text: object, what: str) -> None:
+    if not is_text(text):
+        raise InputError(f"{what} must be text, not {_shown(text)}")
+    if len(text) > MOST_TEXT:
+        raise InputError(f"{what} has {len(text):,} characters; {MOST_TEXT:,} are the most")
+
+
+def _check_template(template: object, place: str) -> None:
+    _check_text(template, f"{place}: template")
+    try:
+        named = sorted(_fields(template))
+    except ValueError:
+        named = []
+    if named != ["input", "instruction"]:
+        raise InputError(f"{place}: template must contain {{instruction}} and {{input}}, each once, and no other field")
+
+
+def _fields(text: str) -> list[str]:
+    """The fields of a format string, in order. Raises ValueError where it is none, or says how to format a field."""
+    names = []
     for _, name, spec, conversion in string.Formatter().parse(text):
         if spec or conversion:
-            raise ValueError(f"write {{{name}}} without a conversion or format")
+            raise ValueError(f"write {shorten(name, 60)} without a conversion or format")
         if name is not None:
-            names.add(name)
+            names.append(name)
     return names
 
 
-def _override(task: Task, changes: object, path: str) -> Task:
+def _override(task: Task, changes: object, place: str) -> Task:
+    """The task with another wording. Raises InputError, naming `place`, for one that cannot be used."""
     if not isinstance(changes, dict):
-        raise InputError(f"{path}: task {task.name!r} must be an object of instruction, input, response or weight")
+        raise InputError(f"{place}: task {task.name!r} must be an object of instruction, input, response or weight")
     unknown = set(changes) - {"instruction", "input", "response", "weight"}
     if unknown:
-        raise InputError(f"{path}: task {task.name!r} has unknown keys {sorted(unknown)}")
+        raise InputError(f"{place}: task {task.name!r} has unknown keys {_shown(sorted(unknown))}")
     weight = changes.get("weight", task.weight)
-    if not isinstance(weight, int) or isinstance(weight, bool) or weight < 1:
-        raise InputError(f"{path}: the weight of task {task.name!r} must be a whole number above 0, not {weight!r}")
-    for key in {"instruction", "input", "response"} & set(changes):
-        if not isinstance(changes[key], str):
-            raise InputError(f"{path}: {key} of task {task.name!r} must be text")
+    if type(weight) is not int or not 1 <= weight <= MOST_WEIGHT:
+        raise InputError(
+            f"{place}: the weight of task {task.name!r} must be a whole number from 1 to {MOST_WEIGHT}, not "
+            f"{_shown(weight)}"
+        )
+    for key in ("instruction", "input", "response"):
+        _check_text(changes.get(key, ""), f"{place}: {key} of task {task.name!r}")
+    new = replace(task, **changes)
     allowed = {
         "interaction": {"sid_history", "title_history", "sid", "title"},
         "item": {"sid", "title", "description"},
     }[task.rows]
-    if task.response == "{sid}" and changes.get("response", "{sid}") != "{sid}":
-        raise InputError(
-            f"{path}: response of task {task.name!r} must stay {{sid}}: a SID is decoded right behind the prompt; "
-            "other words go into the template"
-        )
-    # The answer may not stand in the question: a history task sees the target in its response alone.
-    targets = {"sid", "title"} if task.rows == "interaction" else set()
-    new = replace(task, **changes)
-    for key, names in (("input", allowed - targets), ("response", allowed)):
+    named: dict[str, list[str]] = {}
+    for key in ("response", "input"):
+        # The answer may not stand in the question: no task shows what it asks for, one on interactions nothing of it.
+        hidden = {"sid", "title"} if task.rows == "interaction" else set(named.get("response", ()))
+        names = allowed - hidden if key == "input" else allowed
         try:
-            unknown = _field_names(getattr(new, key)) - names
+            named[key] = _fields(getattr(new, key))
         except ValueError as error:
-            raise InputError(f"{path}: {key} of task {task.name!r} is no format string: {error}") from None
+            raise InputError(f"{place}: {key} of task {task.name!r} is no format string: {error}") from None
+        unknown = set(named[key]) - names
         if unknown:
             raise InputError(
-                f"{path}: {key} of task {task.name!r} names unknown fields {sorted(unknown)}; there are {sorted(names)}"
+                f"{place}: {key} of task {task.name!r} names unknown fields {_shown(sorted(unknown))}; there are "
+                f"{sorted(names)}"
             )
+        if any(named[key].count(name) > MOST_REPEATS for name in names):
+            raise InputError(f"{place}: {key} of task {task.name!r} names a field more than {MOST_REPEATS} times")
+    if not named["response"]:
+        raise InputError(f"{place}: response of task {task.name!r} names no field; it must answer with one")
+    if task.ending is not None and new.ending is None:
+        raise InputError(
+            f"{place}: response of task {task.name!r} must begin with {{sid}}, and at most a fixed text may follow it: "
+            "a SID is decoded right after the prompt; other words go into the template"
+        )
     return new
 
 
@@ -210,23 +292,21 @@ def load_prompts(
         try:
             with open(prompt_file, encoding="utf-8") as file:
                 data = json.load(file)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise InputError(f"--prompt_file {prompt_file}: cannot be read as JSON: {error}") from None
         if not isinstance(data, dict) or set(data) - {"template", "tasks"}:
             raise InputError(f"--prompt_file {prompt_file}: expected an object with template and tasks")
         template = data.get("template", template)
-        try:
-            named = _field_names(template) if isinstance(template, str) else set()
-        except ValueError:
-            named = set()
-        if named != {"instruction", "input"}:
-            raise InputError(f"--prompt_file {prompt_file}: template must contain {{instruction}} and {{input}} alone")
+        _check_template(template, f"--prompt_file {prompt_file}")
         if not isinstance(data.get("tasks", {}), dict):
             raise InputError(f"--prompt_file {prompt_file}: tasks must be an object of task names")
+        problems = Problems()
         for name, changes in data.get("tasks", {}).items():
-            if name not in table:
-                raise InputError(f"--prompt_file {prompt_file}: unknown task {name!r}; there are {', '.join(table)}")
-            table[name] = _override(table[name], changes, f"--prompt_file {prompt_file}")
+            if name in table:
+                table[name] = problems.attempt(_override, table[name], changes, f"--prompt_file {prompt_file}")
+            else:
+                problems.add(f"--prompt_file {prompt_file}: unknown task {_shown(name)}; there are {', '.join(table)}")
+        problems.check()
     if tasks != "all":
         chosen = [name.strip() for name in tasks.split(",") if name.strip()]
         unknown = [name for name in chosen if name not in table]
@@ -244,22 +324,39 @@ def recorded_prompts(
 ) -> Prompts:
     """The wording a later command uses with a checkpoint: of `prompt_file` where one is given, else what the checkpoint
     recorded, else the table above. Tasks it was not trained on come in the built-in wording, but in its own template
-    and category."""
+    and category, and with what it writes after a SID."""
     recorded = read_run(checkpoint).get("prompts")
     if not category.strip() and recorded is None:
         recorded_none = f", and {checkpoint} recorded none" if checkpoint else ""
         raise InputError(f"--category is missing{recorded_none}; say what the items are")
-    prompts = load_prompts(category or recorded["category"], prompt_file, tasks, default)
-    if prompt_file or recorded is None:
+    known = None if recorded is None or (prompt_file and category.strip()) else _read_recorded(recorded, checkpoint)
+    prompts = load_prompts(category or known.category, prompt_file, tasks, default)
+    if prompt_file or known is None:
         return prompts
-    known = Prompts.from_json(recorded)
-    return replace(known, tasks={name: known.tasks.get(name, task) for name, task in prompts.tasks.items()})
+    responses = {task.response for task in known.tasks.values() if task.ending is not None}
+    tasks = {}
+    for name, task in prompts.tasks.items():
+        if task.ending is not None and len(responses) == 1:
+            task = replace(task, response=next(iter(responses)))
+        tasks[name] = known.tasks.get(name, task)
+    return replace(known, tasks=tasks)
+
+
+def _read_recorded(recorded: object, checkpoint: str) -> Prompts:
+    try:
+        return Prompts.from_json(recorded, f"{os.path.join(checkpoint, RUN_FILE)}, prompts")
+    except InputError as error:
+        remedy = "correct it there, or give rl.py and evaluate.py --category and a --prompt_file"
+        raise InputError([f"{problem}; {remedy}" for problem in error.problems]) from None
 
 
 def differing_prompts(checkpoint: str, prompts: Prompts) -> list[str]:
     """A warning, or none, where a checkpoint was trained with another wording of the tasks that it shares."""
     recorded = read_run(checkpoint).get("prompts")
-    known = Prompts.from_json(recorded) if recorded else prompts
+    try:
+        known = _read_recorded(recorded, checkpoint) if recorded else prompts
+    except InputError as error:
+        return [f"warning: {problem}" for problem in error.problems]
     differ = [name for name, task in prompts.tasks.items() if known.tasks.get(name, task) != task]
     if not differ and known.template == prompts.template:
         return []

@@ -8,6 +8,7 @@ from tqdm import tqdm
 
 from minionerec.cli import RunError
 from minionerec.dataset import left_padded
+from minionerec.probe import prove
 from minionerec.sid import Trie, constrained_beam_search
 
 
@@ -29,6 +30,9 @@ def rank_prompts(
         length_penalty: beam scores are divided by their length to this power.
     """
     state = PartialState()
+    longest = max(map(len, prompts), default=0)
+    if not prove(model, longest, longest + min(num_beams, len(trie)) * trie.depth).padding:
+        batch_size = 1  # so that every process runs as many forward passes as the others
     # Prompts of similar length share a batch; the processes take turns, so that each gets short and long ones.
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]

@@ -13,12 +13,14 @@ from collections import Counter
 from collections.abc import Sequence
 from contextlib import contextmanager
 
+import numpy as np
 import torch
 from accelerate.utils import is_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 from trl import GRPOTrainer
 from trl.models import unwrap_model_for_generation
+from trl.models.utils import prepare_deepspeed, prepare_fsdp
 from trl.trainer.callbacks import SyncRefModelCallback
 from trl.trainer.utils import RepeatSampler, disable_dropout_in_model, split_tensor_dict, use_adapter
 
@@ -28,6 +30,7 @@ from minionerec.dataset import left_padded
 from minionerec.logprobs import completion_logps
 from minionerec.metrics import rank_of, ranking_metrics
 from minionerec.ranking import rank_prompts
+from minionerec.sharding import gathered, overwrite, whole_tensors
 from minionerec.sid import Trie, constrained_beam_search, constrained_sample
 from minionerec.trainer import DurableRun
 
@@ -124,16 +127,40 @@ class ReReTrainer(DurableRun, GRPOTrainer):
             # FSDP rounds every weight of the policy, autocast those of matmuls. DeepSpeed's is in 16 bits already.
             if not self.is_deepspeed_enabled:
                 lora_utils.round_weights(reference, modeling.compute_dtype(), all_of_them=self.is_fsdp_enabled)
-            self.ref_model = self.accelerator.prepare_model(reference, evaluation_mode=True)
+            if modeling.shares_weights_out():  # as the policy's: one card may not hold them
+                prepare = prepare_deepspeed if self.is_deepspeed_enabled else prepare_fsdp
+                self.ref_model = prepare(reference, self.accelerator)
+            else:
+                self.ref_model = self.accelerator.prepare_model(reference, evaluation_mode=True)
         if sync and self.ref_model is not None:
             self.add_callback(SyncRefModelCallback(self.ref_model, self.accelerator))
         elif sync and self.reference_adapter:
             self.add_callback(_SyncReferenceAdapter(self.reference_adapter))
 
+    # --- Rows ---------------------------------------------------------------------------------------------------------
+
+    def _get_dataloader(self, dataset, *args, is_training: bool = False, **kwargs):
+        """TRL's, of row numbers in training: pinning and moving a batch walk through every list in it, int by int, and
+        each prompt is there once for every completion."""
+        rows = _RowNumbers(len(dataset)) if is_training else dataset
+        return super()._get_dataloader(rows, *args, is_training=is_training, **kwargs)
+
+    def look_up(self, batch: list[dict]) -> list[dict]:
+        """The examples that TRL's methods and the rewards take, for a batch of the training's data loader. The
+        completions of a prompt share one."""
+        numbers = list(dict.fromkeys(example["row"] for example in batch))
+        columns = self.train_dataset[numbers]
+        examples = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+        example_of = dict(zip(numbers, examples, strict=True))
+        return [example_of[example["row"]] for example in batch]
+
     # --- Completions --------------------------------------------------------------------------------------------------
 
     def _tokenize_prompts(self, prompts: list):
-        return prompts, None, {}  # the dataset holds token ids already
+        """The dataset holds token ids already. As arrays, which become tensors at once; the completions of a prompt
+        share its list."""
+        array_of = {id(prompt): np.array(prompt, dtype=np.int64) for prompt in prompts}
+        return [array_of[id(prompt)] for prompt in prompts], None, {}
 
     def _generate_and_score_completions(self, inputs):
         self._targets = [self.tokens_of[example["target"]] for example in inputs]
@@ -182,11 +209,9 @@ class ReReTrainer(DurableRun, GRPOTrainer):
 
     def _prepare_inputs(self, generation_batch):
         """TRL's, with a shuffle that moves whole groups: scattered ones would share no prompt."""
-        if not self.model.training:
-            return self._generate_and_score_completions(generation_batch)
         steps = self.args.steps_per_generation
         if self._step % (steps * self.num_iterations) == 0 or self._buffered_inputs is None:
-            batch = self._generate_and_score_completions(generation_batch)
+            batch = self._generate_and_score_completions(self.look_up(generation_batch))
             group = self.num_generations
             order = torch.randperm(len(batch["advantages"]) // group, device=batch["advantages"].device)
             rows = (order.unsqueeze(1) * group + torch.arange(group, device=order.device)).flatten()
@@ -206,6 +231,15 @@ class ReReTrainer(DurableRun, GRPOTrainer):
 
     # --- Loss ---------------------------------------------------------------------------------------------------------
 
+    def training_step(self, *args, **kwargs):
+        loss = super().training_step(*args, **kwargs)
+        if self.mask_all_zero and not self._passes_are_collective() and self.accelerator.sync_gradients:
+            # Where no group counted, no pass was made: the gradient is zero, as it is in a run of several processes.
+            for parameter in self.model.parameters():
+                if parameter.requires_grad and parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+        return loss
+
     def _get_per_token_logps_and_entropies(
         self, model, input_ids, attention_mask, logits_to_keep, batch_size=None, compute_entropy=False, **kwargs
     ):
@@ -214,25 +248,34 @@ class ReReTrainer(DurableRun, GRPOTrainer):
         mask = attention_mask[:, width:].bool()
         logps = torch.zeros(mask.shape, device=mask.device)
         entropies = torch.zeros_like(logps)
-        kept = mask.any(dim=1).nonzero().squeeze(1)
-        if torch.is_grad_enabled() and not len(kept):
-            if self.accelerator.num_processes == 1:
-                return logps.requires_grad_(), entropies, None
-            kept = torch.arange(self.num_generations, device=mask.device)  # the other processes wait for its gradients
-        for rows in kept.split(batch_size or len(kept)) if len(kept) else ():
+        for rows in torch.arange(len(mask), device=mask.device).split(batch_size or len(mask)):
+            kept = rows[mask[rows].any(dim=1)]
+            if not len(kept):
+                if not self._passes_are_collective():
+                    continue
+                kept = rows[: self.num_generations]  # masked: they add nothing, but the other processes wait
             with self.accelerator.autocast():
                 values, entropy = completion_logps(
                     model,
-                    input_ids[rows, :width],
-                    attention_mask[rows, :width],
-                    input_ids[rows, width:],
-                    mask[rows],
+                    input_ids[kept, :width],
+                    attention_mask[kept, :width],
+                    input_ids[kept, width:],
+                    mask[kept],
                     self.temperature,
                     self.accelerator.unwrap_model(model),
                 )
-            logps = logps.index_copy(0, rows, values)
-            entropies = entropies.index_copy(0, rows, entropy)
+            logps = logps.index_copy(0, kept, values)
+            entropies = entropies.index_copy(0, kept, entropy)
+        if torch.is_grad_enabled() and not logps.requires_grad:  # no pass was made
+            logps.requires_grad_()
         return logps, entropies, None
+
+    def _passes_are_collective(self) -> bool:
+        """Whether all processes must make the same passes through the model: every one where weights are sharded, and
+        those with a backward pass, whose gradients are averaged, wherever there are several processes. DeepSpeed steps
+        with gradients only."""
+        several = self.accelerator.num_processes > 1 or self.is_deepspeed_enabled
+        return modeling.shares_weights_out() or (torch.is_grad_enabled() and several)
 
     def _compute_loss(self, model, inputs):
         """TRL's, which asks the reference for every completion before it knows the advantages; here it is asked now,
@@ -275,7 +318,7 @@ class ReReTrainer(DurableRun, GRPOTrainer):
             rankings = rank_prompts(
                 self.accelerator.unwrap_model(self.model),
                 self.trie,
-                list(dataset["prompt"]),
+                dataset["prompt"][:],
                 self._tokenizer.pad_token_id,
                 self.test_beam,
                 self.test_batch_size,
@@ -300,7 +343,7 @@ class ReReTrainer(DurableRun, GRPOTrainer):
     def create_model_card(self, *args, **kwargs) -> None:
         """TRL writes one into the output folder with every checkpoint; ours is the recorded configuration."""
 
-    def _reference_tensors(self) -> dict[str, torch.Tensor]:
+    def _moving_reference(self) -> dict[str, torch.nn.Parameter]:
         """The reference where it moves with the policy (`sync_ref_model`), else nothing."""
         if not self.args.sync_ref_model:
             return {}
@@ -308,23 +351,32 @@ class ReReTrainer(DurableRun, GRPOTrainer):
             return dict(self.accelerator.unwrap_model(self.ref_model).named_parameters())
         return lora_utils.adapter_parameters(self.accelerator.unwrap_model(self.model), self.reference_adapter)
 
-    def _save_checkpoint(self, model, trial):
-        # Before the trainer state, which is written last: a checkpoint that has one is complete.
-        tensors = self._reference_tensors()
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        tensors = whole_tensors(self._moving_reference())
         if tensors and self.args.should_save:
-            folder = os.path.join(self.args.output_dir, f"checkpoint-{self.state.global_step}")
-            os.makedirs(folder, exist_ok=True)
-            detached = {name: tensor.detach().clone().contiguous() for name, tensor in tensors.items()}
-            save_file(detached, os.path.join(folder, REFERENCE_FILE))
-        super()._save_checkpoint(model, trial)
+            with self._writing_checkpoint():
+                save_file(tensors, os.path.join(output_dir, REFERENCE_FILE))
+        super()._save_optimizer_and_scheduler(output_dir)
 
-    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        tensors = self._reference_tensors()
-        if tensors:
-            saved = load_file(os.path.join(resume_from_checkpoint, REFERENCE_FILE))
-            for name, tensor in tensors.items():
-                tensor.data.copy_(saved[name])
+    def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        reference = self._moving_reference()
+        if reference and resume_from_checkpoint:
+            overwrite(reference, load_file(os.path.join(resume_from_checkpoint, REFERENCE_FILE)))
+        return prepared
+
+
+class _RowNumbers(torch.utils.data.Dataset):
+    """`count` rows, of which each holds its number only."""
+
+    def __init__(self, count: int):
+        self.count = count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, row: int) -> dict[str, int]:
+        return {"row": row}
 
 
 class _PromptSampler(RepeatSampler):
@@ -348,5 +400,7 @@ class _SyncReferenceAdapter(TrainerCallback):
     def on_step_end(self, args, state, control, model=None, **kwargs):
         if state.global_step % args.ref_model_sync_steps == 0:
             reference = lora_utils.adapter_parameters(model, self.reference)
-            for name, policy in lora_utils.adapter_parameters(model, "default").items():
-                reference[name].data.lerp_(policy.data, args.ref_model_mixup_alpha)
+            policy = lora_utils.adapter_parameters(model, "default")
+            with gathered(policy.values()), gathered(reference.values(), write=True):
+                for name, parameter in policy.items():
+                    reference[name].data.lerp_(parameter.data, args.ref_model_mixup_alpha)

@@ -105,12 +105,21 @@ def save(model: SASRec, folder: str) -> None:
 
 
 def load(folder: str) -> SASRec:
-    """The model of a folder, in evaluation mode. Raises InputError where there is none."""
+    """The model of a folder, in evaluation mode. Raises InputError where there is none, or where the settings do not
+    fit the weights; nothing is allocated for sizes that only the settings name."""
     try:
         with open(os.path.join(folder, CONFIG), encoding="utf-8") as file:
             data = json.load(file)
-        model = SASRec(data["sids"], **data["settings"])
-        model.load_state_dict(load_file(os.path.join(folder, WEIGHTS)))
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
-        raise InputError(f"--cf_path {folder}: no SASRec model can be loaded: {error}") from None
+        sids, settings = data["sids"], data["settings"]
+        weights = load_file(os.path.join(folder, WEIGHTS))
+        if not isinstance(sids, list) or not all(isinstance(sid, str) for sid in sids):
+            raise ValueError("sids must be a list of texts")
+        if not 0 < settings["layers"] <= len(weights):
+            raise ValueError(f"{settings['layers']} layers are not those of the weights")
+        with torch.device("meta"):
+            model = SASRec(sids, **settings)
+        model.load_state_dict(weights, assign=True)
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, ArithmeticError, AssertionError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise InputError(f"--cf_path {folder}: no SASRec model can be loaded: {reason}; make it again") from None
     return model.eval()

@@ -4,10 +4,14 @@ Dimensions: `B` prompts, `K` beams, `P` prompt tokens, `V` vocabulary, `S` SIDs,
 end-of-sequence token, `C` children of the widest trie node at one depth, `T` tokens written by all beams so far.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
+import tokenizers
 import torch
+
+from minionerec.beams import CopiedBeams, TreeBeams
+from minionerec.probe import prove
 
 PAD = -1  # after the end of a sequence that is shorter than D
 
@@ -107,13 +111,12 @@ def _padded(sequences: Sequence[Sequence[int]] | np.ndarray, eos_token_id: int) 
     return rows
 
 
-def sid_sequences(tokenizer, sids: Sequence[str]) -> np.ndarray:
-    """Token ids of SIDs as [S, D - 1], padded with PAD; one row a SID, in order. Works through a million SIDs flat."""
+def token_rows(tokenizer: tokenizers.Tokenizer, texts: Sequence[str]) -> np.ndarray:
+    """Token ids of texts as [S, tokens of the longest], padded with PAD; one row a text, in order. Works through a
+    million of them flat."""
     ids: list[np.ndarray] = []
-    for start in range(0, len(sids), 10_000):
-        batch = tokenizer.backend_tokenizer.encode_batch_fast(
-            list(sids[start : start + 10_000]), add_special_tokens=False
-        )
+    for start in range(0, len(texts), 10_000):
+        batch = tokenizer.encode_batch_fast(list(texts[start : start + 10_000]), add_special_tokens=False)
         rows = np.full((len(batch), max(len(encoding.ids) for encoding in batch)), PAD, dtype=np.int32)
         for row, encoding in zip(rows, batch, strict=True):
             row[: len(encoding.ids)] = encoding.ids
@@ -122,88 +125,23 @@ def sid_sequences(tokenizer, sids: Sequence[str]) -> np.ndarray:
     return np.concatenate([np.pad(rows, ((0, 0), (0, width - rows.shape[1])), constant_values=PAD) for rows in ids])
 
 
-def takes_tree_mask(model, length: int) -> bool:
-    """Whether the model's attention accepts a 4-D mask over `length` keys: sdpa and eager do, within any window."""
-    config = model.config.get_text_config()
-    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
-    return config._attn_implementation in ("sdpa", "eager") and (window is None or length < window)
+def sid_sequences(tokenizer, sids: Sequence[str]) -> np.ndarray:
+    """Token ids of SIDs as [S, D - 1], padded with PAD; one row a SID, in order. `vocabulary` checks them."""
+    return token_rows(tokenizer.backend_tokenizer, sids)
 
 
-def attention_bias(model, visible: torch.Tensor) -> torch.Tensor:
-    """A boolean mask in the form the model's attention takes: eager attention adds its mask to the scores."""
-    if model.config.get_text_config()._attn_implementation != "eager":
-        return visible
-    return torch.where(visible, 0.0, torch.finfo(model.dtype).min).to(model.dtype)
+def _way(model, prompt: int, row: int, tree: bool | None) -> tuple[type, bool]:
+    """How beams go on from prompts of `prompt` tokens, in rows of `row`, and whether the prompts may be padded."""
+    if tree is not None:
+        return TreeBeams if tree else CopiedBeams, True
+    proof = prove(model, prompt, row)
+    return proof.beams, proof.padding
 
 
-class _TreeBeams:
-    """The beams of a prompt as one row of the batch: they share the prompt's cache and write theirs behind it.
-
-    Each step appends one token a beam; a 4-D mask lets a beam see the prompt and its own ancestors alone. Nothing is
-    copied when beams are reordered: only the mask is.
-    """
-
-    def __init__(self, model, mask: torch.Tensor, cache):
-        self.model, self.cache = model, cache
-        self.prompt = mask.bool()  # [B, P]
-        self.length = mask.sum(dim=1, keepdim=True)
-        self.ancestors = mask.new_zeros((len(mask), 1, 0), dtype=torch.bool)  # [B, K, T]
-
-    def step(self, parent: torch.Tensor, token: torch.Tensor, depth: int) -> torch.Tensor:
-        """Logits [B, K, V] after `token` [B, K] was written behind beams `parent` [B, K]."""
-        rows, beams = token.shape
-        inherited = self.ancestors.gather(1, parent.unsqueeze(-1).expand(-1, -1, self.ancestors.shape[2]))
-        itself = torch.eye(beams, dtype=torch.bool, device=token.device).expand(rows, -1, -1)
-        self.ancestors = torch.cat([inherited, itself], dim=2)
-        prompt = self.prompt.unsqueeze(1).expand(-1, beams, -1)
-        visible = torch.cat([prompt, self.ancestors], dim=2).unsqueeze(1)
-        return self.model(
-            input_ids=token,
-            attention_mask=attention_bias(self.model, visible),
-            position_ids=(self.length + depth).expand(-1, beams),
-            past_key_values=self.cache,
-            use_cache=True,
-        ).logits
-
-
-class _CopiedBeams:
-    """Every beam as its own row of the batch, with its own copy of the prompt's cache: works for any attention."""
-
-    def __init__(self, model, mask: torch.Tensor, cache):
-        self.model, self.cache, self.mask = model, cache, mask
-        self.length = mask.sum(dim=1, keepdim=True)
-        self.beams = 1
-
-    def step(self, parent: torch.Tensor, token: torch.Tensor, depth: int) -> torch.Tensor:
-        """Logits [B, K, V] after `token` [B, K] was written behind beams `parent` [B, K]."""
-        rows, beams = token.shape
-        source = (parent + torch.arange(rows, device=token.device).unsqueeze(1) * self.beams).flatten()
-        self.cache.batch_select_indices(source)
-        self.beams = beams
-        mask = self.mask.repeat_interleave(beams, dim=0)
-        mask = torch.cat([mask, mask.new_ones((len(mask), depth + 1))], dim=1)
-        output = self.model(
-            input_ids=token.reshape(-1, 1),
-            attention_mask=mask,
-            position_ids=(self.length + depth).repeat_interleave(beams, dim=0),
-            past_key_values=self.cache,
-            use_cache=True,
-        )
-        return output.logits.view(rows, beams, -1)
-
-
-def _prefill(model, input_ids: torch.Tensor, attention_mask: torch.Tensor, room: int, tree: bool | None):
-    """Logits [B, 1, V] behind the prompts, and the beams that go on from there, up to `room` tokens a prompt."""
-    if tree is None:
-        tree = takes_tree_mask(model, input_ids.shape[1] + room)
-    output = model(
-        input_ids=input_ids,
-        attention_mask=attention_mask,
-        position_ids=(attention_mask.cumsum(dim=1) - 1).clamp(min=0),
-        use_cache=True,
-        logits_to_keep=1,
-    )
-    return output.logits, (_TreeBeams if tree else _CopiedBeams)(model, attention_mask, output.past_key_values)
+def _alone(input_ids: torch.Tensor, attention_mask: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Every prompt of a batch as a batch of its own, without padding."""
+    for ids, mask in zip(input_ids, attention_mask.bool(), strict=True):
+        yield ids[mask].unsqueeze(0), attention_mask.new_ones((1, int(mask.sum())))
 
 
 @torch.no_grad()  # inference mode would leave weights that FSDP gathers unfit for training
@@ -226,7 +164,7 @@ def constrained_beam_search(
         model: a causal LM in evaluation mode.
         input_ids, attention_mask: [B, P], padded on the left.
         trie: on the model's device.
-        tree: how the beams share the prompt's cache; None takes the tree mask wherever the attention accepts it.
+        tree: under a tree mask, or with copies of the cache; None takes the first way that is proven of the model.
 
     Returns:
         rows [B, K] into `trie.sequences`, and scores [B, K]; K is `num_beams`, or the number of SIDs where the
@@ -234,7 +172,15 @@ def constrained_beam_search(
     """
     beams = min(num_beams, len(trie))
     prompts, device = len(input_ids), input_ids.device
-    logits, state = _prefill(model, input_ids, attention_mask, beams * trie.depth, tree)
+    way, padding = _way(model, input_ids.shape[1], input_ids.shape[1] + beams * trie.depth, tree)
+    if not padding and (prompts > 1 or not attention_mask.all()):
+        found = [
+            constrained_beam_search(model, *one, trie, num_beams, length_penalty)
+            for one in _alone(input_ids, attention_mask)
+        ]
+        return tuple(torch.cat(parts) for parts in zip(*found, strict=True))
+    state = way(model, input_ids, attention_mask)
+    logits = state.logits
     node = torch.zeros((prompts, 1), dtype=torch.long, device=device)
     score = torch.zeros((prompts, 1), device=device)
     finished_row = torch.full((prompts, beams), PAD, device=device)
@@ -282,7 +228,13 @@ def constrained_sample(
     Returns:
         [B, count], rows of `trie.sequences` in the order they were drawn.
     """
-    logits, state = _prefill(model, input_ids, attention_mask, count * trie.depth, tree)
+    way, padding = _way(model, input_ids.shape[1], input_ids.shape[1] + count * trie.depth, tree)
+    if not padding and (len(input_ids) > 1 or not attention_mask.all()):
+        return torch.cat(
+            [constrained_sample(model, *one, trie, count, temperature) for one in _alone(input_ids, attention_mask)]
+        )
+    state = way(model, input_ids, attention_mask)
+    logits = state.logits
     node = torch.zeros((len(input_ids), count), dtype=torch.long, device=input_ids.device)
     itself = torch.arange(count, device=node.device).expand_as(node)
     for depth, width in enumerate(trie.widths):

@@ -5,6 +5,7 @@ Dimensions: `B` rows, `L` tokens, `N` response tokens in the batch, `H` hidden, 
 
 import json
 import os
+import pickle
 import shutil
 import signal
 import sys
@@ -12,39 +13,31 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from accelerate.utils import AutocastKwargs
+from accelerate.utils import AutocastKwargs, gather_object
 from safetensors import SafetensorError
 from torch.utils.data import Sampler
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback, TrainerState
 
 import lora_utils
-from minionerec.checkpoint import RUN_FILE, make_portable, read_run, record_dtype, write_json
+from minionerec import modeling
+from minionerec.checkpoint import (
+    RUN_FILE,
+    check_trainer_state,
+    make_portable,
+    read_run,
+    record_dtype,
+    write_json,
+)
 from minionerec.cli import InputError, RunError
 from minionerec.dataset import IGNORE
+from minionerec.head import head_on
 from minionerec.resident import peak_rss_gb, reset_peak_rss
-
-
-@contextmanager
-def head_on(model, positions: torch.Tensor):
-    """While open, the output head of `model` sees the hidden states at `positions` [B, L] (bool) alone.
-
-    The logits of a forward are then [N, V] instead of [B, L, V]. What an architecture does to its logits after the
-    head (Gemma's soft cap) still happens, since it works element by element.
-    """
-
-    def select(_module, args):
-        return (args[0][positions], *args[1:])
-
-    handle = model.get_output_embeddings().register_forward_pre_hook(select)
-    try:
-        yield
-    finally:
-        handle.remove()
+from minionerec.sharding import local_shard, with_sid_rows_merged
 
 
 def response_logits(model, inputs: dict[str, torch.Tensor], unwrapped=None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -77,12 +70,17 @@ class DurableRun:
     save_dtype: torch.dtype | None = None  # of the weights that are saved; None as they train
     _seconds_before = 0.0
     _started: float | None = None  # where it never is, nothing was trained
+    _problem: str | None = None  # what ends the run as soon as all processes know
 
     def __init__(self, *args, **kwargs):
         # Without a launcher transformers would wrap the model for all visible GPUs in nn.DataParallel and multiply the
         # batch, of a quantized model without a word.
         kwargs["args"]._n_gpu = min(kwargs["args"].n_gpu, 1)
         super().__init__(*args, **kwargs)
+        plugin = self.accelerator.state.fsdp_plugin if self.is_fsdp_enabled else None
+        if plugin and plugin.mixed_precision_policy:  # accelerate's also adds gradients and returns logits in 16 bits
+            policy = replace(plugin.mixed_precision_policy, reduce_dtype=torch.float32, output_dtype=None)
+            plugin.mixed_precision_policy = policy
 
     def _build_accelerator_args(self, **kwargs) -> dict:
         """The Trainer's; under DDP gradients then are views of its buckets, not a second copy."""
@@ -94,22 +92,18 @@ class DurableRun:
         self._seconds_before = read_run(resume_from_checkpoint).get("seconds", 0.0) if resume_from_checkpoint else 0.0
         self._started = time.perf_counter()
         forget_peak_of_loading()
-        with _stop_on_signals(self) as stop:
+        with _stop_on_signals(self) as stop, _unpickling_nothing(resume_from_checkpoint):
             result = super().train(resume_from_checkpoint, **kwargs)
         if stop.stopped:
             raise RunError(
                 f"stopped at step {self.state.global_step} of {self.state.max_steps} and saved {self._last_good()}; "
                 "the same command with --resume_from_checkpoint True goes on from there",
                 exit_code=130,
+                everywhere=True,
             )
         return result
 
     def _prepare_for_training(self, *args, **kwargs):
-        plugin = self.accelerator.state.fsdp_plugin if self.is_fsdp_enabled else None
-        if plugin and plugin.mixed_precision_policy:  # accelerate's would also add up gradients in 16 bits
-            plugin.mixed_precision_policy = replace(
-                plugin.mixed_precision_policy, reduce_dtype=torch.float32, output_dtype=None
-            )
         with lora_utils.ready_for_fsdp(self.model) if self.is_fsdp_enabled else nullcontext():
             return super()._prepare_for_training(*args, **kwargs)
 
@@ -120,15 +114,50 @@ class DurableRun:
 
     def training_step(self, *args, **kwargs):
         loss = super().training_step(*args, **kwargs)
-        if not torch.isfinite(loss):  # before the optimizer has seen its gradients
+        if not torch.isfinite(loss):
             overflow = (
                 ", or a GPU of compute capability 8, since this one computes in float16" if self.args.fp16 else ""
             )
-            raise RunError(
+            self._fail_later(
                 f"the loss is {loss.item()} at step {self.state.global_step + 1}; the last good checkpoint is "
                 f"{self._last_good()}. A smaller --learning_rate is the usual remedy{overflow}"
             )
+        if self.accelerator.sync_gradients:  # before the optimizer sees the gradients
+            failed = torch.tensor([self._problem is not None], device=self.args.device)
+            if self.args.world_size > 1:
+                failed = self.accelerator.gather(failed)
+            if failed.any():
+                self._fail_together()
         return loss
+
+    def _fail_later(self, problem: str) -> None:
+        """Keeps a reason to end the run until all processes ask for one: those that do not know of it would wait for
+        this one in their next collective."""
+        self._problem = self._problem or problem
+
+    def _fail_together(self) -> None:
+        """Raises RunError in every process where any of them has a reason. All must call it."""
+        problems = [problem for problem in gather_object([self._problem]) if problem]
+        self._problem = None
+        if problems:
+            raise RunError(problems[0], everywhere=True)
+
+    @contextmanager
+    def _writing_checkpoint(self, at_once: bool = False) -> Iterator[None]:
+        """What cannot be written ends the run, at the next `_fail_together` or `at_once`."""
+        try:
+            with writing(f"the checkpoint of step {self.state.global_step}"):
+                yield
+        except RunError as error:
+            if error.everywhere:
+                raise
+            problem = (
+                f"{error}; the last good checkpoint is {self._last_good()}. With room to write, the same command with "
+                "--resume_from_checkpoint True goes on from it"
+            )
+            if at_once:
+                raise RunError(problem) from None
+            self._fail_later(problem)
 
     def _last_good(self) -> str:
         return newest_checkpoint(self.args.output_dir) or "none, the run has saved none yet"
@@ -140,36 +169,53 @@ class DurableRun:
         if state_dict is not None:  # gathered by an engine, tied matrices twice
             tied = getattr(self.model, "all_tied_weights_keys", {})
             state_dict = {name: tensor for name, tensor in state_dict.items() if name not in tied}
-        super()._save(output_dir, state_dict)
-        if self.args.should_save:
-            folder = output_dir or self.args.output_dir
-            if self.save_dtype is not None:
-                record_dtype(folder, str(self.save_dtype).removeprefix("torch."))
-            os.remove(os.path.join(folder, "training_args.bin"))  # a pickle that nothing here reads
-            write_json(os.path.join(folder, RUN_FILE), {**self.run, "seconds": self.seconds})
+        folder = output_dir or self.args.output_dir
+        in_checkpoint = os.path.basename(folder) == f"checkpoint-{self.state.global_step}"
+        with self._writing_checkpoint() if in_checkpoint else nullcontext():
+            super()._save(output_dir, state_dict)
+            if self.args.should_save:
+                if self.save_dtype is not None:
+                    record_dtype(folder, str(self.save_dtype).removeprefix("torch."))
+                os.remove(os.path.join(folder, "training_args.bin"))  # a pickle that nothing here reads
+                write_json(os.path.join(folder, RUN_FILE), {**self.run, "seconds": self.seconds})
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        self._fail_together()
+        super()._save_optimizer_and_scheduler(output_dir)
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
-        self.accelerator.wait_for_everyone()
+        self._fail_together()  # the trainer state is written when all processes have written theirs
 
     def _save_checkpoint(self, model, trial) -> None:
         step = self.state.global_step
-        trained = [p.detach() for p in self.model.parameters() if p.requires_grad]
-        # FSDP shares weights out: each process looks at its own part.
-        if not all(torch.isfinite(p.to_local() if hasattr(p, "to_local") else p).all() for p in trained):
-            raise RunError(
+        trained = (local_shard(p) for p in self.model.parameters() if p.requires_grad)
+        if not all(torch.isfinite(tensor).all() for tensor in trained):
+            self._fail_later(
                 f"weights are no finite numbers any more at step {step}; the last good checkpoint is "
                 f"{self._last_good()}. A smaller --learning_rate is the usual remedy"
             )
+        self._fail_together()
         try:
-            with writing(f"the checkpoint of step {step}"):
+            # An engine's own files are written between collectives: its processes can agree on nothing there.
+            with self._writing_checkpoint(at_once=self.is_deepspeed_enabled or self.is_fsdp_enabled):
                 super()._save_checkpoint(model, trial)
-        except RunError as error:
+            self._fail_together()
+        except RunError:
             shutil.rmtree(os.path.join(self.args.output_dir, f"checkpoint-{step}"), ignore_errors=True)
-            raise RunError(
-                f"{error}; the last good checkpoint is {self._last_good()}. With room to write, the same command with "
-                "--resume_from_checkpoint True goes on from it"
-            ) from None
+            raise
+
+
+@contextmanager
+def _unpickling_nothing(checkpoint: str | None) -> Iterator[None]:
+    """Turns what torch raises for a state file that would run code into InputError."""
+    try:
+        yield
+    except pickle.UnpicklingError:
+        raise InputError(
+            f"--resume_from_checkpoint {checkpoint}: a .pt or .pth file there holds more than tensors and plain values "
+            "and is not loaded; resume from another checkpoint"
+        ) from None
 
 
 @contextmanager
@@ -320,16 +366,18 @@ def resume_point(
     method, adapter or base.
     """
     checkpoint = _checkpoint_meant(output_dir, resume_from_checkpoint, say)
+    if checkpoint:
+        check_trainer_state(checkpoint, {field.name for field in fields(TrainerState)})
     recorded = read_run(checkpoint) if checkpoint else {}
     if not recorded:
         return checkpoint
-    flags, before = run["flags"], recorded["flags"]
+    flags, before = run["flags"], recorded.get("flags", {})
     adapted = OF_THE_ADAPTER if run["method"] in ("lora", "qlora") else ()
     problems = [
         f"--resume_from_checkpoint: {checkpoint} is of another run: {what} was {old} there and is {new} here"
         for what, old, new in (
-            ("the command", recorded["command"], run["command"]),
-            ("the method", recorded["method"], run["method"]),
+            ("the command", recorded.get("command"), run["command"]),
+            ("the method", recorded.get("method"), run["method"]),
             ("the base", recorded.get("base_fingerprint"), run["base_fingerprint"]),
             *((f"--{name}", before.get(name), flags[name]) for name in adapted),
         )
@@ -393,16 +441,34 @@ def save_final(trainer: Trainer, path: str, merge: bool = False, dtype: torch.dt
     partial = f"{path}.partial"
     if trainer.args.should_save:
         shutil.rmtree(partial, ignore_errors=True)
-    if merge:
-        trainer.model = trainer.model.merge_and_unload()
-    trainer.model.config.use_cache = True
     trainer.save_dtype = dtype
-    trainer.save_model(partial)
+    if merge:
+        state = _merge(trainer)
+        trainer.model.config.use_cache = True
+        trainer._save(partial, state)  # not by the engine: it knows the model that was
+    else:
+        trainer.model.config.use_cache = True
+        trainer.save_model(partial)
     if trainer.args.should_save:
         make_portable(partial)
         shutil.rmtree(path, ignore_errors=True)
         os.replace(partial, path)
     trainer.accelerator.wait_for_everyone()
+
+
+def _merge(trainer: Trainer) -> dict[str, torch.Tensor] | None:
+    """Puts a plain model with the trained rows in the trainer's place of the adapted one. Where weights are sharded, it
+    has no weights itself: its whole state is returned, in the first process."""
+    if not modeling.shares_weights_out():
+        trainer.model = trainer.model.merge_and_unload()
+        return None
+    base = trainer.accelerator.unwrap_model(trainer.model).get_base_model()
+    state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    state = with_sid_rows_merged(base, state) if trainer.args.should_save else {}
+    with torch.device("meta"):
+        trainer.model = type(base)(base.config).to(base.dtype)
+    trainer.model.generation_config = base.generation_config
+    return state
 
 
 def finish(

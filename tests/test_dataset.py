@@ -1,8 +1,9 @@
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
-from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 
 from minionerec.data import Interaction, Item, read_catalogue, read_interactions
 from minionerec.dataset import IGNORE, Collator, Encoder, Pieces, item_rows, left_padded, tokenized_dataset
@@ -99,9 +100,20 @@ def test_labels_cover_the_response_alone():
 
 
 def test_prompts_are_padded_on_the_left():
-    ids, mask = left_padded([[1, 2], [3]], 9)
-    assert torch.equal(ids, torch.tensor([[1, 2], [9, 3]]))
-    assert torch.equal(mask, torch.tensor([[1, 1], [0, 1]]))
+    for prompts in ([[1, 2], [3]], [np.array([1, 2], dtype=np.int32), np.array([3])]):
+        ids, mask = left_padded(prompts, 9)
+        assert torch.equal(ids, torch.tensor([[1, 2], [9, 3]]))
+        assert torch.equal(mask, torch.tensor([[1, 1], [0, 1]]))
+
+
+def test_no_batch_is_built_token_by_token(monkeypatch):
+    """torch takes in a list of numbers one by one."""
+    rows = [{"input_ids": list(range(50 + i)), "prompt_length": 40, "length": 50 + i} for i in range(4)]
+    monkeypatch.setattr(torch, "tensor", lambda *_: pytest.fail("torch.tensor of a list"))
+    batch = Collator(0)(rows)
+    ids, mask = left_padded([row["input_ids"] for row in rows], 0)
+    assert batch["input_ids"].dtype == batch["labels"].dtype == ids.dtype == mask.dtype == torch.int64
+    assert batch["input_ids"][0, :50].tolist() == ids[0, -50:].tolist() == list(range(50))
 
 
 TEXTS = [
@@ -113,7 +125,7 @@ TEXTS = [
 ]
 
 
-@pytest.mark.parametrize("pre_tokenizer", ["bytes", "qwen", "none", "metaspace"])
+@pytest.mark.parametrize("pre_tokenizer", ["bytes", "qwen", "none", "metaspace", "edges", "prepending"])
 def test_pieces_give_the_tokens_of_the_whole_text(pre_tokenizer):
     tokenizer = Tokenizer(models.BPE())
     qwen = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
@@ -127,14 +139,24 @@ def test_pieces_give_the_tokens_of_the_whole_text(pre_tokenizer):
             ]
         ),
         "metaspace": pre_tokenizers.Metaspace(),
+        # Words end behind a comma, but between two SIDs the comma and the space are one.
+        "edges": pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Split(Regex(r", $| ?[^\s,]+|,|\n|\s+"), "isolated"),
+                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+            ]
+        ),
+        "prepending": pre_tokenizers.ByteLevel(add_prefix_space=False),
     }
+    if pre_tokenizer == "prepending":
+        tokenizer.normalizer = normalizers.Prepend("_")
     if pre_tokenizer in kinds:
         tokenizer.pre_tokenizer = kinds[pre_tokenizer]
     trainer = trainers.BpeTrainer(
         vocab_size=600, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
     )
-    tokenizer.train_from_iterator([*TEXTS, "a, b, " * 50], trainer)
-    tokenizer.add_tokens(["<a_1>", "<b_2>", "<c_3>", "<c_4>"])
+    tokenizer.train_from_iterator([*TEXTS, "a, b, " * 50, *["x, "] * 50], trainer)
+    tokenizer.add_tokens([AddedToken(token, normalized=False) for token in ("<a_1>", "<b_2>", "<c_3>", "<c_4>")])
     pieces = Pieces(tokenizer)
     assert pieces.cuts == (pre_tokenizer in ("bytes", "qwen"))
     assert not pieces.cuts or len(pieces.cut(TEXTS[0])) == 5

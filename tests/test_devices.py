@@ -3,10 +3,13 @@ adapter on every rank, weights that are shared out, and the engines' configurati
 
 import json
 import os
+import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -22,34 +25,43 @@ from minionerec import modeling
 from minionerec.trainer import newest_checkpoint
 
 
-def launch(module: str, *argv: object) -> None:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+def launch(module: str, *argv: object, code: int = 0) -> str:
+    """Runs a module, checks its exit code and returns what it wrote to standard error. One that hangs ends with all the
+    processes it started."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "DS_ACCELERATOR": "cpu"}
     command = [sys.executable, "-m", module, *map(str, argv)]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+    streams = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True, **streams)
+    try:
+        _, errors = process.communicate(timeout=300)
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == code, errors[-3000:]
+    return errors
 
 
-def torchrun(*argv: object) -> None:
-    launch("torch.distributed.run", "--standalone", "--nproc_per_node", 2, *argv)
+def torchrun(*argv: object, **more) -> str:
+    return launch("torch.distributed.run", "--standalone", "--nproc_per_node", 2, *argv, **more)
 
 
 needs_deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="pip install deepspeed")
 ENGINES = ["fsdp", pytest.param("zero2", marks=needs_deepspeed), pytest.param("zero3", marks=needs_deepspeed)]
 
 
-def two_processes(engine: str, folder: Path, script: str, flags: dict) -> None:
-    """Runs a command in two processes; each leaves a digest of the weights it trained in `folder`."""
-    argv = ["tests/workers.py", "digests", folder, script, *(f"--{name}={value}" for name, value in flags.items())]
+def two_processes(engine: str, folder: Path, script: str, flags: dict, mode: str = "watched", code: int = 0) -> str:
+    """Runs a command in two processes, as a mode of workers.py; returns what they wrote to standard error."""
+    argv = ["tests/workers.py", mode, folder, script, *(f"--{name}={value}" for name, value in flags.items())]
     if engine == "torchrun":
-        torchrun(*argv)
-    else:
-        with socket.socket() as free:
-            free.bind(("localhost", 0))
-            port = free.getsockname()[1]
-        config = ["--config_file", f"configs/{engine}.yaml", "--main_process_port", port]
-        launch("accelerate.commands.launch", *config, *argv)
-    if engine != "zero3":  # where each holds its share alone
+        return torchrun(*argv, code=code)
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    config = ["--config_file", f"configs/{engine}.yaml", "--main_process_port", port]
+    errors = launch("accelerate.commands.launch", *config, *argv, code=code)
+    if mode == "watched" and engine != "zero3":  # where each process holds its shard only
         assert (folder / "rank0").read_text() == (folder / "rank1").read_text()
+    return errors
 
 
 def assert_same_run(one: Path, two: Path, atol: float) -> None:
@@ -69,6 +81,7 @@ METHODS = {
     "full": {},
     "lora": {"use_lora": True, "lora_dropout": 0.0},
     "qlora": {"use_qlora": True, "lora_dropout": 0.0},
+    "freeze_LLM": {"freeze_LLM": True},
 }
 SMALL_STEPS = {"micro_batch_size": 4, "learning_rate": 1e-3}
 
@@ -125,6 +138,95 @@ def test_an_engine_does_the_same_rl(files, trained, tmp_path, engine):
     flags = rl_flags(files, start, tmp_path / "two", **flags)
     two_processes(engine, tmp_path, "rl.py", {**flags, "train_batch_size": flags["train_batch_size"] // 2})
     assert_same_run(tmp_path / "one", tmp_path / "two", 1e-4)
+
+
+SPARSE = {"mask_all_zero": True, "reward_type": "rule", "num_generations": 2, "learning_rate": 1e-2}
+SPARSE |= {"sync_ref_model": True, "test_during_training": False}
+
+
+@pytest.fixture(scope="module")
+def sparse(files, trained, tmp_path_factory):
+    """`sparse(start)`: the flags of an RL run in which few groups count, and the folder of that run in one process."""
+    runs: dict[str, Path] = {}
+
+    def flags_of(start: str, output: Path, batch: int) -> dict:
+        more = {"use_lora": start == "lora", "train_batch_size": batch, **SPARSE}
+        return rl_flags(files, trained(start) / "final_checkpoint", output, **more)
+
+    def run(start: str):
+        if start not in runs:
+            folder = tmp_path_factory.mktemp("sparse")
+            argv = [f"--{name}={value}" for name, value in flags_of(start, folder / "one", 4).items()]
+            launch("tests.workers", "watched", folder, "rl.py", *argv)
+            runs[start] = folder / "one"
+        return runs[start], lambda output: flags_of(start, output, 2)
+
+    return run
+
+
+def assert_same_checkpoint(one: Path, two: Path) -> None:
+    """The newest checkpoints hold the same weights and, of RL, the same reference."""
+    folders = [Path(newest_checkpoint(str(run))) for run in (one, two)]
+    names = [path.name for path in folders[0].glob("*.safetensors")]
+    assert folders[0].name == folders[1].name and names
+    for name in names:
+        tensors = [load_file(folder / name) for folder in folders]
+        torch.testing.assert_close(tensors[1], tensors[0], atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("start", ["lora", "full"])
+@pytest.mark.parametrize("engine", ["torchrun", *ENGINES])
+def test_a_process_without_a_group_that_counts_keeps_pace(sparse, tmp_path, engine, start):
+    one, flags = sparse(start)
+    two_processes(engine, tmp_path, "rl.py", flags(tmp_path / "two"))
+    counted = [json.loads((tmp_path / f"rank{rank}.counted").read_text()) for rank in (0, 1)]
+    steps = {tuple(map(bool, step)) for step in zip(*counted, strict=True)}
+    assert {(False, True), (True, False), (False, False)} <= steps
+    assert_same_run(one, tmp_path / "two", 1e-4)
+    assert_same_checkpoint(one, tmp_path / "two")
+    assert any(path.name == "reference.safetensors" for path in one.glob("checkpoint-*/*"))
+    # Its checkpoint holds what goes on from it: the moving reference too.
+    shutil.rmtree(newest_checkpoint(str(tmp_path / "two")))
+    shutil.rmtree(tmp_path / "two" / "final_checkpoint")
+    two_processes(engine, tmp_path, "rl.py", {**flags(tmp_path / "two"), "resume_from_checkpoint": True})
+    assert_same_run(one, tmp_path / "two", 1e-4)
+    assert_same_checkpoint(one, tmp_path / "two")
+
+
+@pytest.mark.parametrize("engine", ["torchrun", *ENGINES])
+def test_sid_rows_trained_alone_are_merged_from_their_shards(files, base, trained, tmp_path, engine):
+    flags = sft_flags(files, base, tmp_path / "two", **METHODS["freeze_LLM"], **SMALL_STEPS)
+    two_processes(engine, tmp_path, "sft.py", flags)
+    one, two = trained("freeze_LLM"), tmp_path / "two"
+    assert_same_run(one, two, 1e-5)
+    assert_same_checkpoint(one, two)
+    for name in ("config.json", "generation_config.json"):
+        assert (one / "final_checkpoint" / name).read_text() == (two / "final_checkpoint" / name).read_text()
+    shutil.rmtree(newest_checkpoint(str(two)))
+    shutil.rmtree(two / "final_checkpoint")
+    two_processes(engine, tmp_path, "sft.py", {**flags, "resume_from_checkpoint": True})
+    assert_same_run(one, two, 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("mode", "said"),
+    [
+        ("loss_is_nan", r"the loss is nan at step 5; the last good checkpoint is \S+checkpoint-4\."),
+        (
+            "disk_is_full",
+            r"the checkpoint of step 8 cannot be written: \[Errno 28\] No space left on device; the last good "
+            r"checkpoint is \S+checkpoint-4\.",
+        ),
+    ],
+)
+@pytest.mark.parametrize("engine", ["torchrun", "fsdp"])
+def test_what_ends_one_process_ends_all(files, base, tmp_path, engine, mode, said):
+    flags = sft_flags(files, base, tmp_path / "run", **METHODS["lora"], **SMALL_STEPS)
+    errors = two_processes(engine, tmp_path, "sft.py", flags, mode, code=1)
+    assert [(tmp_path / f"rank{rank}.exit").read_text() for rank in (0, 1)] == ["1", "1"]
+    lines = [line for line in errors.splitlines() if line.startswith("sft.py: error: ")]
+    assert len(lines) == 1 and re.match(f"sft.py: error: {said}", lines[0])
+    assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-4"]
 
 
 def test_weights_that_fsdp_shares_out_train_and_decode_the_same():

@@ -5,6 +5,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import lora_utils
 from minionerec.logprobs import completion_logps
+from minionerec.probe import prove
 
 # Two prompts of different lengths with three completions each, and one with a single completion; of 1 to 3 tokens.
 PROMPTS = [[5, 6, 7, 90, 8]] * 3 + [[9, 10, 91]] * 3 + [[11, 12, 13, 14]]
@@ -117,6 +118,7 @@ def test_temperature_divides_the_logits():
 
 def test_a_prompt_goes_through_the_model_once():
     model = make_model()
+    prove(model)
     seen = []
     model.model.register_forward_pre_hook(lambda _m, _a, kw: seen.append(kw["input_ids"].shape), with_kwargs=True)
     completion_logps(model, *batch())

@@ -40,7 +40,16 @@ def test_a_prompt_file_replaces_wording(tmp_path):
         ({"tasks": {RECOMMENDATION: {"input": "{sid_history.__class__}"}}}, "unknown fields"),
         ({"tasks": {RECOMMENDATION: {"input": "{"}}}, "no format string"),
         ({"tasks": {RECOMMENDATION: {"weight": 0}}}, "weight"),
+        ({"tasks": {RECOMMENDATION: {"weight": 101}}}, "a whole number from 1 to 100, not 101"),
         ({"tasks": {RECOMMENDATION: {"colour": "red"}}}, "unknown keys"),
+        ({"tasks": {RECOMMENDATION: {"response": "It is {sid}"}}}, "must begin with {sid}"),
+        ({"tasks": {RECOMMENDATION: {"response": "{sid} {title}"}}}, "must begin with {sid}"),
+        ({"tasks": {RECOMMENDATION: {"response": "{sid}{"}}}, "no format string"),
+        ({"tasks": {"title_to_sid": {"input": "{title} {sid}"}}}, "unknown fields ['sid']"),
+        ({"tasks": {"sid_to_title": {"response": "{sid}"}}}, "unknown fields ['sid']"),
+        ({"tasks": {"sid_to_title": {"response": "none"}}}, "names no field"),
+        ({"tasks": {RECOMMENDATION: {"instruction": "\ud800"}}}, "must be text"),
+        ({"template": "{instruction}{input}{input}"}, "each once"),
         ({"tasks": {RECOMMENDATION: {"input": "{sid_history:{sid}}"}}}, "without a conversion or format"),
         ({"tasks": {RECOMMENDATION: {"input": "{sid_history!z}"}}}, "without a conversion or format"),
         ({"tasks": {RECOMMENDATION: {"input": "{title}"}}}, "unknown fields ['title']"),
@@ -56,6 +65,21 @@ def test_a_bad_prompt_file_is_refused(tmp_path, data, message):
     with pytest.raises(InputError, match="prompt_file") as error:
         load_prompts("x", override(tmp_path, data))
     assert message in str(error.value)
+
+
+def test_all_problems_of_a_prompt_file_come_together(tmp_path):
+    tasks = {"nope": {}, RECOMMENDATION: {"input": "{sid}"}, "title_to_sid": {"weight": 0}}
+    with pytest.raises(InputError) as error:
+        load_prompts("x", override(tmp_path, {"tasks": tasks}))
+    assert len(error.value.problems) == 3
+
+
+def test_a_fixed_text_may_follow_the_sid(tmp_path):
+    tasks = {RECOMMENDATION: {"response": "{sid}\n{{}}"}, "sid_to_title": {"response": "Title: {title}"}}
+    tasks = load_prompts("x", override(tmp_path, {"tasks": tasks})).tasks
+    endings = {name: task.ending for name, task in tasks.items()}
+    assert endings[RECOMMENDATION] == "\n{}" and endings["title_to_sid"] == "" and endings["sid_to_title"] is None
+    assert tasks[RECOMMENDATION].response.format(sid="<a>") == "<a>\n{}"
 
 
 def test_tasks_are_chosen_by_name():

@@ -2,8 +2,11 @@ import copy
 
 import pytest
 import torch
+from accelerate.utils import operations
 from datasets import Dataset
+from torch.utils.data._utils import pin_memory
 from trl import GRPOConfig
+from trl.trainer.utils import split_tensor_dict
 
 import lora_utils
 from minionerec import modeling, rewards, sid
@@ -81,7 +84,7 @@ def make_trainer(sft, start: str, output_dir, rows=8, switches=None, reward=None
 def generated(trainer):
     """The scored completions of one generation batch."""
     trainer.model.train()
-    batch = next(iter(trainer.get_train_dataloader()))
+    batch = trainer.look_up(next(iter(trainer.get_train_dataloader())))
     return batch, trainer._generate_and_score_completions(batch)
 
 
@@ -159,6 +162,55 @@ def test_a_saved_adapter_is_the_policy_alone(sft, tmp_path):
     saved = lora_utils.adapter_parameters(again, "default")
     assert saved.keys() == policy.keys()
     assert all(torch.equal(saved[name], parameter) for name, parameter in policy.items())
+
+
+# --- Rows -------------------------------------------------------------------------------------------------------------
+
+
+def visits(monkeypatch, module, name: str, batch) -> int:
+    """How many values a function visits that walks through a batch by calling itself."""
+    walk, count = getattr(module, name), []
+
+    def counted(*args, **kwargs):
+        count.append(1)
+        return walk(*args, **kwargs)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(module, name, counted)
+        counted(batch, "cpu")
+    return len(count)
+
+
+def test_moving_a_batch_does_not_walk_through_its_prompts(sft, tmp_path, monkeypatch):
+    trainer = make_trainer(sft, "new LoRA", tmp_path)
+    longer = [prompt * 20 for prompt in trainer.train_dataset["prompt"]]
+    history = [["<a_0><b_0><c_0>"] * 20] * len(longer)
+    rows = {**trainer.train_dataset[:], "prompt": longer, "history": history}
+    for dataset in (trainer.train_dataset, Dataset.from_dict(rows)):
+        trainer.train_dataset = dataset
+        batch = next(iter(trainer.get_train_dataloader()))
+        assert len(batch) == 8
+        for module, name in ((operations, "send_to_device"), (pin_memory, "pin_memory")):
+            assert visits(monkeypatch, module, name, batch) <= 1 + 2 * len(batch)  # a row, and its number
+
+
+def test_rewards_and_logs_get_the_columns_of_the_rows(sft, tmp_path):
+    seen = []
+
+    def reward(prompts, completions, completion_ids, target, history, trainer_state, **_):
+        seen.extend(zip(prompts, target, history, strict=True))
+        assert len(completions) == len(completion_ids) == len(prompts) == 8 and trainer_state.global_step == 0
+        return [float(ids[0] % 2) for ids in completion_ids]
+
+    trainer = make_trainer(sft, "new LoRA", tmp_path, reward=reward, max_steps=1)
+    dataset = trainer.train_dataset
+    dataset = dataset.add_column("history", [[target] * i for i, target in enumerate(dataset["target"])])
+    trainer.train_dataset = dataset
+    trainer.train()
+    rows = [tuple(row) for row in zip(dataset["prompt"], dataset["target"], dataset["history"], strict=True)]
+    assert seen[:4] == [seen[0]] * 4 and seen[4:] == [seen[4]] * 4 and seen[0] != seen[4]
+    assert seen[0] in rows and seen[4] in rows
+    assert list(trainer._logs["prompt"]) == [prompt for prompt, _, _ in seen]
 
 
 # --- The loss ---------------------------------------------------------------------------------------------------------
@@ -270,7 +322,7 @@ def test_choose_keeps_the_target_and_the_most_frequent():
 
 def test_dynamic_sampling_draws_more_and_keeps_the_hit(sft, tmp_path):
     trainer = make_trainer(sft, "new LoRA", tmp_path, switches={"dynamic_sampling": True})
-    batch = next(iter(trainer.get_train_dataloader()))
+    batch = trainer.look_up(next(iter(trainer.get_train_dataloader())))
     ids = torch.tensor([batch[0]["prompt"]])
     rows, _ = sid.constrained_beam_search(trainer.model.eval(), ids, torch.ones_like(ids), trainer.trie, 6)
     six = [trainer.sids[i] for i in trainer.trie.source[rows[0]]]
@@ -315,6 +367,26 @@ def test_a_batch_of_silent_groups_runs_no_model(sft, tmp_path):
     loss.backward()
     assert loss.item() == 0.0
     assert all(p.grad is None for p in trainer.model.parameters())
+
+
+@pytest.mark.parametrize("collective", [True, False])
+def test_a_step_of_silent_groups_has_a_zero_gradient(sft, tmp_path, monkeypatch, collective):
+    """With a pass, where other processes wait for it, and without: the optimizer goes on with its momentum. The group
+    is larger than a micro-batch."""
+    trainer = make_trainer(
+        sft, "own LoRA", tmp_path, switches={"mask_all_zero": True}, reward=lambda prompts, **_: [1.0] * len(prompts),
+        per_device_train_batch_size=2, gradient_accumulation_steps=2,
+    )  # fmt: skip
+    monkeypatch.setattr(trainer, "_passes_are_collective", lambda: collective)
+    ran = []
+    trainer.model.get_base_model().model.register_forward_pre_hook(lambda *_: ran.append(torch.is_grad_enabled()))
+    _, batch = generated(trainer)
+    trainer._buffered_inputs = split_tensor_dict(batch, 2)
+    trainer._step, trainer.current_gradient_accumulation_steps = 1, 2
+    ran.clear()
+    loss = trainer.training_step(trainer.model, [], None)
+    assert loss.item() == 0.0 and ran == ([False, True] if collective else [])
+    assert all(not p.grad.any() for p in trainer.model.parameters() if p.requires_grad)
 
 
 def test_evaluation_ranks_the_validation_prompts(sft, tmp_path):

@@ -1,14 +1,19 @@
 """What test_devices.py starts under torchrun and accelerate.
 
-torchrun --nproc_per_node 2 tests/workers.py digests FOLDER sft.py --base_model ...
-accelerate launch --config_file configs/zero2.yaml tests/workers.py digests FOLDER sft.py --base_model ...
+torchrun --nproc_per_node 2 tests/workers.py watched FOLDER sft.py --base_model ...
+accelerate launch --config_file configs/zero2.yaml tests/workers.py watched FOLDER sft.py --base_model ...
+torchrun --nproc_per_node 2 tests/workers.py loss_is_nan FOLDER sft.py --base_model ...
+torchrun --nproc_per_node 2 tests/workers.py disk_is_full FOLDER sft.py --base_model ...
 torchrun --nproc_per_node 2 tests/workers.py fsdp
 """
 
+import errno
 import hashlib
+import json
 import os
 import runpy
 import sys
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -49,15 +54,43 @@ def engines_on_cpus() -> None:
     trainable_tokens.check_deepspeed_zero3_enabled = lambda: False  # it sends the rows of a new adapter from GPU to GPU
 
 
-def digests(folder: str, script: str, *flags: str) -> None:
-    """Runs a command; every process leaves a digest of the weights it trained in `folder`."""
+def waits_end(seconds: int = 120) -> None:
+    """A collective that another process never joins fails after `seconds`, not after half an hour."""
+    from accelerate import PartialState
+
+    start = PartialState.__init__
+
+    def started(state, *args, **kwargs):
+        start(state, *args, **{**kwargs, "timeout": timedelta(seconds=seconds)})
+
+    PartialState.__init__ = started
+
+
+def run(folder: str, script: str, flags: tuple[str, ...]) -> None:
+    """Runs a command; every process leaves its exit code in `folder`."""
+    sys.argv = [script, *flags]
+    code = 0
+    try:
+        runpy.run_path(str(ROOT / script), run_name="__main__")
+    except SystemExit as error:
+        code = error.code
+        raise
+    except BaseException as error:
+        code = repr(error)
+        raise
+    finally:
+        Path(folder, f"rank{RANK}.exit").write_text(str(code))
+
+
+def watched(folder: str, script: str, *flags: str) -> None:
+    """Runs a command; every process leaves in `folder` a digest of the weights it trained and, of RL, for every pass
+    of the loss how many of its completions counted. A reference that follows the policy does so every 2 steps."""
+    from trl import GRPOConfig, GRPOTrainer
+
     from minionerec import trainer
 
-    if "true" in (os.environ.get("ACCELERATE_USE_FSDP"), os.environ.get("ACCELERATE_USE_DEEPSPEED")):
-        engines_on_cpus()
-    if "AS_ON_GPU" in os.environ:
-        as_on_gpu.switch()
-    finish = trainer.finish
+    finish, check, compute = trainer.finish, GRPOConfig.__post_init__, GRPOTrainer._compute_loss
+    counted: list[int] = []
 
     def recorded(run, *args, **kwargs):
         digest = hashlib.sha256()
@@ -65,12 +98,51 @@ def digests(folder: str, script: str, *flags: str) -> None:
             if parameter.requires_grad:
                 whole = parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
                 digest.update(whole.detach().contiguous().view(torch.uint8).numpy().tobytes())
-        Path(folder, f"rank{os.environ['RANK']}").write_text(digest.hexdigest())
+        Path(folder, f"rank{RANK}").write_text(digest.hexdigest())
+        Path(folder, f"rank{RANK}.counted").write_text(json.dumps(counted))
         return finish(run, *args, **kwargs)
 
-    trainer.finish = recorded
-    sys.argv = [script, *flags]
-    runpy.run_path(str(ROOT / script), run_name="__main__")
+    def checked(config):
+        config.ref_model_sync_steps = 2
+        check(config)
+
+    def computed(run, model, inputs):
+        counted.append(int(inputs["completion_mask"].any(dim=1).sum()))
+        return compute(run, model, inputs)
+
+    trainer.finish, GRPOConfig.__post_init__, GRPOTrainer._compute_loss = recorded, checked, computed
+    run(folder, script, flags)
+
+
+def loss_is_nan(folder: str, script: str, *flags: str) -> None:
+    """Runs sft.py with a loss that is NaN at the fifth step of the last process alone."""
+    from minionerec.trainer import SFTTrainer
+
+    compute = SFTTrainer.compute_loss
+
+    def spoiled(run, *args, **kwargs):
+        loss = compute(run, *args, **kwargs)
+        bad = int(RANK) == run.args.world_size - 1 and run.model.training and run.state.global_step == 4
+        return loss * float("nan") if bad else loss
+
+    SFTTrainer.compute_loss = spoiled
+    run(folder, script, flags)
+
+
+def disk_is_full(folder: str, script: str, *flags: str) -> None:
+    """Runs sft.py with a first process that cannot write its second checkpoint."""
+    from transformers import Trainer
+
+    save, folders = Trainer._save, set()
+
+    def full(run, output_dir, *args, **kwargs):
+        folders.add(output_dir)
+        if RANK == "0" and len(folders) > 1:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save(run, output_dir, *args, **kwargs)
+
+    Trainer._save = full
+    run(folder, script, flags)
 
 
 def fsdp() -> None:
@@ -109,5 +181,13 @@ def fsdp() -> None:
     dist.destroy_process_group()
 
 
+RANK = os.environ.get("RANK", "0")
+
 if __name__ == "__main__":
-    {"digests": digests, "fsdp": fsdp}[sys.argv[1]](*sys.argv[2:])
+    waits_end()
+    if "true" in (os.environ.get("ACCELERATE_USE_FSDP"), os.environ.get("ACCELERATE_USE_DEEPSPEED")):
+        engines_on_cpus()
+    if "AS_ON_GPU" in os.environ:
+        as_on_gpu.switch()
+    modes = {"watched": watched, "loss_is_nan": loss_is_nan, "disk_is_full": disk_is_full, "fsdp": fsdp}
+    modes[sys.argv[1]](*sys.argv[2:])

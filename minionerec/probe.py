@@ -1,0 +1,267 @@
+"""What a loaded model can be trusted with, found out by comparing it with itself on a few random tokens.
+
+A tree mask lets the beams of a prompt share its cache, and completions share a row with their prompt. Layers that do
+not keep to a 4-D mask (recurrent and convolution layers, ALiBi, windows that count places in the row) take it without
+a word and give wrong scores; others ignore padding, or have no cache that gives the scores of the whole sequence. No
+configuration says so for certain. So each way is tried on two prompts with four beams each and compared with plain
+rows: no cache, no padding, no mask. The first that gives their log-probabilities is taken, and remembered.
+
+Dimensions: `K` beams that are written; of 2 prompts, 4 beams and 3 predictions of each are compared; `V` vocabulary.
+"""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.distributed as dist
+
+from minionerec.beams import CopiedBeams, RereadBeams, TreeBeams
+from minionerec.cli import InputError
+from minionerec.head import float32_head, head_on
+from minionerec.rows import shared_rows
+
+PROMPT, ROW = 9, 17  # tokens of the longer prompt, and of a row with all its beams, unless a window asks for more
+MASKED = {"full_attention", "sliding_attention", "chunked_attention"}  # types of layers that can keep to a mask
+
+
+@dataclass(frozen=True)
+class Proof:
+    """How a model can be decoded.
+
+    Attributes:
+        beams: how beams go on from a prompt, a class of `minionerec.beams`.
+        padding: whether prompts of a batch may be padded; else they are decoded one at a time.
+        shared: whether completions may share a row with their prompt.
+        why: what keeps beams from sharing the prompt's cache, or nothing.
+    """
+
+    beams: type
+    padding: bool
+    shared: bool
+    why: str = ""
+
+    def __str__(self) -> str:
+        if self.beams is TreeBeams:
+            return "beams share the prompt's cache under a tree mask"
+        if self.beams is CopiedBeams:
+            return f"beams are copied with the cache{'' if self.padding else ', one prompt at a time'}: {self.why}"
+        return f"every step reads the whole beams again, which is slow: {self.why}, and no cache gives the same scores"
+
+
+def prove(model, prompt: int = PROMPT, row: int = ROW, name: str = "") -> Proof:
+    """How `model` can be decoded with prompts of up to `prompt` tokens, in rows of up to `row` with all their beams.
+
+    It is tried once and remembered; again only for longer rows, where the configuration names a window that they reach.
+    The first process decides for all, so all must ask, and for the same lengths.
+
+    Raises InputError, beginning with `name`, where no way gives the log-probabilities of plain rows.
+    """
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    config = base.config.get_text_config()
+    known = vars(base).setdefault("_proofs", {}).setdefault(config._attn_implementation, {})
+    if "short" not in known:
+        known["short"] = _try_all(model, PROMPT, ROW, name)
+    if known["short"].beams is not TreeBeams or not any(ROW < window <= row for window in _windows(config)):
+        return known["short"]
+    tried = known.get("lengths", (0, 0))
+    if prompt > tried[0] or row > tried[1]:
+        known["lengths"] = max(prompt, tried[0]), max(row, tried[1])
+        known["long"] = _try_all(model, *known["lengths"], name)
+    return known["long"]
+
+
+def shares_rows(model, prompt: int, row: int) -> bool:
+    """Whether completions may share a row of `row` tokens with their prompt of `prompt`; raises what `prove` does."""
+    return prove(model, prompt, row).shared
+
+
+def _windows(config) -> list[int]:
+    """Every number in a configuration that may be how far an attention layer reaches."""
+    reach = re.compile("window(?!_layers|_pattern)|chunk|local_attention|topk")
+    return [value for key, value in config.to_dict().items() if reach.search(key) and type(value) is int]
+
+
+def _try_all(model, prompt: int, row: int, name: str) -> Proof:
+    training = model.training
+    model.eval()
+    try:
+        return _first_that_holds(_Trial(model, prompt, row), name or "decoding")
+    finally:
+        model.train(training)
+
+
+def _first_that_holds(trial: "_Trial", name: str) -> Proof:
+    if not trial.holds(trial.only_looks_back):
+        problem = (
+            f"cannot be read: {trial.error}" if trial.error else "is not causal, its scores change with later tokens"
+        )
+        raise InputError(f"{name}: {type(trial.model).__name__} {problem}; take another model")
+    told = trial.holds(trial.tells_leaks)
+    if told and trial.holds(partial(trial.follows, TreeBeams)):
+        return Proof(TreeBeams, padding=True, shared=trial.holds(trial.shares_rows))
+    why = _what_ignores_masks(trial.model.config.get_text_config(), trial.row, told)
+    for beams, padding in ((CopiedBeams, True), (CopiedBeams, False), (RereadBeams, False)):
+        if trial.holds(partial(trial.follows, beams, padding)):
+            return Proof(beams, padding, shared=False, why=why)
+    raise InputError(
+        f"{name}: {type(trial.model).__name__} does not give the same scores when it reads the same tokens again; take "
+        "another model"
+    )
+
+
+def _what_ignores_masks(config, row: int, told: bool) -> str:
+    """The clause that says why beams cannot share a cache."""
+    if config._attn_implementation not in ("sdpa", "eager"):
+        return f"{config._attn_implementation} takes no tree mask"
+    layers = " and ".join(sorted(set(getattr(config, "layer_types", None) or ()) - MASKED)) or config.model_type
+    if not told:
+        return f"their rounding hides whether {layers} layers follow a tree mask"
+    if row > ROW:
+        return f"a window of {min(w for w in _windows(config) if w > ROW)} tokens does not follow a tree mask"
+    return f"{layers} layers ignore a tree mask"
+
+
+class _Trial:
+    """Random prompts of two lengths, four beams of two tokens on each, and the log-probabilities of plain rows."""
+
+    def __init__(self, model, prompt: int, row: int):
+        self.model, self.row, self.error = model, row, ""
+        config = model.config.get_text_config()
+        # A token that stands for an image would be looked for in other inputs.
+        special = [value for key, value in model.config.to_dict().items() if key.endswith(("token_id", "token_index"))]
+        ids = torch.tensor([i for i in range(min(config.vocab_size, 5000)) if i not in special])
+        generator = torch.Generator().manual_seed(0)
+
+        def draw(*shape: int) -> torch.Tensor:
+            return ids[torch.randint(len(ids), shape, generator=generator)].to(model.device)
+
+        self.prompts = [draw(prompt), draw(-(-prompt * 2 // 3))]
+        self.paths = draw(2, 4, 2)
+        self.paths[:, 1, 0] = self.paths[:, 0, 0]  # two beams have one parent
+        count = max(4, -(-(row - prompt) // 2))
+        self.filling = draw(2, count, 2)  # of a long row, by beams that are not compared
+
+    def holds(self, check: Callable[[], bool]) -> bool:
+        """Whether a check succeeds in the first process. One that raises does not: a model may take no mask or cache,
+        or answer without one."""
+        try:
+            with torch.no_grad():
+                found = check()
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            self.error, found = f"{type(error).__name__}: {error}".splitlines()[0][:200], False
+        if dist.is_available() and dist.is_initialized():
+            decided = [found]
+            dist.broadcast_object_list(decided, device=self.model.device)
+            found = decided[0]
+        return found
+
+    def only_looks_back(self) -> bool:
+        """Reads the plain rows, then with other tokens after them: no token may see those. How much rounding differs
+        between the two says how exact another way can be."""
+        self.plain = torch.stack(
+            [self._read(self._rows(i), len(self.prompts[i]) - 1 + torch.arange(3)) for i in (0, 1)]
+        )
+        longer = torch.cat([self._rows(0), self._rows(1)[:, -PROMPT:]], dim=1)
+        noise = _distance(self._read(longer, len(self.prompts[0]) - 1 + torch.arange(3)), self.plain[0])
+        rounding = _rounding(self.model) * self.plain.std(dim=-1).median()
+        self.tolerance = max(4 * noise, rounding)
+        return bool(noise < 10 * rounding)
+
+    def tells_leaks(self) -> bool:
+        """Whether seeing the other beams would change the scores by more than rounding does."""
+        first, second, _ = self._written(self.filling.shape[1])
+        places = len(self.prompts[0]) + _places(len(first[0]))
+        every = torch.cat([self.prompts[0], first[0], second[0]]).unsqueeze(0)
+        seen = self._read(every, torch.cat([places, places + len(first[0])]))[0]
+        seen = torch.stack([seen[:4], seen[4:].flip(0)], dim=1)
+        return bool(_distance(seen, self.plain[0, :, 1:]) > 2 * self.tolerance)
+
+    def follows(self, beams: type, padding: bool = True) -> bool:
+        """Whether beams of a kind, of a batch of both prompts or of each alone, give the scores of plain rows."""
+        first, second, parent = self._written(self.filling.shape[1] if beams is TreeBeams else 4)
+        place = _places(first.shape[1])
+
+        def scores(ids: torch.Tensor, mask: torch.Tensor, of: slice) -> torch.Tensor:
+            state = beams(self.model, ids, mask)
+            before = state.logits.expand(-1, 4, -1)
+            after_first = state.step(torch.zeros_like(first[of]), first[of], 0)[:, parent[place.flip(0)]]
+            after_second = state.step(parent.expand_as(second[of]), second[of], 1)[:, place.flip(0)]
+            return torch.stack([before, after_first, after_second], dim=2).float().log_softmax(-1)
+
+        if padding:
+            return self._as_plain(scores(*self._padded(), slice(2)))
+        alone = [scores(ids[None], torch.ones_like(ids)[None], slice(i, i + 1)) for i, ids in enumerate(self.prompts)]
+        return self._as_plain(torch.cat(alone))
+
+    def shares_rows(self) -> bool:
+        """Whether completions that share a row with their prompt get the scores of plain rows."""
+        completions = torch.cat([self.filling, self.filling[:, :, :1]], dim=2)  # [2, K, 3]
+        place = _places(completions.shape[1])
+        completions[:, place, :2] = self.paths
+        present = torch.zeros_like(completions, dtype=torch.bool)
+        present[:, :, 0] = present[:, place] = True
+        ids, mask = (tensor.repeat_interleave(len(completions[0]), dim=0) for tensor in self._padded())
+        inputs, wanted, source = shared_rows(
+            self.model, ids, mask.bool(), completions.flatten(0, 1), present.flatten(0, 1)
+        )
+        with head_on(self.model, wanted), float32_head(self.model):
+            logits = self.model(**inputs, use_cache=False).logits
+        row = (wanted.flatten().cumsum(0) - 1)[source].view(completions.shape)[:, place]  # [2, 4, 3]
+        return self._as_plain(logits.float().log_softmax(-1)[row])
+
+    def _rows(self, i: int) -> torch.Tensor:
+        """Prompt `i` with each of its beams, [4, P + 2]."""
+        return torch.cat([self.prompts[i].expand(4, -1), self.paths[i]], dim=1)
+
+    def _padded(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Both prompts, padded on the left, and their mask: [2, P]."""
+        ids, mask = self.prompts[0].repeat(2, 1), torch.ones(2, len(self.prompts[0]), dtype=torch.long)
+        missing = len(self.prompts[0]) - len(self.prompts[1])
+        ids[1, missing:], mask[1, :missing] = self.prompts[1], 0
+        return ids, mask.to(ids.device)
+
+    def _written(self, count: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """What `count` beams write in two steps, [2, K] each, and their parents in the second, [K]: in it the beams
+        that are compared stand in the opposite order."""
+        place = _places(count)
+        first, second = self.filling[:, :count, 0].clone(), self.filling[:, :count, 1].clone()
+        first[:, place], second[:, place.flip(0)] = self.paths[:, :, 0], self.paths[:, :, 1]
+        parent = torch.zeros(count, dtype=torch.long, device=first.device)
+        parent[place.flip(0)] = place[[0, 0, 2, 3]].to(parent.device)
+        return first, second, parent
+
+    def _read(self, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+        """Log-probabilities [rows, columns, V] after the tokens in some columns of plain rows."""
+        wanted = torch.zeros_like(rows, dtype=torch.bool)
+        wanted[:, columns] = True
+        with head_on(self.model, wanted), float32_head(self.model):
+            logits = self.model(input_ids=rows, use_cache=False).logits
+        return logits.float().log_softmax(-1).view(len(rows), len(columns), -1)
+
+    def _as_plain(self, scores: torch.Tensor) -> bool:
+        """Whether log-probabilities [2, 4, 3, V] are those of the plain rows."""
+        return bool(_distance(scores, self.plain) <= self.tolerance)
+
+
+def _places(count: int) -> torch.Tensor:
+    """Where the four beams that are compared stand among `count`."""
+    return torch.tensor([0, 1, count // 2, count - 1])
+
+
+def _distance(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """How far log-probabilities [..., 4 beams, steps, V] are apart: at the worst step, the second worst beam, since
+    rounding may send a token of a single one to another expert. NaN where any is."""
+    apart = (one - other).square().mean(dim=-1).sqrt()
+    return apart.kthvalue(3, dim=-2).values.max() + 0 * apart.max()
+
+
+def _rounding(model) -> float:
+    """How far two exact ways may be apart, as a share of what log-probabilities vary by."""
+    exact = all(parameter.dtype == torch.float32 for parameter in model.parameters())
+    if not exact or torch.is_autocast_enabled(model.device.type):  # 16 bits, or fewer: the deeper, the farther
+        return 0.005 * (2 * model.config.get_text_config().num_hidden_layers) ** 0.5
+    return 2e-3 if model.device.type == "cuda" else 2e-5  # convolutions on a GPU are in TF32

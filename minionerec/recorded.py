@@ -1,0 +1,79 @@
+"""What the JSON files of a checkpoint must hold before a command uses it: they are input like any other.
+
+Each table names the values that later commands read: the check of one, and what it must be.
+"""
+
+import math
+
+from minionerec.cli import InputError
+from minionerec.data import shorten
+
+
+def _is_whole(least: int):
+    return lambda value: type(value) is int and value >= least
+
+
+def _is_number(value: object) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
+
+
+def _is(*kinds: type):
+    return lambda value: isinstance(value, kinds)
+
+
+TEXT = (_is(str), "text")
+TEXT_OR_NULL = (_is(str, type(None)), "text or null")
+OBJECT = (_is(dict), "an object")
+TRUE_OR_FALSE = (_is(bool), "true or false")
+STEPS = (_is_whole(0), "a whole number from 0")
+
+RUN = {
+    "command": TEXT,
+    "method": TEXT,
+    "base_fingerprint": TEXT_OR_NULL,
+    "seconds": (lambda value: _is_number(value) and value >= 0, "a number from 0"),
+    "flags": OBJECT,
+    "prompts": OBJECT,
+}
+FLAGS = {
+    "cutoff_len": (_is_whole(32), "a whole number from 32"),
+    **dict.fromkeys(("use_lora", "use_qlora", "load_in_8bit", "use_rslora", "use_dora"), TRUE_OR_FALSE),
+    **dict.fromkeys(("lora_r", "lora_alpha"), (_is_whole(1), "a whole number from 1")),
+    **dict.fromkeys(("category", "sid_index_path", "eval_file", "lora_target_modules"), TEXT),
+}
+ADAPTER = {
+    "base_model_name_or_path": TEXT_OR_NULL,
+    "peft_type": TEXT,
+    "task_type": (lambda value: value in ("CAUSAL_LM", None), "CAUSAL_LM or null"),
+    "r": (_is_whole(1), "a whole number from 1"),
+    "rank_pattern": (
+        lambda value: value is None or (isinstance(value, dict) and all(map(_is_whole(1), value.values()))),
+        "an object of ranks",
+    ),
+    "lora_alpha": (_is_number, "a number"),
+    "target_modules": (_is(str, list, type(None)), "a list of names"),
+    # These would import a module that the file names, and repeat layers as often as it says.
+    **dict.fromkeys(("megatron_config", "layer_replication"), (lambda value: not value, "null")),
+}
+TRAINER_STATE = {
+    **dict.fromkeys(("global_step", "max_steps", "num_train_epochs"), STEPS),
+    **dict.fromkeys(("epoch", "total_flos"), (_is_number, "a number")),
+    "best_metric": (_is(float, int, type(None)), "a number or null"),  # infinite before the first good one
+    "best_model_checkpoint": TEXT_OR_NULL,
+    "log_history": (lambda value: isinstance(value, list) and all(map(_is(dict), value)), "a list of objects"),
+    "stateful_callbacks": OBJECT,
+}
+
+
+def check_values(file: str, data: object, table: dict, remedy: str) -> dict:
+    """`data`, an object whose values of these names are as they must be. Raises InputError naming the others."""
+    if not isinstance(data, dict):
+        raise InputError(f"{file}: must be an object; {remedy}")
+    problems = [
+        f"{file}: {name} is {shorten(data[name], 60)} and must be {what}; {remedy}"
+        for name, (good, what) in table.items()
+        if name in data and not good(data[name])
+    ]
+    if problems:
+        raise InputError(problems)
+    return data

@@ -1,0 +1,187 @@
+"""SID tokens in a tokenizer: added so that no normalizer changes them, and checked on every SID.
+
+A token that is added as plain text is matched after the tokenizer's normalizer. With one that puts "▁" before a text,
+`<a_0><b_0><c_0>` becomes 11 tokens instead of 3, without a word.
+
+Dimensions: `S` SIDs, `D` tokens of the longest response with its end-of-sequence token.
+"""
+
+import string
+from collections.abc import Sequence
+from typing import NoReturn
+
+import numpy as np
+from tokenizers import AddedToken, Tokenizer, models
+
+from minionerec.cli import InputError
+from minionerec.data import Catalogue, shorten
+from minionerec.dataset import Encoder, batches
+from minionerec.prompts import SEPARATOR, Task
+from minionerec.sid import PAD, sid_sequences, token_rows
+
+SIDS_OF_A_PROMPT = 100  # that a check puts into one
+OTHER = "\0"  # stands for text that is no token
+UNKNOWN = -2  # in the place of a token's id
+
+
+def add_sid_tokens(tokenizer, sid_tokens: Sequence[str]) -> None:
+    """Adds SID tokens that are matched in the text as it is: before any normalizer, and whatever stands beside them.
+
+    Tokens the tokenizer knows keep their ids. Raises InputError for one that has another meaning there, such as the
+    end of a sequence.
+    """
+    names = ("bos_token", "eos_token", "pad_token", "unk_token")
+    own = {getattr(tokenizer, name): name for name in names}
+    taken = [token for token in sid_tokens if token in own]
+    if taken:
+        raise InputError(
+            f"SID token {taken[0]!r} is the {own[taken[0]]} of the tokenizer; rename it in --sid_index_path"
+        )
+    known = {token.content: token for token in tokenizer.added_tokens_decoder.values()}
+    new = [token for token in sid_tokens if token not in known or not _is_matched_as_it_is(known[token])]
+    tokenizer.add_tokens([AddedToken(token, normalized=False, special=False) for token in new])
+
+
+def _is_matched_as_it_is(token: AddedToken) -> bool:
+    return not (token.normalized or token.lstrip or token.rstrip or token.single_word)
+
+
+def check_sids(encoder: Encoder, catalogue: Catalogue, where: str, remedy: str) -> None:
+    """Checks all SIDs as `sid_responses` does, with every ending that the responses of the encoder's tasks have."""
+    for ending in sorted({task.ending or "" for task in encoder.prompts.tasks.values()}):
+        sid_responses(encoder, list(catalogue.tokens_of), ending, catalogue, where, remedy)
+
+
+def sid_responses(
+    encoder: Encoder, sids: Sequence[str], ending: str, catalogue: Catalogue | None, where: str, remedy: str
+) -> np.ndarray:
+    """Token ids [S, D - 1] of what a model writes for SIDs, padded with PAD: the SID and `ending`, a fixed text.
+
+    Every SID must become its own tokens and no others, there and in the prompts of the encoder's tasks. Works through
+    a million SIDs flat.
+
+    Args:
+        catalogue: the SIDs and their tokens. Without one, a SID's own tokens are those given to the tokenizer whose
+            texts together are the SID; where it was given none for any of them, SIDs are plain text.
+        where, remedy: for messages, the flag whose tokenizer this is, and what to do.
+
+    Raises InputError naming the first SID that becomes something else, two that become the same, or one that holds the
+    end-of-sequence token or is longer than half of the encoder's `cutoff_len`.
+    """
+    tokenizer = encoder.tokenizer
+    sequences = sid_sequences(tokenizer, [sid + ending for sid in sids] if ending else sids)
+    lengths = (sequences != PAD).sum(axis=1)
+
+    def refuse(row: int, problem: str) -> NoReturn:
+        raise InputError(f"{where}: SID {shorten(sids[row])} {problem}; {remedy}")
+
+    def became(row: int) -> str:
+        tokens = tokenizer.convert_ids_to_tokens(sequences[row, : lengths[row]].tolist())
+        return f"becomes {len(tokens)} tokens, {shorten(tokens)}"
+
+    # What no tokenizer may make of a SID.
+    if not lengths.all():
+        refuse(int(lengths.argmin()), "becomes no token at all")
+    ends = (sequences == tokenizer.eos_token_id).any(axis=1)
+    if ends.any():
+        refuse(int(ends.argmax()), "holds the end-of-sequence token, or the text after it does")
+    if sequences.shape[1] > encoder.cutoff_len // 2 - 1:
+        refuse(
+            int(lengths.argmax()),
+            f"takes {sequences.shape[1] + 1} tokens to write, and may take half of cutoff_len {encoder.cutoff_len}",
+        )
+    if catalogue is not None:
+        lacking = sorted(set(catalogue.sid_tokens) - set(tokenizer.get_vocab()))
+        if lacking:
+            raise InputError(
+                f"{where}: its tokenizer lacks {len(lacking)} SID tokens of the index, such as {lacking[0]!r}; {remedy}"
+            )
+    own = _given_tokens(tokenizer, sids) if catalogue is None else _tokens_of_index(tokenizer, sids, catalogue)
+    if own is None:
+        _check_distinct(sequences, refuse)
+        return sequences
+    unknown = (own == UNKNOWN).any(axis=1)
+    if unknown.any():
+        row = int(unknown.argmax())
+        refuse(row, f"{became(row)}: its tokenizer does not know all of its own")
+
+    # As a response: its own tokens, and then what follows the first SID.
+    own_lengths = (own != PAD).sum(axis=1)
+    tail = sequences[0, own_lengths[0] : lengths[0]] if ending else sequences[0, :0]
+    expected = np.full((len(own), max(own.shape[1] + len(tail), sequences.shape[1])), PAD)
+    expected[:, : own.shape[1]] = own
+    expected[np.arange(len(own))[:, None], own_lengths[:, None] + np.arange(len(tail))] = tail
+    found = np.pad(sequences, ((0, 0), (0, expected.shape[1] - sequences.shape[1])), constant_values=PAD)
+    wrong = (found != expected).any(axis=1)
+    if wrong.any():
+        row = int(wrong.argmax())
+        refuse(row, f"{became(row)}, instead of its own {own_lengths[row]}")
+    _check_in_prompts(encoder, sids, own, refuse)
+    return sequences
+
+
+def _tokens_of_index(tokenizer, sids: Sequence[str], catalogue: Catalogue) -> np.ndarray:
+    """Ids of the SIDs' own tokens, [S, tokens of the longest], padded with PAD."""
+    vocabulary, tokens_of = tokenizer.get_vocab(), catalogue.tokens_of
+    lengths = np.fromiter((len(tokens_of[sid]) for sid in sids), np.int64, len(sids))
+    ids = (vocabulary[token] for sid in sids for token in tokens_of[sid])
+    own = np.full((len(sids), lengths.max()), PAD)
+    own[np.arange(own.shape[1]) < lengths[:, None]] = np.fromiter(ids, np.int64, lengths.sum())
+    return own
+
+
+def _given_tokens(tokenizer, sids: Sequence[str]) -> np.ndarray | None:
+    """The same where there is no index: a tokenizer that only looks for the tokens this one was given finds them. Text
+    that is none of them is UNKNOWN; None where that is all there is."""
+    given = tokenizer.added_tokens_decoder
+    finder = Tokenizer(models.WordLevel({OTHER: 0}, unk_token=OTHER))
+    finder.add_tokens([AddedToken(token.content, normalized=False) for token in given.values()])
+    found = token_rows(finder, sids)
+    if (found <= 0).all():
+        return None
+    # PAD is -1 in `found`, the last place.
+    return np.array([UNKNOWN, *given, PAD])[found]
+
+
+def _check_distinct(sequences: np.ndarray, refuse) -> None:
+    seen: dict[bytes, int] = {}
+    for row, ids in enumerate(sequences):
+        other = seen.setdefault(ids.tobytes(), row)
+        if other != row:
+            refuse(row, "becomes the same tokens as another one")
+
+
+def _check_in_prompts(encoder: Encoder, sids: Sequence[str], own: np.ndarray, refuse) -> None:
+    """Renders prompts with many SIDs each, and compares the SID tokens found there with the SIDs' own."""
+    tokenizer = encoder.tokenizer
+    sid_ids = np.unique(own[own != PAD])
+
+    def found(task: Task, parts: list[list[int]]) -> list[np.ndarray]:
+        """The ids of SID tokens in a prompt for each list of SIDs, places in `sids`."""
+        texts = []
+        for rows in parts:
+            text = SEPARATOR.join([sids[row] for row in rows])
+            fields = {**dict.fromkeys(task.fields, ""), "sid_history": text, "sid": text}
+            texts.append(encoder.prompts.render(task, fields))
+        encoded = tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        ids = [np.array(encoding.ids, dtype=np.int64) for encoding in encoded]
+        return [these[np.isin(these, sid_ids)] for these in ids]
+
+    for task in encoder.prompts.tasks.values():
+        times = sum(name in ("sid_history", "sid") for _, name, *_ in string.Formatter().parse(task.input))
+        wording = len(found(task, [[]])[0])  # SID tokens that stand in the wording itself
+
+        def first_wrong(parts: list[list[int]], task=task, times=times, wording=wording):
+            for rows, ids in zip(parts, found(task, parts), strict=True):
+                expected = np.tile(own[rows][own[rows] != PAD], times)
+                if len(ids) != len(expected) + wording or (not wording and (ids != expected).any()):
+                    return rows, tokenizer.convert_ids_to_tokens(ids.tolist())
+            return None
+
+        for parts in batches(batches(range(len(sids)), SIDS_OF_A_PROMPT), 100) if times else ():
+            if wrong := first_wrong(parts):
+                rows, _ = wrong
+                one_or_two = [rows[max(i - 1, 0) : i + 1] for i in range(len(rows))]
+                rows, tokens = first_wrong([[row] for row in rows]) or first_wrong(one_or_two) or wrong
+                text = SEPARATOR.join([sids[row] for row in rows])
+                refuse(rows[-1], f"becomes {shorten(tokens)} in a prompt of task {task.name}, as {shorten(text)}")

@@ -1,0 +1,191 @@
+"""How a model can be decoded is tried on the model itself, once, and what cannot be decoded is refused."""
+
+import copy
+import shutil
+
+import pytest
+import torch
+from conftest import sft_flags
+from models import make_model
+from test_architectures import COPIED, SIDS, build, check_beams, check_logps, prompts
+from test_evaluate import flags_of
+from test_logprobs import with_adapter
+from test_rl import rl_flags
+from test_sid import EOS, exhaustive
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BertConfig, RwkvConfig
+from transformers.models.bamba import modeling_bamba
+
+import evaluate
+import lora_utils
+import rl
+import sft
+from minionerec import modeling, probe
+from minionerec.beams import CopiedBeams, RereadBeams, TreeBeams
+from minionerec.cli import InputError
+from minionerec.data import read_catalogue
+from minionerec.probe import prove
+from minionerec.ranking import rank_prompts
+from minionerec.sid import Trie, constrained_beam_search
+
+KINDS = ["qwen2", "llama", "gemma2", "mixtral", "qwen3_5_text", "lfm2", "mpt", "minimax"]
+
+
+def forwards_of(model) -> list:
+    seen = []
+    model.register_forward_pre_hook(lambda *_: seen.append(1))
+    return seen
+
+
+def test_a_model_is_tried_once_and_left_as_it_was():
+    model = make_model("mistral", sliding_window=64).train()
+    seen, weights, state = forwards_of(model), copy.deepcopy(model.state_dict()), torch.get_rng_state()
+    proof = prove(model)
+    assert proof.beams is TreeBeams and proof.shared and model.training and 0 < len(seen) < 10
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())
+    tried = len(seen)
+    assert prove(model) is proof and prove(with_adapter(model), 30, 63) is proof and len(seen) == tried
+    # Rows that the window is shorter than are tried as long as they are, once too.
+    assert prove(model, 40, 64).beams is TreeBeams and len(seen) > tried
+    tried = len(seen)
+    assert prove(model, 40, 64).shared and prove(model, 9, 64).shared and len(seen) == tried
+
+
+@pytest.mark.parametrize("architecture", KINDS)
+def test_rounding_does_not_hide_it(architecture):
+    proof = prove(build(architecture).to(torch.bfloat16))
+    assert proof.beams is (CopiedBeams if architecture in COPIED else TreeBeams) and proof.padding
+    assert proof.shared == (proof.beams is TreeBeams)
+    # Of layers that have learnt little, what they ignore may be smaller than the rounding.
+    assert architecture not in COPIED or prove(make_untrained(architecture)).beams is CopiedBeams
+
+
+def make_untrained(architecture):
+    model = build(architecture)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                parameter.div_(4)
+    return model.to(torch.bfloat16)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("architecture", ["qwen2", "qwen3_5_text"])
+def test_quantized_bases(architecture, bits, tmp_path):
+    build(architecture).save_pretrained(tmp_path)
+    quantization = lora_utils.quantization_config(use_qlora=bits == 4, load_in_8bit=bits == 8)
+    proof = prove(modeling.load_base(str(tmp_path), quantization))
+    assert proof.beams is (CopiedBeams if architecture in COPIED else TreeBeams) and proof.padding
+
+
+def test_layers_that_ignore_padding_get_one_prompt_at_a_time(monkeypatch):
+    monkeypatch.setattr(modeling_bamba, "apply_mask_to_padding_states", lambda states, _mask: states)
+    model = build("bamba")
+    proof = prove(model)
+    assert proof.beams is CopiedBeams and not proof.padding and "one prompt at a time" in str(proof)
+    check_beams(model)
+    check_logps(model, with_gradients=False)
+    # Each process decodes single prompts, so that all run as many forward passes.
+    ids, mask = prompts()
+    lists = [row[present.bool()].tolist() for row, present in zip(ids, mask, strict=True)]
+    batches = []
+    model.register_forward_pre_hook(lambda _m, _a, kw: batches.append(len(kw["input_ids"])), with_kwargs=True)
+    trie = Trie(SIDS, EOS)
+    ranked = rank_prompts(model, trie, lists, 0, 3, batch_size=3)
+    assert batches.count(1) == 3 and set(batches) == {1, 3}  # a prompt at a time, then its three beams
+    assert [SIDS[row[0]] for row in ranked] == [ranking[0][0] for ranking in exhaustive(model, ids, mask, SIDS)]
+
+
+def test_a_cache_that_forgets_is_not_used(monkeypatch):
+    monkeypatch.setattr("minionerec.beams.select_rows", lambda cache, rows: cache.reorder_cache(torch.zeros_like(rows)))
+    model = build("lfm2")
+    assert prove(model).beams is RereadBeams
+    check_beams(model)
+
+
+def test_what_is_not_causal_is_refused():
+    model = AutoModelForCausalLM.from_config(BertConfig(vocab_size=96, hidden_size=48, num_hidden_layers=1)).eval()
+    ids, mask = prompts()
+    with pytest.raises(InputError, match=r"decoding: BertLMHeadModel is not causal.*; take another model") as refused:
+        constrained_beam_search(model, ids, mask, Trie(SIDS, EOS), 2)
+    assert len(refused.value.problems) == 1 and "\n" not in str(refused.value)
+    broken = build("qwen2")
+    broken.lm_head.forward = lambda _: None
+    with pytest.raises(InputError, match=r"--base_model x: Qwen2ForCausalLM cannot be read: .*; take another model"):
+        prove(broken, name="--base_model x")
+
+
+def test_the_first_process_decides(monkeypatch):
+    answers = iter([True, True, False, True])  # causal, tells leaks, no tree mask, copies
+
+    class Dist:
+        is_available = is_initialized = staticmethod(lambda: True)
+
+        @staticmethod
+        def broadcast_object_list(decided, device):
+            decided[0] = next(answers)
+
+    monkeypatch.setattr(probe, "dist", Dist)
+    model = build("qwen2")
+    assert prove(model).beams is CopiedBeams and next(answers, None) is None
+
+
+def test_weights_of_rwkv_stay_as_they_are(tmp_path):
+    torch.manual_seed(0)
+    config = RwkvConfig(vocab_size=96, hidden_size=64, num_hidden_layers=7, attention_hidden_size=64)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    model = modeling.load_base(str(tmp_path))
+    weights = copy.deepcopy(model.state_dict())
+    assert prove(model.eval()).beams is RereadBeams
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.fixture(scope="module")
+def checkpoint_of(files, base, tmp_path_factory):
+    """Makes a whole checkpoint of any architecture with the tests' tokenizer and SID tokens."""
+
+    def make(model_type: str, **changes) -> str:
+        folder = str(tmp_path_factory.mktemp(model_type))
+        tokenizer = AutoTokenizer.from_pretrained(base)
+        tokenizer.add_tokens(read_catalogue(files["index"], files["item"]).sid_tokens)
+        sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+        config = AutoConfig.for_model(model_type, **{**sizes, "vocab_size": len(tokenizer), **changes})
+        config.eos_token_id = config.pad_token_id = tokenizer.eos_token_id
+        AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        return folder
+
+    return make
+
+
+def test_commands_refuse_what_cannot_be_decoded_before_they_train(files, checkpoint_of, tmp_path):
+    bert = checkpoint_of("bert")
+    for command, flags in (
+        (sft.train, sft_flags(files, bert, str(tmp_path / "sft"))),
+        (rl.train, rl_flags(files, bert, str(tmp_path / "rl"))),
+        (evaluate.evaluate, flags_of(files, str(tmp_path / "r.json"), base_model=bert, category="bolts")),
+    ):
+        with pytest.raises(InputError, match=rf"^--(base_model|model_path) {bert}: BertLMHeadModel is not causal"):
+            command(**flags)
+    assert not list(tmp_path.iterdir())
+
+
+def test_commands_say_how_they_decode(files, checkpoint_of, tmp_path, capsys):
+    lfm2 = checkpoint_of("lfm2", num_key_value_heads=2, block_ff_dim=64, layer_types=["conv", "full_attention"])
+    line = "decoding: beams are copied with the cache: conv layers ignore a tree mask"
+    sft.train(**sft_flags(files, lfm2, str(tmp_path / "sft"), sample=8))
+    assert line in capsys.readouterr().out
+    start = str(tmp_path / "sft" / "final_checkpoint")
+    rl.train(**rl_flags(files, start, str(tmp_path / "rl"), test_during_training=False, sample_train=True))
+    assert line + "; completions each repeat their prompt" in capsys.readouterr().out
+    evaluate.evaluate(**flags_of(files, str(tmp_path / "r.json"), base_model=start))
+    assert line in capsys.readouterr().out
+
+    qwen2 = checkpoint_of("qwen2", num_key_value_heads=2)
+    sft.train(**sft_flags(files, qwen2, str(tmp_path / "other"), sample=8, tasks="sid_history_to_sid"))
+    assert "decoding" not in capsys.readouterr().out
+    shutil.rmtree(tmp_path / "rl")
+    start = str(tmp_path / "other" / "final_checkpoint")
+    rl.train(**rl_flags(files, start, str(tmp_path / "rl"), test_during_training=False, sample_train=True))
+    shared = "decoding: beams share the prompt's cache under a tree mask; completions share a row with their prompt\n"
+    assert shared in capsys.readouterr().out
