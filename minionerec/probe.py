@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from minionerec.beams import CopiedBeams, RereadBeams, TreeBeams
-from minionerec.cli import InputError
+from minionerec.cli import InputError, RunError
 from minionerec.head import float32_head, head_on
 from minionerec.rows import shared_rows
 
@@ -56,7 +56,8 @@ def prove(model, prompt: int = PROMPT, row: int = ROW, name: str = "") -> Proof:
     It is tried once and remembered; again only for longer rows, where the configuration names a window that they reach.
     The first process decides for all, so all must ask, and for the same lengths.
 
-    Raises InputError, beginning with `name`, where no way gives the log-probabilities of plain rows.
+    Raises InputError, beginning with `name`, where no way gives the log-probabilities of plain rows, and RunError where
+    those are NaN or infinite.
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     config = base.config.get_text_config()
@@ -94,6 +95,10 @@ def _try_all(model, prompt: int, row: int, name: str) -> Proof:
 
 def _first_that_holds(trial: "_Trial", name: str) -> Proof:
     if not trial.holds(trial.only_looks_back):
+        if trial.plain is not None and trial.plain.isnan().any():
+            raise RunError(
+                f"the model's predictions are not finite in {trial.model.dtype}; nothing can be ranked by them"
+            )
         problem = (
             f"cannot be read: {trial.error}" if trial.error else "is not causal, its scores change with later tokens"
         )
@@ -128,6 +133,7 @@ class _Trial:
 
     def __init__(self, model, prompt: int, row: int):
         self.model, self.row, self.error = model, row, ""
+        self.plain: torch.Tensor | None = None  # [2, 4, 3, V]
         config = model.config.get_text_config()
         # A token that stands for an image would be looked for in other inputs.
         special = [value for key, value in model.config.to_dict().items() if key.endswith(("token_id", "token_index"))]
