@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import sft_flags
+from helpers import sft_flags
 from models import make_model
 from test_architectures import COPIED, SIDS, build, check_beams, check_logps, prompts
 from test_evaluate import flags_of
