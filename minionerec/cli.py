@@ -157,9 +157,10 @@ def run(command: Callable[..., object]) -> None:
     for variable, count in PRODUCTS_KEPT.items():
         os.environ.setdefault(variable, count)
     # What two packages say of themselves and nobody can act on: bitsandbytes of an optional kernel on a hub, PEFT of
-    # a property it reads while it wraps a model.
+    # a property it reads while it wraps a model, TRL of methods it calls around generation.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+    warnings.filterwarnings("ignore", "`gradient_checkpointing_(en|dis)able` is deprecated", FutureWarning)
     script = os.path.basename(sys.argv[0])
     parameters = dict(inspect.signature(command).parameters)
     argv = sys.argv[1:]

@@ -16,8 +16,11 @@ def pytest_configure(config) -> None:
     """What our own calls use that is about to go away is an error."""
     for category in ("DeprecationWarning", "FutureWarning", "PendingDeprecationWarning"):
         config.addinivalue_line("filterwarnings", f"error::{category}")
-    # PEFT 0.21 asks for it while it wraps a model.
+    # PEFT 0.21 asks for it while it wraps a model; TRL 1.16 calls these around generation.
     config.addinivalue_line("filterwarnings", "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+    for method in ("enable", "disable"):
+        ignored = f"ignore:`gradient_checkpointing_{method}` is deprecated:FutureWarning"
+        config.addinivalue_line("filterwarnings", ignored)
 
 
 @pytest.fixture(scope="session")
