@@ -18,11 +18,13 @@ import torch
 import torch.distributed as dist
 
 from minionerec.beams import CopiedBeams, RereadBeams, TreeBeams
-from minionerec.cli import InputError
+from minionerec.cli import InputError, RunError
 from minionerec.head import float32_head, head_on
 from minionerec.rows import shared_rows
 
-PROMPT, ROW = 9, 17  # tokens of the longer prompt, and of a row with all its beams, unless a window asks for more
+# Tokens of the longer prompt, and of a row with all its beams, unless a window asks for more. With 16 beams, as many as
+# are usual, a place in the row is far from the position that ALiBi and windows should count by.
+PROMPT, ROW = 9, 9 + 2 * 16
 MASKED = {"full_attention", "sliding_attention", "chunked_attention"}  # types of layers that can keep to a mask
 
 
@@ -56,19 +58,21 @@ def prove(model, prompt: int = PROMPT, row: int = ROW, name: str = "") -> Proof:
     It is tried once and remembered; again only for longer rows, where the configuration names a window that they reach.
     The first process decides for all, so all must ask, and for the same lengths.
 
-    Raises InputError, beginning with `name`, where no way gives the log-probabilities of plain rows.
+    Raises InputError, beginning with `name`, where no way gives the log-probabilities of plain rows, and RunError where
+    those are NaN.
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     config = base.config.get_text_config()
     known = vars(base).setdefault("_proofs", {}).setdefault(config._attn_implementation, {})
     if "short" not in known:
         known["short"] = _try_all(model, PROMPT, ROW, name)
-    if known["short"].beams is not TreeBeams or not any(ROW < window <= row for window in _windows(config)):
+    if known["short"].beams is not TreeBeams or not any(PROMPT < window <= row for window in _windows(config)):
         return known["short"]
-    tried = known.get("lengths", (0, 0))
+    tried = known.get("lengths", (PROMPT, 0))
     if prompt > tried[0] or row > tried[1]:
-        known["lengths"] = max(prompt, tried[0]), max(row, tried[1])
-        known["long"] = _try_all(model, *known["lengths"], name)
+        lengths = max(prompt, tried[0]), max(row, tried[1])
+        known["long"] = _try_all(model, *lengths, name)
+        known["lengths"] = lengths
     return known["long"]
 
 
@@ -93,11 +97,17 @@ def _try_all(model, prompt: int, row: int, name: str) -> Proof:
 
 
 def _first_that_holds(trial: "_Trial", name: str) -> Proof:
-    if not trial.holds(trial.only_looks_back):
-        problem = (
-            f"cannot be read: {trial.error}" if trial.error else "is not causal, its scores change with later tokens"
+    kind = type(trial.model).__name__
+    if not trial.holds(trial.reads):
+        raise InputError(f"{name}: {kind} cannot be read: {trial.error}; take another model")
+    if not trial.holds(trial.is_finite):
+        raise RunError(
+            f"{name}: the model's predictions are not finite in {trial.model.dtype}; no items can be ranked by them"
         )
-        raise InputError(f"{name}: {type(trial.model).__name__} {problem}; take another model")
+    if not trial.holds(trial.looks_back_only):
+        raise InputError(
+            f"{name}: {kind} is not causal, its scores change with the tokens that follow; take another model"
+        )
     told = trial.holds(trial.tells_leaks)
     if told and trial.holds(partial(trial.follows, TreeBeams)):
         return Proof(TreeBeams, padding=True, shared=trial.holds(trial.shares_rows))
@@ -105,10 +115,7 @@ def _first_that_holds(trial: "_Trial", name: str) -> Proof:
     for beams, padding in ((CopiedBeams, True), (CopiedBeams, False), (RereadBeams, False)):
         if trial.holds(partial(trial.follows, beams, padding)):
             return Proof(beams, padding, shared=False, why=why)
-    raise InputError(
-        f"{name}: {type(trial.model).__name__} does not give the same scores when it reads the same tokens again; take "
-        "another model"
-    )
+    raise InputError(f"{name}: {kind} gives other scores when it reads the same tokens again; take another model")
 
 
 def _what_ignores_masks(config, row: int, told: bool) -> str:
@@ -119,7 +126,7 @@ def _what_ignores_masks(config, row: int, told: bool) -> str:
     if not told:
         return f"their rounding hides whether {layers} layers follow a tree mask"
     if row > ROW:
-        return f"a window of {min(w for w in _windows(config) if w > ROW)} tokens does not follow a tree mask"
+        return f"a window of {min(w for w in _windows(config) if w > PROMPT)} tokens does not follow a tree mask"
     return f"{layers} layers ignore a tree mask"
 
 
@@ -159,26 +166,36 @@ class _Trial:
             found = decided[0]
         return found
 
-    def only_looks_back(self) -> bool:
-        """Reads the plain rows, then with other tokens after them: no token may see those. How much rounding differs
-        between the two says how exact another way can be."""
+    def reads(self) -> bool:
+        """Reads the plain rows, also with tokens after them and with the other beams between. The first change nothing
+        but rounding, and say how exact another way can be; the second say how exact it must be."""
+        start = len(self.prompts[0]) - 1
         self.plain = torch.stack(
             [self._read(self._rows(i), len(self.prompts[i]) - 1 + torch.arange(3)) for i in (0, 1)]
         )
         longer = torch.cat([self._rows(0), self._rows(1)[:, -PROMPT:]], dim=1)
-        noise = _distance(self._read(longer, len(self.prompts[0]) - 1 + torch.arange(3)), self.plain[0])
-        rounding = _rounding(self.model) * self.plain.std(dim=-1).median()
-        self.tolerance = max(4 * noise, rounding)
-        return bool(noise < 10 * rounding)
+        self.noise = _distance(self._read(longer, start + torch.arange(3)), self.plain[0])
 
-    def tells_leaks(self) -> bool:
-        """Whether seeing the other beams would change the scores by more than rounding does."""
         first, second, _ = self._written(self.filling.shape[1])
-        places = len(self.prompts[0]) + _places(len(first[0]))
+        places = start + 1 + _places(len(first[0]))
         every = torch.cat([self.prompts[0], first[0], second[0]]).unsqueeze(0)
         seen = self._read(every, torch.cat([places, places + len(first[0])]))[0]
-        seen = torch.stack([seen[:4], seen[4:].flip(0)], dim=1)
-        return bool(_distance(seen, self.plain[0, :, 1:]) > 2 * self.tolerance)
+        self.leak = _distance(torch.stack([seen[:4], seen[4:].flip(0)], dim=1), self.plain[0, :, 1:])
+
+        self.rounding = _rounding(self.model) * self.plain.std(dim=-1).median()
+        self.tolerance = (4 * self.noise).clamp(self.rounding, 4 * self.rounding)
+        return True
+
+    def is_finite(self) -> bool:
+        return not self.plain.isnan().any()
+
+    def looks_back_only(self) -> bool:
+        """Whether no token saw those after it."""
+        return bool(self.noise <= 5 * self.rounding)
+
+    def tells_leaks(self) -> bool:
+        """Whether a beam that saw the others would be told from rounding."""
+        return bool(self.leak > 2 * self.tolerance)
 
     def follows(self, beams: type, padding: bool = True) -> bool:
         """Whether beams of a kind, of a batch of both prompts or of each alone, give the scores of plain rows."""
@@ -256,7 +273,7 @@ def _distance(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
     """How far log-probabilities [..., 4 beams, steps, V] are apart: at the worst step, the second worst beam, since
     rounding may send a token of a single one to another expert. NaN where any is."""
     apart = (one - other).square().mean(dim=-1).sqrt()
-    return apart.kthvalue(3, dim=-2).values.max() + 0 * apart.max()
+    return apart.sort(dim=-2).values[..., 2, :].max() + 0 * apart.max()
 
 
 def _rounding(model) -> float:

@@ -1,20 +1,15 @@
 """A tiny catalogue, its files in the published layout, and a tiny base: made once, without a network."""
 
-import csv
 import json
 import os
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
 import pytest
+from helpers import run_command, write_csv
 
 os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="minionerec-cache-")
 os.environ["HF_HUB_OFFLINE"] = "1"
-
-ROOT = Path(__file__).resolve().parent.parent
-COLUMNS = ["user_id", "history_item_title", "item_title", "history_item_id", "item_id", "history_item_sid", "item_sid"]
 
 
 def pytest_configure(config) -> None:
@@ -23,18 +18,6 @@ def pytest_configure(config) -> None:
         config.addinivalue_line("filterwarnings", f"error::{category}")
     # PEFT 0.21 asks for it while it wraps a model.
     config.addinivalue_line("filterwarnings", "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-
-
-def write_csv(path: Path, rows: list[list[int]], index: dict, items: dict) -> None:
-    """Writes interactions: each row is a list of item numbers, the last one the target."""
-    with open(path, "w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(COLUMNS)
-        for number, (*past, target) in enumerate(rows):
-            titles = [items[str(i)]["title"] for i in past]
-            sids = ["".join(index[str(i)]) for i in past]
-            target_sid = "".join(index[str(target)])
-            writer.writerow([f"u{number}", titles, items[str(target)]["title"], past, target, sids, target_sid])
 
 
 @pytest.fixture(scope="session")
@@ -76,27 +59,3 @@ def base(files, tmp_path_factory) -> str:
     )
     assert result.returncode == 0, result.stderr
     return folder
-
-
-def run_command(script: str, *extra: str, **flags: object) -> subprocess.CompletedProcess:
-    """Runs a command line of the project and captures what it prints."""
-    argv = [sys.executable, str(ROOT / script), *(f"--{name}={value}" for name, value in flags.items()), *extra]
-    return subprocess.run(argv, capture_output=True, text=True, cwd=ROOT, timeout=300)
-
-
-def sft_flags(files: dict[str, str], base: str, output_dir: object, **more: object) -> dict[str, object]:
-    """The flags of a small sft.py run."""
-    flags = {
-        "base_model": base,
-        "train_file": files["train"],
-        "eval_file": files["valid"],
-        "sid_index_path": files["index"],
-        "item_meta_path": files["item"],
-        "output_dir": output_dir,
-        "category": "bolts",
-        "batch_size": 16,
-        "micro_batch_size": 8,
-        "num_epochs": 1,
-        "eval_step": 0.25,
-    }
-    return {**flags, **more}

@@ -91,7 +91,8 @@ MORE = {
     },
 }  # fmt: skip
 CHANGES.update(MORE)
-# A window that prompts of these tests are longer than, one that their rows are longer than, one that any row is.
+# A window that prompts of these tests are longer than; one that any row is, one that the probe's rows may be, and one
+# that prompts are shorter than and rows with all their beams are not.
 WINDOWS = {
     "cohere2": {"sliding_window": 20},
     "exaone4": {"sliding_window": 20},
@@ -114,11 +115,16 @@ NARROW = {
     "llama4_text": {"attention_chunk_size": 4},
     "mistral": {"sliding_window": 4},
 }
+BETWEEN = {
+    "gpt_neo": {"window_size": 14},
+    "llama4_text": {"attention_chunk_size": 12},
+    "mistral": {"sliding_window": 12},
+}
 WIDE = {
-    "gemma2": {"sliding_window": 40},
-    "gpt_neo": {"window_size": 40},
-    "llama4_text": {"attention_chunk_size": 40},
-    "mistral": {"sliding_window": 40},
+    "gemma2": {"sliding_window": 50},
+    "gpt_neo": {"window_size": 50},
+    "llama4_text": {"attention_chunk_size": 50},
+    "mistral": {"sliding_window": 50},
 }
 
 # Layers that take no tree mask, by what they are; everything else shares the prompt's cache.
@@ -132,6 +138,7 @@ COPIED = {
     "lfm2": "conv layers",
     "lfm2_moe": "conv layers",
     "bloom": "bloom layers",  # ALiBi
+    "gpt_neo": "gpt_neo layers",  # its window counts places in the row
     "mpt": "mpt layers",  # ALiBi
 }
 REREAD = {"falcon_mamba", "mamba", "mamba2", "recurrent_gemma", "rwkv"}
@@ -216,7 +223,7 @@ def test_every_architecture_is_decoded_exactly(architecture):
     )
 
 
-CASES = [(name, changes) for windows in (WINDOWS, NARROW, WIDE) for name, changes in windows.items()]
+CASES = [(name, changes) for windows in (WINDOWS, NARROW, BETWEEN, WIDE) for name, changes in windows.items()]
 
 
 @pytest.mark.parametrize(("architecture", "window"), CASES)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from as_on_gpu import answer
-from conftest import sft_flags
+from helpers import sft_flags
 from safetensors.torch import load_file
 from test_rl import rl_flags
 from transformers import AutoConfig, AutoModelForCausalLM

@@ -2,7 +2,7 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import COLUMNS, run_command, sft_flags
+from helpers import COLUMNS, run_command, sft_flags
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import lora_utils

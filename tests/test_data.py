@@ -2,7 +2,7 @@ import csv
 import json
 
 import pytest
-from conftest import COLUMNS
+from helpers import COLUMNS
 
 from minionerec import data
 from minionerec.cli import InputError

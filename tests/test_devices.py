@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
-from conftest import ROOT, run_command, sft_flags
+from helpers import ROOT, run_command, sft_flags
 from safetensors.torch import load_file
 from test_rl import rl_flags
 

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, run_command, sft_flags
+from helpers import ROOT, run_command, sft_flags
 from test_bad_input import refused
 from test_trainer import trainer_of
 

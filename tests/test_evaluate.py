@@ -4,7 +4,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, run_command, sft_flags
+from helpers import ROOT, run_command, sft_flags
 from test_bad_input import refused
 from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -7,7 +7,7 @@ import os
 import tempfile
 
 import pytest
-from conftest import COLUMNS
+from helpers import COLUMNS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

@@ -6,7 +6,7 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import run_command, sft_flags
+from helpers import run_command, sft_flags
 from models import config_of
 from test_bad_input import refused
 from test_rl import rl_flags

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, run_command, sft_flags
+from helpers import ROOT, run_command, sft_flags
 from test_bad_input import refused
 from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import COLUMNS, sft_flags
+from helpers import COLUMNS, sft_flags
 from models import config_of
 from prepending import prepending_tokenizer
 from tokenizers import AddedToken

@@ -10,7 +10,7 @@ import pytest
 import torch
 from accelerate import PartialState
 from as_on_gpu import answer
-from conftest import sft_flags
+from helpers import sft_flags
 from models import config_of, make_model
 from test_as_on_gpu import logged, newest, strings, tensors_of
 from test_devices import ENGINES, two_processes

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import sft_flags
+from helpers import sft_flags
 from models import make_model
 from test_architectures import COPIED, SIDS, build, check_beams, check_logps, prompts
 from test_evaluate import flags_of
@@ -116,7 +116,7 @@ def test_what_is_not_causal_is_refused():
 
 
 def test_the_first_process_decides(monkeypatch):
-    answers = iter([True, True, False, True])  # causal, tells leaks, no tree mask, copies
+    answers = iter([True, True, True, True, False, True])  # reads, finite, causal, tells leaks; no tree mask, copies
 
     class Dist:
         is_available = is_initialized = staticmethod(lambda: True)

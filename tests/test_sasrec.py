@@ -2,7 +2,7 @@ import json
 
 import pytest
 import torch
-from conftest import run_command
+from helpers import run_command
 
 from minionerec import sasrec
 from minionerec.cli import InputError

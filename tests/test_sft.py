@@ -7,7 +7,7 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, run_command, sft_flags
+from helpers import ROOT, run_command, sft_flags
 from peft import AutoPeftModelForCausalLM
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -107,8 +107,9 @@ def test_a_killed_run_continues_exactly(files, base, tmp_path):
     assert not (output / "final_checkpoint").exists()
     resumed = run_sft(files, base, output, **flags, resume_from_checkpoint=True)
     assert losses_of(resumed) == losses_of(whole)
+    started = time.perf_counter()
     again = run_sft(files, base, output, **flags, resume_from_checkpoint=True)  # nothing is left to do
-    assert again["seconds"] == pytest.approx(resumed["seconds"], abs=1.0) and again["seconds"] > 1
+    assert 0 <= again["seconds"] - resumed["seconds"] < time.perf_counter() - started
     tensors = [
         load_file(run / "final_checkpoint" / "adapter_model.safetensors") for run in (tmp_path / "whole", output)
     ]
