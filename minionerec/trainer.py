@@ -444,6 +444,9 @@ def save_final(trainer: Trainer, path: str, merge: bool = False, dtype: torch.dt
     trainer.save_dtype = dtype
     if merge:
         state = _merge(trainer)
+        if trainer.args.should_save and dtype not in (None, trainer.model.dtype):  # the base was rounded when loaded
+            state = state if state is not None else trainer.model.state_dict()
+            state = modeling.unrounded(state, trainer.model.config._name_or_path, dtype)
         trainer.model.config.use_cache = True
         trainer._save(partial, state)  # not by the engine: it knows the model that was
     else:

@@ -144,6 +144,15 @@ def test_full_runs_keep_the_precision_of_their_base(base, files, tmp_path):
     assert {t.dtype for t in tensors_of(newest(run)).values()} == {torch.float32}
 
 
+def test_rows_alone_leave_a_base_that_was_rounded_as_it_was(files, base, tmp_path, monkeypatch):
+    """A base in float32 on a GPU that computes in bfloat16."""
+    monkeypatch.setattr(modeling, "compute_dtype", answer("bfloat16"))
+    run = sft_run(files, base, tmp_path / "run", sample=10, freeze_LLM=True, learning_rate=1e-2)
+    before, after = tensors_of(Path(base)), tensors_of(run / "final_checkpoint")
+    assert all(torch.equal(after[name][: len(old)], old) for name, old in before.items())
+    assert before.keys() == after.keys() and {t.dtype for t in after.values()} == {torch.float32}
+
+
 @pytest.fixture
 def on_gpus(monkeypatch):
     """This process and those it starts compute in bfloat16."""
