@@ -163,7 +163,7 @@ class DurableRun:
         return newest_checkpoint(self.args.output_dir) or "none, the run has saved none yet"
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        if self.save_dtype is not None:
+        if self.save_dtype is not None and self.args.should_save:
             state_dict = state_dict if state_dict is not None else self.model.state_dict()
             state_dict = {n: t.to(self.save_dtype) if t.is_floating_point() else t for n, t in state_dict.items()}
         if state_dict is not None:  # gathered by an engine, tied matrices twice
