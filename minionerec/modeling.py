@@ -127,6 +127,21 @@ def saved_dtype(path: str) -> torch.dtype:
     return config.dtype or config.get_text_config().dtype or torch.float32
 
 
+def unrounded(state: dict[str, torch.Tensor], path: str, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """The weights of a model whose base was rounded when it was loaded from `path`, in `dtype`: values that did not
+    train are the base's own again. On the CPU."""
+    published = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).state_dict()
+    whole = {}
+    for name, rounded in state.items():
+        whole[name] = rounded.to("cpu", dtype, copy=True)
+        if name in published:
+            own = published[name]
+            part = tuple(map(slice, own.shape))  # the embedding may have grown
+            same = whole[name][part] == own.to(rounded.dtype)
+            whole[name][part] = torch.where(same, own, whole[name][part])
+    return whole
+
+
 # Families that are known to leave float16's range (65,504) in a forward or backward pass.
 OVERFLOW_FLOAT16 = ("gemma", "gpt_oss", "qwen3_5", "qwen3_moe", "t5")
 

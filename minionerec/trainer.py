@@ -163,7 +163,7 @@ class DurableRun:
         return newest_checkpoint(self.args.output_dir) or "none, the run has saved none yet"
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        if self.save_dtype is not None:
+        if self.save_dtype is not None and self.args.should_save:
             state_dict = state_dict if state_dict is not None else self.model.state_dict()
             state_dict = {n: t.to(self.save_dtype) if t.is_floating_point() else t for n, t in state_dict.items()}
         if state_dict is not None:  # gathered by an engine, tied matrices twice
@@ -444,6 +444,9 @@ def save_final(trainer: Trainer, path: str, merge: bool = False, dtype: torch.dt
     trainer.save_dtype = dtype
     if merge:
         state = _merge(trainer)
+        if trainer.args.should_save and dtype not in (None, trainer.model.dtype):  # the base was rounded when loaded
+            state = state if state is not None else trainer.model.state_dict()
+            state = modeling.unrounded(state, trainer.model.config._name_or_path, dtype)
         trainer.model.config.use_cache = True
         trainer._save(partial, state)  # not by the engine: it knows the model that was
     else:

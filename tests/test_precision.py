@@ -13,6 +13,7 @@ from as_on_gpu import answer
 from helpers import sft_flags
 from models import config_of, make_model
 from test_as_on_gpu import logged, newest, strings, tensors_of
+from test_devices import ENGINES, two_processes
 from test_rl import rl_flags
 from test_trainer import IDS, trainer_of
 from torch import nn
@@ -22,7 +23,7 @@ import evaluate
 import lora_utils
 import rl
 import sft
-from minionerec import modeling, trainer
+from minionerec import modeling, ranking, trainer
 from minionerec.cli import RunError
 
 # --- Which dtype ------------------------------------------------------------------------------------------------------
@@ -143,6 +144,43 @@ def test_full_runs_keep_the_precision_of_their_base(base, files, tmp_path):
     assert {t.dtype for t in tensors_of(newest(run)).values()} == {torch.float32}
 
 
+def test_rows_alone_leave_a_base_that_was_rounded_as_it_was(files, base, tmp_path, monkeypatch):
+    """A base in float32 on a GPU that computes in bfloat16."""
+    monkeypatch.setattr(modeling, "compute_dtype", answer("bfloat16"))
+    run = sft_run(files, base, tmp_path / "run", sample=10, freeze_LLM=True, learning_rate=1e-2)
+    before, after = tensors_of(Path(base)), tensors_of(run / "final_checkpoint")
+    assert all(torch.equal(after[name][: len(old)], old) for name, old in before.items())
+    assert before.keys() == after.keys() and {t.dtype for t in after.values()} == {torch.float32}
+
+
+@pytest.fixture
+def on_gpus(monkeypatch):
+    """This process and those it starts compute in bfloat16."""
+    monkeypatch.setattr(modeling, "compute_dtype", answer("bfloat16"))
+    monkeypatch.setenv("AS_ON_GPU", "bfloat16")
+
+
+@pytest.mark.parametrize("engine", ["torchrun", *ENGINES])
+def test_engines_train_in_full_as_one_gpu_does(files, base, tmp_path, on_gpus, engine):
+    flags = {"micro_batch_size": 4, "learning_rate": 1e-3}
+    one = sft_run(files, base, tmp_path / "one", **flags)
+    two = tmp_path / "two"
+    two_processes(engine, tmp_path, "sft.py", sft_flags(files, base, two, **flags))
+    for key in ("loss", "eval_loss"):
+        assert logged(two, key) == pytest.approx(logged(one, key), abs=1e-2)
+    # DeepSpeed keeps float32 weights in its own files.
+    assert engine.startswith("zero") or {t.dtype for t in tensors_of(newest(two)).values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_engines_start_reinforcement_in_full_at_their_reference(files, base, tmp_path, on_gpus, engine):
+    start = sft_run(files, base, tmp_path / "sft", learning_rate=1e-2) / "final_checkpoint"
+    flags = rl_flags(files, start, tmp_path / "rl", add_gt=True, test_during_training=False, train_batch_size=8)
+    two_processes(engine, tmp_path, "rl.py", flags)
+    kl = logged(tmp_path / "rl", "kl")
+    assert kl[0] == 0.0 and kl[-1] > 0
+
+
 # --- float16 ----------------------------------------------------------------------------------------------------------
 
 
@@ -193,20 +231,29 @@ def test_an_overflow_that_reaches_the_loss_ends_the_run_and_says_why(tmp_path, f
         run.train()
 
 
-def test_a_ranking_without_numbers_is_no_ranking(files, base, tmp_path, monkeypatch):
-    """Activations beyond float16 make every score NaN, and the order of NaNs is as good as any."""
+@pytest.mark.parametrize("for_all", [True, False])
+def test_a_ranking_without_numbers_is_no_ranking(files, base, tmp_path, monkeypatch, for_all):
+    """Activations beyond float16 make scores NaN, for every prompt or for some, and any order of NaNs is as good."""
     checkpoint = sft_run(files, base, tmp_path / "sft", sample=10) / "final_checkpoint"
-    load = modeling.load_base
+    load, search = modeling.load_base, ranking.constrained_beam_search
 
     def overflowing(*args, **kwargs):
         model = load(*args, **kwargs)
         model.model.layers[0].mlp.down_proj.weight.data.fill_(torch.inf)
         return model
 
-    monkeypatch.setattr(modeling, "load_base", overflowing)
+    def nan_for_one(*args, **kwargs):
+        beams, scores = search(*args, **kwargs)
+        scores[0] = torch.nan
+        return beams, scores
+
+    if for_all:
+        monkeypatch.setattr(modeling, "load_base", overflowing)
+    else:
+        monkeypatch.setattr(ranking, "constrained_beam_search", nan_for_one)
     monkeypatch.setattr(modeling, "compute_dtype", answer("float16"))
     flags = {"base_model": str(checkpoint), "info_file": files["info"], "category": "bolts", "num_beams": 10}
-    with pytest.raises(RunError, match="not finite"):
+    with pytest.raises(RunError, match="predictions are not finite in"):
         evaluate.evaluate(**flags, test_data_path=files["test"], result_json_data=str(tmp_path / "result.json"))
     assert not (tmp_path / "result.json").exists()
 
