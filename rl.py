@@ -386,7 +386,7 @@ def train(
         "steps": rl_trainer.state.global_step,
         "seconds": rl_trainer.seconds,
         f"best_eval_{watched}": rl_trainer.state.best_metric,
-        "best_checkpoint": rl_trainer.state.best_model_checkpoint,
+        "best_checkpoint": rl_trainer.best_checkpoint,
     }
     return trainer.finish(rl_trainer, output_dir, metrics, RL_PANELS)
 

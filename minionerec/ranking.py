@@ -28,15 +28,16 @@ def rank_prompts(
         length_penalty: beam scores are divided by their length to this power.
     """
     state = PartialState()
-    # Prompts of similar length share a batch; the processes take turns, so that each gets short and long ones.
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    # Prompts of similar length share a batch, the longest first: a run that does not fit says so at once. The processes
+    # take turns, so that each gets short and long ones.
+    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
     mine = batches[state.process_index :: state.num_processes]
     # Where the weights are shared out too, every process must run every forward: those with a batch less repeat one.
     turns = -(-len(batches) // state.num_processes)
     rankings: list[tuple[int, list[int]]] = []
     with tqdm(total=sum(map(len, mine)), unit="row", leave=False, disable=not state.is_main_process) as progress:
-        for batch in [*mine, *batches[:1]][:turns]:
+        for batch in [*mine, *batches[-1:]][:turns]:
             input_ids, attention_mask = left_padded([prompts[i] for i in batch], pad_token_id)
             beams, _ = constrained_beam_search(
                 model, input_ids.to(model.device), attention_mask.to(model.device), trie, num_beams, length_penalty
