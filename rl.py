@@ -398,7 +398,7 @@ def train(
         "steps": rl_trainer.state.global_step,
         "seconds": rl_trainer.seconds,
         f"best_eval_{watched}": rl_trainer.state.best_metric,
-        "best_checkpoint": rl_trainer.state.best_model_checkpoint,
+        "best_checkpoint": rl_trainer.best_checkpoint,
     }
     saved = None if adapter else modeling.saved_dtype(base_model if from_adapter else model_path)
     return trainer.finish(rl_trainer, output_dir, metrics, RL_PANELS, dtype=saved)

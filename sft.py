@@ -286,7 +286,7 @@ def train(
         "steps": sft_trainer.state.global_step,
         "seconds": sft_trainer.seconds,
         "best_eval_loss": sft_trainer.state.best_metric,
-        "best_checkpoint": sft_trainer.state.best_model_checkpoint,
+        "best_checkpoint": sft_trainer.best_checkpoint,
     }
     saved = None if adapter else modeling.saved_dtype(base_model)
     return trainer.finish(sft_trainer, output_dir, metrics, SFT_PANELS, merge=freeze_LLM, dtype=saved)

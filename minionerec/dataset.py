@@ -1,6 +1,7 @@
 """From rows to token ids: prompts and responses are tokenized in batches, written to an Arrow file once and read back
 memory-mapped, so memory does not grow with the number of rows."""
 
+import functools
 import gc
 import hashlib
 import json
@@ -10,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from itertools import chain, islice, product, takewhile
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -221,14 +223,36 @@ def write_examples(
     return count
 
 
+@functools.cache
+def code_digest(folder: str = os.path.dirname(os.path.abspath(__file__))) -> str:
+    """Tells apart versions of the code that makes examples: a digest of all source files of the package."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(folder).rglob("*.py")):
+        digest.update(f"{path.relative_to(folder).as_posix()}\0{_file_digest(path)}\n".encode())
+    return digest.hexdigest()
+
+
+def _file_digest(path: str | Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _is_whole(path: str) -> bool:
+    """Whether a file of the cache is as it was written."""
+    try:
+        return Path(f"{path}.sha256").read_text() == _file_digest(path)
+    except (OSError, UnicodeDecodeError):
+        return False
+
+
 def tokenized_dataset(
     encoder: Encoder, rows_of: Callable[[str], Iterable[Interaction | Item]], sources: list[str], **settings
 ) -> datasets.Dataset:
     """The examples of all tasks as a memory-mapped dataset, from the cache where the same ones were made before.
 
     Args:
-        sources: the files the rows come from; their content, the tokenizer, the prompts and `settings` name the cache
-            entry in the folder of Hugging Face datasets (HF_DATASETS_CACHE).
+        sources: the files the rows come from; their content, the tokenizer, the prompts, the code and `settings` name
+            the cache entry in the folder of Hugging Face datasets (HF_DATASETS_CACHE). A damaged one is made anew.
 
     Returns:
         columns input_ids (int32 list: prompt, then response), prompt_length, length.
@@ -236,17 +260,18 @@ def tokenized_dataset(
     digest = hashlib.sha256()
     tasks = [asdict(task) for task in encoder.prompts.tasks.values()]
     recipe = [encoder.prompts.template, encoder.prompts.category, tasks, encoder.cutoff_len, encoder.start, settings]
+    recipe += [code_digest(), tokenizers.__version__]
     digest.update(json.dumps(recipe, sort_keys=True).encode())
     digest.update(encoder.tokenizer.backend_tokenizer.to_str().encode())
     digest.update(str(encoder.tokenizer.eos_token_id).encode())
     for source in sources:
-        with open(source, "rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
+        digest.update(_file_digest(source).encode())
     folder = os.path.join(datasets.config.HF_DATASETS_CACHE, "minionerec")
     os.makedirs(folder, exist_ok=True)
     path = os.path.join(folder, f"{digest.hexdigest()[:32]}.arrow")
-    if not os.path.exists(path):
+    if not _is_whole(path):
         write_examples(path, encoder, rows_of)
+        Path(f"{path}.sha256").write_text(_file_digest(path))
     return datasets.Dataset.from_file(path)
 
 

@@ -33,24 +33,28 @@ def rank_prompts(
     longest = max(map(len, prompts), default=0)
     if not prove(model, longest, longest + min(num_beams, len(trie)) * trie.depth).padding:
         batch_size = 1  # so that every process runs as many forward passes as the others
-    # Prompts of similar length share a batch; the processes take turns, so that each gets short and long ones.
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    # Prompts of similar length share a batch, the longest first: a run that does not fit says so at once. The processes
+    # take turns, so that each gets short and long ones.
+    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
     mine = batches[state.process_index :: state.num_processes]
     # Where the weights are shared out too, every process must run every forward: those with a batch less repeat one.
     turns = -(-len(batches) // state.num_processes)
     rankings: list[tuple[int, list[int]]] = []
+    finite = True
     with tqdm(total=sum(map(len, mine)), unit="row", leave=False, disable=not state.is_main_process) as progress:
-        for batch in [*mine, *batches[:1]][:turns]:
+        for batch in [*mine, *batches[-1:]][:turns]:
             input_ids, attention_mask = left_padded([prompts[i] for i in batch], pad_token_id)
             beams, scores = constrained_beam_search(
                 model, input_ids.to(model.device), attention_mask.to(model.device), trie, num_beams, length_penalty
             )
-            if scores.isnan().any():
-                raise RunError(
-                    f"the model's predictions are not finite in {model.dtype}; no items can be ranked by them"
-                )
+            finite &= not scores.isnan().any()
             rankings += zip(batch, trie.source[beams.cpu().numpy()].tolist(), strict=True)
             progress.update(len(batch))
+    # All processes learn of it: one that raised while the others go on would leave them waiting.
+    if not all(gather_object([finite])):
+        raise RunError(
+            f"the model's predictions are not finite in {model.dtype}; no items can be ranked by them", everywhere=True
+        )
     ranking_of = dict(gather_object(rankings))
     return [ranking_of[i] for i in range(len(prompts))]

@@ -4,6 +4,7 @@ Dimensions: `B` rows, `L` tokens, `N` response tokens in the batch, `H` hidden, 
 """
 
 import json
+import logging
 import os
 import pickle
 import shutil
@@ -21,7 +22,7 @@ import torch.nn.functional as F
 from accelerate.utils import AutocastKwargs, gather_object
 from safetensors import SafetensorError
 from torch.utils.data import Sampler
-from transformers import Trainer, TrainerCallback, TrainerState
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainerState
 
 import lora_utils
 from minionerec import modeling
@@ -102,6 +103,36 @@ class DurableRun:
                 everywhere=True,
             )
         return result
+
+    @property
+    def best_checkpoint(self) -> str | None:
+        """The best checkpoint, as seen from the run's folder, which may be moved."""
+        best = self.state.best_model_checkpoint
+        return os.path.relpath(best, self.args.output_dir) if best else None
+
+    def _init_training_state(self, max_steps, steps_per_epoch, epochs, resume_from_checkpoint, trial):
+        """The Trainer's, which records where the best checkpoint was; here it is looked for beside the one that the run
+        goes on from, wherever the two are now."""
+        with _without("The best checkpoint"):
+            trained = super()._init_training_state(max_steps, steps_per_epoch, epochs, resume_from_checkpoint, trial)
+        step = self.state.best_global_step
+        if resume_from_checkpoint and step:
+            folder = os.path.dirname(os.path.normpath(resume_from_checkpoint)) or os.curdir
+            if os.path.isdir(self.args.output_dir) and os.path.samefile(folder, self.args.output_dir):
+                folder = self.args.output_dir  # the same text too, by which the best one is spared when others go
+            best = os.path.join(folder, f"checkpoint-{step}")
+            self.state.best_model_checkpoint = best if is_complete(best) else None
+            if not is_complete(best):
+                self.accelerator.print(f"warning: the best checkpoint, {best}, is not there any more")
+        return trained
+
+    def _run_epoch(self, *args, **kwargs):
+        """The Trainer's, unless the run it goes on from had ended by itself: then nothing is left to train."""
+        stops = (c for c in self.callback_handler.callbacks if isinstance(c, EarlyStoppingCallback))
+        if any(stop.early_stopping_patience_counter >= stop.early_stopping_patience for stop in stops):
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)
 
     def _prepare_for_training(self, *args, **kwargs):
         with lora_utils.ready_for_fsdp(self.model) if self.is_fsdp_enabled else nullcontext():
@@ -229,6 +260,21 @@ def writing(what: str) -> Iterator[None]:
         raise RunError(f"{what} cannot be written: {str(error).strip().splitlines()[0]}") from None
 
 
+@contextmanager
+def _without(beginning: str) -> Iterator[None]:
+    """While open, the Trainer logs nothing that begins so."""
+    logger = logging.getLogger("transformers.trainer")
+
+    def wanted(record: logging.LogRecord) -> bool:
+        return not record.getMessage().startswith(beginning)
+
+    logger.addFilter(wanted)
+    try:
+        yield
+    finally:
+        logger.removeFilter(wanted)
+
+
 class _Stop(TrainerCallback):
     """Ends a training at the end of the step in which a signal came, with a checkpoint."""
 
@@ -269,16 +315,21 @@ class StepSampler(Sampler):
     """A random order of the examples, in which those of an optimizer step stand from the longest to the shortest.
 
     A step's gradient does not depend on how its examples are spread over micro-batches; its padding does, and so does
-    the time it takes. What needs the most memory comes first.
+    the time it takes. What needs the most memory comes first. The order follows from the seed and the epoch only, so
+    that a resumed run meets the same steps.
 
     Args:
         lengths: tokens of every example.
         step_rows: examples of an optimizer step, over all processes.
         seed: of the order, which is another one every epoch.
+        group_by_length: sort the examples of up to 50 steps, but at most a quarter of all, together: those of a step
+            are then of similar length. The longest example comes first of all.
     """
 
-    def __init__(self, lengths: Sequence[int], step_rows: int, seed: int):
-        self.lengths, self.step_rows, self.seed = np.asarray(lengths), step_rows, seed
+    def __init__(self, lengths: Sequence[int], step_rows: int, seed: int, group_by_length: bool = False):
+        self.lengths, self.seed = np.asarray(lengths), seed
+        steps = min(50, len(self.lengths) // (4 * step_rows)) if group_by_length else 1
+        self.sorted_rows, self.group_by_length = step_rows * max(steps, 1), group_by_length
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -289,9 +340,12 @@ class StepSampler(Sampler):
 
     def __iter__(self) -> Iterator[int]:
         order = np.random.default_rng((self.seed, self.epoch)).permutation(len(self))
-        for start in range(0, len(order), self.step_rows):
-            step = order[start : start + self.step_rows]
-            yield from step[np.argsort(-self.lengths[step], kind="stable")].tolist()
+        if self.group_by_length:
+            longest = self.lengths[order].argmax()
+            order[[0, longest]] = order[[longest, 0]]
+        for start in range(0, len(order), self.sorted_rows):
+            rows = order[start : start + self.sorted_rows]
+            yield from rows[np.argsort(-self.lengths[rows], kind="stable")].tolist()
 
 
 class SFTTrainer(DurableRun, Trainer):
@@ -315,20 +369,29 @@ class SFTTrainer(DurableRun, Trainer):
         return args
 
     def _get_train_sampler(self, train_dataset=None) -> Sampler:
-        if self.args.train_sampling_strategy != "random":
-            return super()._get_train_sampler(train_dataset)
         args = self.args
+        if args.train_sampling_strategy not in ("random", "group_by_length"):
+            return super()._get_train_sampler(train_dataset)
         step_rows = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-        return StepSampler(self.train_dataset["length"][:], step_rows, args.seed)
+        grouped = args.train_sampling_strategy == "group_by_length"
+        return StepSampler(self.train_dataset["length"][:], step_rows, args.seed, grouped)
+
+    def _get_eval_sampler(self, eval_dataset) -> Sampler:
+        """From the longest to the shortest: little padding, and rows that do not fit are met first."""
+        return StepSampler(eval_dataset["length"][:], len(eval_dataset), self.args.seed)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        logits, targets = response_logits(model, inputs, self.accelerator.unwrap_model(model))
-        loss = F.cross_entropy(logits.float(), targets, reduction="sum")
-        if num_items_in_batch is None:
-            loss = loss / targets.numel()
+        unwrapped = self.accelerator.unwrap_model(model)
+        logits, targets = response_logits(model, inputs, unwrapped)
+        losses = F.cross_entropy(logits.float(), targets, reduction="none")
+        if not unwrapped.training:
+            # The mean over rows of each one's mean: it does not depend on which rows share a batch.
+            answered = inputs["labels"][:, 1:] != IGNORE
+            weights = 1 / answered.sum(dim=1, keepdim=True).expand_as(answered)[answered]
+            loss = (losses * weights).sum() / len(answered)
         else:
             # Gradients are averaged over processes; the count is that of all of them.
-            loss = loss / num_items_in_batch * self.accelerator.num_processes
+            loss = losses.sum() / num_items_in_batch * self.accelerator.num_processes
         return (loss, {"loss": loss}) if return_outputs else loss
 
 

@@ -1,10 +1,13 @@
+import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 
+from minionerec import dataset
 from minionerec.data import Interaction, Item, read_catalogue, read_interactions
 from minionerec.dataset import IGNORE, Collator, Encoder, Pieces, item_rows, left_padded, tokenized_dataset
 from minionerec.modeling import load_tokenizer
@@ -91,6 +94,62 @@ def test_the_dataset_is_made_once_and_again_when_anything_changes(tokenizer, fil
     heavier = replace(prompts.tasks[RECOMMENDATION], weight=3)
     again = make(replace(prompts, tasks={**prompts.tasks, RECOMMENDATION: heavier}))
     assert len(again) == len(first) + 2 * 40
+
+
+def damage(path: Path, how: str) -> None:
+    data = path.read_bytes()
+    if how == "empty":
+        path.write_bytes(b"")
+    elif how == "zeros":
+        path.write_bytes(bytes(len(data)))
+    elif how == "half":
+        path.write_bytes(data[: len(data) // 2])
+    elif how == "no end":  # a stream without its last batch and its end is read without a word
+        path.write_bytes(data[:-8])
+    elif how == "one byte":
+        middle = len(data) // 2
+        path.write_bytes(data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :])
+    else:
+        Path(f"{path}.sha256").unlink()
+
+
+@pytest.mark.parametrize("how", ["empty", "zeros", "half", "no end", "one byte", "no checksum"])
+def test_a_damaged_file_of_the_cache_is_made_anew(tokenizer, files, how):
+    passes = []
+
+    def counted(kind):
+        passes.append(kind)
+        return rows_of_files(files)(kind)
+
+    def make():
+        return tokenized_dataset(Encoder(tokenizer, load_prompts("bolts"), 256), counted, [files["train"]], damaged=how)
+
+    first = make()
+    rows = first[:]
+    (file,) = first.cache_files
+    damage(Path(file["filename"]), how)
+    assert make()[:] == rows and passes == ["interaction", "item"] * 2
+    assert make()[:] == rows and len(passes) == 4
+
+
+def test_the_cache_knows_the_code_and_the_tokenizers_release(tokenizer, files, tmp_path, monkeypatch):
+    def name() -> str:
+        encoder = Encoder(tokenizer, load_prompts("bolts"), 256)
+        return tokenized_dataset(encoder, rows_of_files(files), [files["train"]]).cache_files[0]["filename"]
+
+    package = tmp_path / "package"
+    shutil.copytree(Path(dataset.__file__).parent, package)
+    assert dataset.code_digest(str(package)) == dataset.code_digest()
+    first = name()
+    (package / "prompts.py").write_text((package / "prompts.py").read_text() + "\n# changed\n")
+    dataset.code_digest.cache_clear()
+    changed = dataset.code_digest(str(package))
+    assert changed != dataset.code_digest()
+    assert name() == first
+    monkeypatch.setattr(dataset, "code_digest", lambda: changed)
+    second = name()
+    monkeypatch.setattr(dataset.tokenizers, "__version__", "0.0.1")
+    assert len({first, second, name()}) == 3
 
 
 def test_labels_cover_the_response_alone():

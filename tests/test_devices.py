@@ -81,6 +81,7 @@ METHODS = {
     "full": {},
     "lora": {"use_lora": True, "lora_dropout": 0.0},
     "qlora": {"use_qlora": True, "lora_dropout": 0.0},
+    "grouped lora": {"use_lora": True, "lora_dropout": 0.0, "group_by_length": True},
     "freeze_LLM": {"freeze_LLM": True},
 }
 SMALL_STEPS = {"micro_batch_size": 4, "learning_rate": 1e-3}
@@ -117,16 +118,17 @@ def test_an_engine_saves_a_tied_matrix_once(files, base, trained, tmp_path, engi
     assert_same_run(trained("full"), tmp_path / "two", 1e-4)
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", ["torchrun", *ENGINES])
 def test_an_engine_goes_on_from_its_checkpoint(files, base, trained, tmp_path, engine):
-    flags = sft_flags(files, base, tmp_path / "two", **METHODS["lora"], **SMALL_STEPS)
+    flags = sft_flags(files, base, tmp_path / "two", **METHODS["grouped lora"], **SMALL_STEPS)
     two_processes(engine, tmp_path, "sft.py", flags)
     newest = newest_checkpoint(str(tmp_path / "two"))
     shutil.rmtree(newest)
     shutil.rmtree(tmp_path / "two" / "final_checkpoint")
     assert newest_checkpoint(str(tmp_path / "two"))
     two_processes(engine, tmp_path, "sft.py", {**flags, "resume_from_checkpoint": True})
-    assert_same_run(trained("lora"), tmp_path / "two", 1e-5)
+    assert_same_run(trained("grouped lora"), tmp_path / "two", 1e-5)
+    assert_same_checkpoint(trained("grouped lora"), tmp_path / "two")
 
 
 @pytest.mark.parametrize("engine", ENGINES)

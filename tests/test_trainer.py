@@ -1,9 +1,12 @@
+import os
+import shutil
+
 import pytest
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
 from models import make_model
-from transformers import TrainingArguments
+from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArguments
 
 import lora_utils
 from minionerec.dataset import Collator
@@ -71,9 +74,10 @@ def trainer_of(tmp_path, micro_batch_size: int, strategy: str = "sequential", co
         run={},
         data_collator=Collator(0),
         train_dataset=Dataset.from_list(examples(count)),
+        eval_dataset=Dataset.from_list(examples(count)),
         args=TrainingArguments(
             **{
-                "output_dir": str(tmp_path / f"{micro_batch_size}{strategy}"),
+                "output_dir": os.path.join(tmp_path, f"{micro_batch_size}{strategy}"),
                 "per_device_train_batch_size": micro_batch_size,
                 "gradient_accumulation_steps": count // micro_batch_size,
                 "max_steps": 1,
@@ -143,6 +147,135 @@ def test_training_takes_its_examples_in_that_order(tmp_path):
         loader.set_epoch(epoch)
         taken = [ids[ids != 0].tolist() for batch in loader for ids in batch["input_ids"]]
         assert taken == expected
+
+
+def test_grouped_by_length_steps_are_of_similar_length():
+    lengths = torch.randint(5, 500, (4003,), generator=torch.Generator().manual_seed(0)).tolist()
+    sampler = StepSampler(lengths, 16, seed=3, group_by_length=True)
+    epochs = []
+    for epoch in range(2):
+        sampler.set_epoch(epoch)
+        order = list(sampler)
+        assert sorted(order) == list(range(4003)) and order == list(sampler)
+        assert lengths[order[0]] == max(lengths)
+        steps = [[lengths[i] for i in order[start : start + 16]] for start in range(0, 4000, 16)]
+        assert all(step == sorted(step, reverse=True) for step in steps)
+        assert sum(step[0] - step[-1] for step in steps) / len(steps) < 15  # of 495 tokens; at random it is 440
+        epochs.append(order)
+    assert epochs[0] != epochs[1]
+
+
+GROWING = {"max_steps": -1, "num_train_epochs": 3, "gradient_accumulation_steps": 2, "save_strategy": "steps"}
+GROWING |= {"save_steps": 3, "optim": "adamw_torch"}
+
+
+class Interrupted(TrainerCallback):
+    def __init__(self, step: int):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            raise KeyboardInterrupt
+
+
+def trained_weights(trainer) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize("strategy", ["random", "group_by_length"])
+def test_a_resumed_run_meets_the_same_steps(tmp_path, strategy):
+    whole = trainer_of(tmp_path / "whole", 2, strategy, count=16, **GROWING)
+    whole.train()
+    assert whole.state.global_step == 12
+    stopped = trainer_of(tmp_path / "stopped", 2, strategy, count=16, **GROWING)
+    stopped.add_callback(Interrupted(8))
+    with pytest.raises(KeyboardInterrupt):
+        stopped.train()
+    torch.manual_seed(99)
+    resumed = trainer_of(tmp_path / "stopped", 2, strategy, count=16, **GROWING)
+    resumed.train(newest_checkpoint(resumed.args.output_dir))
+    weights = trained_weights(resumed)
+    assert all(torch.equal(weights[name], weight) for name, weight in trained_weights(whole).items())
+
+
+WATCHED = {"eval_strategy": "steps", "load_best_model_at_end": True, "metric_for_best_model": "eval_loss"}
+WATCHED |= {"save_total_limit": 2, "restore_callback_states_from_checkpoint": True, "prediction_loss_only": True}
+
+
+def watched(folder, losses: list[float], **more) -> SFTTrainer:
+    """A trainer whose evaluations, one every 2 steps, give these losses."""
+    trainer = trainer_of(folder, 2, "random", 16, **{**GROWING, **WATCHED, "save_steps": 2, "eval_steps": 2, **more})
+
+    def compute(model, inputs, return_outputs=False, num_items_in_batch=None):
+        if model.training:
+            return type(trainer).compute_loss(trainer, model, inputs, return_outputs, num_items_in_batch)
+        loss = torch.tensor(losses[trainer.state.global_step // 2 - 1])
+        return loss, {"loss": loss}
+
+    trainer.compute_loss = compute
+    return trainer
+
+
+@pytest.mark.parametrize("copied", [False, True])
+@pytest.mark.parametrize("absolute", [False, True])
+def test_a_moved_run_finds_its_best_checkpoint(tmp_path, monkeypatch, capfd, absolute, copied):
+    monkeypatch.chdir(tmp_path)
+    losses = [5.0, 1.0, 4.0, 3.0, 2.0, 2.5]  # the best is of step 4
+    whole = watched("whole", losses)
+    whole.train()
+    stopped = watched("before", losses)
+    stopped.add_callback(Interrupted(8))
+    with pytest.raises(KeyboardInterrupt):
+        stopped.train()
+    assert stopped.best_checkpoint == "checkpoint-4"
+    (shutil.copytree if copied else shutil.move)("before", "after")
+    resumed = watched("after", losses)
+    folder = resumed.args.output_dir
+    assert not os.path.isabs(folder)
+    resumed.train(newest_checkpoint(os.path.abspath(folder) if absolute else folder))
+    assert resumed.state.best_model_checkpoint == os.path.join(folder, "checkpoint-4")
+    assert resumed.best_checkpoint == "checkpoint-4"
+    assert sorted(os.listdir(folder)) == ["checkpoint-12", "checkpoint-4"]  # the best is kept when others go
+    weights = trained_weights(resumed)
+    assert all(torch.equal(weights[name], weight) for name, weight in trained_weights(whole).items())
+    assert "est checkpoint" not in "".join(capfd.readouterr())
+
+
+def test_a_best_checkpoint_that_is_gone_is_named(tmp_path, capfd):
+    stopped = watched(tmp_path, [1.0, 2.0, 3.0])
+    stopped.add_callback(Interrupted(5))
+    with pytest.raises(KeyboardInterrupt):
+        stopped.train()
+    shutil.rmtree(stopped.state.best_model_checkpoint)
+    resumed = watched(tmp_path, [1.0, 2.0, 3.0], max_steps=6)
+    resumed.train(newest_checkpoint(resumed.args.output_dir))
+    assert resumed.best_checkpoint is None
+    assert "checkpoint-2, is not there any more" in capfd.readouterr().out
+
+
+def test_a_run_that_stopped_early_has_nothing_left_to_train(tmp_path):
+    runs = []
+    for resume in (False, True):
+        trainer = watched(tmp_path, [1.0, 2.0, 3.0, 0.5])
+        trainer.add_callback(EarlyStoppingCallback(2))
+        trainer.train(newest_checkpoint(trainer.args.output_dir) if resume else None)
+        assert (trainer.state.global_step, trainer.best_checkpoint) == (6, "checkpoint-2")
+        runs.append(trained_weights(trainer))
+    assert all(torch.equal(runs[1][name], weight) for name, weight in runs[0].items())
+
+
+def test_validation_takes_the_longest_rows_first_and_gives_the_same_loss(tmp_path):
+    losses = []
+    for rows in (1, 3, 8):
+        trainer = trainer_of(tmp_path, 8, per_device_eval_batch_size=rows)
+        widths = [batch["input_ids"].shape[1] for batch in trainer.get_eval_dataloader()]
+        assert widths == sorted(widths, reverse=True) and widths[0] == max(trainer.eval_dataset["length"])
+        losses.append(trainer.evaluate()["eval_loss"])
+    each = []
+    for example in examples(8):
+        logits, targets = response_logits(trainer.model, Collator(0)([example]))
+        each.append(F.cross_entropy(logits.float(), targets).item())
+    assert losses == pytest.approx([sum(each) / len(each)] * 3, rel=1e-5)
 
 
 def test_only_complete_checkpoints_count(tmp_path):
