@@ -22,6 +22,10 @@ from collections.abc import Callable
 # On a CPU, PyTorch and oneDNN each keep 1024 compiled products, one for every width a batch has had: 1.2 GB of a QLoRA
 # run on a small base, and no time saved by the older ones. Read when torch is imported.
 PRODUCTS_KEPT = {"LRU_CACHE_CAPACITY": "64", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64"}
+# OpenMP threads wait for each other at the end of every kernel, by default in a busy loop. On a CPU that other
+# processes use too, a thread then spins while the one it waits for has no core: a step takes ten times as long.
+# libgomp, which PyTorch's CPU and CUDA wheels bundle, reads it when torch is imported.
+THREADS_SLEEP = {"OMP_WAIT_POLICY": "PASSIVE"}
 CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
 
 
@@ -121,6 +125,12 @@ def _out_of_memory(error: BaseException) -> bool:
     )
 
 
+def set_environment() -> None:
+    """Sets what torch reads when it is imported, here and in child processes; what the user has set stays."""
+    for variable, value in {**PRODUCTS_KEPT, **THREADS_SLEEP}.items():
+        os.environ.setdefault(variable, value)
+
+
 def run(command: Callable[..., object]) -> None:
     """Runs `command` as a Fire command line built from `sys.argv` and exits.
 
@@ -129,8 +139,7 @@ def run(command: Callable[..., object]) -> None:
     """
     import fire
 
-    for variable, count in PRODUCTS_KEPT.items():
-        os.environ.setdefault(variable, count)
+    set_environment()
     # What two packages say of themselves and nobody can act on: bitsandbytes of an optional kernel on a hub, PEFT of
     # a property it reads while it wraps a model.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
