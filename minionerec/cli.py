@@ -35,6 +35,10 @@ SAVES_MEMORY = {
     "use_qlora": "--use_qlora True",
     "hidden_size": "a smaller --hidden_size",
 }
+# OpenMP threads wait for each other at the end of every kernel, by default in a busy loop. On a CPU that other
+# processes use too, a thread then spins while the one it waits for has no core: a step takes ten times as long.
+# libgomp, which PyTorch's CPU and CUDA wheels bundle, reads it when torch is imported.
+THREADS_SLEEP = {"OMP_WAIT_POLICY": "PASSIVE"}
 CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
 
 
@@ -146,6 +150,12 @@ def _what_saves_memory(parameters: dict, values: dict[str, str]) -> str:
     return f"out of memory. What helps, in this order: {advice}"
 
 
+def set_environment() -> None:
+    """Sets what torch reads when it is imported, here and in child processes; what the user has set stays."""
+    for variable, value in {**PRODUCTS_KEPT, **THREADS_SLEEP}.items():
+        os.environ.setdefault(variable, value)
+
+
 def run(command: Callable[..., object]) -> None:
     """Runs `command` as a Fire command line built from `sys.argv` and exits.
 
@@ -154,8 +164,7 @@ def run(command: Callable[..., object]) -> None:
     """
     import fire
 
-    for variable, count in PRODUCTS_KEPT.items():
-        os.environ.setdefault(variable, count)
+    set_environment()
     # What two packages say of themselves and nobody can act on: bitsandbytes of an optional kernel on a hub, PEFT of
     # a property it reads while it wraps a model, TRL of methods it calls around generation.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)

@@ -3,6 +3,7 @@ fits the device."""
 
 import json
 import os
+from bisect import bisect_left
 from collections.abc import Callable, Iterable
 from statistics import median
 
@@ -85,32 +86,31 @@ def _method(flags: dict) -> str:
     return "freeze_LLM" if flags.get("freeze_LLM") else lora
 
 
-def _settings_to_try(flags: dict, batch: str) -> Iterable[dict]:
-    """Settings to try, what costs least first: smaller micro-batches, checkpointing, an adapter, a smaller base."""
-    full = not (flags["use_lora"] or flags["use_qlora"])
-    methods = [{}, *([{"use_lora": True, "freeze_LLM": False}] if full else [])]
-    methods += [{"use_qlora": True, "use_lora": False, "load_in_8bit": False, "freeze_LLM": False}]
+def _settings_to_try(flags: dict) -> Iterable[dict]:
+    """Settings to try, what costs least first: checkpointing, an adapter, a smaller base."""
+    methods: list[dict] = [{}]
+    if not (flags["use_lora"] or flags["use_qlora"]):
+        methods.append({"use_lora": True, "freeze_LLM": False})
+    if not flags["use_qlora"]:
+        methods.append({"use_qlora": True, "use_lora": False, "load_in_8bit": False, "freeze_LLM": False})
     for method in methods:
         for checkpointing in sorted({flags["gradient_checkpointing"], True}):
-            size = flags[batch]
-            while size:
-                yield {**method, "gradient_checkpointing": checkpointing, batch: size}
-                size //= 2
+            yield {**method, "gradient_checkpointing": checkpointing}
 
 
 def suggestion(flags: dict, batch: str, size: float, total_of: Callable[[dict], float], least: int = 1) -> str:
-    """The first settings that fit `size` GB, as flags. `total_of(flags)` is the predicted total, in GB."""
-    hopeless: set[tuple] = set()
-    for changes in _settings_to_try(flags, batch):
-        if changes[batch] < least:
-            continue
-        kind = tuple(value for name, value in changes.items() if name != batch)
-        if kind not in hopeless and changes[batch] != least and total_of({**flags, **changes, batch: least}) > size:
-            hopeless.add(kind)
-        if kind in hopeless:
-            continue
-        if total_of({**flags, **changes}) <= size:
-            said = {name: value for name, value in changes.items() if value != flags.get(name, False)}
+    """The first settings that fit `size` GB, as flags, each with the largest micro-batch that does, but not below
+    `least` rows. `total_of(flags)` is the predicted total, in GB, which grows with the micro-batch."""
+    halves = [flags[batch] >> times for times in range(flags[batch].bit_length())]
+    batches = [rows for rows in halves if rows >= least] or halves[:1]
+    for changes in _settings_to_try(flags):
+
+        def fits(rows: int, changes=changes) -> bool:
+            return total_of({**flags, **changes, batch: rows}) <= size
+
+        if fits(batches[-1]):
+            rows = batches[bisect_left(batches, True, hi=len(batches) - 1, key=fits)]
+            said = {name: value for name, value in {**changes, batch: rows}.items() if value != flags.get(name, False)}
             return "this does: " + " ".join(f"--{name} {value}" for name, value in said.items())
     return "nor does anything else here: take a smaller model, or a smaller --cutoff_len"
 

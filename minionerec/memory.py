@@ -5,6 +5,7 @@ runs on fake tensors, which have shapes and no storage, while every storage that
 architecture keeps for the backward pass is so measured and not guessed; what a quantized base weighs is arithmetic.
 """
 
+import copy
 import weakref
 from dataclasses import dataclass
 from unittest import mock
@@ -18,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import masking_utils
 
 import lora_utils
+from minionerec.depth import BEFORE, HEAD, Depth, Piece, whole_where_needed
 from minionerec.logprobs import token_logps
 from minionerec.resident import rss_gb
 
@@ -54,6 +56,7 @@ class _Alive(TorchDispatchMode):
     def __init__(self, before: list[torch.Tensor]):
         super().__init__()
         self.bytes = self.peak = 0
+        self.pieces = [Piece(BEFORE)]
         self.before = [tensor.untyped_storage() for tensor in before]
         self.known: dict[int, object] = {id(storage): None for storage in self.before}
 
@@ -70,14 +73,21 @@ class _Alive(TorchDispatchMode):
             return
         # Allocators hand out blocks of 512 bytes.
         size = -(-storage.nbytes() // 512) * 512
+        made_in = self.pieces[-1]
 
         def gone(_):
             del self.known[key]
             self.bytes -= size
+            self.pieces[-1].free(size, made_in)
 
         self.known[key] = weakref.ref(storage, gone)
         self.bytes += size
         self.peak = max(self.peak, self.bytes)
+        made_in.add(size)
+
+    def start(self, phase: str, place: int = -1) -> None:
+        """Starts another piece of the step, of a layer or around the layers."""
+        self.pieces.append(Piece(phase, place))
 
 
 def _without_storage(model: nn.Module) -> None:
@@ -102,6 +112,7 @@ def _quantized_bytes(weight: torch.Tensor, bits: int) -> int:
     return count // 2 + count // 64 + 4 * (count // 16384) if bits == 4 else count + 4 * weight.shape[0]
 
 
+@whole_where_needed
 def predict(
     config,
     vocabulary: int,
@@ -132,19 +143,23 @@ def predict(
         weights, adapter, gradients, optimizer, logits, activations, runtime, total, and trainable (a count).
     """
     dtype = torch.bfloat16 if on_gpu or bits < 16 else torch.float32
-    model = lora_utils.meta_model(config, torch.float32 if method == "full" else dtype)
+    model = lora_utils.meta_model(copy.deepcopy(config), torch.float32 if method == "full" else dtype)
+    depth = Depth(model)
     config_rows, hidden = model.get_input_embeddings().weight.shape
     if vocabulary > model.get_input_embeddings().weight.shape[0]:
         with torch.device("meta"):
             model.resize_token_embeddings(vocabulary, mean_resizing=False)
     linear = {id(layer.weight) for layer in lora_utils._linear_layers(model).values()}
     base_weights = {id(p): p for p in model.parameters()}
+    times = depth.times(model)
     reference = sum(
-        p.numel() * (dtype.itemsize if key in linear else p.element_size()) for key, p in base_weights.items()
+        times[key] * p.numel() * (dtype.itemsize if key in linear else p.element_size())
+        for key, p in base_weights.items()
     )
     linear = linear if bits < 16 else set()
     weights = sum(
-        _quantized_bytes(p, bits) if key in linear else p.numel() * p.element_size() for key, p in base_weights.items()
+        times[key] * (_quantized_bytes(p, bits) if key in linear else p.numel() * p.element_size())
+        for key, p in base_weights.items()
     )
     # A product with a quantized weight first writes it out; one in 8 bits on a CPU in float32.
     width = 4 if bits == 8 and not on_gpu else 2
@@ -160,11 +175,13 @@ def predict(
         model.activation_checkpointing_enable({"use_reentrant": False})
         if method != "full":
             model.enable_input_require_grads()
+    times = depth.times(model)
+    sizes = {id(p): times[id(p)] * p.numel() * p.element_size() for p in model.parameters()}
     trained = [p for p in model.parameters() if p.requires_grad]
-    trained_bytes = sum(p.numel() * p.element_size() for p in trained)
-    adapter = sum(p.numel() * p.element_size() for p in model.parameters() if id(p) not in base_weights)
+    trained_bytes = sum(sizes[id(p)] for p in trained)
+    adapter = sum(size for key, size in sizes.items() if key not in base_weights)
     # As the trainers have it: SFT keeps none of autocast's copies of weights where it recomputes activations.
-    peak, kept, loss = _run(model, step, dtype, cache_enabled=step.shared or not gradient_checkpointing)
+    peak, kept, loss = _run(model, step, dtype, depth, cache_enabled=step.shared or not gradient_checkpointing)
     if on_gpu:
         runtime = CUDA_CONTEXT
     else:
@@ -184,7 +201,7 @@ def predict(
         "runtime": runtime,
     }
     parts = {name: size / GB for name, size in parts.items()}
-    return {**parts, "total": sum(parts.values()), "trainable": sum(p.numel() for p in trained)}
+    return {**parts, "total": sum(parts.values()), "trainable": sum(times[id(p)] * p.numel() for p in trained)}
 
 
 def cache_gb(config, rows: int, tokens: int, beams: int, completion_tokens: int, on_gpu: bool) -> float:
@@ -199,11 +216,10 @@ def cache_gb(config, rows: int, tokens: int, beams: int, completion_tokens: int,
     return (cached + rows * tokens * (3 * inner + 4 * text.hidden_size)) * size / GB
 
 
-def _run(model: nn.Module, step: Step, dtype: torch.dtype, cache_enabled: bool) -> tuple[int, int, int]:
+def _run(model: nn.Module, step: Step, dtype: torch.dtype, depth: Depth, cache_enabled: bool) -> tuple[int, int, int]:
     """The most bytes that live during forward and backward passes, gradients included; those the first forward pass
-    keeps up to the output head; and what the head and the loss add."""
+    keeps up to the output head; and what the head and the loss add. All of the full depth that `model` was cut from."""
     model.train()
-    at_head: list[int] = []
     # What depends on values, which fakes have none of: the seed of a dropout mask; whether rows hold packed sequences.
     with (
         mock.patch.object(lora_utils, "_draw_seed", lambda: 0),
@@ -217,9 +233,11 @@ def _run(model: nn.Module, step: Step, dtype: torch.dtype, cache_enabled: bool) 
             inputs["attention_mask"] = torch.zeros(step.rows, 1, step.tokens, step.tokens, dtype=dtype)
             inputs["position_ids"] = ids
         alive = _Alive([*model.parameters(), *model.buffers(), *inputs.values()])
-        watch = model.get_output_embeddings().register_forward_pre_hook(lambda *_: at_head.append(alive.bytes))
-        with alive:
-            for _ in range(2 if step.accumulate else 1):
+        watch = model.get_output_embeddings().register_forward_pre_hook(lambda *_: alive.start(HEAD))
+        with alive, depth.watch(alive):
+            for micro_batch in range(2 if step.accumulate else 1):
+                if micro_batch:
+                    alive.start(BEFORE)
                 with torch.autocast("cpu", torch.bfloat16, dtype == torch.bfloat16, cache_enabled):
                     logits = _logits(model, inputs, step.response_tokens)
                     first = ids.new_zeros(len(logits))
@@ -227,11 +245,16 @@ def _run(model: nn.Module, step: Step, dtype: torch.dtype, cache_enabled: bool) 
                         loss = token_logps(logits.float() / 1.0, first, first, first.bool())[0].sum()
                     else:
                         loss = F.cross_entropy(logits.float(), first)
-                of_loss = alive.bytes - at_head[-1]
+                    of_loss = alive.pieces[-1].growth
                 loss.backward()
                 del logits, loss
         watch.remove()
-    return alive.peak, at_head[0], of_loss
+    peak = kept = at = 0
+    for piece in depth.full(alive.pieces):
+        kept = kept or at * (piece.phase == HEAD)
+        peak = max(peak, at + piece.peak)
+        at += piece.growth
+    return peak, kept, of_loss
 
 
 def _logits(model: nn.Module, inputs: dict[str, torch.Tensor], count: int) -> torch.Tensor:

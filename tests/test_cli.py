@@ -182,3 +182,33 @@ def test_few_compiled_products_are_kept(tmp_path):
     result = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, env=environment)
     assert result.returncode == 0, result.stderr
     assert float(result.stdout) < 0.2
+
+
+def test_no_command_imports_torch_before_its_environment_is_set():
+    """In one process, which is told the name of each script with a command line."""
+    scripts = [path for folder in (".", "scripts", "benchmarks") for path in sorted((ROOT / folder).glob("*.py"))]
+    commands = [str(path) for path in scripts if "cli.run(" in path.read_text()]
+    assert len(commands) >= 14
+    code = (
+        "import runpy, sys\n"
+        "for path in sys.argv[1:]:\n"
+        "    runpy.run_path(path)\n"
+        "    assert 'torch' not in sys.modules, path\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code, *commands], capture_output=True, text=True, cwd=ROOT)
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize(("given", "read"), [({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE")])
+def test_the_threads_of_a_command_wait_asleep_unless_the_user_says_otherwise(tmp_path, given, read):
+    """As the OpenMP runtime itself reports what it read when torch loaded it, in the command and in its children."""
+    script = tmp_path / "threads.py"
+    script.write_text(
+        "import os\nfrom minionerec import cli\ndef threads(count: int = 1):\n    import torch\n"
+        "    os.system('echo $OMP_WAIT_POLICY')\ncli.run(threads)\n"
+    )
+    environment = {name: value for name, value in os.environ.items() if name not in cli.THREADS_SLEEP} | given
+    environment |= {"PYTHONPATH": str(ROOT), "OMP_DISPLAY_ENV": "true"}
+    result = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, env=environment)
+    assert result.returncode == 0, result.stderr
+    assert f"OMP_WAIT_POLICY = '{read}'" in result.stderr and result.stdout == f"{read}\n"

@@ -1,0 +1,110 @@
+"""A prediction from few layers against the same from all of them, and how much work a search for settings takes."""
+
+import copy
+import json
+from unittest import mock
+
+import pytest
+from conftest import ROOT
+from models import SMALL
+from torch.nn.modules.module import register_module_forward_pre_hook
+from transformers import CONFIG_MAPPING
+
+import lora_utils
+from minionerec import depth, memory
+from minionerec.depth import Depth
+from minionerec.dryrun import suggestion
+from minionerec.memory import Step, predict
+
+ARCHITECTURES = json.loads((ROOT / "tests" / "architectures.json").read_text())
+# Changes to the small configurations, and how many of 8 layers are measured.
+DEEP = {
+    "qwen2": ({}, 3),
+    "gemma2": ({}, 5),  # windows in every other layer
+    "qwen3_moe": ({"num_experts": 16}, 3),
+    "deepseek_v3": ({"first_k_dense_replace": 1}, 4),
+    "granitemoehybrid": ({"layer_types": ["mamba", "mamba", "mamba", "attention"] * 2}, 4),
+    "qwen3_next": ({"layer_types": [*["linear_attention"] * 3, "full_attention"] * 2}, 4),
+}
+
+
+def deep(architecture: str, layers: int = 8, **changes):
+    settings = {**SMALL, **ARCHITECTURES[architecture], "num_hidden_layers": layers, **changes}
+    return CONFIG_MAPPING[architecture](**settings)
+
+
+@pytest.mark.parametrize("architecture", DEEP)
+@pytest.mark.parametrize(("method", "checkpointing"), [("full", False), ("lora", True)])
+def test_few_layers_predict_what_all_do(architecture, method, checkpointing):
+    changes, measured = DEEP[architecture]
+    config = deep(architecture, **changes)
+    arguments = (config, 96, [90, 91], Step(2, 40, 6), method, True, {"lora_dropout": 0.0}, 16, checkpointing)
+    found = []
+    with mock.patch.object(memory, "_run", side_effect=lambda *a, run=memory._run: found.append(a[-1]) or run(*a)):
+        few = predict(*arguments)
+    assert len(found[0].layers) == measured and len(found) == 1
+    with mock.patch.object(Depth, "shortens", False):
+        every = predict(*arguments)
+    assert few == pytest.approx(every, rel=1e-3)
+    assert config.num_hidden_layers == 8
+    for part in ("weights", "adapter", "gradients", "optimizer", "trainable"):
+        assert few[part] == pytest.approx(every[part], rel=1e-12)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_few_layers_weigh_what_all_do_in_fewer_bits(bits):
+    step = Step(4, 8, 4, shared=True, accumulate=False)
+    arguments = (deep("qwen2", 20), 96, [90, 91], step, "qlora", False, {}, bits)
+    few = predict(*arguments)
+    with mock.patch.object(Depth, "shortens", False):
+        every = predict(*arguments)
+    few.pop("runtime"), every.pop("runtime"), few.pop("total"), every.pop("total")  # of this process, which grows
+    assert few == pytest.approx(every, rel=1e-9)
+
+
+def test_a_model_that_runs_one_layer_twice_is_measured_whole():
+    model = lora_utils.meta_model(deep("qwen2"))
+    model.model.layers[6] = model.model.layers[1]
+    trainable = sum(p.numel() for p in model.parameters())
+    with mock.patch.object(lora_utils, "meta_model", lambda *_: copy.deepcopy(model)):
+        parts = predict(model.config, 96, [90], Step(2, 8, 4), "full", False)
+    assert parts["trainable"] == trainable
+
+
+def test_a_model_that_cannot_do_with_few_layers_is_measured_whole():
+    arguments = (deep("qwen2"), 96, [90, 91], Step(2, 40, 6), "full", True)
+    few = predict(*arguments)
+    with mock.patch.object(depth, "_keep", lambda *_: None):  # it then looks for eight layers
+        assert predict(*arguments) == pytest.approx(few)
+
+
+def test_a_search_on_a_deep_model_takes_few_passes_through_few_layers():
+    """48 layers of 128 experts that fit nowhere: each of six ways to train is tried once."""
+    config = deep("qwen3_moe", 48, num_experts=128)
+    flags = {"use_lora": False, "use_qlora": False, "load_in_8bit": False, "gradient_checkpointing": False}
+    flags |= {"micro_batch_size": 64}
+    tried, ran = [], []
+    layer = type(lora_utils.meta_model(config).model.layers[0])
+
+    def total_of(flags):
+        tried.append(flags)
+        method = "qlora" if flags["use_qlora"] else "lora" if flags["use_lora"] else "full"
+        step, bits = Step(flags["micro_batch_size"], 16, 8), 4 if method == "qlora" else 16
+        checkpointing = flags["gradient_checkpointing"]
+        return predict(config, 96, [90], step, method, True, {"lora_dropout": 0.0}, bits, checkpointing)["total"]
+
+    counting = register_module_forward_pre_hook(lambda module, _: ran.append(module) if type(module) is layer else None)
+    with counting:
+        assert suggestion(flags, "micro_batch_size", 0.0, total_of).startswith("nor does anything else")
+    assert len(tried) == 6 and len(ran) == 6 * 2 * 3  # 2 micro-batches through 3 layers
+
+
+@pytest.mark.parametrize("largest", range(1, 200))
+def test_a_search_halves_what_is_left(largest):
+    flags = {"use_lora": True, "use_qlora": False, "load_in_8bit": False, "gradient_checkpointing": True}
+    flags |= {"micro_batch_size": 128}
+    tried = []
+    said = suggestion(flags, "micro_batch_size", largest, lambda f: tried.append(f) or f["micro_batch_size"])
+    fits = max(2**power for power in range(8) if 2**power <= largest)
+    assert said == f"this does: --micro_batch_size {fits}" if fits < 128 else "this does: "
+    assert len(tried) <= 5
