@@ -220,7 +220,7 @@ def train(
     from trl import GRPOConfig
 
     import lora_utils
-    from minionerec import __version__, modeling, sid, trainer
+    from minionerec import __version__, architecture, modeling, sid, trainer
     from minionerec.dataset import Encoder, item_rows, prompt_dataset
     from minionerec.plots import RL_PANELS
     from minionerec.rl_trainer import ReReTrainer
@@ -233,9 +233,20 @@ def train(
     set_seed(seed)
     state = PartialState(cpu=not torch.cuda.is_available())
 
-    if adapter and not from_adapter:
-        config = modeling.load_config(model_path, "model_path")
-        lora_utils.find_target_modules(lora_utils.meta_model(config), lora_target_modules)
+    adapter_settings = {
+        "lora_r": lora_r,
+        "lora_alpha": lora_alpha,
+        "lora_dropout": lora_dropout,
+        "lora_target_modules": lora_target_modules,
+        "use_rslora": use_rslora,
+        "use_dora": use_dora,
+        "init_lora_weights": init_lora_weights,
+    }
+    bits = 4 if use_qlora else 8 if load_in_8bit else 16
+    if adapter:
+        config = modeling.load_config(base_model) if from_adapter else modeling.load_config(model_path, "model_path")
+        there = {"adapter": model_path} if from_adapter else adapter_settings
+        reach = lora_utils.check_adapter(config, bits, **there)
     tokenizer = modeling.load_tokenizer(model_path)
     sequences = sid.sid_sequences(tokenizer, sids)
     unknown = [token for token in catalogue.sid_tokens if token not in tokenizer.get_vocab()]
@@ -278,6 +289,8 @@ def train(
         ids = sorted(tokenizer.convert_tokens_to_ids(catalogue.sid_tokens))
         columns = list(train_dataset["prompt"])
         depth = sequences.shape[1] + 1
+        if adapter:
+            print(reach)
         return dryrun.rl(flags, config, tokenizer, ids, encoder, rows_of, columns, steps, depth, own=from_adapter)
     state.print(f"prompts: {len(train_dataset):,} to train on, {len(eval_dataset):,} to validate; steps: {steps:,}")
 
@@ -296,20 +309,12 @@ def train(
         )
         if not adapter:
             model.requires_grad_(True)
+            architecture.freeze_beside_text(model)
     else:
         model = modeling.load_base(model_path, quantization)
         if adapter:
-            peft_config = lora_utils.lora_config(
-                model,
-                sorted(tokenizer.convert_tokens_to_ids(catalogue.sid_tokens)),
-                lora_r,
-                lora_alpha,
-                lora_dropout,
-                lora_target_modules,
-                use_rslora,
-                use_dora,
-                init_lora_weights,
-            )
+            sid_token_ids = sorted(tokenizer.convert_tokens_to_ids(catalogue.sid_tokens))
+            peft_config = lora_utils.lora_config(model, sid_token_ids, **adapter_settings)
 
     if wandb_project:
         os.environ["WANDB_PROJECT"] = wandb_project
@@ -377,6 +382,8 @@ def train(
     )
     trainable, total = lora_utils.count_parameters(rl_trainer.model)
     state.print(lora_utils.trainable_report(rl_trainer.model))
+    if adapter:
+        state.print(reach)
     rl_trainer.train(resume)
     metrics = {
         "method": method,
