@@ -10,7 +10,9 @@ The functions are called by `sft.py` before training and by `rl.py` before it bu
 """
 
 import os
-from collections.abc import Iterator
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 
@@ -20,12 +22,13 @@ from peft import LoraConfig, PeftModel, TaskType, TrainableTokensConfig, get_pef
 from peft.tuners import lora
 from peft.tuners.trainable_tokens import TrainableTokensLayer
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, TrainableTokensWrapper
+from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.pytorch_utils import Conv1D
 
-from minionerec import modeling
+from minionerec import architecture, experts, modeling
 from minionerec.checkpoint import read_run
 from minionerec.cli import InputError
 from minionerec.head import float32_linear
@@ -36,23 +39,15 @@ from minionerec.head import float32_linear
 def meta_model(config, dtype: torch.dtype | None = None):
     """The architecture of a configuration on the meta device: every module, no weights."""
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, dtype=dtype)
-
-
-def _linear_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """The linear layers of the decoder by full name; the output head is none of them."""
-    head = model.get_output_embeddings()
-    return {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, (nn.Linear, Conv1D)) and module is not head
-    }
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    architecture.freeze_beside_text(model)
+    return model
 
 
 def round_weights(model: nn.Module, dtype: torch.dtype, all_of_them: bool = False) -> None:
     """Rounds weights of a frozen model to `dtype`, in place, so that it computes what its float32 original does under
     autocast in less memory and time: those of the linear layers but the output head, or all of them, as FSDP does."""
-    parts = [model] if all_of_them else _linear_layers(model).values()
+    parts = [model] if all_of_them else architecture.matrices(model).layers.values()
     for parameter in (parameter for part in parts for parameter in part.parameters()):
         parameter.data = parameter.data.to(dtype)
 
@@ -65,17 +60,62 @@ def _in_attention(model: nn.Module, name: str) -> bool:
     )
 
 
-def _suffixes(wanted: list[str], others: list[str]) -> list[str]:
+def _suffixes(wanted: list[str], others: Iterable[str]) -> list[str]:
     """The shortest dotted endings that match all of `wanted` and none of `others` as PEFT matches them."""
-    endings = set()
-    for name in wanted:
-        parts = name.split(".")
-        for length in range(1, len(parts) + 1):
-            ending = ".".join(parts[-length:])
-            if not any(other == ending or other.endswith(f".{ending}") for other in others):
-                endings.add(ending)
-                break
-    return sorted(endings)
+    taken = {ending for name in others for ending in _endings(name)}
+    return sorted({next((ending for ending in _endings(name) if ending not in taken), name) for name in wanted})
+
+
+def _endings(name: str) -> Iterator[str]:
+    """For a.b.c: c, b.c, a.b.c."""
+    parts = name.split(".")
+    return (".".join(parts[-length:]) for length in range(1, len(parts) + 1))
+
+
+def _chosen(model: nn.Module, spec: str) -> tuple[list[str], list[str]]:
+    """The full names of the linear layers and of the expert weights that `spec` means."""
+    found = architecture.matrices(model)
+    every = [*found.layers, *found.experts]
+    if spec == "all":
+        return list(found.layers), list(found.experts)
+    if spec == "qkv":
+        attention = [name for name in found.layers if _in_attention(model, name)]
+        if not attention:
+            raise InputError(
+                f"--lora_target_modules qkv: {type(model).__name__} has no attention layers that can be recognized; "
+                f"name them: {', '.join(_suffixes(every, []))}"
+            )
+        return attention, []
+    names = [name.strip() for name in spec.split(",") if name.strip()]
+    unmatched = [name for name in names if not any(_matches(name, full) for full in every)]
+    if unmatched or not names:
+        raise InputError(
+            f"--lora_target_modules {spec!r}: {', '.join(unmatched) or 'nothing'} matches no linear layer of "
+            f"{type(model).__name__}; there are all, qkv, {', '.join(_suffixes(every, []))}"
+        )
+    return tuple(
+        [n for n in group if any(_matches(name, n) for name in names)] for group in (found.layers, found.experts)
+    )
+
+
+def _matches(target: str, name: str) -> bool:
+    """Whether PEFT takes a full name for a target."""
+    return f".{name}".endswith(f".{target}")
+
+
+def _taken_for_experts(model: nn.Module, layers: list[str]) -> set[str]:
+    """The linear layers that PEFT, asked for them as modules, would take for experts: it maps the names that experts'
+    layers had in transformers 4 to the weights of today, also those of shared experts and of dense layers."""
+    taken = set()
+    for leaf in {name.rpartition(".")[2] for name in layers}:
+        config = LoraConfig(target_modules=[leaf])
+        try:
+            convert_peft_config_for_transformers(config, model, None)
+        except ValueError:  # it wants all of the layers that became one weight
+            taken.add(leaf)
+        if config.target_parameters:
+            taken.add(leaf)
+    return {name for name in layers if name.rpartition(".")[2] in taken}
 
 
 def find_target_modules(model: nn.Module, spec: str = "all") -> list[str]:
@@ -83,33 +123,28 @@ def find_target_modules(model: nn.Module, spec: str = "all") -> list[str]:
 
     Args:
         model: a causal LM; one on the meta device will do.
-        spec: "all" for every linear layer of the decoder, "qkv" for the attention projections q, k, v and o (whatever
-            the architecture calls them, fused or not), or layer names separated by commas.
+        spec: "all" for every linear layer of the text decoder and its experts, "qkv" for the attention projections q,
+            k, v and o (whatever the architecture calls them, fused or not), or names separated by commas. Left out are
+            routers, and layers whose weight their mixer reads itself.
 
     Returns:
         names as PEFT matches them: the end of a module's dotted path, sorted.
 
-    Raises InputError for a name that matches no linear layer, listing those there are.
+    Raises InputError for a name that matches nothing, listing what there is.
     """
-    linear = list(_linear_layers(model))
-    if spec == "all":
-        return _suffixes(linear, [])
-    attention = [name for name in linear if _in_attention(model, name)]
-    if spec == "qkv":
-        if not attention:
-            raise InputError(
-                f"--lora_target_modules qkv: {type(model).__name__} has no attention layers that can be recognized; "
-                f"name them: {', '.join(_suffixes(linear, []))}"
-            )
-        return _suffixes(attention, [name for name in linear if name not in attention])
-    names = [name.strip() for name in spec.split(",") if name.strip()]
-    unmatched = [name for name in names if not any(f".{layer}".endswith(f".{name}") for layer in linear)]
-    if unmatched or not names:
-        raise InputError(
-            f"--lora_target_modules {spec!r}: {', '.join(unmatched) or 'nothing'} matches no linear layer of "
-            f"{type(model).__name__}; there are all, qkv, {', '.join(_suffixes(linear, []))}"
-        )
-    return sorted(set(names))
+    layers, _ = _chosen(model, spec)
+    wanted = set(layers) - _taken_for_experts(model, layers)
+    beside = tuple(f"{name}." for name in architecture.beside_text(model))  # excluded as a whole, see `lora_config`
+    names = [name for name, _ in (*model.named_modules(), *model.named_parameters())]
+    return _suffixes(wanted, (name for name in names if name not in wanted and not f"{name}.".startswith(beside)))
+
+
+def find_target_parameters(model: nn.Module, spec: str = "all") -> list[str]:
+    """The names to give LoRA as target parameters, as `find_target_modules` does: weights [E, ...] that hold one matrix
+    for each of E experts, and those of linear layers that PEFT would take for experts."""
+    layers, stacks = _chosen(model, spec)
+    wanted = {*stacks, *(f"{name}.weight" for name in _taken_for_experts(model, layers))}
+    return _suffixes(wanted, (name for name, _ in model.named_parameters() if name not in wanted))
 
 
 # --- Configurations ---------------------------------------------------------------------------------------------------
@@ -161,19 +196,34 @@ def lora_config(
 
     Source: Hu et al., LoRA (2021); Kalajdzievski, rsLoRA (2023); Liu et al., DoRA (2024).
     """
-    targets = find_target_modules(model, lora_target_modules)
-    endings = tuple(f".{target}" for target in targets)
-    targeted = [module for name, module in _linear_layers(model).items() if f".{name}".endswith(endings)]
+    modules = find_target_modules(model, lora_target_modules)
+    parameters = find_target_parameters(model, lora_target_modules)
+    layers, stacks = _chosen(model, lora_target_modules)
+    beyond = "--use_dora True" if use_dora else "--init_lora_weights orthogonal"
+    if parameters and (use_dora or init_lora_weights == "orthogonal"):
+        raise InputError(
+            f"{beyond}: PEFT cannot do this for {', '.join(parameters)} of {type(model).__name__}, which it adapts as "
+            "parameters; drop it, or leave them out with --lora_target_modules qkv"
+        )
+    # A token passes through several experts: together they have the rank of one layer. The update's scale is the same.
+    rank = max(1, lora_r // architecture.experts_per_token(model.config)) if stacks else lora_r
+    alpha = lora_alpha if rank == lora_r else lora_alpha * (rank / lora_r) ** (0.5 if use_rslora else 1)
+    other = "|".join(re.escape(n) for n in (*modules, *parameters) if not any(_matches(n, stack) for stack in stacks))
+    beside = "|".join(rf"{re.escape(name)}(\..*)?" for name in architecture.beside_text(model))
     return LoraConfig(
         task_type=TaskType.CAUSAL_LM,
-        r=lora_r,
-        lora_alpha=lora_alpha,
+        r=rank,
+        lora_alpha=alpha,
+        rank_pattern={other: lora_r} if other and rank != lora_r else {},
+        alpha_pattern={other: lora_alpha} if other and rank != lora_r else {},
         lora_dropout=lora_dropout,
-        target_modules=targets,
+        target_modules=modules,
+        target_parameters=parameters or None,
+        exclude_modules=beside or None,
         use_rslora=use_rslora,
         use_dora=use_dora,
         init_lora_weights=True if init_lora_weights == "True" else init_lora_weights,
-        fan_in_fan_out=any(isinstance(module, Conv1D) for module in targeted),  # GPT-2 stores [in, out]
+        fan_in_fan_out=any(isinstance(model.get_submodule(name), Conv1D) for name in layers),  # GPT-2 stores [in, out]
         trainable_token_indices=dict.fromkeys(_embedding_names(model), sid_token_ids) if sid_token_ids else None,
     )
 
@@ -325,21 +375,27 @@ class _LeanForward:
 
 
 def _lean(kind: type) -> type:
-    return type(kind.__name__, (_LeanForward, kind), {})
+    # The name by which PEFT finds the layer of a target parameter again, for another adapter.
+    return type("ParamWrapper", (_LeanForward, kind), {"parameter_name": "weight"})
 
 
-LEAN_LAYERS = {kind: _lean(kind) for kind in (lora.Linear, lora.Linear4bit, lora.Linear8bitLt)}
+LEAN_LAYERS = {kind: _lean(kind) for kind in (lora.Linear, lora.Linear4bit, lora.Linear8bitLt, lora.ParamWrapper)}
 
 
 def use_lean_layers(model: nn.Module) -> None:
-    """Gives the layers of a PEFT model their lean forwards, in place: the SID rows' and the low-rank update's.
+    """Gives the layers of a PEFT model their lean forwards, in place: those of SID rows, low-rank updates and experts.
 
     Parameters, names and files stay PEFT's.
     """
+    experts.use_lean_parameters(model)
     for module in model.modules():
         if type(module) is TrainableTokensLayer:
             module.__class__ = SidRows
-        elif type(module) in LEAN_LAYERS and not any(layer.bias is not None for layer in module.lora_B.values()):
+        elif (
+            type(module) in LEAN_LAYERS
+            and isinstance(module.get_base_layer(), (nn.Linear, Conv1D))
+            and not any(layer.bias is not None for layer in module.lora_B.values())
+        ):
             module.__class__ = LEAN_LAYERS[type(module)]
 
 
@@ -377,8 +433,9 @@ def prepare_quantized(model: nn.Module) -> None:
     """
     model.requires_grad_(False)
     for module in model.modules():
-        if "norm" in type(module).__name__.lower():
-            dtype = next(module.parameters()).dtype
+        own = list(module.parameters(recurse=False))  # some have no weight, some blocks are called after their norm
+        if "norm" in type(module).__name__.lower() and own and not any(module.children()):
+            dtype = own[0].dtype
             module.float().register_forward_hook(partial(_to, dtype))
 
 
@@ -389,7 +446,20 @@ def _to(dtype: torch.dtype, _module, _args, output: torch.Tensor) -> torch.Tenso
 def _wrap(model: nn.Module, config, gradient_checkpointing: bool) -> PeftModel:
     if getattr(model, "is_quantized", False):
         prepare_quantized(model)
-    wrapped = _finish(get_peft_model(model, config))
+    dropout = getattr(config, "lora_dropout", 0.0)
+    on_parameters = bool(getattr(config, "target_parameters", None))
+    if on_parameters:
+        config.lora_dropout = 0.0  # PEFT refuses any other for parameters, also when it loads the adapter
+    try:
+        with experts.shapes_shown(model):
+            wrapped = _finish(get_peft_model(model, config))
+    except ValueError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(f"--use_lora True: PEFT refuses {type(model).__name__}: {reason}") from None
+    if on_parameters and dropout:
+        for module in wrapped.modules():
+            if isinstance(module, lora.LoraLayer):
+                module.lora_dropout["default"] = nn.Dropout(dropout)  # which our forwards apply
     if gradient_checkpointing:
         wrapped.enable_input_require_grads()
     return wrapped
@@ -436,7 +506,8 @@ def load_adapter(model: nn.Module, path: str, trainable: bool = False) -> PeftMo
     if getattr(model, "is_quantized", False) and trainable:
         prepare_quantized(model)
     try:
-        wrapped = PeftModel.from_pretrained(model, path, is_trainable=trainable)
+        with experts.shapes_shown(model):
+            wrapped = PeftModel.from_pretrained(model, path, is_trainable=trainable)
     except SafetensorError as error:
         raise InputError(f"adapter {path}: its weights cannot be read, the file is damaged: {error}") from None
     except (RuntimeError, ValueError, IndexError, TypeError, KeyError) as error:
@@ -531,6 +602,68 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
 
 
 def trainable_report(model: nn.Module) -> str:
-    """One line: how many parameters train, of how many, in percent."""
+    """One line: how many parameters train, of how many, in percent; and what text does not pass through."""
     trainable, total = count_parameters(model)
-    return f"trainable parameters: {trainable:,} of {total:,} ({100 * trainable / total:.3f}%)"
+    beside = architecture.beside_text(model.get_base_model() if isinstance(model, PeftModel) else model)
+    frozen = f"; frozen, as no text passes through: {', '.join(beside)}" if beside else ""
+    return f"trainable parameters: {trainable:,} of {total:,} ({100 * trainable / total:.3f}%){frozen}"
+
+
+def check_adapter(config, bits: int, adapter: str | None = None, **settings) -> str:
+    """`adapter_report` for the configuration of a base, before any weight is loaded, of the adapter in a folder or of a
+    new one with these settings of `lora_config`.
+
+    Raises InputError where the architecture cannot have the adapter or the bits.
+    """
+    model = meta_model(config)
+    chosen = LoraConfig.from_pretrained(adapter) if adapter else lora_config(model, [], **settings)
+    report = adapter_report(model, chosen, bits)
+    if bits < 16 and not architecture.quantized_weights(model, bits):
+        flag = "--use_qlora True" if bits == 4 else "--load_in_8bit True"
+        raise InputError(
+            f"{flag}: bitsandbytes has no layer for any of {type(model).__name__}; use --use_lora True alone"
+        )
+    return report
+
+
+def adapter_report(model: nn.Module, config: LoraConfig, bits: int = 16) -> str:
+    """One line: what an adapter reaches in its base, what it leaves out and why, and what is not stored in `bits`.
+
+    Args:
+        model: the bare base, with its weights or on the meta device.
+        config: of the adapter.
+        bits: of the base: 4, 8 or 16 (as it is).
+    """
+    found = architecture.matrices(model)
+    modules, parameters = config.target_modules or (), config.target_parameters or ()
+    layers = [
+        name
+        for name in found.layers
+        if any(_matches(t, name) for t in modules) or any(_matches(t, f"{name}.weight") for t in parameters)
+    ]
+    stacks = [name for name in found.experts if any(_matches(t, name) for t in parameters)]
+    report = f"adapters on {len(layers)} of {len(found.layers)} linear layers"
+    if found.experts:
+        rank = f", rank {config.r} for each expert" if stacks else ""
+        report += f" and {len(stacks)} of {len(found.experts)} weights of experts{rank}"
+    if found.left_out:
+        report += f"; left out: {_counted(found.left_out)}"
+    if bits < 16:
+        stored = architecture.quantized_weights(model, bits)
+        every = {n.removesuffix(".weight"): p for n, p in model.named_parameters(remove_duplicate=False)}
+        names = (*found.layers, *found.experts, *found.left_out)
+        kept = [name for name in names if not {name, f"{name}.weight"} & set(stored)]
+        size, total = (sum(every[name].numel() for name in group) for group in (kept, names))
+        unfit = {name: f"bitsandbytes has no {bits} bits for it" for name in kept if name not in found.left_out}
+        if kept:
+            what = " and ".join(["what is left out"] * bool(found.left_out) + [_counted(unfit)] * bool(unfit))
+            report += (
+                f"; not in {bits} bits: {what}, {2 * size / 1e9:.2f} GB, {100 * size / total:.1f}% of the matrices"
+            )
+    return report
+
+
+def _counted(reasons: dict[str, str]) -> str:
+    """Names and their reasons as `2 x mlp.gate (a router), ...`: what stands before a layer's number is left away."""
+    kinds = Counter((re.sub(r"^.*\.\d+\.", "", name), reason) for name, reason in reasons.items())
+    return ", ".join(f"{count} x {name} ({reason})" for (name, reason), count in kinds.items())

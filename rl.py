@@ -229,7 +229,7 @@ def train(
     from trl import GRPOConfig
 
     import lora_utils
-    from minionerec import __version__, modeling, sid, trainer, vocabulary
+    from minionerec import __version__, architecture, modeling, sid, trainer, vocabulary
     from minionerec.dataset import Encoder, item_rows, prompt_dataset
     from minionerec.plots import RL_PANELS
     from minionerec.probe import prove
@@ -241,9 +241,20 @@ def train(
     set_seed(seed)
     state = modeling.process_state()
 
-    if adapter and not from_adapter:
-        config = modeling.load_config(model_path, "model_path")
-        lora_utils.find_target_modules(lora_utils.meta_model(config), lora_target_modules)
+    adapter_settings = {
+        "lora_r": lora_r,
+        "lora_alpha": lora_alpha,
+        "lora_dropout": lora_dropout,
+        "lora_target_modules": lora_target_modules,
+        "use_rslora": use_rslora,
+        "use_dora": use_dora,
+        "init_lora_weights": init_lora_weights,
+    }
+    bits = 4 if use_qlora else 8 if load_in_8bit else 16
+    if adapter:
+        config = modeling.load_config(base_model) if from_adapter else modeling.load_config(model_path, "model_path")
+        there = {"adapter": model_path} if from_adapter else adapter_settings
+        reach = lora_utils.check_adapter(config, bits, **there)
     tokenizer = modeling.load_tokenizer(model_path)
     cutoff_len = flags["cutoff_len"] = started_from.get("flags", {}).get("cutoff_len", 512)
     encoder = Encoder(tokenizer, prompts, cutoff_len)
@@ -284,6 +295,8 @@ def train(
         ids = sorted(tokenizer.convert_tokens_to_ids(catalogue.sid_tokens))
         columns = list(train_dataset["prompt"])
         depth = sequences.shape[1] + 1
+        if adapter:
+            print(reach)
         return dryrun.rl(flags, config, tokenizer, ids, encoder, rows_of, columns, steps, depth, own=from_adapter)
     state.print(f"prompts: {len(train_dataset):,} to train on, {len(eval_dataset):,} to validate; steps: {steps:,}")
 
@@ -302,20 +315,12 @@ def train(
         )
         if not adapter:
             model.requires_grad_(True)
+            architecture.freeze_beside_text(model)
     else:
         model = modeling.load_base(model_path, quantization, dtype=None if adapter else modeling.master_dtype())
         if adapter:
-            peft_config = lora_utils.lora_config(
-                model,
-                sorted(tokenizer.convert_tokens_to_ids(catalogue.sid_tokens)),
-                lora_r,
-                lora_alpha,
-                lora_dropout,
-                lora_target_modules,
-                use_rslora,
-                use_dora,
-                init_lora_weights,
-            )
+            sid_token_ids = sorted(tokenizer.convert_tokens_to_ids(catalogue.sid_tokens))
+            peft_config = lora_utils.lora_config(model, sid_token_ids, **adapter_settings)
 
     # Before the weights are sharded, and for the longest rows that any process can have.
     beams = max(test_beam, num_generations * 3 // 2, train_batch_size)
@@ -389,6 +394,8 @@ def train(
     )
     trainable, total = lora_utils.count_parameters(rl_trainer.model)
     state.print(lora_utils.trainable_report(rl_trainer.model))
+    if adapter:
+        state.print(reach)
     rl_trainer.train(resume)
     metrics = {
         "method": method,

@@ -156,8 +156,18 @@ def train(
     from minionerec.plots import SFT_PANELS
     from minionerec.probe import prove
 
+    adapter_settings = {
+        "lora_r": lora_r,
+        "lora_alpha": lora_alpha,
+        "lora_dropout": lora_dropout,
+        "lora_target_modules": lora_target_modules,
+        "use_rslora": use_rslora,
+        "use_dora": use_dora,
+        "init_lora_weights": init_lora_weights,
+    }
     if adapter:
-        lora_utils.find_target_modules(lora_utils.meta_model(modeling.load_config(base_model)), lora_target_modules)
+        bits = 4 if use_qlora else 8 if load_in_8bit else 16
+        reach = lora_utils.check_adapter(modeling.load_config(base_model), bits, **adapter_settings)
     method = "qlora" if use_qlora else "lora" if use_lora else "freeze_LLM" if freeze_LLM else "full"
     run = {"command": "sft", "method": method, "version": __version__, "flags": flags, "prompts": prompts.to_json()}
 
@@ -180,6 +190,8 @@ def train(
         config = modeling.load_config(base_model)
         sid_token_ids = sorted(tokenizer.convert_tokens_to_ids(catalogue.sid_tokens))
         print(*notes, sep="\n", end="\n" if notes else "")
+        if adapter:
+            print(reach)
         return dryrun.sft(flags, config, tokenizer, sid_token_ids, encoder, rows_of)
 
     set_seed(seed)
@@ -199,22 +211,14 @@ def train(
     if proof.why:
         state.print(f"decoding: {proof}")
     if adapter:
-        config = lora_utils.lora_config(
-            model,
-            sid_token_ids,
-            lora_r,
-            lora_alpha,
-            lora_dropout,
-            lora_target_modules,
-            use_rslora,
-            use_dora,
-            init_lora_weights,
-        )
+        config = lora_utils.lora_config(model, sid_token_ids, **adapter_settings)
         model = lora_utils.add_lora(model, config, gradient_checkpointing)
     elif freeze_LLM:
         model = lora_utils.train_sid_rows_only(model, sid_token_ids, gradient_checkpointing)
     trainable, total = lora_utils.count_parameters(model)
     state.print(lora_utils.trainable_report(model))
+    if adapter:
+        state.print(reach)
 
     with state.local_main_process_first():
         train_dataset = tokenized_dataset(

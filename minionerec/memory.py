@@ -13,12 +13,15 @@ from unittest import mock
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import masking_utils
+from transformers.integrations import moe
 
 import lora_utils
+from minionerec import architecture
+from minionerec.cli import InputError
 from minionerec.depth import BEFORE, HEAD, Depth, Piece, whole_where_needed
 from minionerec.logprobs import token_logps
 from minionerec.resident import rss_gb
@@ -149,21 +152,22 @@ def predict(
     if vocabulary > model.get_input_embeddings().weight.shape[0]:
         with torch.device("meta"):
             model.resize_token_embeddings(vocabulary, mean_resizing=False)
-    linear = {id(layer.weight) for layer in lora_utils._linear_layers(model).values()}
+    rounded = {id(layer.weight) for layer in architecture.matrices(model).layers.values()}
+    quantized = architecture.quantized_weights(model, bits).values() if bits < 16 else ()
+    stored = {id(weight) for weight in quantized}
     base_weights = {id(p): p for p in model.parameters()}
     times = depth.times(model)
     reference = sum(
-        times[key] * p.numel() * (dtype.itemsize if key in linear else p.element_size())
+        times[key] * p.numel() * (dtype.itemsize if key in rounded else p.element_size())
         for key, p in base_weights.items()
     )
-    linear = linear if bits < 16 else set()
     weights = sum(
-        times[key] * (_quantized_bytes(p, bits) if key in linear else p.numel() * p.element_size())
+        times[key] * (_quantized_bytes(p, bits) if key in stored else p.numel() * p.element_size())
         for key, p in base_weights.items()
     )
     # A product with a quantized weight first writes it out; one in 8 bits on a CPU in float32.
     width = 4 if bits == 8 and not on_gpu else 2
-    dequantized = max((base_weights[key].numel() * width for key in linear), default=0)
+    dequantized = max((weight.numel() * width for weight in quantized), default=0)
     if bits < 16:
         lora_utils.prepare_quantized(model)
     with torch.device("meta"):
@@ -180,8 +184,14 @@ def predict(
     trained = [p for p in model.parameters() if p.requires_grad]
     trained_bytes = sum(sizes[id(p)] for p in trained)
     adapter = sum(size for key, size in sizes.items() if key not in base_weights)
-    # As the trainers have it: SFT keeps none of autocast's copies of weights where it recomputes activations.
-    peak, kept, loss = _run(model, step, dtype, depth, cache_enabled=step.shared or not gradient_checkpointing)
+    try:
+        # As the trainers have it: SFT keeps none of autocast's copies of weights where it recomputes activations.
+        peak, kept, loss = _run(model, step, dtype, depth, cache_enabled=step.shared or not gradient_checkpointing)
+    except (DynamicOutputShapeException, DataDependentOutputException):
+        raise InputError(
+            f"--dry_run True: the memory of {config.model_type} cannot be predicted without its weights: its shapes "
+            "depend on values"
+        ) from None
     if on_gpu:
         runtime = CUDA_CONTEXT
     else:
@@ -224,6 +234,7 @@ def _run(model: nn.Module, step: Step, dtype: torch.dtype, depth: Depth, cache_e
     with (
         mock.patch.object(lora_utils, "_draw_seed", lambda: 0),
         mock.patch.object(masking_utils, "find_packed_sequence_indices", lambda _: None),
+        mock.patch.object(moe, "_grouped_mm", _of_one_expert),  # which fakes have in bfloat16 alone
         FakeTensorMode(allow_non_fake_inputs=True),
     ):
         _without_storage(model)
@@ -255,6 +266,12 @@ def _run(model: nn.Module, step: Step, dtype: torch.dtype, depth: Depth, cache_e
         peak = max(peak, at + piece.peak)
         at += piece.growth
     return peak, kept, of_loss
+
+
+def _of_one_expert(x: torch.Tensor, weight: torch.Tensor, offs: torch.Tensor) -> torch.Tensor:
+    """All rows [S, I] with the first of the weights [E, I, O]: what the product of every row with its own costs."""
+    with torch.autocast("cpu", enabled=False):
+        return x.to(weight.dtype) @ weight[0]
 
 
 def _logits(model: nn.Module, inputs: dict[str, torch.Tensor], count: int) -> torch.Tensor:

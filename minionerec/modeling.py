@@ -154,21 +154,30 @@ def load_base(path: str, quantization=None, from_scratch: bool = False, dtype: t
         from_scratch: random weights from the configuration instead of those of the checkpoint, in float32.
         dtype: of the weights that are not quantized; "auto" as they were saved, None for `compute_dtype`.
     """
+    from minionerec import architecture, experts  # PEFT and bitsandbytes, which not all that imports this needs
+
     config = load_config(path)
+    if getattr(config.get_text_config(), "output_router_logits", False):
+        # For a loss of the routers that no training here adds, and that fails at RL's 4-D masks.
+        config.get_text_config().output_router_logits = False
     transformers_logging.disable_progress_bar()
     overflows = compute_dtype() == torch.float16 and config.model_type.startswith(OVERFLOW_FLOAT16)
     if overflows and os.environ.get("RANK", "0") == "0":
         print(f"warning: {config.model_type} models often overflow float16, which this GPU computes in")
     if from_scratch:
-        return AutoModelForCausalLM.from_config(config, dtype=torch.float32).to(local_device())
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).to(local_device())
+        architecture.freeze_beside_text(model)
+        return model
     if dtype is None:
         dtype = compute_dtype(quantization is not None)
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            path, config=config, dtype=dtype, quantization_config=quantization, device_map={"": local_device()}
-        )
+        with experts.quantizers():
+            model = AutoModelForCausalLM.from_pretrained(
+                path, config=config, dtype=dtype, quantization_config=quantization, device_map={"": local_device()}
+            )
     except (OSError, SafetensorError) as error:
         raise InputError(f"--base_model {path}: the weights cannot be loaded: {_first_line(error)}") from None
+    architecture.freeze_beside_text(model)
     if quantization is not None:
         _keep_training_layout(model)
     return model

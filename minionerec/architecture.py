@@ -1,0 +1,153 @@
+"""What a causal LM is made of, whatever its architecture calls it: the decoder that reads text, the weights that LoRA
+and bitsandbytes reach, and why they leave others as they are.
+
+All functions take a bare model, with its weights or on the meta device.
+"""
+
+import inspect
+import re
+from dataclasses import dataclass
+from functools import cache
+
+from peft import LoraConfig
+from peft.tuners.lora import LoraModel
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers.base import HfQuantizer
+from transformers.quantizers.quantizers_utils import should_convert_module
+
+ROUTERS = {"gate", "router", "router_gate", "shared_expert_gate"}  # a part of the name of what chooses experts
+
+
+# --- The text decoder -------------------------------------------------------------------------------------------------
+
+
+def text_decoder(model: PreTrainedModel) -> PreTrainedModel:
+    """The innermost model around the input embedding: the part of a composite model that reads text."""
+    embedding = model.get_input_embeddings()
+    return [m for m in model.modules() if isinstance(m, PreTrainedModel) and _holds(m, embedding)][-1]
+
+
+def beside_text(model: PreTrainedModel) -> list[str]:
+    """The names of the parts of a composite model that text does not pass through, such as a vision tower."""
+    decoder, head = text_decoder(model), model.get_output_embeddings()
+    names = {module: name for name, module in model.named_modules()}
+    around = [m for m in model.base_model.modules() if m is not decoder and _holds(m, decoder)]
+    return [
+        names[child]
+        for module in around
+        for child in module.children()
+        if child is not head and not _holds(child, decoder)
+    ]
+
+
+def _holds(outer: nn.Module, inner: nn.Module) -> bool:
+    return any(module is inner for module in outer.modules())
+
+
+def freeze_beside_text(model: PreTrainedModel) -> None:
+    """Freezes what text does not pass through, in place. It gets no gradient, and DDP waits for one."""
+    for name in beside_text(model):
+        model.get_submodule(name).requires_grad_(False)
+
+
+# --- What an adapter reaches ------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Matrices:
+    """The matrices of a text decoder, without embeddings and output head.
+
+    Attributes:
+        layers: name → linear layer that LoRA fits.
+        experts: name → parameter [E, ...] that holds one matrix for each of E experts.
+        left_out: name → why neither LoRA nor 4 bits reach this weight.
+    """
+
+    layers: dict[str, nn.Module]
+    experts: dict[str, nn.Parameter]
+    left_out: dict[str, str]
+
+
+def matrices(model: PreTrainedModel) -> Matrices:
+    """Sorts the weights of the text decoder by what can be done with them."""
+    beside = tuple(f"{name}." for name in beside_text(model))
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    found = Matrices({}, {}, {})
+    for name, module in model.named_modules():
+        if f"{name}.".startswith(beside) or any(module is end for end in ends):
+            continue
+        if ROUTERS & set(name.split(".")):
+            reason = "a router"
+        elif isinstance(module, (nn.Linear, Conv1D)):
+            reason = _why_not(model, name)
+        elif expert_parameters(module):
+            found.experts.update({f"{name}.{own}": getattr(module, own) for own in expert_parameters(module)})
+            continue
+        else:
+            reason = "not a linear layer"
+        if not reason:
+            found.layers[name] = module
+        elif isinstance(module, (nn.Linear, Conv1D)):
+            found.left_out[name] = reason
+        elif not isinstance(module, nn.Embedding):
+            weights = [key for key, p in module.named_parameters(recurse=False) if p.squeeze().ndim >= 2]
+            weights = [key for key in weights if not key.endswith("bias")]
+            found.left_out.update({f"{name}.{key}".removesuffix(".weight"): reason for key in weights})
+    return found
+
+
+def expert_parameters(module: nn.Module) -> tuple[str, ...]:
+    """The names of the weights [E, ...] of a module of experts that `minionerec.experts` can compute, none for others:
+    what goes through transformers' experts interface, and Llama 4's."""
+    if hasattr(module, "has_gate") and hasattr(module, "is_transposed"):
+        return ("gate_up_proj" if module.has_gate else "up_proj", "down_proj")
+    return ("gate_up_proj", "down_proj") if type(module).__name__ == "Llama4TextExperts" else ()
+
+
+def experts_per_token(config) -> int:
+    """How many experts compute a token."""
+    names = ("num_experts_per_tok", "top_k_experts", "moe_topk")
+    counts = [getattr(config.get_text_config(), name, None) for name in names]
+    return next((count for count in counts if isinstance(count, int) and count > 0), 1)
+
+
+def _why_not(model: PreTrainedModel, name: str) -> str:
+    """Why a linear layer can have no adapter and no 4-bit weight; empty where it can."""
+    parent, _, leaf = name.rpartition(".")
+    owner = model.get_submodule(parent)
+    # State-space mixers hand weights to fused kernels, which know neither an adapter nor 4 bits.
+    if hasattr(owner, "conv1d") and re.search(rf"self\.{leaf}\.weight\b(?!\.(dtype|device))", _source(type(owner))):
+        return "its mixer reads the weight itself"
+    try:
+        LoraModel._check_target_module_compatiblity(None, LoraConfig(), model, leaf)
+    except ValueError:
+        return "PEFT refuses it"
+    return ""
+
+
+@cache
+def _source(kind: type) -> str:
+    return inspect.getsource(kind)
+
+
+# --- What bitsandbytes reaches ----------------------------------------------------------------------------------------
+
+
+def not_to_quantize(model: PreTrainedModel) -> list[str]:
+    """The names of the linear layers that stay in 16 bits although bitsandbytes has a layer for them."""
+    linear = {name for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D))}
+    return [name for name in matrices(model).left_out if name in linear]
+
+
+def quantized_weights(model: PreTrainedModel, bits: int) -> dict[str, nn.Parameter]:
+    """The weights that `modeling.load_base` stores in 4 or 8 bits, by name: those of linear layers, which transformers
+    replaces where they are no subclasses, and in 4 bits those of experts."""
+    skipped = HfQuantizer.get_modules_to_not_convert(model, None, model._keep_in_fp32_modules) + not_to_quantize(model)
+    layers = {
+        f"{name}.weight": module.weight
+        for name, module in model.named_modules()
+        if type(module) in (nn.Linear, Conv1D) and should_convert_module(name, skipped)
+    }
+    return {**layers, **(matrices(model).experts if bits == 4 else {})}
