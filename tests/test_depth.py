@@ -5,7 +5,7 @@ import json
 from unittest import mock
 
 import pytest
-from conftest import ROOT
+from helpers import ROOT
 from models import SMALL
 from torch.nn.modules.module import register_module_forward_pre_hook
 from transformers import CONFIG_MAPPING
