@@ -39,8 +39,13 @@ def test_few_layers_predict_what_all_do(architecture, method, checkpointing):
     changes, measured = DEEP[architecture]
     config = deep(architecture, **changes)
     arguments = (config, 96, [90, 91], Step(2, 40, 6), method, True, {"lora_dropout": 0.0}, 16, checkpointing)
-    found = []
-    with mock.patch.object(memory, "_run", side_effect=lambda *a, run=memory._run: found.append(a[-1]) or run(*a)):
+    found, run = [], memory._run
+
+    def watched(model, step, dtype, depth, **more):
+        found.append(depth)
+        return run(model, step, dtype, depth, **more)
+
+    with mock.patch.object(memory, "_run", side_effect=watched):
         few = predict(*arguments)
     assert len(found[0].layers) == measured and len(found) == 1
     with mock.patch.object(Depth, "shortens", False):

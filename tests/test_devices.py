@@ -183,7 +183,7 @@ def test_a_process_without_a_group_that_counts_keeps_pace(sparse, tmp_path, engi
     two_processes(engine, tmp_path, "rl.py", flags(tmp_path / "two"))
     counted = [json.loads((tmp_path / f"rank{rank}.counted").read_text()) for rank in (0, 1)]
     steps = {tuple(map(bool, step)) for step in zip(*counted, strict=True)}
-    assert {(False, True), (True, False), (False, False)} <= steps
+    assert (False, False) in steps and steps & {(False, True), (True, False)}
     assert_same_run(one, tmp_path / "two", 1e-4)
     assert_same_checkpoint(one, tmp_path / "two")
     assert any(path.name == "reference.safetensors" for path in one.glob("checkpoint-*/*"))
