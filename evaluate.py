@@ -46,7 +46,7 @@ def evaluate(
         test_data_path: CSV of test interactions.
         result_json_data: file for the rankings; the metrics go beside it, as .metrics.json.
         batch_size: prompts of a forward pass.
-        K: one more cut-off beside 1, 3, 5, 10, 20, 50; 0 for none.
+        K: one more cut-off beside 1, 3, 5, 10, 20, 50; 0 for none (the original ignores the flag).
         seed: kept for MiniOneRec's argument lists; nothing here is random.
         length_penalty: beam scores are divided by their length to this power.
         max_new_tokens: the most tokens a SID may have.

@@ -12,9 +12,10 @@ The functions are called by `sft.py` before training and by `rl.py` before it bu
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from operator import methodcaller
 
 import torch
 import torch.nn.functional as F
@@ -526,8 +527,10 @@ def load_adapted(
     quantization: BitsAndBytesConfig | None = None,
     trainable: bool = False,
     merge_in: torch.dtype | None = None,
-) -> PeftModel | nn.Module:
-    """The model of an adapter checkpoint on its base, or, with `merge_in`, one whole model of that precision.
+    merge: Callable[[PeftModel], object] = methodcaller("merge_and_unload"),
+) -> PeftModel | object:
+    """The model of an adapter checkpoint on its base, or, with `merge_in`, what `merge` makes of it on a base of that
+    precision: one whole model.
 
     What was trained on a quantized base is merged into the values that its 4 or 8 bits stand for.
     Raises InputError where the base cannot be loaded, is another one than the adapter was trained on, or has other
@@ -544,7 +547,7 @@ def load_adapted(
         model = model.dequantize(merge_in).to(merge_in)
     modeling.fit_embeddings(model, tokenizer)
     wrapped = load_adapter(model, adapter, trainable)
-    return wrapped if merge_in is None else wrapped.merge_and_unload()
+    return wrapped if merge_in is None else merge(wrapped)
 
 
 def adapter_parameters(model: nn.Module, adapter: str) -> dict[str, nn.Parameter]:

@@ -49,8 +49,9 @@ def merge(
             stand for) or original (the base as published, which an adapter of a quantized base fits a little less).
         dtype: of the saved weights: auto (as the base was saved), float32, bfloat16 or float16.
         max_shard_size: the largest file of weights.
-        eval_file: with into original, rows to compare the rankings on; the one recorded in the adapter if not given.
-        sid_index_path: with into original, the catalogue to rank; the one recorded in the adapter if not given.
+        eval_file: rows to compare the rankings of adapter and merged checkpoint on; the one recorded in the adapter if
+            not given.
+        sid_index_path: the catalogue to rank; the one recorded in the adapter if not given.
         sample: rows to compare on.
     """
     problems = Problems()
@@ -75,20 +76,22 @@ def merge(
     run = problems.attempt(read_run, adapter) or {}
     flags = run.get("flags", {})
     quantized = flags.get("use_qlora", False) or flags.get("load_in_8bit", False)
-    compare = into == "original" and quantized
-    if compare:
-        prompts = problems.attempt(recorded_prompts, adapter, flags.get("category", ""), None, RECOMMENDATION)
-        catalogue = problems.attempt(read_catalogue, sid_index_path or flags.get("sid_index_path", ""))
-        sids = sorted(catalogue.sids) if catalogue else None
-        titles = bool(prompts) and prompts.need_titles
-        rows = problems.attempt(_first_rows, eval_file or flags.get("eval_file", ""), sids, sample, titles)
+    # Rankings are compared wherever their files are still there; files that were named must be.
+    unread = problems if eval_file or sid_index_path else Problems()
+    prompts = unread.attempt(recorded_prompts, adapter, flags.get("category", ""), None, RECOMMENDATION)
+    catalogue = unread.attempt(read_catalogue, sid_index_path or flags.get("sid_index_path", ""))
+    sids = sorted(catalogue.sids) if catalogue else None
+    titles = bool(prompts) and prompts.need_titles
+    rows = unread.attempt(_first_rows, eval_file or flags.get("eval_file", ""), sids, sample, titles)
     problems.check()
 
     import torch
+    from transformers.trainer_utils import align_special_tokens
 
     import lora_utils
     from minionerec import modeling, sid, vocabulary
     from minionerec.dataset import Encoder
+    from minionerec.merging import merge_and_count
     from minionerec.ranking import rank_prompts
     from minionerec.trainer import writing
 
@@ -104,17 +107,20 @@ def merge(
         encoded = encoder.encode_prompts(task, rows, [encoder.cutoff_len - trie.depth] * len(rows))
         return rank_prompts(model.eval(), trie, encoded, tokenizer.pad_token_id, COMPARED, batch_size=8)
 
-    if compare:
-        before = rankings(lora_utils.load_adapted(base_model, adapter, tokenizer, quantization))
-    if into == "original":
-        quantization = None
-    model = lora_utils.load_adapted(base_model, adapter, tokenizer, quantization, merge_in=wanted)
-    report = {"adapter": adapter, "base_model": base_model, "into": into, "saved": output_dir}
-    if compare:
-        pairs = list(zip(before, rankings(model), strict=True))
-        report["compared_rows"] = len(pairs)
-        report["same_first"] = sum(old[0] == new[0] for old, new in pairs) / len(pairs)
-        report["same_of_10"] = sum(len({*old} & {*new}) / len(old) for old, new in pairs) / len(pairs)
+    # One model at a time: the adapter on its base, the merged one, what was saved of it.
+    before = None if unread else rankings(lora_utils.load_adapted(base_model, adapter, tokenizer, quantization))
+    model, changed, updated = lora_utils.load_adapted(
+        base_model,
+        adapter,
+        tokenizer,
+        None if into == "original" else quantization,
+        merge_in=wanted,
+        merge=merge_and_count,
+    )
+    align_special_tokens(model, tokenizer)
+    precision = str(wanted).removeprefix("torch.")
+    report = {"adapter": adapter, "base_model": base_model, "into": into, "saved": output_dir, "dtype": precision}
+    report |= {"updated_weights": updated, "changed_weights": changed}
 
     partial = f"{output_dir.rstrip(os.sep)}.partial"
     with writing(output_dir):
@@ -122,13 +128,28 @@ def merge(
         model.save_pretrained(partial, max_shard_size=max_shard_size)
         tokenizer.save_pretrained(partial)
         make_portable(partial)
+    del model
+    if before is not None:
+        pairs = list(zip(before, rankings(modeling.load_base(partial)), strict=True))
+        report["compared_rows"] = len(pairs)
+        report["same_first"] = sum(old[0] == new[0] for old, new in pairs) / len(pairs)
+        report["same_of_10"] = sum(len({*old} & {*new}) / len(old) for old, new in pairs) / len(pairs)
+    with writing(output_dir):
         write_json(os.path.join(partial, RUN_FILE), {**run, "method": "full", "merged": report})
         os.replace(partial, output_dir)
-    if compare:
+
+    if before is None:
+        print(f"rankings are not compared with the adapter's: {'; '.join(unread)}")
+    else:
+        base = "quantized base" if quantized else "base"
         print(
-            f"against the adapter on its quantized base, {len(pairs)} rows: the same first item in "
+            f"against the adapter on its {base}, {len(pairs)} rows: the same first item in "
             f"{report['same_first']:.1%}, and {report['same_of_10']:.1%} of the first {COMPARED} items shared"
         )
+    if updated:
+        print(f"of {updated:,} weights that the adapter updates, {changed / updated:.1%} changed in {precision}")
+    if changed < updated / 2 and wanted != torch.float32:
+        print(f"the other updates are lost, smaller than a step of {precision}; recommended: --dtype float32")
     print(f"saved {output_dir}")
     return report
 

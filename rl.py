@@ -21,7 +21,7 @@ from minionerec.prompts import RECOMMENDATION, RL_TASKS, TASKS, differing_prompt
 
 REWARD_TYPES = ("rule", "ranking", "ranking_only", "semantic", "sasrec")
 ADAPTER_FLAGS = ("lora_r", "lora_alpha", "lora_target_modules", "use_rslora", "use_dora")
-SAMPLE_SHARE = 0.2  # of the training prompts that sample_train keeps
+LEFT_OUT = 0.2  # of the training prompts by sample_train
 
 
 def train(
@@ -94,24 +94,30 @@ def train(
         train_batch_size: completions of a forward pass on one process.
         eval_batch_size: beams of a forward pass in evaluations during training.
         gradient_accumulation_steps: forward passes of an optimizer step.
-        temperature: of sampling, and what the logits in the loss are divided by.
+        temperature: of sampling, and what the logits in the loss are divided by (in the original: of drawing only).
         add_gt: put the target in the place of the last completion of every group.
         eval_step: how often to evaluate, as a share of the training.
         num_generations: completions of a prompt, a group.
         num_train_epochs: passes over the prompts.
-        learning_rate: peak of the cosine schedule. 1e-6 suits training in full; an adapter takes 10 to 100 times that.
+        learning_rate: peak of the cosine schedule, after 3% of the steps; gradients are clipped at 0.3. 1e-6 suits
+            training in full; an adapter takes 10 to 100 times that.
         beta: weight of the KL divergence from the start; 0 drops the reference pass.
-        beam_search: complete prompts with the best items by beam search; otherwise items are sampled.
-        test_during_training: evaluate HR@K and NDCG@K on eval_file, and keep the best checkpoint by NDCG@10.
-        dynamic_sampling: draw 1.5 times as many completions, keep the target, if drawn, and the most frequent.
-        mask_all_zero: leave groups whose rewards are all equal out of the loss, KL included; they then cost no pass.
+        beam_search: complete prompts with the best items by beam search (the original draws its beams at random);
+            otherwise items are sampled (the original: at each token from the 50 most likely).
+        test_during_training: evaluate HR@K and NDCG@K on eval_file, and keep the best checkpoint by NDCG@10 (the
+            original measures the prompts of each step and keeps the last model).
+        dynamic_sampling: draw 1.5 times as many completions, keep the target, if drawn, and the most frequent (the
+            original keeps the target as often as it was drawn, and ignores the flag under beam_search).
+        mask_all_zero: leave groups whose rewards are all equal out of the loss, KL included; they then cost no pass
+            (the original ignores the flag).
         sync_ref_model: let the reference follow the policy slowly.
         test_beam: beams of an evaluation.
         reward_type: rule (1 for the target), ranking (rule, and a penalty for wrong items by rank), ranking_only (the
             penalty alone), semantic (cosine of item embeddings), sasrec (score of a SASRec model).
-        sample_train: train on a random fifth of the prompts.
-        ada_path: item embeddings for semantic, .npy or .safetensors, row i for item id i.
-        cf_path: folder of a model of scripts/train_sasrec.py, for sasrec.
+        sample_train: leave out a random fifth of the prompts (the original: if model_path contains sft).
+        ada_path: item embeddings for semantic, .npy or .safetensors, row i for item id i (the original: a pickle, row i
+            for line i of info_file).
+        cf_path: folder of a model of scripts/train_sasrec.py, for sasrec (the original: a file of its own sasrec.py).
         sid_index_path: JSON of item id to SID tokens.
         item_meta_path: JSON of item id to title and description.
         dapo: average the loss over all tokens of a batch instead of over sequences first.
@@ -128,9 +134,10 @@ def train(
         load_in_8bit: store the base of use_lora in 8 bits.
         gradient_checkpointing: recompute activations in the backward pass: less memory, more time.
         base_model: where the base of an adapter checkpoint is, if not where the adapter says.
-        tasks: all, or task names separated by commas; the table is in minionerec/prompts.py.
+        tasks: all (the original takes at most 10,000 rows of title_history_to_sid), or task names separated by commas;
+            the table is in minionerec/prompts.py.
         prompt_file: JSON that replaces the wording of the prompts, also that of the checkpoint.
-        save_steps: how often to save a checkpoint, as a share of the training.
+        save_steps: how often to save a checkpoint, as a share of the training (the original: 0.1).
         resume_from_checkpoint: a checkpoint folder, or True for the newest one in output_dir.
         report_to: none, tensorboard or wandb.
         dry_run: check the input, print prompts, steps and the predicted peak memory, and stop.
@@ -271,7 +278,8 @@ def train(
 
     train_dataset = prompt_dataset(encoder, rows_of, budget)
     if sample_train:
-        train_dataset = train_dataset.shuffle(seed=seed).select(range(int(SAMPLE_SHARE * len(train_dataset))))
+        train_dataset = train_dataset.shuffle(seed=seed)
+        train_dataset = train_dataset.select(range(int(LEFT_OUT * len(train_dataset)), len(train_dataset)))
     eval_encoder = Encoder(tokenizer, validation, cutoff_len)
     eval_dataset = prompt_dataset(
         eval_encoder, lambda kind: read_interactions(eval_file, "eval_file", sids, validation.need_titles), budget
@@ -364,7 +372,8 @@ def train(
             num_train_epochs=num_train_epochs,
             learning_rate=learning_rate,
             lr_scheduler_type="cosine",
-            warmup_steps=min(20, steps // 10),
+            warmup_steps=math.ceil(0.03 * steps),
+            max_grad_norm=0.3,
             num_generations=num_generations,
             max_completion_length=sequences.shape[1] + 1,
             temperature=temperature,

@@ -61,15 +61,18 @@ def train(
         train_file: CSV of training interactions.
         eval_file: CSV of validation interactions; the model with the lowest loss of SID histories to SIDs is kept.
         output_dir: folder for checkpoints, final_checkpoint, metrics.json and curves.png.
-        sample: how many rows of each source to train on, chosen at random; -1 for all.
+        sample: how many rows of each source to train on, chosen at random; -1 for all. Validation always uses all rows
+            (the original samples those too).
         seed: seed of every random choice.
         batch_size: rows of an optimizer step, over all processes.
         micro_batch_size: rows of a forward pass on one process.
         num_epochs: passes over the training rows at most; three evaluations without a gain end the run.
-        learning_rate: peak of the cosine schedule.
-        cutoff_len: tokens of a row at most; the oldest items of a history go first.
+        learning_rate: peak of the schedule, which rises over 20 steps, or a tenth of a short run, and falls linearly.
+        cutoff_len: tokens of a row at most; the oldest items of a history go first (the original cuts the beginning of
+            the prompt).
         group_by_length: put rows of similar length into the same optimizer step; those of a step always go by length.
-        freeze_LLM: train the SID rows of the embedding matrices alone.
+        freeze_LLM: train the SID rows of the embedding matrices alone (the original leaves an output head of its own
+            frozen).
         wandb_project: Weights & Biases project; given, the run reports there.
         wandb_run_name: name of the run in the trackers.
         resume_from_checkpoint: a checkpoint folder, or True for the newest one in output_dir.
@@ -88,7 +91,8 @@ def train(
         init_lora_weights: True (zero B), gaussian or orthogonal.
         load_in_8bit: store the base of use_lora in 8 bits.
         gradient_checkpointing: recompute activations in the backward pass: less memory, more time.
-        tasks: all, or task names separated by commas; the table is in minionerec/prompts.py.
+        tasks: all (six; the original's four are sid_history_to_sid, sid_history_to_title, title_to_sid, sid_to_title),
+            or task names separated by commas; the table is in minionerec/prompts.py.
         prompt_file: JSON that replaces the wording of the prompts.
         eval_step: how often to evaluate and save, as a share of the training.
         report_to: none, tensorboard or wandb.
@@ -259,7 +263,7 @@ def train(
             gradient_accumulation_steps=accumulation,
             num_train_epochs=num_epochs,
             learning_rate=learning_rate,
-            lr_scheduler_type="cosine",
+            lr_scheduler_type="linear",
             warmup_steps=min(20, steps // 10),
             **modeling.mixed_precision(use_qlora or load_in_8bit),
             use_cpu=not torch.cuda.is_available(),

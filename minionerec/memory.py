@@ -2,7 +2,8 @@
 
 One forward and backward pass of the very model that would train (its adapter, its checkpointing, its label-only loss)
 runs on fake tensors, which have shapes and no storage, while every storage that would be alive is counted. What an
-architecture keeps for the backward pass is so measured and not guessed; what a quantized base weighs is arithmetic.
+architecture keeps for the backward pass is so measured and not guessed, on a few layers of each kind
+(`minionerec.depth`); what a quantized base weighs is arithmetic.
 """
 
 import copy

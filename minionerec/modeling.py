@@ -6,7 +6,7 @@ import os
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 from transformers.utils import logging as transformers_logging
@@ -167,6 +167,7 @@ def load_base(path: str, quantization=None, from_scratch: bool = False, dtype: t
     if from_scratch:
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).to(local_device())
         architecture.freeze_beside_text(model)
+        forget_sampling_defaults(model)
         return model
     if dtype is None:
         dtype = compute_dtype(quantization is not None)
@@ -180,7 +181,18 @@ def load_base(path: str, quantization=None, from_scratch: bool = False, dtype: t
     architecture.freeze_beside_text(model)
     if quantization is not None:
         _keep_training_layout(model)
+    forget_sampling_defaults(model)
     return model
+
+
+def forget_sampling_defaults(model) -> None:
+    """Keeps the token ids of a model's generation_config.json alone.
+
+    A base's temperature, top_p or repetition penalty are made for chats. They would travel into the checkpoints made of
+    it, and whatever decodes those would distort the probabilities of items, or sample them.
+    """
+    ids = {name: value for name, value in model.generation_config.to_dict().items() if name.endswith("_token_id")}
+    model.generation_config = GenerationConfig(**ids)
 
 
 def _keep_training_layout(model) -> None:

@@ -23,6 +23,7 @@ CATEGORIES = {
     "Industrial_and_Scientific": "industrial and scientific items",
     "Office_Products": "office products",
     "Toys_and_Games": "toys and games",
+    "Sports": "sports and outdoors",
     "Sports_and_Outdoors": "sports and outdoor items",
     "Video_Games": "video games",
     "Books": "books",

@@ -10,10 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import ROOT, run_command, sft_flags
+from safetensors.torch import load_file, save_file
 from test_bad_input import refused
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lora_utils
+import sft
 from merge_lora import merge
 from minionerec import modeling
 from minionerec.checkpoint import make_portable, read_run
@@ -110,6 +112,67 @@ def test_into_the_original_base_says_how_the_rankings_differ(trained, files, tmp
     expected = lora_utils.load_adapted(base_model, trained["4 bits"], tokenizer, merge_in=torch.float32)
     ids = torch.arange(30).unsqueeze(0)
     torch.testing.assert_close(logits_of(merged, ids), logits_of(expected, ids), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("name", "on"), [("untied", "base"), ("4 bits", "quantized base")])
+def test_every_merge_says_how_it_ranks_and_what_changed(trained, tmp_path, capsys, name, on):
+    report = merge(adapter=trained[name], output_dir=str(tmp_path / "m"), sample=5)
+    printed = capsys.readouterr().out
+    assert f"against the adapter on its {on}, 5 rows: the same first item in" in printed
+    assert report["compared_rows"] == 5 and report["same_of_10"] > 0.9
+    assert f"of {report['updated_weights']:,} weights that the adapter updates, " in printed
+    assert "changed in float32" in printed and "recommended" not in printed
+    assert report["changed_weights"] > 0.99 * report["updated_weights"] > 0
+    assert read_run(str(tmp_path / "m"))["merged"] == report
+
+
+def test_updates_that_the_saved_precision_loses(trained, untied_base, tmp_path, capsys):
+    """bfloat16 keeps steps of some 2^-8 of a weight; what changes is counted by hand."""
+    small = tmp_path / "small"
+    shutil.copytree(trained["untied"], small)
+    tensors = load_file(small / "adapter_model.safetensors")
+    save_file({n: t * 3e-4 if "lora_B" in n else t for n, t in tensors.items()}, small / "adapter_model.safetensors")
+    report = merge(adapter=str(small), output_dir=str(tmp_path / "half"), dtype="bfloat16", sample=1)
+    printed = capsys.readouterr().out
+    before = load_file(os.path.join(untied_base, "model.safetensors"))
+    after = load_file(tmp_path / "half" / "model.safetensors")
+    linear = [name for name in after if name.endswith("_proj.weight")]
+    assert report["updated_weights"] == sum(before[name].numel() for name in linear)
+    changed = sum((before[name].bfloat16() != after[name]).sum().item() for name in linear)
+    assert report["changed_weights"] == changed and 0 < changed < report["updated_weights"] / 2
+    assert f" updates, {changed / report['updated_weights']:.1%} changed in bfloat16" in printed
+    assert "recommended: --dtype float32" in printed
+    merge(adapter=str(small), output_dir=str(tmp_path / "whole"), dtype="float32", sample=1)
+    assert "recommended" not in capsys.readouterr().out
+
+
+def test_without_its_files_a_merge_says_why_it_compares_nothing(trained, tmp_path, capsys):
+    shutil.copytree(trained["untied"], tmp_path / "moved")
+    run = json.loads((tmp_path / "moved" / "minionerec.json").read_text())
+    run["flags"]["eval_file"] = str(tmp_path / "gone.csv")
+    (tmp_path / "moved" / "minionerec.json").write_text(json.dumps(run))
+    report = merge(adapter=str(tmp_path / "moved"), output_dir=str(tmp_path / "m"))
+    printed = capsys.readouterr().out
+    assert f"rankings are not compared with the adapter's: --eval_file {tmp_path / 'gone.csv'}: no such file" in printed
+    assert "compared_rows" not in report and "changed in float32" in printed
+
+
+def test_sampling_defaults_of_a_base_stay_behind(trained, files, base, tmp_path):
+    """In merged checkpoints and in those of full runs; token ids stay."""
+    shutil.copytree(base, tmp_path / "chat")
+    path = tmp_path / "chat" / "generation_config.json"
+    ids = {name: value for name, value in json.loads(path.read_text()).items() if name.endswith("_token_id")}
+    ids["eos_token_id"] = [ids["eos_token_id"], 7]
+    sampling = {"do_sample": True, "temperature": 0.6, "top_k": 20, "top_p": 0.8, "repetition_penalty": 1.1}
+    path.write_text(json.dumps({**ids, **sampling, "max_new_tokens": 2048}))
+    merge(adapter=trained["tied"], base_model=str(tmp_path / "chat"), output_dir=str(tmp_path / "merged"), sample=1)
+    sft.train(**sft_flags(files, str(tmp_path / "chat"), str(tmp_path / "run"), sample=8, eval_step=0.5))
+    eos = modeling.load_tokenizer(base).eos_token_id
+    for folder in (tmp_path / "merged", tmp_path / "run" / "final_checkpoint"):
+        saved = json.loads((folder / "generation_config.json").read_text())
+        saved.pop("transformers_version")
+        assert eos in saved["eos_token_id"] and saved["pad_token_id"] == eos
+        assert saved == ids
 
 
 def test_evaluation_of_the_merged_checkpoint_ranks_the_same(trained, files, tmp_path):

@@ -134,7 +134,7 @@ def test_switches_run(files, sft, tmp_path, flags):
         sasrec.save(sasrec.SASRec(read_info(files["info"]), hidden_size=8), str(tmp_path / "cf"))
         flags = {**flags, "cf_path": tmp_path / "cf"}
     metrics, _ = run_rl(files, sft["lora"], tmp_path / "run", use_lora=True, **flags)
-    assert metrics["train_prompts"] == {"sample_train": 8, "temperature": 160}.get(
+    assert metrics["train_prompts"] == {"sample_train": 32, "temperature": 160}.get(
         "sample_train" if "sample_train" in flags else "temperature" if "temperature" in flags else "", 40
     )
     assert all(np.isfinite(entry["loss"]) for entry in metrics["history"] if "loss" in entry)
