@@ -618,6 +618,9 @@ def check_adapter(config, bits: int, adapter: str | None = None, **settings) -> 
 
     Raises InputError where the architecture cannot have the adapter or the bits.
     """
+    method = (getattr(config, "quantization_config", None) or {}).get("quant_method", "bitsandbytes")
+    if method != "bitsandbytes":
+        raise InputError(f"--base_model: is stored in {method}, which takes no adapter; take a copy of it in bfloat16")
     model = meta_model(config)
     chosen = LoraConfig.from_pretrained(adapter) if adapter else lora_config(model, [], **settings)
     report = adapter_report(model, chosen, bits)

@@ -127,7 +127,8 @@ def train(
         lora_r: rank of a new adapter.
         lora_alpha: scale of a new adapter; its output is multiplied by lora_alpha / lora_r.
         lora_dropout: recorded in a new adapter; RL itself runs without dropout.
-        lora_target_modules: all linear layers, qkv (attention projections q, k, v, o), or names separated by commas.
+        lora_target_modules: all (linear layers and experts), qkv (attention projections q, k, v, o), or names separated
+            by commas.
         use_rslora: scale by lora_alpha / sqrt(lora_r) instead.
         use_dora: weight-decomposed adapter (DoRA).
         init_lora_weights: True (zero B), gaussian or orthogonal.

@@ -82,10 +82,11 @@ def train(
         item_meta_path: JSON of item id to title and description.
         use_lora: train a LoRA adapter and the SID rows; the base stays frozen.
         use_qlora: LoRA on a base stored in 4 bits (NF4).
-        lora_r: rank of the adapter.
+        lora_r: rank of the adapter; divided among the experts that compute a token.
         lora_alpha: scale of the adapter; its output is multiplied by lora_alpha / lora_r.
         lora_dropout: dropout on the adapter's input.
-        lora_target_modules: all linear layers, qkv (attention projections q, k, v, o), or names separated by commas.
+        lora_target_modules: all (linear layers and experts), qkv (attention projections q, k, v, o), or names separated
+            by commas.
         use_rslora: scale by lora_alpha / sqrt(lora_r) instead.
         use_dora: weight-decomposed adapter (DoRA).
         init_lora_weights: True (zero B), gaussian or orthogonal.

@@ -47,9 +47,11 @@ def _holds(outer: nn.Module, inner: nn.Module) -> bool:
 
 
 def freeze_beside_text(model: PreTrainedModel) -> None:
-    """Freezes what text does not pass through, in place. It gets no gradient, and DDP waits for one."""
+    """Freezes what text does not pass through, in place: it gets no gradient, and DDP waits for one."""
     for name in beside_text(model):
         model.get_submodule(name).requires_grad_(False)
+    # FSDP shards by the classes that all parts may have, and fails for one that none has.
+    model._no_split_modules = set(model._no_split_modules or ()) & {type(module).__name__ for module in model.modules()}
 
 
 # --- What an adapter reaches ------------------------------------------------------------------------------------------

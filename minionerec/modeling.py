@@ -45,7 +45,8 @@ def _as_its_file_says(tokenizer, path: str):
 
 
 def load_config(path: str, flag: str = "base_model"):
-    """The configuration of a base model, which `flag` named. Raises InputError where none can be loaded."""
+    """The configuration of a base model, which `flag` named. Raises InputError where none can be loaded, or where it is
+    of no causal LM."""
     try:
         config = AutoConfig.from_pretrained(path)
     except (OSError, ValueError) as error:
@@ -53,6 +54,10 @@ def load_config(path: str, flag: str = "base_model"):
             f"--{flag} {path}: no model configuration can be loaded; there is no such folder with a "
             f"config.json, and no hub model of this name can be reached: {_first_line(error)}"
         ) from None
+    if type(config) not in AutoModelForCausalLM._model_mapping:
+        raise InputError(
+            f"--{flag} {path}: transformers has no causal LM of the type {config.model_type}; take a text-only model"
+        )
     if hasattr(config, "rescale_every"):
         # In evaluation RWKV divides weights, where they stand: adapters would not fit them, checkpoints would keep it.
         config.rescale_every = 0
