@@ -258,6 +258,7 @@ def _run(model: nn.Module, step: Step, dtype: torch.dtype, depth: Depth, cache_e
                     else:
                         loss = F.cross_entropy(logits.float(), first)
                     of_loss = alive.pieces[-1].growth
+                alive.start(HEAD)  # autocast's copies of all layers are gone, and what follows starts from there
                 loss.backward()
                 del logits, loss
         watch.remove()

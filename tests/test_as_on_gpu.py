@@ -125,9 +125,10 @@ def test_rl(files, trained, tmp_path, start, flags):
     assert dtypes_of(final) == ({torch.float32} if flags else {torch.bfloat16})
     if flags and start == "full":
         return
-    before, after = (tensors_of(folder) for folder in (trained(start) / "final_checkpoint", final))
+    # In float32: ten small steps from a norm's 1.0 are less than half a step of bfloat16.
+    before, after = (tensors_of(folder) for folder in (trained(start) / "final_checkpoint", newest(run)))
     if before.keys() == after.keys():
-        assert not any(torch.equal(after[name], before[name]) for name in before)
+        assert not any(torch.equal(after[name], before[name].float()) for name in before)
 
 
 @pytest.mark.parametrize("method", SFT)
