@@ -79,7 +79,7 @@ def train(
         item_meta_path: JSON of item id to title and description.
         use_lora: train a LoRA adapter and the SID rows; the base stays frozen.
         use_qlora: LoRA on a base stored in 4 bits (NF4).
-        lora_r: rank of the adapter; the experts that compute a token share it out among them.
+        lora_r: rank of the adapter; in an expert, lora_r / experts per token.
         lora_alpha: scale of the adapter; its output is multiplied by lora_alpha / lora_r.
         lora_dropout: dropout on the adapter's input.
         lora_target_modules: all (linear layers and experts), qkv (attention projections q, k, v, o), or names separated

@@ -144,7 +144,7 @@ def test_dropout_is_on_in_training_also_for_experts(tmp_path):
 
 
 @pytest.mark.parametrize("use_rslora", [False, True])
-def test_the_experts_of_a_token_share_the_rank_out(use_rslora):
+def test_the_rank_is_divided_among_the_experts_of_a_token(use_rslora):
     model = build("deepseek_v3")  # 2 of 4 experts a token, a dense layer and a shared expert
     config = lora_utils.lora_config(model, [], lora_r=8, lora_alpha=16, use_rslora=use_rslora)
     model = lora_utils.add_lora(model, config)
@@ -217,7 +217,7 @@ def test_peft_alone_loads_a_qlora_adapter_on_4_bits(saved, tmp_path):
 def test_a_base_that_is_stored_quantized_takes_no_adapter():
     config = configuration("gpt_oss")
     config.quantization_config = {"quant_method": "mxfp4"}
-    with pytest.raises(InputError, match="stored in mxfp4, which takes no adapter"):
+    with pytest.raises(InputError, match="are stored in mxfp4, which takes no adapter"):
         lora_utils.check_adapter(config, 16)
 
 

@@ -69,7 +69,7 @@ def test_what_stands_beside_the_text_is_named_and_frozen():
     frozen = {name.split(".")[1] for name, p in model.named_parameters() if not p.requires_grad}
     assert frozen == {"vision_tower", "multi_modal_projector"}
     assert lora_utils.trainable_report(model).endswith(
-        "frozen, as no text passes through: model.vision_tower, model.multi_modal_projector"
+        "; frozen, not used for text: model.vision_tower, model.multi_modal_projector"
     )
     config = lora_utils.lora_config(model, [], lora_target_modules="q_proj")
     assert config.target_modules == {"q_proj"}
