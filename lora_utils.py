@@ -126,7 +126,7 @@ def find_target_modules(model: nn.Module, spec: str = "all") -> list[str]:
         model: a causal LM; one on the meta device will do.
         spec: "all" for every linear layer of the text decoder and its experts, "qkv" for the attention projections q,
             k, v and o (whatever the architecture calls them, fused or not), or names separated by commas. Left out are
-            routers, and layers whose weight their mixer reads itself.
+            routers, and layers whose weight the model reads directly.
 
     Returns:
         names as PEFT matches them: the end of a module's dotted path, sorted.
@@ -605,10 +605,10 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
 
 
 def trainable_report(model: nn.Module) -> str:
-    """One line: how many parameters train, of how many, in percent; and what text does not pass through."""
+    """One line: how many parameters train, of how many, in percent; and what is frozen since no text uses it."""
     trainable, total = count_parameters(model)
     beside = architecture.beside_text(model.get_base_model() if isinstance(model, PeftModel) else model)
-    frozen = f"; frozen, as no text passes through: {', '.join(beside)}" if beside else ""
+    frozen = f"; frozen, not used for text: {', '.join(beside)}" if beside else ""
     return f"trainable parameters: {trainable:,} of {total:,} ({100 * trainable / total:.3f}%){frozen}"
 
 
@@ -620,7 +620,9 @@ def check_adapter(config, bits: int, adapter: str | None = None, **settings) -> 
     """
     method = (getattr(config, "quantization_config", None) or {}).get("quant_method", "bitsandbytes")
     if method != "bitsandbytes":
-        raise InputError(f"--base_model: is stored in {method}, which takes no adapter; take a copy of it in bfloat16")
+        raise InputError(
+            f"--base_model: its weights are stored in {method}, which takes no adapter; take a bfloat16 copy"
+        )
     model = meta_model(config)
     chosen = LoraConfig.from_pretrained(adapter) if adapter else lora_config(model, [], **settings)
     report = adapter_report(model, chosen, bits)

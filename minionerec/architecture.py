@@ -119,9 +119,10 @@ def _why_not(model: PreTrainedModel, name: str) -> str:
     """Why a linear layer can have no adapter and no 4-bit weight; empty where it can."""
     parent, _, leaf = name.rpartition(".")
     owner = model.get_submodule(parent)
-    # State-space mixers hand weights to fused kernels, which know neither an adapter nor 4 bits.
-    if hasattr(owner, "conv1d") and re.search(rf"self\.{leaf}\.weight\b(?!\.(dtype|device))", _source(type(owner))):
-        return "its mixer reads the weight itself"
+    # As state-space mixers do, to hand it to a fused kernel; Bloom's layers only where they are slow but exact.
+    read = re.search(rf"self\.{leaf}\.weight\b(?!\.(dtype|device))", _source(type(owner)))
+    if read and getattr(owner, "slow_but_exact", True):
+        return "weight read directly"
     try:
         LoraModel._check_target_module_compatiblity(None, LoraConfig(), model, leaf)
     except ValueError:
@@ -131,7 +132,11 @@ def _why_not(model: PreTrainedModel, name: str) -> str:
 
 @cache
 def _source(kind: type) -> str:
-    return inspect.getsource(kind)
+    """The source of a class; empty where it has none."""
+    try:
+        return inspect.getsource(kind)
+    except (OSError, TypeError):
+        return ""
 
 
 # --- What bitsandbytes reaches ----------------------------------------------------------------------------------------

@@ -1,10 +1,10 @@
 """Experts of a mixture of experts, with low-rank updates and in 4 bits.
 
 transformers holds the weights of all experts of a layer in parameters [E, ...] of one module. PEFT adapts those by
-adding the whole update [E, ...] to the weight before every forward, in the weight's own precision: twice the memory,
-and in bfloat16 an update below 2^-9 of a weight is lost. transformers' quantizer leaves them in 16 bits. Here each
-expert's update is computed on the tokens it gets, as that of a linear layer is, and 4-bit weights are written out where
-they are used, in the forward and again in the backward pass. Parameters, names and files stay PEFT's.
+adding the whole update [E, ...] to the weight on every forward, so that each layer keeps a second copy of its experts
+for the backward pass; transformers' quantizer leaves them in 16 bits. Here an expert's update is computed on the tokens
+that the expert gets, as that of a linear layer is, and a weight in 4 bits is written out where it is used, in the
+forward and again in the backward pass. Parameters, names and files stay PEFT's.
 
 Dimensions: `E` experts, `T` tokens, `K` experts of a token, `S` = T K rows sorted by their expert, `I` features in, `O`
 out, `r` rank.

@@ -18,29 +18,29 @@ from minionerec.memory import Step, predict
 IDS = [90, 91, 5]  # of SID rows
 TOKENS = torch.tensor([[1, 90, 5, 7, 91, 3, 8, 9, 10], [2, 5, 90, 91, 8, 4, 3, 2, 1]])
 
-MIXER = "its mixer reads the weight itself"
+DIRECT = "weight read directly"
 OTHER = "not a linear layer"
 DELTA = {"linear_attn.conv1d": OTHER}
 ROUTER = {"mlp.gate": "a router"}
 SHARED = {**ROUTER, "mlp.shared_expert_gate": "a router"}
 # What `all` leaves out; nothing in the others.
 LEFT_OUT = {
-    "bamba": {"mamba.conv1d": OTHER, "mamba.out_proj": MIXER},
+    "bamba": {"mamba.conv1d": OTHER, "mamba.out_proj": DIRECT},
     "dbrx": {"ffn.router.layer": "a router", **{f"ffn.experts.mlp.{name}": OTHER for name in ("w1", "v1", "w2")}},
     "deepseek_v3": ROUTER,
     "ernie4_5_moe": ROUTER,
     "glm4_moe": ROUTER,
     "gpt_oss": {"mlp.router": "a router"},
     "granitemoe": {"block_sparse_moe.router": "a router"},
-    "granitemoehybrid": {"mamba.conv1d": OTHER, "mamba.out_proj": MIXER},
+    "granitemoehybrid": {"mamba.conv1d": OTHER, "mamba.out_proj": DIRECT},
     "kimi_linear": {**ROUTER, "self_attn.conv1d": OTHER},
     "lfm2": {"conv.conv": OTHER},
     "llama4_text": {"feed_forward.router": "a router"},
     "mamba": {
         "mixer.A_log": OTHER, "mixer.conv1d": OTHER,
-        **{f"mixer.{name}": MIXER for name in ("dt_proj", "out_proj", "x_proj")},
+        **{f"mixer.{name}": DIRECT for name in ("dt_proj", "out_proj", "x_proj")},
     },
-    "mamba2": {"mixer.conv1d": OTHER, "mixer.out_proj": MIXER},
+    "mamba2": {"mixer.conv1d": OTHER, "mixer.out_proj": DIRECT},
     "minimax": ROUTER,
     "mixtral": ROUTER,
     "olmo_hybrid": DELTA,

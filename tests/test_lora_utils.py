@@ -365,3 +365,9 @@ def test_dropout_is_on_in_training_alone_and_follows_the_seed():
     assert torch.equal(logits(1), logits(1)) and not torch.equal(logits(1), logits(2))
     model.eval()
     assert torch.equal(logits(1), logits(2))
+
+
+def test_a_layer_of_a_list_is_told_from_the_layers_of_the_decoder():
+    wanted, others = ["model.projections.0", "model.projections.1"], ["model.layers.0", "model.layers.1"]
+    assert lora_utils._suffixes(wanted, others) == ["projections.0", "projections.1"]
+    assert lora_utils._suffixes(["0"], ["a.0"]) == ["0"]  # no ending tells them apart: the whole name
