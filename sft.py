@@ -56,53 +56,49 @@ def train(
 ) -> dict:
     """Fine-tunes a causal LM to write the semantic ID (SID) of the next item.
 
-        Args:
-            base_model: folder or hub name of the model to start from.
-            train_file: CSV of training interactions.
-            eval_file: CSV of validation interactions; the model with the lowest loss of SID histories to SIDs is kept.
-            output_dir: folder for checkpoints, final_checkpoint, metrics.json and curves.png.
-            sample: how many rows of each source to train on, chosen at random; -1 for all. Validation always uses all rows
-                (the original samples those too).
-            seed: seed of every random choice.
-            batch_size: rows of an optimizer step, over all processes.
-            micro_batch_size: rows of a forward pass on one process.
-            num_epochs: passes over the training rows at most; three evaluations without a gain end the run.
-            learning_rate: peak of the schedule, which rises over 20 steps, or a tenth of a short run, and falls linearly.
-            cutoff_len: tokens of a row at most; the oldest items of a history go first (the original cuts the beginning of
-                the prompt).
-            group_by_length: put rows of similar length into the same optimizer step; those of a step always go by length.
-            freeze_LLM: train the SID rows of the embedding matrices alone (the original leaves an output head of its own
-                frozen).
-            wandb_project: Weights & Biases project; given, the run reports there.
-            wandb_run_name: name of the run in the trackers.
-            resume_from_checkpoint: a checkpoint folder, or True for the newest one in output_dir.
-            category: what the items are, for the prompts; known Amazon categories are spelled out, other text is kept.
-            train_from_scratch: random weights from base_model's configuration.
-            sid_index_path: JSON of item id to SID tokens.
-            item_meta_path: JSON of item id to title and description.
-            use_lora: train a LoRA adapter and the SID rows; the base stays frozen.
-            use_qlora: LoRA on a base stored in 4 bits (NF4).
-    <<<<<<< HEAD
-            lora_r: rank of the adapter; divided among the experts that compute a token.
-    =======
-            lora_r: rank of the adapter; in an expert, lora_r / experts per token.
-    >>>>>>> adapters
-            lora_alpha: scale of the adapter; its output is multiplied by lora_alpha / lora_r.
-            lora_dropout: dropout on the adapter's input.
-            lora_target_modules: all (linear layers and experts), qkv (attention projections q, k, v, o), or names separated
-                by commas.
-            use_rslora: scale by lora_alpha / sqrt(lora_r) instead.
-            use_dora: weight-decomposed adapter (DoRA).
-            init_lora_weights: True (zero B), gaussian or orthogonal.
-            load_in_8bit: store the base of use_lora in 8 bits.
-            gradient_checkpointing: recompute activations in the backward pass: less memory, more time.
-            tasks: all (six; the original's four are sid_history_to_sid, sid_history_to_title, title_to_sid, sid_to_title),
-                or task names separated by commas; the table is in minionerec/prompts.py.
-            prompt_file: JSON that replaces the wording of the prompts.
-            eval_step: how often to evaluate and save, as a share of the training.
-            report_to: none, tensorboard or wandb.
-            dry_run: check the input, print rows, tokens, steps and the predicted peak memory, and stop.
-            gpu_memory: with dry_run, the memory of the card that is meant, such as 12GB or 12GiB; otherwise the one found.
+    Args:
+        base_model: folder or hub name of the model to start from.
+        train_file: CSV of training interactions.
+        eval_file: CSV of validation interactions; the model with the lowest loss of SID histories to SIDs is kept.
+        output_dir: folder for checkpoints, final_checkpoint, metrics.json and curves.png.
+        sample: how many rows of each source to train on, chosen at random; -1 for all. Validation always uses all rows
+            (the original samples those too).
+        seed: seed of every random choice.
+        batch_size: rows of an optimizer step, over all processes.
+        micro_batch_size: rows of a forward pass on one process.
+        num_epochs: passes over the training rows at most; three evaluations without a gain end the run.
+        learning_rate: peak of the schedule, which rises over 20 steps, or a tenth of a short run, and falls linearly.
+        cutoff_len: tokens of a row at most; the oldest items of a history go first (the original cuts the beginning of
+            the prompt).
+        group_by_length: put rows of similar length into the same optimizer step; those of a step always go by length.
+        freeze_LLM: train the SID rows of the embedding matrices alone (the original leaves an output head of its own
+            frozen).
+        wandb_project: Weights & Biases project; given, the run reports there.
+        wandb_run_name: name of the run in the trackers.
+        resume_from_checkpoint: a checkpoint folder, or True for the newest one in output_dir.
+        category: what the items are, for the prompts; known Amazon categories are spelled out, other text is kept.
+        train_from_scratch: random weights from base_model's configuration.
+        sid_index_path: JSON of item id to SID tokens.
+        item_meta_path: JSON of item id to title and description.
+        use_lora: train a LoRA adapter and the SID rows; the base stays frozen.
+        use_qlora: LoRA on a base stored in 4 bits (NF4).
+        lora_r: rank of the adapter; in an expert, lora_r / experts per token.
+        lora_alpha: scale of the adapter; its output is multiplied by lora_alpha / lora_r.
+        lora_dropout: dropout on the adapter's input.
+        lora_target_modules: all (linear layers and experts), qkv (attention projections q, k, v, o), or names separated
+            by commas.
+        use_rslora: scale by lora_alpha / sqrt(lora_r) instead.
+        use_dora: weight-decomposed adapter (DoRA).
+        init_lora_weights: True (zero B), gaussian or orthogonal.
+        load_in_8bit: store the base of use_lora in 8 bits.
+        gradient_checkpointing: recompute activations in the backward pass: less memory, more time.
+        tasks: all (six; the original's four are sid_history_to_sid, sid_history_to_title, title_to_sid, sid_to_title),
+            or task names separated by commas; the table is in minionerec/prompts.py.
+        prompt_file: JSON that replaces the wording of the prompts.
+        eval_step: how often to evaluate and save, as a share of the training.
+        report_to: none, tensorboard or wandb.
+        dry_run: check the input, print rows, tokens, steps and the predicted peak memory, and stop.
+        gpu_memory: with dry_run, the memory of the card that is meant, such as 12GB or 12GiB; otherwise the one found.
     """
     flags = dict(locals())
     problems = Problems()
