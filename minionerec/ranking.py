@@ -48,7 +48,7 @@ def rank_prompts(
             beams, scores = constrained_beam_search(
                 model, input_ids.to(model.device), attention_mask.to(model.device), trie, num_beams, length_penalty
             )
-            finite &= not scores.isnan().any()
+            finite = finite and not bool(scores.isnan().any())
             rankings += zip(batch, trie.source[beams.cpu().numpy()].tolist(), strict=True)
             progress.update(len(batch))
     # All processes learn of it: one that raised while the others go on would leave them waiting.

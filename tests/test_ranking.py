@@ -19,11 +19,12 @@ def test_the_longest_prompts_are_ranked_first(monkeypatch, processes):
     def search(model, input_ids, attention_mask, trie, num_beams, length_penalty):
         widths.setdefault(state.process_index, []).append(input_ids.shape[1])
         first = attention_mask.sum(dim=1, keepdim=True) % 3  # a ranking that names its prompt
-        return torch.cat([first, (first + 1) % 3], dim=1), None
+        return torch.cat([first, (first + 1) % 3], dim=1), torch.zeros(len(first), 2)
 
     monkeypatch.setattr(ranking, "constrained_beam_search", search)
     monkeypatch.setattr(ranking, "PartialState", lambda: state)
-    monkeypatch.setattr(ranking, "gather_object", lambda rankings: found.extend(rankings) or found)
+    monkeypatch.setattr(ranking, "prove", lambda *_: SimpleNamespace(padding=True))
+    monkeypatch.setattr(ranking, "gather_object", lambda own: own if own == [True] else found.extend(own) or found)
     for index in reversed(range(processes)):
         state = SimpleNamespace(process_index=index, num_processes=processes, is_main_process=False)
         with pytest.raises(KeyError) if index else nullcontext():  # the others' rankings are not there yet
