@@ -414,3 +414,25 @@ def test_a_full_disk_leaves_nothing(raw, tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space"):
         prepare_data(**flags_of(raw, tmp_path / "a" / "d"))
     assert os.listdir(tmp_path) == []
+
+
+def test_the_benchmark_rebuilds_what_a_release_was_made_from(tmp_path):
+    """The demo as a release: its raw form gives the same purchases again, and the benchmark measures them."""
+    demo = ROOT / "examples" / "demo"
+    result = run_command(
+        "benchmarks/prepare.py", release_dir=demo, raw_dir=tmp_path / "raw", min_interactions=1, codes=16
+    )
+    assert result.returncode == 0, result.stderr
+    record = json.loads(result.stdout.splitlines()[-1])
+    assert record["benchmark"] == "prepare" and record["table"][0]["seconds"] > 0
+    made = {}
+    for path in (tmp_path / "raw" / "prepared").glob("*/*.csv"):
+        with open(path, encoding="utf-8", newline="") as file:
+            made.update(
+                ((row["user_id"], row["history_item_title"]), row["item_title"]) for row in csv.DictReader(file)
+            )
+    with open(demo / "test.csv", encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 500 and all(
+        made[row["user_id"], row["history_item_title"]] == row["item_title"] for row in rows
+    )

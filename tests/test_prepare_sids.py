@@ -193,7 +193,7 @@ def test_a_damaged_file_is_refused(tmp_path):
     with pytest.raises(InputError, match="row 2: holds NaN or infinity \\(1 such rows\\)"):
         item_embeddings.rows_of_embeddings("f", np.array([[1.0], [np.nan]]), 2, [0, 1])
     for bad in (np.array([1.0]), np.array([["a"]]), np.array([[None]], object), np.empty((2, 0))):
-        np.save(tmp_path / "bad.npy", bad, allow_pickle=True)
+        np.save(tmp_path / "bad.npy", bad)
         with pytest.raises(InputError, match=r"--embeddings .*bad.npy: cannot be read"):
             item_embeddings.open_embeddings(str(tmp_path / "bad.npy"))
 
@@ -226,3 +226,20 @@ def test_a_model_embeds_by_the_mean_of_its_last_states(tmp_path, kind):
             assert np.isfinite(embedding).all()
     with pytest.raises(InputError, match=r"--encoder .*nowhere: cannot be loaded"):
         item_embeddings.embed_with_model(str(tmp_path / "nowhere"), ["a"])
+
+
+def test_the_number_of_threads_changes_nothing():
+    from threadpoolctl import threadpool_limits
+
+    rng = np.random.default_rng(0)
+    words = [f"word{i}" for i in range(600)]
+    texts = [" ".join(rng.choice(words, 8)) for _ in range(2000)]
+    results = []
+    for threads in (1, 2):
+        TextModel.fit(texts[:50], seed=0)  # the libraries are loaded, or the limit would not reach them
+        with threadpool_limits(threads):
+            model = TextModel.fit(texts, seed=0)
+            embeddings = model.embed(texts)
+            results.append((model.components, embeddings, *semantic_ids.fit(embeddings, 2, 16, seed=0)))
+    for one, two in zip(*results, strict=True):
+        np.testing.assert_array_equal(one, two)

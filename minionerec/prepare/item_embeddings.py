@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
+from threadpoolctl import threadpool_limits
 
 from minionerec.cli import InputError
 
@@ -46,10 +47,11 @@ class TextModel:
                 "--items: no word occurs in two titles or descriptions; give --encoder or --embeddings"
             ) from None
         words = vectorizer.get_feature_names_out().tolist()
-        if min(matrix.shape) > DIMENSIONS:
-            components = TruncatedSVD(DIMENSIONS, random_state=seed).fit(matrix).components_
-        else:  # fewer words or items than directions
-            components = np.linalg.svd(matrix.toarray(), full_matrices=False)[2]
+        with threadpool_limits(1):  # for the reasons in semantic_ids.py; only libraries that are loaded obey
+            if min(matrix.shape) > DIMENSIONS:
+                components = TruncatedSVD(DIMENSIONS, random_state=seed).fit(matrix).components_
+            else:  # fewer words or items than directions
+                components = np.linalg.svd(matrix.toarray(), full_matrices=False)[2]
         return cls(words, vectorizer.idf_.astype(np.float32), np.ascontiguousarray(components, np.float32))
 
     def embed(self, texts: Sequence[str]) -> np.ndarray:

@@ -1,6 +1,9 @@
 """Semantic IDs: balanced residual k-means, and what becomes of items that share an ID.
 
 L is the number of levels, K the codes of a level, d the width of an embedding.
+
+Matrices are multiplied by one thread: the threads of OpenBLAS spin while they wait, which on busy cores costs twenty
+times what a second one gains, and with one the result does not depend on how many cores there are.
 """
 
 import math
@@ -11,6 +14,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
+from threadpoolctl import threadpool_limits
 
 from minionerec.cli import InputError
 
@@ -87,6 +91,7 @@ def _fit_level(points: np.ndarray, codes: int, seed: int) -> np.ndarray:
     return centroids.astype(np.float32)
 
 
+@threadpool_limits.wrap(limits=1)
 def fit(embeddings: np.ndarray, levels: int, codes: int, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Learns codebooks and codes the items with them.
 
@@ -108,6 +113,7 @@ def fit(embeddings: np.ndarray, levels: int, codes: int, seed: int) -> tuple[np.
     return np.stack(codebooks), np.stack(assigned, axis=1), residual
 
 
+@threadpool_limits.wrap(limits=1)
 def code_with(embeddings: np.ndarray, codebooks: np.ndarray, known: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Codes of new items from stored codebooks, the nearest of those that are `known` [L, K]; as `fit`, codes [items,
     L] and what the last level codes, [items, d]."""
@@ -120,6 +126,7 @@ def code_with(embeddings: np.ndarray, codebooks: np.ndarray, known: np.ndarray) 
     return np.stack(assigned, axis=1), residual
 
 
+@threadpool_limits.wrap(limits=1)
 def resolve_collisions(
     codes: np.ndarray,
     residual: np.ndarray,

@@ -30,11 +30,23 @@ BLOCK_BYTES = 16 << 20  # of delimited text; one row must fit
 HEAD_LINES = 1000  # of JSON lines, searched for keys
 UNREADABLE = (OSError, EOFError, zlib.error, UnicodeDecodeError, pa.ArrowException)
 
-# Names that a column may have, in lower case without spaces and underscores. The published Amazon Reviews of 2018 and
-# 2023 are among them.
+# Names that a column may have, in lower case without spaces, underscores and RecBole's types (`user_id:token`). The
+# published Amazon Reviews of 2018 and 2023 are among them.
 COLUMNS = {
     "user": ("user", "userid", "uid", "reviewerid", "customer", "customerid", "visitorid"),
-    "item": ("item", "itemid", "iid", "product", "productid", "asin", "parentasin", "sku", "article", "articleid"),
+    "item": (
+        "item",
+        "itemid",
+        "iid",
+        "product",
+        "productid",
+        "asin",
+        "parentasin",
+        "sku",
+        "article",
+        "articleid",
+        "movieid",
+    ),
     "time": ("time", "timestamp", "ts", "date", "datetime", "unixtime", "unixreviewtime", "eventtime", "createdat"),
     "title": ("title", "name", "itemtitle", "itemname", "producttitle", "productname"),
     "description": ("description", "desc", "itemdescription", "productdescription"),
@@ -205,7 +217,7 @@ def find_columns(source: Source, roles: Sequence[str], given: dict[str, str], ot
         name, flag = given.get(role, ""), f"--{role}_column"
         candidates = [name] if name in source.names else []
         if not name or (not candidates and name in other):
-            candidates = [n for n in dict.fromkeys(source.names) if re.sub(r"[\s_]", "", n.lower()) in COLUMNS[role]]
+            candidates = [known for known in dict.fromkeys(source.names) if _plain(known) in COLUMNS[role]]
             if "parent_asin" in candidates and "asin" in candidates:
                 candidates.remove("asin")  # a variant; the metadata of 2023 is by parent_asin
         found.append(candidates[0] if candidates else None)
@@ -221,6 +233,10 @@ def find_columns(source: Source, roles: Sequence[str], given: dict[str, str], ot
     if problems:
         raise InputError(problems)
     return found
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[\s_]", "", re.sub(r":(token|float)(_seq)?$", "", name.lower()))
 
 
 def identifier(value: object) -> str | None:
