@@ -11,6 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import ROOT, run_command
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
 from test_prepare_sources import encoded
 
 import sft
@@ -436,3 +438,58 @@ def test_the_benchmark_rebuilds_what_a_release_was_made_from(tmp_path):
     assert len(rows) == 500 and all(
         made[row["user_id"], row["history_item_title"]] == row["item_title"] for row in rows
     )
+
+
+HOSTILE = st.one_of(
+    st.text(st.characters(exclude_categories=["Cs"]), max_size=20),
+    st.sampled_from(
+        ["['a', \"b\"]", "__import__('os').system('x')", "\t", "a\tb\nc", '"""', "<a_1><b_2>", "\\", "\ud800", "[]"]
+    ),
+    st.lists(st.text(max_size=5), max_size=3),
+)
+HOSTILE_IDS = st.one_of(st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=4), st.integers(0, 5))
+
+
+# To shrink a failure would take minutes.
+@settings(max_examples=25, deadline=None, derandomize=True, phases=[Phase.explicit, Phase.generate])
+@given(
+    st.lists(
+        st.tuples(HOSTILE_IDS, HOSTILE, HOSTILE), min_size=1, max_size=8, unique_by=lambda row: str(row[0]).strip()
+    ),
+    st.lists(st.tuples(HOSTILE_IDS, st.integers(0, 7), st.integers(0, 9)), min_size=15, max_size=40),
+    st.sampled_from(["time", "last"]),
+    st.sampled_from(semantic_ids.COLLISIONS),
+    st.integers(1, 3),
+)
+def test_any_texts_and_ids_are_written_for_the_readers_or_refused(
+    tmp_path_factory, items, purchases, split, collisions, levels
+):
+    folder = tmp_path_factory.mktemp("any")
+    sold = [{"item": item, "title": title, "description": text} for item, title, text in items]
+    bought = [{"user": user, "item": items[i % len(items)][0], "time": time} for user, i, time in purchases]
+    (folder / "sold").write_bytes(encoded([*sold, {"item": "known", "title": "steel bolt steel bolt"}] * 2, "json"))
+    (folder / "bought").write_bytes(encoded([*bought, {**bought[0], "item": "known"}], "json"))
+    try:
+        prepare_data(
+            interactions=str(folder / "bought"),
+            items=str(folder / "sold"),
+            output_dir=str(folder / "d"),
+            category="any",
+            min_interactions=1,
+            split=split,
+            collisions=collisions,
+            levels=levels,
+            codes=2,
+        )
+    except InputError as error:
+        assert all("\n" not in problem for problem in error.problems) and not (folder / "d").exists()
+        return
+    index = folder / "d" / "index"
+    catalogue = data.read_catalogue(str(index / "any.index.json"), str(index / "any.item.json"))
+    assert all(item.title for item in catalogue.items.values())
+    assert set(data.read_info(str(folder / "d" / "info" / "any.txt"), catalogue)) == catalogue.sids
+    assert collisions == "keep" or len(catalogue.sids) == len(catalogue.items)
+    for name in ("train", "valid", "test"):
+        rows = list(data.read_interactions(str(folder / "d" / name / "any.csv"), "train_file", catalogue.sids))
+        titles = {item.title for item in catalogue.items.values()}
+        assert rows and all({row.title, *row.title_history} <= titles for row in rows)

@@ -41,12 +41,6 @@ def encoded(rows: list[dict], form: str, zipped: bool = False) -> bytes:
     return gzip.compress(content) if zipped else content
 
 
-@pytest.fixture
-def folder(tmp_path_factory):
-    """Calls give a new empty folder: hypothesis runs a test many times in one."""
-    return lambda: tmp_path_factory.mktemp("raw")
-
-
 def read(path, window=ALWAYS, **given) -> list[tuple[str, str, int]]:
     """The interactions of a file, part by part, as (user, item, microseconds)."""
     source = sources.open_source(str(path), "interactions")
@@ -273,9 +267,9 @@ def test_a_column_is_named_where_it_is_not_found(tmp_path):
     path = tmp_path / "file"
     path.write_text("who,item,sku,time\nu,i,s,1\n")
     assert read(path, user="who", item="sku") == [("u", "s", 1_000_000)]
-    path.write_text("user_id:token\titem_id:token\trating:float\ttimestamp:float\nu\ti\t5\t1.0\n")  # RecBole
-    assert read(path) == [("u", "i", 1_000_000)]
-    path.write_text("who,item,sku,time\nu,i,s,1\n")
+    recbole = tmp_path / "file.inter"
+    recbole.write_text("user_id:token\titem_id:token\trating:float\ttimestamp:float\nu\ti\t5\t1.0\n")
+    assert read(recbole) == [("u", "i", 1_000_000)]
     source = sources.open_source(str(path), "interactions")
     with pytest.raises(InputError, match="--item_column skuu is not a column; the file has 'who', 'item', 'sku'"):
         sources.find_columns(source, ("item",), {"item": "skuu"})

@@ -194,10 +194,11 @@ def say_levels(report: list[dict], codes: int, num_items: int, collisions: str, 
         )
     done = ", ".join(f"{count:,} {what}" for what, count in resolved.items()) or "none"
     print(f"collisions ({collisions}): {done}")
-    if num_items < 4 * codes:
+    better = max(2, 1 << max(1, num_items // 8).bit_length() - 1)  # the power of 2 that gives a code 8 to 16 items
+    if num_items < 4 * codes and better < codes:
         print(
             f"note: {num_items:,} items hardly share {codes} codes, and a model learns from codes that items share; "
-            f"--codes {max(2, 1 << (num_items // 8).bit_length() - 1)} may serve better"
+            f"--codes {better} may serve better"
         )
 
 
