@@ -43,6 +43,7 @@ def item_rows() -> list[dict]:
     items[1]["description"] = items[2]["description"] = items[3]["description"]
     items[4]["description"] = "long " * 20_000
     items[5]["description"] = None
+    items[7]["title"] = "Escaped &amp;lt;twice&amp;gt;"
     return [
         *items,
         {"asin": "B000", "title": "Again"},

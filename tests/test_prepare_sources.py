@@ -158,7 +158,24 @@ def test_times_in_every_form_are_one_time():
     ):
         assert sources.microseconds(value) == expected, value
     assert sources.microseconds("2018-10-31") == sources.microseconds(moment.date())
-    for value in ("", "nan", "inf", "-1", -1, 1e30, float("nan"), None, True, "09 13, 2018", [], {}, "1969-12-31", 5e9):
+    bad = [
+        "",
+        "nan",
+        "inf",
+        "-1",
+        -1,
+        1e30,
+        10**400,
+        float("nan"),
+        None,
+        True,
+        "09 13, 2018",
+        [],
+        {},
+        "1969-12-31",
+        5e9,
+    ]
+    for value in (*bad, "0001-01-01T00:00:00+14:00", "9999-12-31T23:59:59-14:00"):
         assert sources.microseconds(value) is None, value
 
 
@@ -241,6 +258,7 @@ REFUSED = [
     (b'{"user": "u", "item": "i", "time": NaN}\n', "row 1, time: expected a date or seconds since 1970"),
     (b"user,item,time\nu,i,-1\n", "row 1, time: expected a date or seconds since 1970, from 1970 to 2099, found '-1'"),
     (b"user,item,time\nu,i,1\nu,i,1e30\n", "row 2, time: expected"),
+    (b'"us\ner",item,time\nu,i,1\n', "no column is known as the user"),
     (b"user,item,time\nu,,1\n", "row 1, item: expected an item id"),
 ]
 

@@ -62,7 +62,9 @@ def add_items(
         vectors = own
     elif encoder:
         if record["embeddings"] != {**encoder_of(encoder), "width": record["embeddings"].get("width")}:
-            raise InputError(f"--encoder {encoder}: {dataset} was made with another, {record['embeddings']['name']}")
+            raise InputError(
+                f"--encoder {encoder}: {dataset} was made with another, {record['embeddings'].get('name')}"
+            )
         vectors = item_embeddings.embed_with_model(encoder, texts)
     else:
         vectors = old["text_model"].embed(texts)
@@ -144,8 +146,9 @@ def _read_catalogue(dataset: str, record: dict[str, Any]) -> dict[str, Any]:
         embeddings = np.load(paths["embeddings"], allow_pickle=False)
         if list(index) != [str(i) for i in range(len(index))] or list(metadata) != list(index) or not index:
             raise ValueError("index and item file do not number the same items from 0")
-        if not all(isinstance(fields["original_id"], str) for fields in metadata.values()):
-            raise ValueError("an item has no original_id")
+        for fields in metadata.values():
+            if not isinstance(fields["original_id"], str) or fields["title"] != " ".join(fields["title"].split()):
+                raise ValueError("an item lacks its original_id, or its title is not one line of text")
         if embeddings.shape != (len(index), codebooks.shape[2]) or embeddings.dtype != np.float32:
             raise ValueError("the embeddings do not fit the items and the codebooks")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:

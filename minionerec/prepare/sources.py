@@ -236,7 +236,7 @@ def find_columns(source: Source, roles: Sequence[str], given: dict[str, str], ot
 
 
 def _plain(name: str) -> str:
-    return re.sub(r"[\s_]", "", re.sub(r":(token|float)(_seq)?$", "", name.lower()))
+    return re.sub("[ _]", "", re.sub(r":(token|float)(_seq)?$", "", name.lower()))
 
 
 def identifier(value: object) -> str | None:
@@ -269,7 +269,7 @@ def microseconds(value: object) -> int | None:
         when = value if isinstance(value, datetime) else datetime.combine(value, time())
         when = when if when.tzinfo else when.replace(tzinfo=UTC)
         moment = round(when.timestamp() * 1e6)
-    elif isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+    elif isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1e20:
         return None
     else:
         scale = 1e6 if value < 1e11 else 1e3 if value < 1e14 else 1 if value < 1e17 else 1e-3

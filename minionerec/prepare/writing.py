@@ -27,7 +27,7 @@ from minionerec.checkpoint import write_json
 from minionerec.cli import InputError
 from minionerec.prepare.cleaning import SPLITS
 from minionerec.prepare.item_embeddings import TextModel
-from minionerec.prepare.semantic_ids import save_codebooks, tokens
+from minionerec.prepare.semantic_ids import COLLISIONS, save_codebooks, tokens
 from minionerec.prepare.sources import RawItem
 
 COLUMNS = ("user_id", "history_item_title", "item_title", "history_item_id", "item_id", "history_item_sid", "item_sid")
@@ -177,8 +177,10 @@ def read_record(folder: str) -> dict[str, Any]:
         expected = {name: files_of(record["category"])[name] for name in ("index", "item", "codebooks", *SPLITS)}
         digests = {name: record["files"][name] for name in (*expected.values(), *record["files"])}
         kind, collisions = record["embeddings"]["kind"], record["arguments"]["collisions"]
-        if kind not in ("tfidf", "encoder", "embeddings") or collisions not in ("move", "extend", "keep"):
+        if kind not in ("tfidf", "encoder", "embeddings") or collisions not in COLLISIONS:
             raise ValueError(f"embeddings by {kind!r} and collisions {collisions!r}")
+        if not isinstance(record.get("added", []), list):
+            raise ValueError("added is not a list")
         changed = [
             name
             for name, expected_digest in sorted(digests.items())
