@@ -40,7 +40,8 @@ def evaluate(
 
     Args:
         base_model: a whole checkpoint, or an adapter one, whose base is then found from the adapter.
-        train_file: CSV of training interactions; given, the popularity baseline is printed too.
+        train_file: CSV of training interactions; given, the popularity baseline is printed too, and apart from the
+            rest the rows whose target it does not hold.
         info_file: the catalogue, one SID, title and item id a line, separated by tabs.
         category: what the items are; a checkpoint that recorded its prompts needs none.
         test_data_path: CSV of test interactions.
@@ -134,9 +135,20 @@ def evaluate(
         write_json(os.path.splitext(result_json_data)[0] + ".metrics.json", summary)
         print(format_metrics(metrics))
         if train_file:
-            top = popularity((row.sid for row in read_interactions(train_file, "train_file", titles=False)), length)
+            seen: set[str] = set()
+
+            def trained():
+                for row in read_interactions(train_file, "train_file", titles=False):
+                    seen.update(row.sid_history, (row.sid,))
+                    yield row.sid
+
+            top = popularity(trained(), length)
             print("popularity, for comparison:")
             print(format_metrics(ranking_metrics([rank_of(example.sid, top) for example in examples], length, K)))
+            unseen = [rank for example, rank in zip(examples, ranks, strict=True) if example.sid not in seen]
+            if unseen:
+                print(f"{len(unseen)} of the {rows} rows, whose target the training file does not hold:")
+                print(format_metrics(ranking_metrics(unseen, length, K)))
         print(f"{rows} rows, {rows / decoded:.1f} rows/s; rankings in {result_json_data}")
     return metrics
 

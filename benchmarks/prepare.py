@@ -1,0 +1,162 @@
+"""Measures `scripts/prepare_data.py`: seconds, seconds of CPU (which say more on a busy machine), peak memory.
+
+1. `--release_dir DIR`: on raw reviews and metadata in the form of Amazon Reviews 2018, rebuilt from a release's
+   train.csv, valid.csv, test.csv and *.item.json in DIR. The order of each user's purchases is the release's, the times
+   are made up. `--raw_dir` keeps the raw files.
+2. Without it: on synthetic raw files of `--items` items and `--interactions` interactions of `--users` users.
+
+    python benchmarks/prepare.py --release_dir data/Industrial_and_Scientific --min_interactions 2
+    python benchmarks/prepare.py --items 100000 --interactions 1000000
+"""
+
+import ast
+import csv
+import gzip
+import json
+import os
+import random
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+from benchmarks.common import in_fresh_process, print_json, print_table
+from minionerec import checks, cli
+from minionerec.data import Problems
+from minionerec.resident import peak_rss_gb
+from scripts.prepare_data import prepare_data
+
+FIRST, LAST = 1_475_280_000, 1_541_030_400  # 2016-10-01 and 2018-11-01
+DAY = 86_400
+SYLLABLES = [a + b for a in "bdfgklmnprst" for b in "aeiou"]
+
+
+def raw_from_release(release: Path, folder: str) -> None:
+    """Writes reviews.json.gz and meta.json.gz."""
+    metadata = json.loads(next(release.glob("*.item.json")).read_text(encoding="utf-8"))
+    ids = {item: f"B{int(item):09d}" for item in metadata}
+    purchases: dict[str, list[str]] = {}
+    places: dict[tuple[str, int], int] = {}  # of the held-out purchases, which stand in the order of their times
+    for split in ("train", "valid", "test"):
+        with open(release / f"{split}.csv", encoding="utf-8", newline="") as file:
+            for row in csv.DictReader(file):
+                user, past = row["user_id"], [str(item) for item in ast.literal_eval(row["history_item_id"])]
+                known = purchases.setdefault(user, past)
+                if known[-len(past) :] != past:  # the training rows begin anew with every window of ten
+                    if split == "train" or len(past) < len(known):
+                        continue
+                    known[:] = past
+                known.append(row["item_id"])
+                if split != "train":
+                    places[user, len(known) - 1] = len(places)
+    rng = random.Random(0)
+    border = FIRST + 0.75 * (LAST - FIRST)
+    reviews = []
+    for user, items in purchases.items():
+        held_out = [places[user, i] for i in range(len(items)) if (user, i) in places]
+        times = sorted(rng.uniform(FIRST, border) for _ in items[len(held_out) :])
+        times += [border + (LAST - border) * place / len(places) for place in held_out]
+        for item, when in zip(items, times, strict=True):
+            reviews.append((int(when) // DAY * DAY, user, item))
+    with gzip.open(os.path.join(folder, "reviews.json.gz"), "wt", encoding="utf-8", compresslevel=1) as file:
+        for when, user, item in reviews:
+            review = {"overall": 5.0, "verified": True, "reviewTime": time.strftime("%m %d, %Y", time.gmtime(when))}
+            review |= {"reviewerID": user, "asin": ids[item], "style": {"Size:": " 1"}, "reviewerName": "A customer"}
+            file.write(json.dumps({**review, "reviewText": "Works.", "unixReviewTime": when}) + "\n")
+    with gzip.open(os.path.join(folder, "meta.json.gz"), "wt", encoding="utf-8", compresslevel=1) as file:
+        for item, fields in metadata.items():
+            try:
+                description = ast.literal_eval(fields["description"])
+            except (ValueError, SyntaxError):
+                description = [fields["description"]]
+            entry = {"category": ["Industrial & Scientific"], "tech1": "", "description": description, "fit": ""}
+            entry |= {
+                "title": fields["title"],
+                "also_buy": [],
+                "brand": fields.get("brand", ""),
+                "feature": [],
+                "rank": "1",
+            }
+            file.write(json.dumps({**entry, "details": {}, "main_cat": "", "price": "", "asin": ids[item]}) + "\n")
+
+
+def raw_made_up(folder: str, items: int, interactions: int, users: int) -> None:
+    """Writes reviews.csv and meta.csv: titles of families of similar items, purchases of any."""
+    rng = random.Random(0)
+    words = ["".join(rng.choices(SYLLABLES, k=rng.randint(2, 4))) for _ in range(5000)]
+    with open(os.path.join(folder, "meta.csv"), "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["item_id", "title", "description"])
+        for item in range(items):
+            if item % 8 == 0:
+                family = rng.choices(words, k=5)
+            text = [*family, *rng.choices(words, k=4)]
+            writer.writerow([f"B{item:09d}", " ".join(text), " ".join(text + rng.choices(words, k=30))])
+    with open(os.path.join(folder, "reviews.csv"), "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["user_id", "item_id", "timestamp"])
+        for number in range(interactions):
+            user, item = number % users, int(items * rng.random() ** 2)
+            writer.writerow([f"U{user:011d}", f"B{item:09d}", FIRST + rng.randrange(LAST - FIRST)])
+
+
+def measured(folder: str, names: tuple[str, str], flags: dict) -> dict[str, float]:
+    """Seconds and peak memory of the command in this process."""
+    started = time.perf_counter()
+    reviews, meta = (os.path.join(folder, name) for name in names)
+    output = os.path.join(folder, "prepared")
+    prepare_data(interactions=reviews, items=meta, output_dir=output, category="benchmark", **flags)
+    seconds = {"seconds": time.perf_counter() - started, "CPU seconds": time.process_time()}
+    return {**seconds, "peak GB": peak_rss_gb()}
+
+
+def benchmark(
+    release_dir: str = "",
+    raw_dir: str = "",
+    items: int = 100_000,
+    interactions: int = 1_000_000,
+    users: int = 100_000,
+    min_interactions: int = 5,
+    levels: int = 3,
+    codes: int = 256,
+) -> None:
+    """Prepares a data set in a process of its own and prints what it took.
+
+    Args:
+        release_dir: folder with train.csv, valid.csv, test.csv and *.item.json to rebuild raw files from.
+        raw_dir: folder that keeps the raw files of release_dir and the prepared data set.
+        items: of synthetic files.
+        interactions: of synthetic files.
+        users: of synthetic files.
+        min_interactions: as of prepare_data.py.
+        levels: as of prepare_data.py.
+        codes: as of prepare_data.py.
+    """
+    problems = Problems()
+    checks.check_positive(problems, items=items, interactions=interactions, users=users)
+    if release_dir and not all((Path(release_dir) / name).is_file() for name in ("train.csv", "valid.csv", "test.csv")):
+        problems.add(f"--release_dir {release_dir}: needs train.csv, valid.csv, test.csv and *.item.json")
+    if raw_dir:
+        checks.check_new_folder(problems, raw_dir)
+    problems.check()
+    flags = {"min_interactions": min_interactions, "levels": levels, "codes": codes}
+    with tempfile.TemporaryDirectory() as folder:
+        if raw_dir:
+            folder = raw_dir
+            os.makedirs(folder)
+        if release_dir:
+            raw_from_release(Path(release_dir), folder)
+            names, size = ("reviews.json.gz", "meta.json.gz"), {}
+        else:
+            raw_made_up(folder, items, interactions, users)
+            names, size = ("reviews.csv", "meta.csv"), {"items": items, "interactions": interactions, "users": users}
+        row = {**size, **in_fresh_process(measured, folder, names, flags)}
+    print()
+    print_table([row])
+    print_json("prepare", table=[row], **flags)
+
+
+if __name__ == "__main__":
+    cli.run(benchmark)

@@ -1,0 +1,1 @@
+"""From raw interactions and items to the files that training reads."""

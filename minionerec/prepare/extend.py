@@ -1,0 +1,177 @@
+"""New items for a data set that is there: IDs from its codebooks, the old ones as they are."""
+
+import json
+import os
+import shutil
+from typing import Any
+
+import numpy as np
+
+from minionerec.cli import InputError
+from minionerec.data import FileProblems, Problems, shorten
+from minionerec.prepare import item_embeddings, semantic_ids, sources, writing
+from minionerec.prepare.build import ITEM_ROLES, encoder_of, input_of, say_levels, software
+from minionerec.prepare.cleaning import SPLITS
+
+
+def add_items(
+    problems: Problems,
+    items: str,
+    dataset: str,
+    output_dir: str,
+    columns: dict[str, str],
+    encoder: str,
+    embeddings: str,
+) -> dict[str, Any]:
+    """Writes a data set with the items of `dataset` and those of the file `items` that it lacks; returns its record.
+
+    New items get the nearest codes among those that old items use, because a model knows no others, and where that ID
+    is taken the nearest free last code, unless the data set keeps collisions. Nothing of the old items changes, and
+    the interactions are copied.
+
+    Raises InputError, with nothing written, where input cannot be used.
+    """
+    record = problems.attempt(writing.read_record, dataset)
+    if record is not None:
+        _check_embeddings(problems, record["embeddings"]["kind"], encoder, embeddings)
+    old = record and problems.attempt(_read_catalogue, dataset, record)
+    source = problems.attempt(sources.open_source, items, "add_items")
+    found_columns = source and problems.attempt(sources.find_columns, source, ITEM_ROLES, columns)
+    there = {fields["original_id"] for fields in old["metadata"].values()} if old else set()
+    described = found_columns and problems.attempt(
+        sources.read_items, source, found_columns, lambda item: item not in there
+    )
+    matrix = problems.attempt(item_embeddings.open_embeddings, embeddings) if embeddings else None
+    own = None
+    if described and matrix is not None:
+        own = problems.attempt(
+            item_embeddings.rows_of_embeddings,
+            embeddings,
+            matrix,
+            described[1]["rows"],
+            [item.row for item in described[0]],
+        )
+    problems.check()
+    new, found = described
+    if not new:
+        raise InputError(f"--add_items {items}: none of its {found['rows']} rows is a new item with a title")
+
+    # Embed the new items as the old ones were.
+    texts = [f"{item.title}\n{item.description}" for item in new]
+    if own is not None:
+        vectors = own
+    elif encoder:
+        if record["embeddings"] != {**encoder_of(encoder), "width": record["embeddings"].get("width")}:
+            raise InputError(
+                f"--encoder {encoder}: {dataset} was made with another, {record['embeddings'].get('name')}"
+            )
+        vectors = item_embeddings.embed_with_model(encoder, texts)
+    else:
+        vectors = old["text_model"].embed(texts)
+    codebooks = old["codebooks"]
+    if vectors.shape[1] != codebooks.shape[2]:
+        raise InputError(
+            f"--embeddings {embeddings}: has width {vectors.shape[1]}, the codebooks of {dataset} {codebooks.shape[2]}"
+        )
+
+    # Code them with what is known.
+    levels, codes = codebooks.shape[:2]
+    known = np.zeros((levels, codes), bool)
+    for row in old["codes"]:
+        known[np.arange(levels), row[:levels]] = True
+    assigned, residual = semantic_ids.code_with(vectors, codebooks, known)
+    mode = "keep" if record["arguments"]["collisions"] == "keep" else "move"
+    final, resolved = semantic_ids.resolve_collisions(
+        assigned, residual, codebooks[-1], mode, np.flatnonzero(known[-1]), old["codes"]
+    )
+    index = writing.index_of(final, len(old["index"]))
+    tokens = {token for sid in old["index"].values() for token in sid}
+    unknown = sorted({token for sid in index.values() for token in sid} - tokens)
+    report = semantic_ids.level_report(assigned)
+    print(
+        f"items: {found['rows']:,} read; {found['not_wanted']:,} that are there already, {found['untitled']:,} without "
+        f"a title and {found['repeated']:,} that repeat an id were left out; {len(new):,} are new"
+    )
+    say_levels(report, codes, 4 * codes, mode, resolved)
+    if unknown:
+        print(f"note: {', '.join(unknown)} are new tokens; a model that is trained already does not know them")
+
+    # Write the old and the new.
+    with writing.scratch_folder(output_dir) as scratch:
+        folder = os.path.join(scratch, "dataset")
+        os.mkdir(folder)
+        metadata = {item: writing.metadata_of(fields) for item, fields in zip(index, new, strict=True)}
+        writing.write_catalogue(
+            folder,
+            record["category"],
+            {**old["index"], **index},
+            {**old["metadata"], **metadata},
+            np.concatenate([old["embeddings"], vectors]),
+            codebooks,
+            old["text_model"],
+        )
+        for split in SPLITS:
+            path = os.path.join(folder, writing.files_of(record["category"])[split])
+            os.makedirs(os.path.dirname(path))
+            shutil.copyfile(os.path.join(dataset, writing.files_of(record["category"])[split]), path)
+        added = {
+            "inputs": {"items": input_of(source, ITEM_ROLES, found_columns)},
+            "items": {**found, "kept": len(new)},
+            "semantic_ids": {"levels": report, **resolved},
+            "software": software(),
+        }
+        record = {**record, "added": [*record.get("added", []), added]}
+        writing.write_record(folder, record)
+        writing.publish(folder, output_dir)
+    return record
+
+
+def _check_embeddings(problems: Problems, kind: str, encoder: str, embeddings: str) -> None:
+    """New items must be embedded as the old ones were."""
+    needed = {"tfidf": "neither --encoder nor --embeddings", "encoder": "--encoder", "embeddings": "--embeddings"}[kind]
+    if (kind == "encoder") != bool(encoder) or (kind == "embeddings") != bool(embeddings):
+        problems.add(f"--add_items: the items of --dataset were embedded by {kind}; give {needed}")
+
+
+def _read_catalogue(dataset: str, record: dict[str, Any]) -> dict[str, Any]:
+    """The items of a data set and what codes new ones. Raises InputError where the files do not fit together."""
+    paths = {name: os.path.join(dataset, path) for name, path in writing.files_of(record["category"]).items()}
+    codebooks = semantic_ids.load_codebooks(paths["codebooks"])
+    levels, num_codes = codebooks.shape[:2]
+    try:
+        with open(paths["index"], encoding="utf-8") as file:
+            index = json.load(file)
+        with open(paths["item"], encoding="utf-8") as file:
+            metadata = json.load(file)
+        embeddings = np.load(paths["embeddings"], allow_pickle=False)
+        if list(index) != [str(i) for i in range(len(index))] or list(metadata) != list(index) or not index:
+            raise ValueError("index and item file do not number the same items from 0")
+        for fields in metadata.values():
+            if not isinstance(fields["original_id"], str) or fields["title"] != " ".join(fields["title"].split()):
+                raise ValueError("an item lacks its original_id, or its title is not one line of text")
+        if embeddings.shape != (len(index), codebooks.shape[2]) or embeddings.dtype != np.float32:
+            raise ValueError("the embeddings do not fit the items and the codebooks")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise InputError(f"--dataset {dataset}: its items cannot be read: {error}") from None
+    problems = FileProblems(paths["index"])
+    codes = []
+    for item, sid in index.items():
+        row = semantic_ids.codes_of(sid)
+        if row is None or not levels <= len(row) <= levels + 1 or max(row[:levels]) >= num_codes:
+            problems.add(
+                f", item {item!r}", f"expected tokens of {levels} codes below {num_codes}, found {shorten(sid)}"
+            )
+        else:
+            codes.append(row)
+    problems.check()
+    text_model = None
+    if record["embeddings"]["kind"] == "tfidf":
+        text_model = item_embeddings.TextModel.load(paths["tfidf"])
+    return {
+        "index": index,
+        "metadata": metadata,
+        "embeddings": embeddings,
+        "codebooks": codebooks,
+        "codes": codes,
+        "text_model": text_model,
+    }

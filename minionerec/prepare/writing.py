@@ -1,0 +1,193 @@
+"""Writing a data set in the folders of the release, whole or not at all.
+
+| file | content |
+|---|---|
+| train, valid, test/CATEGORY.csv | next-item rows |
+| info/CATEGORY.txt | SID, title, item id |
+| index/CATEGORY.index.json | item id -> SID tokens |
+| index/CATEGORY.item.json | item id -> title, description, brand, categories, original id |
+| index/CATEGORY.embeddings.npy | row i belongs to item id i |
+| index/CATEGORY.codebooks.safetensors, .tfidf.safetensors | what new items are coded with |
+| dataset.json | what was done |
+"""
+
+import csv
+import hashlib
+import json
+import os
+import re
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import numpy as np
+
+from minionerec.checkpoint import write_json
+from minionerec.cli import InputError
+from minionerec.prepare.cleaning import SPLITS
+from minionerec.prepare.item_embeddings import TextModel
+from minionerec.prepare.semantic_ids import COLLISIONS, save_codebooks, tokens
+from minionerec.prepare.sources import RawItem
+
+COLUMNS = ("user_id", "history_item_title", "item_title", "history_item_id", "item_id", "history_item_sid", "item_sid")
+RECORD = "dataset.json"
+CHUNK = 10_000  # rows that are Python objects at a time
+
+
+def check_category(category: str) -> None:
+    """Raises InputError for a category that cannot name files."""
+    if not category.strip():
+        raise InputError("--category is missing; say what the items are, such as Industrial_and_Scientific")
+    if not re.fullmatch(r"\w[\w &+.-]*", category):
+        raise InputError(
+            f"--category {category!r}: names files; write it with letters, digits, spaces and the characters _ & + . -"
+        )
+
+
+def files_of(category: str) -> dict[str, str]:
+    """The files of a data set, below its folder."""
+    return {
+        **{split: f"{split}/{category}.csv" for split in SPLITS},
+        "info": f"info/{category}.txt",
+        "index": f"index/{category}.index.json",
+        "item": f"index/{category}.item.json",
+        "embeddings": f"index/{category}.embeddings.npy",
+        "codebooks": f"index/{category}.codebooks.safetensors",
+        "tfidf": f"index/{category}.tfidf.safetensors",
+    }
+
+
+@contextmanager
+def scratch_folder(output_dir: str) -> Iterator[str]:
+    """A folder that is gone afterwards, on the disk of `output_dir` where that can be written to."""
+    above = os.path.dirname(os.path.abspath(output_dir))
+    while not os.path.isdir(above):
+        above = os.path.dirname(above)
+    with tempfile.TemporaryDirectory(
+        prefix=".prepare-", dir=above if os.access(above, os.W_OK | os.X_OK) else None
+    ) as folder:
+        yield folder
+
+
+def publish(folder: str, output_dir: str) -> None:
+    """Gives a finished folder its name, in one step."""
+    os.makedirs(os.path.dirname(os.path.abspath(output_dir)), exist_ok=True)
+    os.rename(folder, output_dir)
+
+
+def digest(path: str) -> str:
+    """The SHA-256 of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_catalogue(
+    folder: str,
+    category: str,
+    index: dict[str, list[str]],
+    metadata: dict[str, dict[str, str]],
+    embeddings: np.ndarray,
+    codebooks: np.ndarray,
+    text_model: TextModel | None,
+) -> None:
+    """Writes the files of the items: index and metadata by item id, embeddings [items, d], codebooks [L, K, d]."""
+    paths = {name: os.path.join(folder, path) for name, path in files_of(category).items()}
+    for name in ("info", "index"):
+        os.makedirs(os.path.dirname(paths[name]))
+    with open(paths["index"], "w", encoding="utf-8") as file:
+        json.dump(index, file)
+    with open(paths["item"], "w", encoding="utf-8") as file:
+        json.dump(metadata, file, indent=2, ensure_ascii=False)
+    with open(paths["info"], "w", encoding="utf-8", newline="\n") as file:
+        for item, sid in index.items():
+            file.write(f"{''.join(sid)}\t{metadata[item]['title']}\t{item}\n")
+    np.save(paths["embeddings"], embeddings)
+    save_codebooks(paths["codebooks"], codebooks)
+    if text_model is not None:
+        text_model.save(paths["tfidf"])
+
+
+def metadata_of(item: RawItem) -> dict[str, str]:
+    """An item's entry in the metadata file."""
+    return {
+        "title": item.title,
+        "description": item.description,
+        "brand": item.brand,
+        "categories": item.categories,
+        "original_id": item.original_id,
+    }
+
+
+def index_of(codes: Iterable[Sequence[int]], first: int = 0) -> dict[str, list[str]]:
+    """SID tokens by item id, for items numbered from `first`."""
+    return {str(item): tokens(row) for item, row in enumerate(codes, first)}
+
+
+def write_rows(
+    folder: str,
+    category: str,
+    batches: Iterable[np.ndarray],
+    users: Sequence[str],
+    sids: Sequence[str],
+    titles: Sequence[str],
+) -> None:
+    """Writes rows of `cleaning.in_time_order` to the files of their splits, streamed."""
+    with ExitStack() as stack:
+        writers = []
+        for split in SPLITS:
+            path = os.path.join(folder, files_of(category)[split])
+            os.makedirs(os.path.dirname(path))
+            file = stack.enter_context(open(path, "w", encoding="utf-8", newline=""))
+            writers.append(csv.writer(file, lineterminator="\n"))
+            writers[-1].writerow(COLUMNS)
+        for batch in batches:
+            for start in range(0, len(batch), CHUNK):
+                part = batch[start : start + CHUNK]
+                fields = (part[name].tolist() for name in ("split", "user", "item", "history"))
+                for split, user, item, padded in zip(*fields, strict=True):
+                    past = [i for i in padded if i >= 0]
+                    history_titles, history_sids = [titles[i] for i in past], [sids[i] for i in past]
+                    writers[split].writerow(
+                        (users[user], history_titles, titles[item], past, item, history_sids, sids[item])
+                    )
+
+
+def write_record(folder: str, record: dict[str, Any]) -> None:
+    """Writes `record` as dataset.json, with the digest of every file of the folder."""
+    files = sorted(
+        os.path.relpath(os.path.join(above, name), folder) for above, _, names in os.walk(folder) for name in names
+    )
+    digests = {name: digest(os.path.join(folder, name)) for name in files}
+    write_json(os.path.join(folder, RECORD), {**record, "files": digests})
+
+
+def read_record(folder: str) -> dict[str, Any]:
+    """The record of a data set that `write_record` wrote, its files unchanged since then.
+
+    Raises InputError where there is none, or naming the files that were changed.
+    """
+    path = os.path.join(folder, RECORD)
+    if not folder or not os.path.isfile(path):
+        raise InputError(f"--dataset {folder}: no {RECORD} there; give a folder that prepare_data.py wrote")
+    try:
+        with open(path, encoding="utf-8") as file:
+            record = json.load(file)
+        check_category(record["category"])
+        expected = {name: files_of(record["category"])[name] for name in ("index", "item", "codebooks", *SPLITS)}
+        digests = {name: record["files"][name] for name in (*expected.values(), *record["files"])}
+        kind, collisions = record["embeddings"]["kind"], record["arguments"]["collisions"]
+        if kind not in ("tfidf", "encoder", "embeddings") or collisions not in COLLISIONS:
+            raise ValueError(f"embeddings by {kind!r} and collisions {collisions!r}")
+        if not isinstance(record.get("added", []), list):
+            raise ValueError("added is not a list")
+        changed = [
+            name
+            for name, expected_digest in sorted(digests.items())
+            if os.path.isabs(name) or ".." in name.split("/") or digest(os.path.join(folder, name)) != expected_digest
+        ]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, InputError) as error:
+        raise InputError(f"--dataset {folder}: {RECORD} is not as prepare_data.py wrote it: {error!r}"[:400]) from None
+    if changed:
+        raise InputError(f"--dataset {folder}: changed since prepare_data.py wrote it: {', '.join(changed)}")
+    return record
