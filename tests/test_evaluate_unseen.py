@@ -4,7 +4,7 @@ import csv
 import json
 
 import pytest
-from conftest import COLUMNS
+from helpers import COLUMNS
 
 import evaluate
 from minionerec.data import read_interactions

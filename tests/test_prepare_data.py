@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, run_command
+from helpers import ROOT, run_command
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from test_prepare_sources import encoded
