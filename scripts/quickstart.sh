@@ -24,13 +24,13 @@ test_on() {
     --vocab_size 1024 --hidden_size 64 --num_hidden_layers 2 --intermediate_size 256
 # What a downloaded language model brings along: the language of the titles, and nothing about semantic IDs.
 "$PYTHON" sft.py --base_model "$OUT/random" --output_dir "$OUT/base" "${FILES[@]}" --train_from_scratch True \
-    --tasks title_history_to_title --batch_size 32 --micro_batch_size 32 --num_epochs 2 --learning_rate 3e-3 --eval_step 0.25
+    --tasks title_history_to_title --batch_size 32 --micro_batch_size 32 --num_epochs 1 --learning_rate 3e-3 --eval_step 0.5
 "$PYTHON" sft.py --base_model "$OUT/base/final_checkpoint" --output_dir "$OUT/lora" "${FILES[@]}" --use_lora True \
-    --tasks sid_history_to_sid,title_history_to_sid,title_to_sid,sid_to_title \
-    --batch_size 16 --micro_batch_size 16 --num_epochs 3 --learning_rate 3e-3 --eval_step 0.1
+    --tasks sid_history_to_sid,title_to_sid,sid_to_title \
+    --batch_size 32 --micro_batch_size 32 --num_epochs 6 --learning_rate 5e-3 --eval_step 0.2
 "$PYTHON" rl.py --model_path "$OUT/lora/final_checkpoint" --output_dir "$OUT/rl" "${FILES[@]}" --use_lora True \
     --info_file $DATA/info.txt --tasks sid_history_to_sid --beam_search True --reward_type ranking --beta 0.01 \
-    --train_batch_size 512 --learning_rate 1e-3 --eval_batch_size 640 --eval_step 0.25 --save_steps 0.25
+    --train_batch_size 512 --learning_rate 1e-3 --mask_all_zero True --eval_batch_size 640 --eval_step 0.5 --save_steps 0.5
 test_on "$OUT/base/final_checkpoint" "$OUT/base/result.json"
 test_on "$OUT/lora/final_checkpoint" "$OUT/lora/result.json"
 test_on "$OUT/rl/final_checkpoint" "$OUT/rl/result.json"
