@@ -5,14 +5,13 @@ import json
 import os
 import re
 import shutil
-import signal
 import socket
 import subprocess
 import sys
-from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
@@ -31,12 +30,13 @@ def launch(module: str, *argv: object, code: int = 0) -> str:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "DS_ACCELERATOR": "cpu"}
     command = [sys.executable, "-m", module, *map(str, argv)]
     streams = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
-    process = subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True, **streams)
-    try:
-        _, errors = process.communicate(timeout=300)
-    finally:
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
+    with subprocess.Popen(command, cwd=ROOT, env=environment, **streams) as process:
+        try:
+            _, errors = process.communicate(timeout=300)
+        except BaseException:
+            for started in [*psutil.Process(process.pid).children(recursive=True), process]:
+                started.kill()
+            raise
     assert process.returncode == code, errors[-3000:]
     return errors
 
