@@ -190,6 +190,7 @@ def run(command: Callable[..., object]) -> None:
             name=script,
             serialize=lambda result: None,
         )
+        _end_together()
     except InputError as error:
         _complain(script, *error.problems, everywhere=True)
         sys.exit(2)
@@ -207,6 +208,14 @@ def run(command: Callable[..., object]) -> None:
         else:
             raise
         sys.exit(1)
+
+
+def _end_together() -> None:
+    """Ends a distributed run: a process that exits while another is still in the last collective may break it off."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
 
 
 def _complain(script: str, *problems: str, of_run: bool = False, everywhere: bool = False) -> None:
