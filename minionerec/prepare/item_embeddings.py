@@ -108,7 +108,7 @@ def embed_with_model(path: str, texts: Sequence[str]) -> np.ndarray:
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
         model = AutoModel.from_pretrained(
-            path, dtype=modeling.default_dtype(), device_map={"": modeling.local_device()}
+            path, dtype=modeling.compute_dtype(), device_map={"": modeling.local_device()}
         ).eval()
     except (OSError, ValueError, SafetensorError) as error:
         raise InputError(f"--encoder {path}: cannot be loaded: {str(error).strip().splitlines()[0]}") from None
