@@ -13,6 +13,7 @@ from minionerec import modeling
 from minionerec.checks import memory_gb
 from minionerec.dataset import BATCH_ROWS, Encoder, batches
 from minionerec.memory import GB, Step, cache_gb, predict
+from minionerec.probe import may_share_rows
 
 ADAPTER_FLAGS = (
     "lora_r",
@@ -166,14 +167,21 @@ def rl(
     )
     on_gpu, size, name = device_of(flags["gpu_memory"])
     group, tokens = flags["num_generations"], lengths[-1]
+    shares_rows = may_share_rows(config)
+    if not shares_rows:
+        print(f"predicted for completions that each repeat their prompt: {config.model_type} ignores 4-D masks")
 
     def parts_of(flags: dict) -> dict[str, float]:
         completions, method = flags["train_batch_size"], _method(flags)
-        # A group whose completions are spread over several micro-batches takes its prompt along into each.
-        rows, in_row = -(-completions // group), min(group, completions)
-        # A completion's last token is predicted and predicts nothing; its first is predicted by the prompt.
-        width, predicting = tokens + in_row * (depth - 1), rows + completions * (depth - 1)
-        step = Step(rows, width, predicting, True, flags["gradient_accumulation_steps"] > 1)
+        accumulate = flags["gradient_accumulation_steps"] > 1
+        if shares_rows:
+            # A group whose completions are spread over several micro-batches takes its prompt along into each.
+            rows, in_row = -(-completions // group), min(group, completions)
+            # A completion's last token is predicted and predicts nothing; its first is predicted by the prompt.
+            width, predicting = tokens + in_row * (depth - 1), rows + completions * (depth - 1)
+            step = Step(rows, width, predicting, True, accumulate, rewarded=True)
+        else:
+            step = Step(completions, tokens + depth, completions * depth, False, accumulate, rewarded=True)
         parts = predict(
             config,
             len(tokenizer),

@@ -42,8 +42,9 @@ class Step:
     Attributes:
         rows, tokens: of the largest micro-batch; `tokens` is the width after padding.
         response_tokens: positions of it that the output head runs on.
-        shared: the rows hold several completions behind one prompt, under a mask of [tokens, tokens] for each.
+        shared: the rows hold several completions after one prompt, under a mask of [tokens, tokens] for each.
         accumulate: whether gradients of an earlier micro-batch are there already.
+        rewarded: the loss is RL's, on log-probabilities.
     """
 
     rows: int
@@ -51,6 +52,7 @@ class Step:
     response_tokens: int
     shared: bool = False
     accumulate: bool = True
+    rewarded: bool = False
 
 
 class _Alive(TorchDispatchMode):
@@ -187,7 +189,7 @@ def predict(
     adapter = sum(size for key, size in sizes.items() if key not in base_weights)
     try:
         # As the trainers have it: SFT keeps none of autocast's copies of weights where it recomputes activations.
-        peak, kept, loss = _run(model, step, dtype, depth, cache_enabled=step.shared or not gradient_checkpointing)
+        peak, kept, loss = _run(model, step, dtype, depth, cache_enabled=step.rewarded or not gradient_checkpointing)
     except (DynamicOutputShapeException, DataDependentOutputException):
         raise InputError(
             f"--dry_run True: the memory of {config.model_type} cannot be predicted without its weights: its shapes "
@@ -253,7 +255,7 @@ def _run(model: nn.Module, step: Step, dtype: torch.dtype, depth: Depth, cache_e
                 with torch.autocast("cpu", torch.bfloat16, dtype == torch.bfloat16, cache_enabled):
                     logits = _logits(model, inputs, step.response_tokens)
                     first = ids.new_zeros(len(logits))
-                    if step.shared:
+                    if step.rewarded:
                         loss = token_logps(logits.float() / 1.0, first, first, first.bool())[0].sum()
                     else:
                         loss = F.cross_entropy(logits.float(), first)

@@ -25,6 +25,7 @@ from minionerec.rows import shared_rows
 # Tokens of the longer prompt, and of a row with all its beams, unless a window asks for more. With 16 beams, as many as
 # are usual, a place in the row is far from the position that ALiBi and windows should count by.
 PROMPT, ROW = 9, 9 + 2 * 16
+IGNORE_MASKS = {"bloom", "gpt_neo", "mpt", "rwkv"}  # types whose configuration does not say that they do
 MASKED = {"full_attention", "sliding_attention", "chunked_attention"}  # types of layers that can keep to a mask
 
 
@@ -74,6 +75,15 @@ def prove(model, prompt: int = PROMPT, row: int = ROW, name: str = "") -> Proof:
         known["long"] = _try_all(model, *lengths, name)
         known["lengths"] = lengths
     return known["long"]
+
+
+def may_share_rows(config) -> bool:
+    """Whether completions are expected to share a row with their prompt, by the configuration alone: for the dry run,
+    which has no weights to probe. A run itself asks `prove`."""
+    text = config.get_text_config()
+    if set(getattr(text, "layer_types", None) or ()) - MASKED:
+        return False
+    return text.model_type not in IGNORE_MASKS and not getattr(text, "alibi", False)
 
 
 def shares_rows(model, prompt: int, row: int) -> bool:

@@ -11,7 +11,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from minionerec.beams import CopiedBeams, RereadBeams, TreeBeams
 from minionerec.logprobs import completion_logps
-from minionerec.probe import prove
+from minionerec.probe import may_share_rows, prove
 from minionerec.sid import Trie, constrained_beam_search, constrained_sample
 
 SMALL = {
@@ -217,6 +217,7 @@ def test_every_architecture_is_decoded_exactly(architecture):
         assert proof.beams is (CopiedBeams if architecture in COPIED else TreeBeams) and proof.padding
     assert proof.shared == (proof.beams is TreeBeams)
     assert COPIED.get(architecture, "") in proof.why and bool(proof.why) != proof.shared
+    assert may_share_rows(model.config) == proof.shared  # what the dry run expects, without weights
     check_beams(model)
     check_logps(
         model, with_gradients=architecture in ("qwen3", "gemma3", "gpt2", "qwen3_5_text", "lfm2", "mpt", "mamba")

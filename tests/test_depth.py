@@ -58,7 +58,7 @@ def test_few_layers_predict_what_all_do(architecture, method, checkpointing):
 
 @pytest.mark.parametrize("bits", [4, 8])
 def test_few_layers_weigh_what_all_do_in_fewer_bits(bits):
-    step = Step(4, 8, 4, shared=True, accumulate=False)
+    step = Step(4, 8, 4, shared=True, accumulate=False, rewarded=True)
     arguments = (deep("qwen2", 20), 96, [90, 91], step, "qlora", False, {}, bits)
     few = predict(*arguments)
     with mock.patch.object(Depth, "shortens", False):

@@ -6,6 +6,7 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
+from architectures import configuration
 from helpers import run_command, sft_flags
 from models import config_of
 from test_bad_input import refused
@@ -14,6 +15,7 @@ from test_trainer import IDS
 from transformers import AutoModelForCausalLM
 
 import lora_utils
+from minionerec import dryrun
 from minionerec.checks import memory_gb
 from minionerec.logprobs import completion_logps
 from minionerec.memory import GB, Step, _Alive, cache_gb, predict
@@ -102,10 +104,43 @@ def test_the_prediction_of_rl_is_what_its_loss_holds(method, shape):
     with alive:
         for _ in range(2):
             completion_logps(model.train(), *inputs)[0].sum().backward()
-    step = Step(groups, width + 3 * size, groups + 3 * groups * size, shared=True)
+    step = Step(groups, width + 3 * size, groups + 3 * groups * size, shared=True, rewarded=True)
     parts = predict(config, 96, IDS, step, method, False)
     predicted = (parts["gradients"] + parts["activations"] + parts["logits"]) * GB
     assert predicted == pytest.approx(alive.peak, rel=0.1)
+
+
+def test_a_step_of_rl_on_plain_rows_is_predicted():
+    """Bloom adds its ALiBi to a mask it makes itself, so every completion has a row of its own."""
+    torch.manual_seed(0)
+    config = configuration("bloom")
+    model = AutoModelForCausalLM.from_config(config)
+    prompts = torch.randint(1, 90, (4, 30))
+    completions = torch.randint(1, 90, (4, 4))
+    inputs = (prompts, torch.ones_like(prompts), completions, torch.ones_like(completions))
+    alive = _Alive([*model.parameters(), *model.buffers(), *inputs])
+    with alive:
+        for _ in range(2):
+            completion_logps(model.train(), *inputs, shared=False)[0].sum().backward()
+    parts = predict(config, 96, [], Step(4, 34, 16, rewarded=True), "full", False)
+    predicted = (parts["gradients"] + parts["activations"] + parts["logits"]) * GB
+    assert predicted == pytest.approx(alive.peak, rel=0.1)
+
+
+@pytest.mark.parametrize("architecture", ["bloom", "mamba", "gpt_neo", "mpt", "lfm2", "qwen3_5_text"])
+def test_a_dry_run_of_rl_takes_plain_rows_where_rl_does(architecture, monkeypatch, capsys):
+    steps = []
+    monkeypatch.setattr(dryrun, "say_flags", lambda flags: None)
+    monkeypatch.setattr(dryrun, "say_tasks", lambda *_: None)
+    monkeypatch.setattr(dryrun, "predict", lambda *a, **k: steps.append(a[3]) or predict(*a, **k))
+    flags = {
+        "use_lora": False, "use_qlora": False, "load_in_8bit": False, "gradient_checkpointing": False, "beta": 0.0,
+        "gpu_memory": "12GB", "train_batch_size": 4, "gradient_accumulation_steps": 1, "num_generations": 2,
+        "dynamic_sampling": False, "test_during_training": False, **dict.fromkeys(dryrun.ADAPTER_FLAGS),
+    }  # fmt: skip
+    parts = dryrun.rl(flags, configuration(architecture), range(96), [], None, None, [[1] * 20], 1, 4, own=False)
+    assert steps[0] == Step(4, 24, 16, False, False, rewarded=True) and parts["total"] > 0
+    assert "each repeat their prompt" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("bits", [4, 8])
