@@ -13,9 +13,10 @@ import time
 
 from minionerec import checks, cli
 from minionerec.checkpoint import base_of_adapter, is_adapter, mismatches, read_adapter, read_run, write_json
-from minionerec.data import Problems, count_rows, read_info, read_interactions
+from minionerec.data.files import count_rows, read_info, read_interactions
+from minionerec.data.prompts import RECOMMENDATION, differing_prompts, recorded_prompts
+from minionerec.errors import InputError, Problems
 from minionerec.metrics import format_metrics, popularity, rank_of, ranking_metrics
-from minionerec.prompts import RECOMMENDATION, differing_prompts, recorded_prompts
 
 WITH_BASE = "give the folder of the base as --base_model, and this one as --adapter"
 
@@ -82,32 +83,32 @@ def evaluate(
     problems.check()
 
     import lora_utils
-    from minionerec import modeling, sid, vocabulary
-    from minionerec.dataset import Encoder
-    from minionerec.probe import prove
-    from minionerec.ranking import rank_prompts
+    from minionerec.data import sid_tokens
+    from minionerec.data.encoding import Encoder
+    from minionerec.decoding.probe import prove
+    from minionerec.decoding.ranking import rank_prompts
+    from minionerec.decoding.trie import Trie
+    from minionerec.model import device, loading
 
     started = time.perf_counter()
-    state = modeling.process_state()
+    state = device.process_state()
     flags = read_run(checkpoint).get("flags", {})
     given = {"category": category}
     for line in differing_prompts(checkpoint, prompts) if prompt_file else mismatches(checkpoint, given, ("category",)):
         state.print(line)
-    tokenizer = modeling.load_tokenizer(checkpoint)
+    tokenizer = loading.load_tokenizer(checkpoint)
     encoder, task = Encoder(tokenizer, prompts, flags.get("cutoff_len", 2048)), prompts.tasks[RECOMMENDATION]
     remedy = f"--info_file {info_file} is of another catalogue, or sft.py must make the checkpoint again"
     where = f"{'--adapter' if adapter else '--base_model'} {checkpoint}"
-    sequences = vocabulary.sid_responses(encoder, sids, task.ending, None, where, remedy)
-    trie = sid.Trie(sequences, tokenizer.eos_token_id)
+    sequences = sid_tokens.sid_responses(encoder, sids, task.ending, None, where, remedy)
+    trie = Trie(sequences, tokenizer.eos_token_id)
     if trie.depth > max_new_tokens:
-        raise cli.InputError(
-            f"--max_new_tokens {max_new_tokens}: the SIDs of {info_file} have up to {trie.depth} tokens"
-        )
+        raise InputError(f"--max_new_tokens {max_new_tokens}: the SIDs of {info_file} have up to {trie.depth} tokens")
     quantization = lora_utils.quantization_config(flags.get("use_qlora", False), flags.get("load_in_8bit", False))
     if adapter:
         model = lora_utils.load_adapted(base_model, adapter, tokenizer, quantization)
     else:
-        model = modeling.load_base(base_model)
+        model = loading.load_base(base_model)
     model.eval()
     trie.to(model.device)
 

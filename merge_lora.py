@@ -22,8 +22,9 @@ from minionerec.checkpoint import (
     read_run,
     write_json,
 )
-from minionerec.data import Interaction, Problems, read_catalogue, read_interactions
-from minionerec.prompts import RECOMMENDATION, recorded_prompts
+from minionerec.data.files import Interaction, read_catalogue, read_interactions
+from minionerec.data.prompts import RECOMMENDATION, recorded_prompts
+from minionerec.errors import Problems
 
 COMPARED = 10  # the best items of a row that are compared
 
@@ -89,21 +90,23 @@ def merge(
     from transformers.trainer_utils import align_special_tokens
 
     import lora_utils
-    from minionerec import modeling, sid, vocabulary
-    from minionerec.dataset import Encoder
-    from minionerec.merging import merge_and_count
-    from minionerec.ranking import rank_prompts
-    from minionerec.trainer import writing
+    from minionerec.data import sid_tokens
+    from minionerec.data.encoding import Encoder
+    from minionerec.decoding.ranking import rank_prompts
+    from minionerec.decoding.trie import Trie
+    from minionerec.model import loading
+    from minionerec.model.merging import merge_and_count
+    from minionerec.training.durable import writing
 
-    tokenizer = modeling.load_tokenizer(adapter)
+    tokenizer = loading.load_tokenizer(adapter)
     quantization = lora_utils.quantization_config(flags.get("use_qlora", False), flags.get("load_in_8bit", False))
-    wanted = modeling.saved_dtype(base_model) if dtype == "auto" else getattr(torch, dtype)
+    wanted = loading.saved_dtype(base_model) if dtype == "auto" else getattr(torch, dtype)
 
     def rankings(model) -> list[list[int]]:
         encoder, task = Encoder(tokenizer, prompts, flags.get("cutoff_len", 512)), prompts.tasks[RECOMMENDATION]
         remedy = "give the --sid_index_path it was trained with"
-        sequences = vocabulary.sid_responses(encoder, sids, task.ending, catalogue, f"--adapter {adapter}", remedy)
-        trie = sid.Trie(sequences, tokenizer.eos_token_id).to(model.device)
+        sequences = sid_tokens.sid_responses(encoder, sids, task.ending, catalogue, f"--adapter {adapter}", remedy)
+        trie = Trie(sequences, tokenizer.eos_token_id).to(model.device)
         encoded = encoder.encode_prompts(task, rows, [encoder.cutoff_len - trie.depth] * len(rows))
         return rank_prompts(model.eval(), trie, encoded, tokenizer.pad_token_id, COMPARED, batch_size=8)
 
@@ -130,7 +133,7 @@ def merge(
         make_portable(partial)
     del model
     if before is not None:
-        pairs = list(zip(before, rankings(modeling.load_base(partial)), strict=True))
+        pairs = list(zip(before, rankings(loading.load_base(partial)), strict=True))
         report["compared_rows"] = len(pairs)
         report["same_first"] = sum(old[0] == new[0] for old, new in pairs) / len(pairs)
         report["same_of_10"] = sum(len({*old} & {*new}) / len(old) for old, new in pairs) / len(pairs)

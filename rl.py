@@ -16,8 +16,9 @@ from dataclasses import replace
 
 from minionerec import checks, cli
 from minionerec.checkpoint import adapter_type, base_of_adapter, is_adapter, mismatches, read_run
-from minionerec.data import Problems, read_catalogue, read_info, read_interactions
-from minionerec.prompts import RECOMMENDATION, RL_TASKS, TASKS, differing_prompts, recorded_prompts
+from minionerec.data.files import read_catalogue, read_info, read_interactions
+from minionerec.data.prompts import RECOMMENDATION, RL_TASKS, TASKS, differing_prompts, recorded_prompts
+from minionerec.errors import InputError, Problems
 
 REWARD_TYPES = ("rule", "ranking", "ranking_only", "semantic", "sasrec")
 ADAPTER_FLAGS = ("lora_r", "lora_alpha", "lora_target_modules", "use_rslora", "use_dora")
@@ -136,7 +137,7 @@ def train(
         gradient_checkpointing: recompute activations in the backward pass: less memory, more time.
         base_model: where the base of an adapter checkpoint is, if not where the adapter says.
         tasks: all (the original takes at most 10,000 rows of title_history_to_sid), or task names separated by commas;
-            the table is in minionerec/prompts.py.
+            the table is in minionerec/data/prompts.py.
         prompt_file: JSON that replaces the wording of the prompts, also that of the checkpoint.
         save_steps: how often to save a checkpoint, as a share of the training (the original: 0.1).
         resume_from_checkpoint: a checkpoint folder, or True for the newest one in output_dir.
@@ -237,17 +238,23 @@ def train(
     from trl import GRPOConfig
 
     import lora_utils
-    from minionerec import __version__, architecture, modeling, sid, trainer, vocabulary
-    from minionerec.dataset import Encoder, item_rows, prompt_dataset
+    from minionerec import __version__
+    from minionerec.data import sid_tokens
+    from minionerec.data.encoding import Encoder
+    from minionerec.data.examples import item_rows, prompt_dataset
+    from minionerec.decoding.probe import prove
+    from minionerec.decoding.trie import Trie
+    from minionerec.model import architecture, device, loading
     from minionerec.plots import RL_PANELS
-    from minionerec.probe import prove
-    from minionerec.rl_trainer import ReReTrainer
+    from minionerec.training.finish import finish
+    from minionerec.training.resume import resume_point
+    from minionerec.training.rl_trainer import ReReTrainer
 
     started_from = read_run(model_path)
     method = "qlora" if use_qlora else "lora" if use_lora else "full"
     run = {"command": "rl", "method": method, "version": __version__, "flags": flags, "prompts": wording.to_json()}
     set_seed(seed)
-    state = modeling.process_state()
+    state = device.process_state()
 
     adapter_settings = {
         "lora_r": lora_r,
@@ -260,15 +267,15 @@ def train(
     }
     bits = 4 if use_qlora else 8 if load_in_8bit else 16
     if adapter:
-        config = modeling.load_config(base_model) if from_adapter else modeling.load_config(model_path, "model_path")
+        config = loading.load_config(base_model) if from_adapter else loading.load_config(model_path, "model_path")
         there = {"adapter": model_path} if from_adapter else adapter_settings
         reach = lora_utils.check_adapter(config, bits, **there)
-    tokenizer = modeling.load_tokenizer(model_path)
+    tokenizer = loading.load_tokenizer(model_path)
     cutoff_len = flags["cutoff_len"] = started_from.get("flags", {}).get("cutoff_len", 512)
     encoder = Encoder(tokenizer, prompts, cutoff_len)
     asked = Encoder(tokenizer, replace(prompts, tasks={**prompts.tasks, **validation.tasks}), cutoff_len)
     remedy = f"start from a checkpoint that sft.py made with {sid_index_path}"
-    sequences = vocabulary.sid_responses(asked, sids, endings.pop(), catalogue, f"--model_path {model_path}", remedy)
+    sequences = sid_tokens.sid_responses(asked, sids, endings.pop(), catalogue, f"--model_path {model_path}", remedy)
     # The longest SID, its end included, must fit behind the prompt.
     budget = cutoff_len - sequences.shape[1] - 1
 
@@ -288,7 +295,7 @@ def train(
     prompts_per_step = train_batch_size * gradient_accumulation_steps * state.num_processes // num_generations
     steps = len(train_dataset) // prompts_per_step * num_train_epochs
     if not steps:
-        raise cli.InputError(
+        raise InputError(
             f"--train_file {train_file}: {len(train_dataset)} prompts are less than the {prompts_per_step} of a step"
         )
     notes = differing_prompts(model_path, prompts) if prompt_file else mismatches(model_path, flags, ("category",))
@@ -298,19 +305,19 @@ def train(
         state.print(line)
     reward_funcs = _reward_functions(reward_type, num_generations, sids, sequences, catalogue, ada_path, cf_path)
     if dry_run:
-        from minionerec import dryrun
+        from minionerec.dryrun import report
 
-        config = modeling.load_config(base_model if from_adapter else model_path)
+        config = loading.load_config(base_model if from_adapter else model_path)
         ids = sorted(tokenizer.convert_tokens_to_ids(catalogue.sid_tokens))
         columns = list(train_dataset["prompt"])
         depth = sequences.shape[1] + 1
         if adapter:
             print(reach)
-        return dryrun.rl(flags, config, tokenizer, ids, encoder, rows_of, columns, steps, depth, own=from_adapter)
+        return report.rl(flags, config, tokenizer, ids, encoder, rows_of, columns, steps, depth, own=from_adapter)
     state.print(f"prompts: {len(train_dataset):,} to train on, {len(eval_dataset):,} to validate; steps: {steps:,}")
 
-    run["base_fingerprint"] = modeling.fingerprint(base_model if from_adapter else model_path)
-    resume = trainer.resume_point(output_dir, resume_from_checkpoint, run, state.print)
+    run["base_fingerprint"] = loading.fingerprint(base_model if from_adapter else model_path)
+    resume = resume_point(output_dir, resume_from_checkpoint, run, state.print)
     quantization = lora_utils.quantization_config(use_qlora, load_in_8bit)
     peft_config = None
     if from_adapter:
@@ -320,13 +327,13 @@ def train(
             tokenizer,
             quantization,
             trainable=adapter,
-            merge_in=None if adapter else modeling.master_dtype(),
+            merge_in=None if adapter else device.master_dtype(),
         )
         if not adapter:
             model.requires_grad_(True)
             architecture.freeze_beside_text(model)
     else:
-        model = modeling.load_base(model_path, quantization, dtype=None if adapter else modeling.master_dtype())
+        model = loading.load_base(model_path, quantization, dtype=None if adapter else device.master_dtype())
         if adapter:
             sid_token_ids = sorted(tokenizer.convert_tokens_to_ids(catalogue.sid_tokens))
             peft_config = lora_utils.lora_config(model, sid_token_ids, **adapter_settings)
@@ -353,7 +360,7 @@ def train(
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
         peft_config=peft_config,
-        trie=sid.Trie(sequences, tokenizer.eos_token_id),
+        trie=Trie(sequences, tokenizer.eos_token_id),
         sids=sids,
         run=run,
         beam_search=beam_search,
@@ -383,7 +390,7 @@ def train(
             sync_ref_model=sync_ref_model,
             loss_type="dapo" if dapo else "grpo",
             importance_sampling_level="sequence" if gspo else "token",
-            **modeling.mixed_precision(use_qlora or load_in_8bit),
+            **device.mixed_precision(use_qlora or load_in_8bit),
             use_cpu=not torch.cuda.is_available(),
             activation_checkpointing=gradient_checkpointing,
             activation_checkpointing_kwargs={"use_reentrant": False} if gradient_checkpointing else None,
@@ -398,7 +405,7 @@ def train(
             metric_for_best_model=f"eval_{watched}",
             greater_is_better=True,
             remove_unused_columns=False,
-            dataloader_pin_memory=modeling.local_device().type == "cuda",
+            dataloader_pin_memory=device.local_device().type == "cuda",
             ddp_find_unused_parameters=False,
         ),
     )
@@ -417,8 +424,8 @@ def train(
         f"best_eval_{watched}": rl_trainer.state.best_metric,
         "best_checkpoint": rl_trainer.best_checkpoint,
     }
-    saved = None if adapter else modeling.saved_dtype(base_model if from_adapter else model_path)
-    return trainer.finish(rl_trainer, output_dir, metrics, RL_PANELS, dtype=saved)
+    saved = None if adapter else loading.saved_dtype(base_model if from_adapter else model_path)
+    return finish(rl_trainer, output_dir, metrics, RL_PANELS, dtype=saved)
 
 
 def _multiple(whole: float, part: float) -> bool:
@@ -428,13 +435,13 @@ def _multiple(whole: float, part: float) -> bool:
 def _check_reward(reward_type: str, ada_path: str, cf_path: str) -> None:
     """Raises InputError for an unknown reward, or one without the file it reads."""
     if reward_type not in REWARD_TYPES:
-        raise cli.InputError(f"--reward_type {reward_type!r}: must be one of {', '.join(REWARD_TYPES)}")
+        raise InputError(f"--reward_type {reward_type!r}: must be one of {', '.join(REWARD_TYPES)}")
     if reward_type == "semantic" and not (ada_path.endswith((".npy", ".safetensors")) and os.path.isfile(ada_path)):
-        raise cli.InputError(
+        raise InputError(
             f"--ada_path {ada_path!r}: --reward_type semantic needs a file of item embeddings, .npy or .safetensors"
         )
     if reward_type == "sasrec" and not os.path.isfile(os.path.join(cf_path, "sasrec.json")):
-        raise cli.InputError(
+        raise InputError(
             f"--cf_path {cf_path!r}: --reward_type sasrec needs a model of scripts/train_sasrec.py; give its folder"
         )
 
@@ -464,7 +471,8 @@ def _storage(flags: dict) -> str:
 
 def _reward_functions(reward_type, num_generations, sids, sequences, catalogue, ada_path, cf_path) -> list:
     """Reward functions as TRL calls them: token ids and dataset columns in, a list of floats out."""
-    from minionerec import rewards, sasrec
+    from minionerec import sasrec
+    from minionerec.training import rewards
 
     sid_of = {tuple(t for t in row if t >= 0): sid for row, sid in zip(sequences.tolist(), sids, strict=True)}
 
@@ -488,9 +496,7 @@ def _reward_functions(reward_type, num_generations, sids, sequences, catalogue, 
         recommender = sasrec.load(cf_path)
         lacking = [sid for sid in sids if sid not in recommender.number]
         if lacking:
-            raise cli.InputError(
-                f"--cf_path {cf_path}: the model does not know {len(lacking)} SIDs, such as {lacking[0]}"
-            )
+            raise InputError(f"--cf_path {cf_path}: the model does not know {len(lacking)} SIDs, such as {lacking[0]}")
 
         def collaborative(completion_ids, target, history, **_):
             return rewards.collaborative(predicted(completion_ids), target, history, recommender.scores)

@@ -11,8 +11,9 @@ response tokens only, exact resuming, and input that is checked before anything 
 import os
 
 from minionerec import checks, cli
-from minionerec.data import Problems, read_catalogue, read_interactions, sample_rows
-from minionerec.prompts import load_prompts
+from minionerec.data.files import read_catalogue, read_interactions, sample_rows
+from minionerec.data.prompts import load_prompts
+from minionerec.errors import Problems
 
 
 def train(
@@ -93,7 +94,7 @@ def train(
         load_in_8bit: store the base of use_lora in 8 bits.
         gradient_checkpointing: recompute activations in the backward pass: less memory, more time.
         tasks: all (six; the original's four are sid_history_to_sid, sid_history_to_title, title_to_sid, sid_to_title),
-            or task names separated by commas; the table is in minionerec/prompts.py.
+            or task names separated by commas; the table is in minionerec/data/prompts.py.
         prompt_file: JSON that replaces the wording of the prompts.
         eval_step: how often to evaluate and save, as a share of the training.
         report_to: none, tensorboard or wandb.
@@ -156,10 +157,16 @@ def train(
     from transformers import EarlyStoppingCallback, TrainingArguments, set_seed
 
     import lora_utils
-    from minionerec import __version__, modeling, trainer, vocabulary
-    from minionerec.dataset import Collator, Encoder, item_rows, tokenized_dataset
+    from minionerec import __version__
+    from minionerec.data import sid_tokens
+    from minionerec.data.encoding import Encoder
+    from minionerec.data.examples import Collator, item_rows, tokenized_dataset
+    from minionerec.decoding.probe import prove
+    from minionerec.model import device, loading
     from minionerec.plots import SFT_PANELS
-    from minionerec.probe import prove
+    from minionerec.training.finish import finish
+    from minionerec.training.resume import resume_point
+    from minionerec.training.sft_trainer import SFTTrainer
 
     adapter_settings = {
         "lora_r": lora_r,
@@ -172,7 +179,7 @@ def train(
     }
     if adapter:
         bits = 4 if use_qlora else 8 if load_in_8bit else 16
-        reach = lora_utils.check_adapter(modeling.load_config(base_model), bits, **adapter_settings)
+        reach = lora_utils.check_adapter(loading.load_config(base_model), bits, **adapter_settings)
     method = "qlora" if use_qlora else "lora" if use_lora else "freeze_LLM" if freeze_LLM else "full"
     run = {"command": "sft", "method": method, "version": __version__, "flags": flags, "prompts": prompts.to_json()}
 
@@ -184,34 +191,34 @@ def train(
             read_interactions(train_file, "train_file", sids, prompts.need_titles), train_rows, sample, seed
         )
 
-    tokenizer = modeling.load_tokenizer(base_model)
-    vocabulary.add_sid_tokens(tokenizer, catalogue.sid_tokens)
+    tokenizer = loading.load_tokenizer(base_model)
+    sid_tokens.add_sid_tokens(tokenizer, catalogue.sid_tokens)
     encoder = Encoder(tokenizer, prompts, cutoff_len)
     remedy = f"rename the SID tokens in --sid_index_path {sid_index_path}, or take another base"
-    vocabulary.check_sids(encoder, catalogue, f"--base_model {base_model}", remedy)
+    sid_tokens.check_sids(encoder, catalogue, f"--base_model {base_model}", remedy)
     if dry_run:
-        from minionerec import dryrun
+        from minionerec.dryrun import report
 
-        config = modeling.load_config(base_model)
+        config = loading.load_config(base_model)
         sid_token_ids = sorted(tokenizer.convert_tokens_to_ids(catalogue.sid_tokens))
         print(*notes, sep="\n", end="\n" if notes else "")
         if adapter:
             print(reach)
-        return dryrun.sft(flags, config, tokenizer, sid_token_ids, encoder, rows_of)
+        return report.sft(flags, config, tokenizer, sid_token_ids, encoder, rows_of)
 
     set_seed(seed)
-    state = modeling.process_state()
-    run["base_fingerprint"] = modeling.fingerprint(base_model)
-    resume = trainer.resume_point(output_dir, resume_from_checkpoint, run, state.print)
+    state = device.process_state()
+    run["base_fingerprint"] = loading.fingerprint(base_model)
+    resume = resume_point(output_dir, resume_from_checkpoint, run, state.print)
     for line in notes:
         state.print(line)
-    model = modeling.load_base(
+    model = loading.load_base(
         base_model,
         lora_utils.quantization_config(use_qlora, load_in_8bit),
         from_scratch=train_from_scratch,
-        dtype=modeling.master_dtype() if method == "full" else None,
+        dtype=device.master_dtype() if method == "full" else None,
     )
-    sid_token_ids = modeling.add_sid_tokens(model, tokenizer, catalogue.sid_tokens)
+    sid_token_ids = loading.add_sid_tokens(model, tokenizer, catalogue.sid_tokens)
     proof = prove(model, name=f"--base_model {base_model}")  # what cannot be decoded is not worth training
     if proof.why:
         state.print(f"decoding: {proof}")
@@ -246,7 +253,7 @@ def train(
         os.environ["WANDB_PROJECT"] = wandb_project
     os.environ.setdefault("TENSORBOARD_LOGGING_DIR", os.path.join(output_dir, "tensorboard"))
     model.config.use_cache = False
-    sft_trainer = trainer.SFTTrainer(
+    sft_trainer = SFTTrainer(
         model=model,
         run=run,
         processing_class=tokenizer,
@@ -266,7 +273,7 @@ def train(
             learning_rate=learning_rate,
             lr_scheduler_type="linear",
             warmup_steps=min(20, steps // 10),
-            **modeling.mixed_precision(use_qlora or load_in_8bit),
+            **device.mixed_precision(use_qlora or load_in_8bit),
             use_cpu=not torch.cuda.is_available(),
             activation_checkpointing=gradient_checkpointing,
             activation_checkpointing_kwargs={"use_reentrant": False} if gradient_checkpointing else None,
@@ -282,7 +289,7 @@ def train(
             prediction_loss_only=True,
             restore_callback_states_from_checkpoint=True,
             remove_unused_columns=False,
-            dataloader_pin_memory=modeling.local_device().type == "cuda",
+            dataloader_pin_memory=device.local_device().type == "cuda",
             ddp_find_unused_parameters=False,
         ),
     )
@@ -297,8 +304,8 @@ def train(
         "best_eval_loss": sft_trainer.state.best_metric,
         "best_checkpoint": sft_trainer.best_checkpoint,
     }
-    saved = None if adapter else modeling.saved_dtype(base_model)
-    return trainer.finish(sft_trainer, output_dir, metrics, SFT_PANELS, merge=freeze_LLM, dtype=saved)
+    saved = None if adapter else loading.saved_dtype(base_model)
+    return finish(sft_trainer, output_dir, metrics, SFT_PANELS, merge=freeze_LLM, dtype=saved)
 
 
 if __name__ == "__main__":

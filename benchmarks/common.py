@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from statistics import median
 
-from minionerec.resident import peak_rss_gb, reset_peak_rss
+from minionerec.process_memory import peak_rss_gb, reset_peak_rss
 
 
 def quiet() -> None:

@@ -29,9 +29,10 @@ from benchmarks.common import (
     quiet,
 )
 from minionerec import checks, cli
-from minionerec.data import Problems, count_rows, read_catalogue, read_interactions
-from minionerec.prompts import SEPARATOR, load_prompts
-from minionerec.resident import peak_rss_gb, reset_peak_rss, rss_gb
+from minionerec.data.files import count_rows, read_catalogue, read_interactions
+from minionerec.data.prompts import SEPARATOR, load_prompts
+from minionerec.errors import Problems
+from minionerec.process_memory import peak_rss_gb, reset_peak_rss, rss_gb
 
 SIZES = (10_000, 100_000)
 SYLLABLES = re.findall("..", "badecofugahijokelumenioprasiteunvewixaro")
@@ -73,10 +74,10 @@ def load(folder: str, tasks: str):
     """The tokenizer with its SID tokens, the catalogue, and the prompts of the tasks on interactions."""
     from dataclasses import replace
 
-    from minionerec import modeling
+    from minionerec.model import loading
 
     catalogue = read_catalogue(os.path.join(folder, "index.json"), os.path.join(folder, "item.json"))
-    tokenizer = modeling.load_tokenizer(os.path.join(folder, "base"))
+    tokenizer = loading.load_tokenizer(os.path.join(folder, "base"))
     tokenizer.add_tokens(catalogue.sid_tokens)
     prompts = load_prompts("Industrial_and_Scientific", tasks=tasks)
     on_rows = {name: task for name, task in prompts.tasks.items() if task.rows == "interaction"}
@@ -85,7 +86,8 @@ def load(folder: str, tasks: str):
 
 def pipeline(path: str, output: str, tokenizer, catalogue, prompts, cutoff_len: int) -> int:
     """What sft.py does before training: checks the file, then writes the examples. Returns how many."""
-    from minionerec.dataset import Encoder, write_examples
+    from minionerec.data.encoding import Encoder
+    from minionerec.data.examples import write_examples
 
     sids = catalogue.sids
     count_rows(path, "train_file", sids, prompts.need_titles)

@@ -25,8 +25,8 @@ from benchmarks.common import (
     quiet,
 )
 from minionerec import checks, cli
-from minionerec.data import Problems
-from minionerec.resident import peak_rss_gb, reset_peak_rss, rss_gb
+from minionerec.errors import Problems
+from minionerec.process_memory import peak_rss_gb, reset_peak_rss, rss_gb
 
 LEVELS = "abc"
 CODES = 256  # of a level
@@ -52,13 +52,14 @@ def sid_tokenizer(vocab_size: int):
 
 def build_cost(count: int, vocab_size: int) -> dict[str, float]:
     """Seconds and extra resident memory to build the trie of `count` SID texts."""
-    from minionerec import sid
+    from minionerec.data import sid_tokens
+    from minionerec.decoding.trie import Trie
 
     sids, tokenizer = random_sids(count), sid_tokenizer(vocab_size)
     tokenizer.backend_tokenizer.encode_batch_fast(sids[:1000])  # starts the threads
     reset_peak_rss()
     before, started = rss_gb(), time.perf_counter()
-    trie = sid.Trie(sid.sid_sequences(tokenizer, sids), tokenizer.eos_token_id)
+    trie = Trie(sid_tokens.sid_sequences(tokenizer, sids), tokenizer.eos_token_id)
     assert len(trie) == count
     return {"seconds": time.perf_counter() - started, "extra_gb": peak_rss_gb() - before}
 
@@ -134,7 +135,10 @@ def decode(
     import torch
     from transformers import AutoModelForCausalLM, Qwen2Config, set_seed
 
-    from minionerec import modeling, sid
+    from minionerec.data import sid_tokens
+    from minionerec.decoding import beam_search
+    from minionerec.decoding.trie import Trie
+    from minionerec.model import device
 
     quiet()
     set_seed(0)
@@ -152,7 +156,7 @@ def decode(
         eos_token_id=0,
         pad_token_id=0,
     )
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).to(modeling.local_device()).eval()
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).to(device.local_device()).eval()
     input_ids = torch.randint(2, vocab_size, (prompts, prompt_tokens))
     attention_mask = torch.ones_like(input_ids)
     for row in range(prompts):
@@ -160,9 +164,9 @@ def decode(
     input_ids[attention_mask == 0] = 0
     batch = input_ids.to(model.device), attention_mask.to(model.device)
 
-    def trie_of(count: int) -> tuple[sid.Trie, list[list[int]]]:
-        sequences = sid.sid_sequences(tokenizer, random_sids(count))
-        return sid.Trie(sequences, tokenizer.eos_token_id).to(model.device), sequences.tolist()
+    def trie_of(count: int) -> tuple[Trie, list[list[int]]]:
+        sequences = sid_tokens.sid_sequences(tokenizer, random_sids(count))
+        return Trie(sequences, tokenizer.eos_token_id).to(model.device), sequences.tolist()
 
     trie, sequences = trie_of(sids)
     small, large = trie_of(small_catalogue)[0], trie_of(large_catalogue)[0]
@@ -170,8 +174,8 @@ def decode(
     for beams in (16, 50):
         reference = generate(model, *batch, sequences, tokenizer.eos_token_id, beams)
 
-        def search(trie: sid.Trie = trie, beams: int = beams):
-            return sid.constrained_beam_search(model, *batch, trie, beams)
+        def search(trie: Trie = trie, beams: int = beams):
+            return beam_search.constrained_beam_search(model, *batch, trie, beams)
 
         rows, scores = search()
         expected, expected_scores = reference()

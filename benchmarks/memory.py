@@ -21,7 +21,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from benchmarks.common import in_fresh_process, in_turn, print_json, print_table
 from benchmarks.sft_step import METHODS, SPARE_ROWS, save_base, train
 from minionerec import checks, cli
-from minionerec.data import Problems
+from minionerec.errors import Problems
 
 # From the configurations of Qwen2-0.5B, Qwen2-1.5B, Qwen2.5-3B, Qwen2-7B and Qwen2.5-14B: hidden size, layers, heads,
 # key and value heads, feed-forward size, vocabulary, whether the head shares the embedding.
@@ -66,10 +66,10 @@ def predicted(
     what a process holds that has loaded the tokenizer in `folder` and the libraries, as a dry run has."""
     from transformers import Qwen2Config
 
-    from minionerec import modeling, trainer  # noqa: F401
-    from minionerec.memory import Step, predict
+    from minionerec.dryrun.memory import Step, predict
+    from minionerec.model import loading
 
-    tokenizer = None if on_gpu else modeling.load_tokenizer(folder)
+    tokenizer = None if on_gpu else loading.load_tokenizer(folder)
     *numbers, tied = SHAPES[size]
     config = Qwen2Config(**dict(zip(NAMES, numbers, strict=True)), tie_word_embeddings=tied)
     entries = numbers[-1] - SPARE_ROWS + sids

@@ -12,8 +12,9 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from benchmarks.common import print_json, print_table, quiet, seconds_of
 from minionerec import checks, cli
-from minionerec.data import Problems, count_rows, read_catalogue, read_interactions
-from minionerec.prompts import load_prompts
+from minionerec.data.files import count_rows, read_catalogue, read_interactions
+from minionerec.data.prompts import load_prompts
+from minionerec.errors import InputError, Problems
 
 
 def padding(
@@ -58,9 +59,11 @@ def padding(
     import torch.nn.functional as F
 
     import lora_utils
-    from minionerec import modeling
-    from minionerec.dataset import Collator, Encoder, item_rows, tokenized_dataset
-    from minionerec.trainer import StepSampler, response_logits
+    from minionerec.data.encoding import Encoder
+    from minionerec.data.examples import Collator, item_rows, tokenized_dataset
+    from minionerec.model import loading
+    from minionerec.model.device import compute_dtype, local_device
+    from minionerec.training.sft_trainer import StepSampler, response_logits
 
     quiet()
 
@@ -70,9 +73,9 @@ def padding(
         return read_interactions(train_file, "train_file", sids, prompts.need_titles)
 
     torch.manual_seed(0)
-    tokenizer = modeling.load_tokenizer(base_model)
-    model = modeling.load_base(base_model, lora_utils.quantization_config(use_qlora))
-    ids = modeling.add_sid_tokens(model, tokenizer, catalogue.sid_tokens)
+    tokenizer = loading.load_tokenizer(base_model)
+    model = loading.load_base(base_model, lora_utils.quantization_config(use_qlora))
+    ids = loading.add_sid_tokens(model, tokenizer, catalogue.sid_tokens)
     # Without dropout, whose masks depend on the shape of a micro-batch, both orders have the same gradients.
     model = lora_utils.add_lora(model, lora_utils.lora_config(model, ids, lora_dropout=0.0)).train()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -81,9 +84,9 @@ def padding(
     )
     needed = (steps + 1) * batch_size  # one step warms up
     if len(examples) < needed:
-        raise cli.InputError(f"--steps {steps}: takes {needed:,} examples, and there are {len(examples):,}")
-    collate, device = Collator(tokenizer.pad_token_id), modeling.local_device()
-    dtype = modeling.compute_dtype(use_qlora)
+        raise InputError(f"--steps {steps}: takes {needed:,} examples, and there are {len(examples):,}")
+    collate, device = Collator(tokenizer.pad_token_id), local_device()
+    dtype = compute_dtype(use_qlora)
     sorted_order = list(StepSampler(examples["length"][:], batch_size, seed=0))
 
     def micro_batches(order: list[int]) -> list[dict[str, torch.Tensor]]:

@@ -24,8 +24,8 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from benchmarks.common import in_fresh_process, print_json, print_table
 from minionerec import checks, cli
-from minionerec.data import Problems
-from minionerec.resident import peak_rss_gb
+from minionerec.errors import Problems
+from minionerec.process_memory import peak_rss_gb
 from scripts.prepare_data import prepare_data
 
 FIRST, LAST = 1_475_280_000, 1_541_030_400  # 2016-10-01 and 2018-11-01

@@ -25,7 +25,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from benchmarks.common import answer, in_turn, peak_memory_gb, print_json, print_table, quiet, reset_peak_memory
 from benchmarks.decode import LEVELS, prefix_table, random_sids, sid_tokenizer
 from minionerec import checks, cli
-from minionerec.data import Problems
+from minionerec.errors import Problems
 
 WAYS = {
     "plain": "plain",
@@ -58,7 +58,8 @@ def setting(shape: dict, sids: int, prompts: int, prompt_tokens: int, silent_sha
     from transformers import AutoModelForCausalLM, Qwen2Config, set_seed
 
     import lora_utils
-    from minionerec import modeling, sid
+    from minionerec.data import sid_tokens
+    from minionerec.model import device
 
     set_seed(0)
     tokenizer = sid_tokenizer(shape["vocab_size"])
@@ -70,10 +71,10 @@ def setting(shape: dict, sids: int, prompts: int, prompt_tokens: int, silent_sha
         eos_token_id=0,
         pad_token_id=0,
     )
-    dtype = modeling.compute_dtype()
-    model = AutoModelForCausalLM.from_config(config, dtype=dtype).to(modeling.local_device())
+    dtype = device.compute_dtype()
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype).to(device.local_device())
     catalogue = random_sids(sids)
-    sequences = sid.sid_sequences(tokenizer, catalogue)
+    sequences = sid_tokens.sid_sequences(tokenizer, catalogue)
     ids = sorted(set(sequences.flatten().tolist()))
     adapter = lora_utils.lora_config(model, ids, lora_r=16, lora_dropout=0.0)
     rows = torch.randint(2, shape["vocab_size"], (prompts, prompt_tokens)).tolist()
@@ -91,8 +92,9 @@ def ours(connection, way: str, generations: int, micro_batch: int, *settings) ->
     from datasets import Dataset
     from trl import GRPOConfig
 
-    from minionerec import modeling, sid
-    from minionerec.rl_trainer import ReReTrainer
+    from minionerec.decoding.trie import Trie
+    from minionerec.model import device
+    from minionerec.training.rl_trainer import ReReTrainer
 
     tokenizer, model, adapter, catalogue, sequences, prompts, silent = setting(*settings)
     steps = len(prompts) * generations // micro_batch
@@ -116,7 +118,7 @@ def ours(connection, way: str, generations: int, micro_batch: int, *settings) ->
                 loss_type="grpo",
                 learning_rate=1e-4,
                 max_completion_length=len(LEVELS) + 1,
-                **modeling.mixed_precision(False),
+                **device.mixed_precision(False),
                 use_cpu=not torch.cuda.is_available(),
                 activation_checkpointing=False,
                 remove_unused_columns=False,
@@ -124,7 +126,7 @@ def ours(connection, way: str, generations: int, micro_batch: int, *settings) ->
             Dataset.from_dict(rows),
             processing_class=tokenizer,
             peft_config=adapter,
-            trie=sid.Trie(sequences, tokenizer.eos_token_id),
+            trie=Trie(sequences, tokenizer.eos_token_id),
             sids=catalogue,
             mask_all_zero=way == "masked",
         )

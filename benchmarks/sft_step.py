@@ -30,7 +30,7 @@ from benchmarks.common import (
     seconds_of,
 )
 from minionerec import checks, cli
-from minionerec.data import Problems
+from minionerec.errors import Problems
 
 METHODS = {
     "full": "full, all logits",
@@ -75,16 +75,17 @@ def train(
     from peft import get_peft_model
 
     import lora_utils
-    from minionerec import modeling
-    from minionerec.dataset import IGNORE
-    from minionerec.trainer import response_logits
+    from minionerec.data.examples import IGNORE
+    from minionerec.model import loading
+    from minionerec.model.device import compute_dtype, local_device, master_dtype
+    from minionerec.training.sft_trainer import response_logits
 
     torch.manual_seed(0)
-    tokenizer = modeling.load_tokenizer(folder)
+    tokenizer = loading.load_tokenizer(folder)
     quantization = lora_utils.quantization_config(method == "qlora", method == "lora8")
     full = method in ("full", "full_response")
-    model = modeling.load_base(folder, quantization, dtype=modeling.master_dtype() if full else None)
-    ids = modeling.add_sid_tokens(model, tokenizer, [f"<a_{i}>" for i in range(sids)])
+    model = loading.load_base(folder, quantization, dtype=master_dtype() if full else None)
+    ids = loading.add_sid_tokens(model, tokenizer, [f"<a_{i}>" for i in range(sids)])
     if method == "peft":
         model = get_peft_model(model, lora_utils.lora_config(model, ids))
     elif method in ("lora", "lora8", "qlora"):
@@ -93,7 +94,7 @@ def train(
     if gradient_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
     model.train()
-    device, dtype = modeling.local_device(), modeling.compute_dtype(quantization is not None)
+    device, dtype = local_device(), compute_dtype(quantization is not None)
     input_ids = torch.randint(0, ids[0], (rows, tokens))
     input_ids[:, tokens // 2 :] = torch.tensor(ids)[torch.randint(0, len(ids), (rows, tokens - tokens // 2))]
     labels = input_ids.clone()

@@ -22,7 +22,7 @@ PHASES = ("checks", "imports", "tokenizer and base", "adapter", "examples", "tra
 
 def run_marked(marks_file: str, flags: list[str]) -> None:
     """Runs sft.py in this process; writes the seconds since the epoch at which each of PHASES ended, and exits."""
-    from minionerec.data import Problems
+    from minionerec.errors import Problems
 
     marks: list[float] = []
 
@@ -44,14 +44,16 @@ def run_marked(marks_file: str, flags: list[str]) -> None:
         marks.append(time.time())
         Problems.check = check
         import lora_utils
-        from minionerec import dataset, modeling, trainer
+        from minionerec.data import examples
+        from minionerec.model import loading
+        from minionerec.training import sft_trainer
 
-        modeling.load_tokenizer = marked(modeling.load_tokenizer, before=True)
-        modeling.add_sid_tokens = marked(modeling.add_sid_tokens, before=True)
+        loading.load_tokenizer = marked(loading.load_tokenizer, before=True)
+        loading.add_sid_tokens = marked(loading.add_sid_tokens, before=True)
         lora_utils.trainable_report = marked(lora_utils.trainable_report)
-        dataset.tokenized_dataset = marked(dataset.tokenized_dataset)
-        trainer.SFTTrainer.train = marked(trainer.SFTTrainer.train, before=True)
-        step = trainer.SFTTrainer.training_step
+        examples.tokenized_dataset = marked(examples.tokenized_dataset)
+        sft_trainer.SFTTrainer.train = marked(sft.SFTTrainer.train, before=True)
+        step = sft_trainer.SFTTrainer.training_step
 
         def first_step(*args, **kwargs):
             step(*args, **kwargs)
@@ -61,7 +63,7 @@ def run_marked(marks_file: str, flags: list[str]) -> None:
                 json.dump(marks, file)
             os._exit(0)
 
-        trainer.SFTTrainer.training_step = first_step
+        sft_trainer.SFTTrainer.training_step = first_step
 
     Problems.check = checked
     import sft

@@ -3,8 +3,8 @@
 import json
 import os
 
-from minionerec.cli import InputError
-from minionerec.data import shorten
+from minionerec.data.files import shorten
+from minionerec.errors import InputError
 from minionerec.recorded import ADAPTER, FLAGS, RUN, TRAINER_STATE, check_values
 
 RUN_FILE = "minionerec.json"  # the resolved configuration of the run that wrote the checkpoint

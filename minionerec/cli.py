@@ -19,6 +19,8 @@ import typing
 import warnings
 from collections.abc import Callable
 
+from minionerec.errors import InputError, RunError
+
 # On a CPU, PyTorch and oneDNN each keep 1024 compiled products, one for every width a batch has had: 1.2 GB of a QLoRA
 # run on a small base, and no time saved by the older ones. Read when torch is imported.
 PRODUCTS_KEPT = {"LRU_CACHE_CAPACITY": "64", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64"}
@@ -40,23 +42,6 @@ SAVES_MEMORY = {
 # libgomp, which PyTorch's CPU and CUDA wheels bundle, reads it when torch is imported.
 THREADS_SLEEP = {"OMP_WAIT_POLICY": "PASSIVE"}
 CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
-
-
-class InputError(Exception):
-    """Input that cannot be used. Carries every problem found, one line each, naming the place and the remedy."""
-
-    def __init__(self, problems: str | list[str]):
-        self.problems = [problems] if isinstance(problems, str) else list(problems)
-        super().__init__("\n".join(self.problems))
-
-
-class RunError(Exception):
-    """A run that cannot go on, in one line that says what is left and what to do. `everywhere`: all processes of the
-    run raise it."""
-
-    def __init__(self, message: str, exit_code: int = 1, everywhere: bool = False):
-        self.exit_code, self.everywhere = exit_code, everywhere
-        super().__init__(message)
 
 
 def parse_value(text: str, annotation) -> object:

@@ -5,8 +5,8 @@ Each table names the values that later commands read: the check of one, and what
 
 import math
 
-from minionerec.cli import InputError
-from minionerec.data import shorten
+from minionerec.data.files import shorten
+from minionerec.errors import InputError
 
 
 def _is_whole(least: int):

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from minionerec.cli import InputError
+from minionerec.errors import InputError
 
 CONFIG, WEIGHTS = "sasrec.json", "sasrec.safetensors"
 

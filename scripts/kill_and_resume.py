@@ -18,7 +18,7 @@ import zipfile
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from minionerec import checks, cli
-from minionerec.data import Problems
+from minionerec.errors import Problems
 
 ROOT = sys.path[0]
 DEMO = os.path.join(ROOT, "examples", "demo")
@@ -113,7 +113,7 @@ def _strike(process: subprocess.Popen, output: str, while_saving: bool, delay: f
 
 
 def _complete(output: str) -> list[str]:
-    from minionerec.trainer import is_complete
+    from minionerec.training.resume import is_complete
 
     names = os.listdir(output) if os.path.isdir(output) else []
     folders = [os.path.join(output, name) for name in names if name.startswith("checkpoint-")]

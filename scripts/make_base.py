@@ -11,8 +11,9 @@ import sys
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from minionerec import checks, cli
-from minionerec.data import Problems, read_titles_and_descriptions
-from minionerec.prompts import TASKS
+from minionerec.data.files import read_titles_and_descriptions
+from minionerec.data.prompts import TASKS
+from minionerec.errors import Problems
 
 
 def make_base(

@@ -16,7 +16,7 @@ import sys
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from minionerec import checks, cli
-from minionerec.data import Problems
+from minionerec.errors import Problems
 
 LEVELS, CODES = 8, 65_536  # at most
 FOR_ADDING = (

@@ -11,7 +11,8 @@ import sys
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from minionerec import checks, cli
-from minionerec.data import Problems, count_rows, read_interactions
+from minionerec.data.files import count_rows, read_interactions
+from minionerec.errors import InputError, Problems
 from minionerec.metrics import popularity, rank_of, ranking_metrics
 
 RANKING = ("HR@1", "HR@5", "HR@10", "NDCG@5", "NDCG@10", "MRR")
@@ -76,7 +77,7 @@ def table(
     results = {folder: _read(os.path.join(folder, RESULT)) for seeds in folders.values() for folder in seeds}
     for folder, result in results.items():
         if len(result) != rows:
-            raise cli.InputError(f"--runs: {folder} ranks {len(result)} rows, {test_data_path} has {rows}")
+            raise InputError(f"--runs: {folder} ranks {len(result)} rows, {test_data_path} has {rows}")
     # MRR grows with the length of a ranking: all are cut to the shortest.
     length = min(len(result[0]["predict"]) for result in results.values())
 

@@ -11,7 +11,8 @@ import time
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from minionerec import checks, cli
-from minionerec.data import Problems, count_rows, read_info, read_interactions
+from minionerec.data.files import count_rows, read_info, read_interactions
+from minionerec.errors import Problems
 from minionerec.metrics import format_metrics, rank_of, ranking_metrics
 
 LENGTH = 50  # items of a ranking
@@ -65,9 +66,11 @@ def train_sasrec(
 
     import torch
 
-    from minionerec import modeling, sasrec
+    from minionerec import sasrec
     from minionerec.checkpoint import write_json
-    from minionerec.trainer import folder_size_mb, peak_memory_gb
+    from minionerec.model import device
+    from minionerec.process_memory import peak_memory_gb
+    from minionerec.training.finish import folder_size_mb
 
     def events(path: str, flag: str) -> tuple[list[list[str]], list[str]]:
         rows = list(read_interactions(path, flag, sids, titles=False))
@@ -86,7 +89,7 @@ def train_sasrec(
     torch.manual_seed(seed)
     rng = random.Random(seed)
     histories, targets = events(train_file, "train_file")
-    model = sasrec.SASRec(sids, hidden_size, dropout=dropout).to(modeling.local_device())
+    model = sasrec.SASRec(sids, hidden_size, dropout=dropout).to(device.local_device())
     optimizer = torch.optim.Adam(model.parameters(), lr=learning_rate)
     watched = f"NDCG@{max(k for k in (1, 3, 5, 10) if k <= len(sids))}"
     started, best, waited = time.perf_counter(), None, 0

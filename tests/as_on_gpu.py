@@ -15,7 +15,7 @@ sys.path.insert(0, str(ROOT))
 
 
 def answer(name: str = "bfloat16"):
-    """What stands in for `modeling.compute_dtype`."""
+    """What stands in for `device.compute_dtype`."""
     import torch
 
     return lambda quantized=False: getattr(torch, name)
@@ -23,9 +23,9 @@ def answer(name: str = "bfloat16"):
 
 def switch() -> None:
     """Turns this process into one on a GPU that computes in AS_ON_GPU."""
-    from minionerec import modeling
+    from minionerec.model import device
 
-    modeling.compute_dtype = answer(os.environ.get("AS_ON_GPU", "bfloat16"))
+    device.compute_dtype = answer(os.environ.get("AS_ON_GPU", "bfloat16"))
 
 
 def main() -> None:

@@ -11,9 +11,9 @@ from peft import AutoPeftModelForCausalLM
 from transformers import AutoModelForCausalLM
 
 import lora_utils
-from minionerec import architecture, modeling
-from minionerec.cli import InputError
-from minionerec.memory import Step, predict
+from minionerec.dryrun.memory import Step, predict
+from minionerec.errors import InputError
+from minionerec.model import adapters, architecture, loading
 
 IDS = [90, 91, 5]  # of SID rows
 TOKENS = torch.tensor([[1, 90, 5, 7, 91, 3, 8, 9, 10], [2, 5, 90, 91, 8, 4, 3, 2, 1]])
@@ -120,7 +120,7 @@ def test_all_says_what_it_leaves_out(name):
 def test_an_adapter_trains_loads_and_merges(tmp_path, name):
     base = build(name)
     base.save_pretrained(tmp_path / "base")
-    model = adapted(modeling.load_base(str(tmp_path / "base"), dtype=torch.float32))
+    model = adapted(loading.load_base(str(tmp_path / "base"), dtype=torch.float32))
     assert not untrained(model)
     model.save_pretrained(tmp_path / "adapter")
     trained, far = logits(model), 1e-2
@@ -129,7 +129,7 @@ def test_an_adapter_trains_loads_and_merges(tmp_path, name):
     torch.testing.assert_close(without, logits(base), atol=2e-5, rtol=1e-4)
     assert (trained - without).abs().max() > far
 
-    loaded = lora_utils.load_adapter(base, str(tmp_path / "adapter"))
+    loaded = adapters.load_adapter(base, str(tmp_path / "adapter"))
     torch.testing.assert_close(logits(loaded), trained, atol=2e-5, rtol=1e-4)
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
@@ -170,7 +170,7 @@ def test_qlora_trains_loads_and_merges(tmp_path, name):
     quantization = lora_utils.quantization_config(use_qlora=True)
 
     def base():
-        return modeling.load_base(str(tmp_path / "base"), quantization)
+        return loading.load_base(str(tmp_path / "base"), quantization)
 
     model = base()
     skeleton = lora_utils.meta_model(configuration(name))
@@ -188,14 +188,14 @@ def test_qlora_trains_loads_and_merges(tmp_path, name):
         assert not untrained(model)
         trained = logits(model)
         model.save_pretrained(tmp_path / "adapter")
-        assert torch.equal(logits(lora_utils.load_adapter(base(), str(tmp_path / "adapter"))), trained)
+        assert torch.equal(logits(adapters.load_adapter(base(), str(tmp_path / "adapter"))), trained)
     with model.disable_adapter(), torch.autocast("cpu", torch.bfloat16):
         far = (logits(model) - trained).abs().mean()
     with torch.autocast("cpu", torch.bfloat16):  # the same arithmetic: in another, routers choose other experts
-        written_out = lora_utils.load_adapter(base().dequantize(torch.bfloat16), str(tmp_path / "adapter"))
+        written_out = adapters.load_adapter(base().dequantize(torch.bfloat16), str(tmp_path / "adapter"))
         assert (logits(written_out) - trained).abs().mean() < 0.01 * far
     whole = base().dequantize(torch.float32).to(torch.float32)
-    loaded = lora_utils.load_adapter(whole, str(tmp_path / "adapter"))
+    loaded = adapters.load_adapter(whole, str(tmp_path / "adapter"))
     expected = logits(loaded)
     torch.testing.assert_close(logits(loaded.merge_and_unload()), expected, atol=2e-4, rtol=1e-3)
 
@@ -211,7 +211,7 @@ def test_experts_have_no_8_bits(tmp_path):
     config = configuration("mixtral")
     report = lora_utils.check_adapter(config, 8)
     assert "2 x mlp.experts.gate_up_proj (bitsandbytes has no 8 bits for it)" in report
-    model = modeling.load_base(str(tmp_path / "base"), lora_utils.quantization_config(load_in_8bit=True))
+    model = loading.load_base(str(tmp_path / "base"), lora_utils.quantization_config(load_in_8bit=True))
     stored = {f"{n}.weight" for n, m in model.named_modules() if type(m).__name__ == "Linear8bitLt"}
     assert stored == set(architecture.quantized_weights(lora_utils.meta_model(config), 8))
     assert not untrained(adapted(model))

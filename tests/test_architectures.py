@@ -9,10 +9,11 @@ from test_logprobs import gradients, one_by_one
 from test_sid import EOS, exhaustive, sids_of
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-from minionerec.beams import CopiedBeams, RereadBeams, TreeBeams
-from minionerec.logprobs import completion_logps
-from minionerec.probe import may_share_rows, prove
-from minionerec.sid import Trie, constrained_beam_search, constrained_sample
+from minionerec.decoding.beam_search import constrained_beam_search, constrained_sample
+from minionerec.decoding.beams import CopiedBeams, RereadBeams, TreeBeams
+from minionerec.decoding.probe import may_share_rows, prove
+from minionerec.decoding.trie import Trie
+from minionerec.training.logprobs import completion_logps
 
 SMALL = {
     "vocab_size": 96,

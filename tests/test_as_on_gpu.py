@@ -16,7 +16,7 @@ import evaluate
 import merge_lora
 import rl
 import sft
-from minionerec import modeling
+from minionerec.model import device, loading
 
 SFT = {
     "full": {},
@@ -31,7 +31,7 @@ WHOLE = ("full", "train_from_scratch", "freeze_LLM")
 
 @pytest.fixture(autouse=True)
 def on_gpu(monkeypatch):
-    monkeypatch.setattr(modeling, "compute_dtype", answer("bfloat16"))
+    monkeypatch.setattr(device, "compute_dtype", answer("bfloat16"))
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,7 @@ def published(base, tmp_path_factory) -> str:
     """The base as bases are published, in bfloat16."""
     folder = str(tmp_path_factory.mktemp("published"))
     AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16).save_pretrained(folder)
-    modeling.load_tokenizer(base).save_pretrained(folder)
+    loading.load_tokenizer(base).save_pretrained(folder)
     return folder
 
 
@@ -137,7 +137,7 @@ def test_evaluation_ranks_as_in_float32(files, trained, tmp_path, method, monkey
     flags |= {"test_data_path": files["test"], "num_beams": 20}
     found = []
     for dtype in ("bfloat16", "float32"):
-        monkeypatch.setattr(modeling, "compute_dtype", answer(dtype))
+        monkeypatch.setattr(device, "compute_dtype", answer(dtype))
         path = tmp_path / f"{dtype}.json"
         metrics = evaluate.evaluate(**flags, result_json_data=str(path))
         assert 0 < metrics["HR@20"] <= 1

@@ -12,7 +12,8 @@ import merge_lora
 import rl
 import sft
 from minionerec import cli
-from minionerec.cli import InputError, parse_flags, parse_value
+from minionerec.cli import parse_flags, parse_value
+from minionerec.errors import InputError
 from scripts.train_sasrec import train_sasrec
 
 
@@ -166,7 +167,7 @@ def test_few_compiled_products_are_kept(tmp_path):
     """bfloat16 products of 900 widths: kept, they hold 0.6 GB; those of the last 64 less than a tenth of that."""
     script = tmp_path / "widths.py"
     script.write_text(
-        "from minionerec import cli\nfrom minionerec.resident import rss_gb\n"
+        "from minionerec import cli\nfrom minionerec.process_memory import rss_gb\n"
         "def multiply(count: int = 900):\n"
         "    import torch\n"
         "    rows, weight = torch.randn(1000, 64).bfloat16(), torch.randn(64, 256).bfloat16()\n"

@@ -4,8 +4,8 @@ import json
 import pytest
 from helpers import COLUMNS
 
-from minionerec import data
-from minionerec.cli import InputError
+from minionerec.data import files as data_files
+from minionerec.errors import InputError
 
 
 def write(path, rows, header=COLUMNS):
@@ -27,8 +27,8 @@ def problem(function, *args, **kwargs) -> str:
 def test_cells_survive_the_round_trip(tmp_path):
     titles = ["a, \"b\" 'c'", "line\nbreak", "Été {x}"]
     path = write(tmp_path / "t.csv", [row(str(titles), "it's, “new”", "['<a>', '<b>', '<a>']")])
-    (read,) = data.read_interactions(path, "train_file", ["<a>", "<b>"])
-    assert read == data.Interaction(["<a>", "<b>", "<a>"], titles, "<b>", "it's, “new”")
+    (read,) = data_files.read_interactions(path, "train_file", ["<a>", "<b>"])
+    assert read == data_files.Interaction(["<a>", "<b>", "<a>"], titles, "<b>", "it's, “new”")
 
 
 @pytest.mark.parametrize(
@@ -45,40 +45,42 @@ def test_cells_survive_the_round_trip(tmp_path):
 )
 def test_a_bad_row_is_named(tmp_path, bad, message):
     path = write(tmp_path / "t.csv", [row(), bad])
-    text = problem(data.count_rows, path, "train_file", ["<a>", "<b>"])
+    text = problem(data_files.count_rows, path, "train_file", ["<a>", "<b>"])
     assert f"{path}, line 3: {message}" in text
     assert not (tmp_path / "hacked").exists()
 
 
 def test_many_problems_are_counted(tmp_path):
     path = write(tmp_path / "t.csv", [row(sid="<z>")] * 9)
-    lines = problem(data.count_rows, path, "train_file", ["<a>"]).splitlines()
+    lines = problem(data_files.count_rows, path, "train_file", ["<a>"]).splitlines()
     assert len(lines) == 6
     assert lines[-1].endswith("4 more problems like these")
 
 
 def test_bad_files_are_named(tmp_path):
-    assert "no such file" in problem(data.count_rows, str(tmp_path / "none.csv"), "train_file")
-    assert "--train_file is missing" in problem(data.count_rows, "", "train_file")
-    assert "has no rows" in problem(data.count_rows, write(tmp_path / "e.csv", []), "train_file")
+    assert "no such file" in problem(data_files.count_rows, str(tmp_path / "none.csv"), "train_file")
+    assert "--train_file is missing" in problem(data_files.count_rows, "", "train_file")
+    assert "has no rows" in problem(data_files.count_rows, write(tmp_path / "e.csv", []), "train_file")
     path = write(tmp_path / "c.csv", [row()], [*COLUMNS[:-1], "sid"])
-    assert "column item_sid is missing" in problem(data.count_rows, path, "train_file")
+    assert "column item_sid is missing" in problem(data_files.count_rows, path, "train_file")
     (tmp_path / "latin.csv").write_bytes(",".join(COLUMNS).encode() + b"\nu,\xe9\n")
-    assert "is not UTF-8" in problem(data.count_rows, str(tmp_path / "latin.csv"), "train_file")
+    assert "is not UTF-8" in problem(data_files.count_rows, str(tmp_path / "latin.csv"), "train_file")
 
 
 def test_titles_are_not_needed_where_no_task_reads_them(tmp_path):
     path = write(tmp_path / "t.csv", [["['<a>']", "<b>"]], ["history_item_sid", "item_sid"])
-    assert data.count_rows(path, "test_data_path", titles=False) == 1
+    assert data_files.count_rows(path, "test_data_path", titles=False) == 1
 
 
 def test_catalogue(files):
-    catalogue = data.read_catalogue(files["index"], files["item"])
+    catalogue = data_files.read_catalogue(files["index"], files["item"])
     assert len(catalogue.items) == 40
     assert len(catalogue.sids) == 39
     assert catalogue.items["0"].description == "A bolt. Number 0."
     assert "<a_0>" in catalogue.sid_tokens
-    assert data.read_info(files["info"], catalogue) == list(dict.fromkeys(i.sid for i in catalogue.items.values()))
+    assert data_files.read_info(files["info"], catalogue) == list(
+        dict.fromkeys(i.sid for i in catalogue.items.values())
+    )
 
 
 def test_bad_catalogues_are_named(tmp_path):
@@ -90,25 +92,25 @@ def test_bad_catalogues_are_named(tmp_path):
         ('{"7": "<a_1>"}', "item '7': expected a list of SID tokens"),
     ):
         path.write_text(content)
-        assert message in problem(data.read_catalogue, str(path))
+        assert message in problem(data_files.read_catalogue, str(path))
 
 
 def test_info_and_index_that_disagree(tmp_path):
     (tmp_path / "index.json").write_text(json.dumps({"1": ["<a>"], "2": ["<b>"]}))
-    catalogue = data.read_catalogue(str(tmp_path / "index.json"))
+    catalogue = data_files.read_catalogue(str(tmp_path / "index.json"))
     info = tmp_path / "info.json"
     info.write_text("<b>\tt\t1\n<a>\tt\t9\nbroken\n")
-    text = problem(data.read_info, str(info), catalogue)
+    text = problem(data_files.read_info, str(info), catalogue)
     assert "line 1: item '1' is <b> here and <a> in the index" in text
     assert "line 2: item '9' is not in the index file" in text
     assert "line 3: expected SID<tab>title<tab>item id" in text
 
 
 def test_samples_are_the_same_for_the_same_seed():
-    samples = [list(data.sample_rows(iter(range(100)), 100, 10, seed)) for seed in (1, 1, 2)]
+    samples = [list(data_files.sample_rows(iter(range(100)), 100, 10, seed)) for seed in (1, 1, 2)]
     assert samples[0] == samples[1] == sorted(samples[0])
     assert samples[0] != samples[2]
-    assert list(data.sample_rows(range(5), 5, -1, 1)) == [0, 1, 2, 3, 4]
+    assert list(data_files.sample_rows(range(5), 5, -1, 1)) == [0, 1, 2, 3, 4]
 
 
 def test_info_files_that_cannot_be_read(tmp_path):
@@ -119,8 +121,8 @@ def test_info_files_that_cannot_be_read(tmp_path):
         (b"<a> t 1\n", "expected SID<tab>"),
     ):
         info.write_bytes(content)
-        assert message in problem(data.read_info, str(info))
-    assert "no such file" in problem(data.read_info, str(tmp_path / "none.txt"))
+        assert message in problem(data_files.read_info, str(info))
+    assert "no such file" in problem(data_files.read_info, str(tmp_path / "none.txt"))
 
 
 def test_bad_metadata_is_named(tmp_path):
@@ -132,4 +134,4 @@ def test_bad_metadata_is_named(tmp_path):
         ('{"2": {"title": "Bolt"}}', "do the two files belong together?"),
     ):
         path.write_text(content)
-        assert message in problem(data.read_catalogue, str(tmp_path / "index.json"), str(path))
+        assert message in problem(data_files.read_catalogue, str(tmp_path / "index.json"), str(path))

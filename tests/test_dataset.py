@@ -7,11 +7,12 @@ import pytest
 import torch
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 
-from minionerec import dataset
-from minionerec.data import Interaction, Item, read_catalogue, read_interactions
-from minionerec.dataset import IGNORE, Collator, Encoder, Pieces, item_rows, left_padded, tokenized_dataset
-from minionerec.modeling import load_tokenizer
-from minionerec.prompts import RECOMMENDATION, load_prompts
+from minionerec.data import encoding, examples
+from minionerec.data.encoding import Encoder, Pieces, left_padded
+from minionerec.data.examples import IGNORE, Collator, item_rows, tokenized_dataset
+from minionerec.data.files import Interaction, Item, read_catalogue, read_interactions
+from minionerec.data.prompts import RECOMMENDATION, load_prompts
+from minionerec.model.loading import load_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -138,17 +139,17 @@ def test_the_cache_knows_the_code_and_the_tokenizers_release(tokenizer, files, t
         return tokenized_dataset(encoder, rows_of_files(files), [files["train"]]).cache_files[0]["filename"]
 
     package = tmp_path / "package"
-    shutil.copytree(Path(dataset.__file__).parent, package)
-    assert dataset.code_digest(str(package)) == dataset.code_digest()
+    shutil.copytree(Path(encoding.__file__).parent.parent, package)
+    assert examples.code_digest(str(package)) == examples.code_digest()
     first = name()
-    (package / "prompts.py").write_text((package / "prompts.py").read_text() + "\n# changed\n")
-    dataset.code_digest.cache_clear()
-    changed = dataset.code_digest(str(package))
-    assert changed != dataset.code_digest()
+    (package / "data" / "prompts.py").write_text((package / "data" / "prompts.py").read_text() + "\n# changed\n")
+    examples.code_digest.cache_clear()
+    changed = examples.code_digest(str(package))
+    assert changed != examples.code_digest()
     assert name() == first
-    monkeypatch.setattr(dataset, "code_digest", lambda: changed)
+    monkeypatch.setattr(examples, "code_digest", lambda: changed)
     second = name()
-    monkeypatch.setattr(dataset.tokenizers, "__version__", "0.0.1")
+    monkeypatch.setattr(encoding.tokenizers, "__version__", "0.0.1")
     assert len({first, second, name()}) == 3
 
 

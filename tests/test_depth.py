@@ -11,10 +11,10 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from transformers import CONFIG_MAPPING
 
 import lora_utils
-from minionerec import depth, memory
-from minionerec.depth import Depth
-from minionerec.dryrun import suggestion
-from minionerec.memory import Step, predict
+from minionerec.dryrun import depth, memory
+from minionerec.dryrun.depth import Depth
+from minionerec.dryrun.memory import Step, predict
+from minionerec.dryrun.report import suggestion
 
 ARCHITECTURES = json.loads((ROOT / "tests" / "architectures.json").read_text())
 # Changes to the small configurations, and how many of 8 layers are measured.

@@ -17,9 +17,8 @@ from test_bad_input import refused
 from test_trainer import trainer_of
 
 from minionerec.checks import check_output_dir
-from minionerec.cli import InputError, RunError
-from minionerec.data import Problems
-from minionerec.trainer import resume_point
+from minionerec.errors import InputError, Problems, RunError
+from minionerec.training.resume import resume_point
 
 FLAGS = {"use_lora": True, "num_epochs": 4, "eval_step": 0.2, "learning_rate": 1e-3}
 

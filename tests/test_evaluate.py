@@ -8,7 +8,7 @@ from helpers import ROOT, run_command, sft_flags
 from test_bad_input import refused
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from minionerec.data import read_info
+from minionerec.data.files import read_info
 from minionerec.metrics import rank_of, ranking_metrics
 
 

@@ -7,7 +7,7 @@ import pytest
 from helpers import COLUMNS
 
 import evaluate
-from minionerec.data import read_interactions
+from minionerec.data.files import read_interactions
 from minionerec.metrics import format_metrics, rank_of, ranking_metrics
 
 

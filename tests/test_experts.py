@@ -9,8 +9,8 @@ from architectures import build, configuration
 from peft import AutoPeftModelForCausalLM, get_peft_model
 
 import lora_utils
-from minionerec import architecture, experts, modeling
-from minionerec.cli import InputError
+from minionerec.errors import InputError
+from minionerec.model import adapters, architecture, experts, loading
 
 IDS = [90, 91, 5]
 TOKENS = torch.tensor([[1, 90, 5, 7, 91, 3, 8, 9, 10], [2, 5, 90, 91, 8, 4, 3, 2, 1]])
@@ -63,7 +63,7 @@ def saved(tmp_path_factory):
 
 
 def in_4_bits(path: str):
-    return modeling.load_base(path, lora_utils.quantization_config(use_qlora=True))
+    return loading.load_base(path, lora_utils.quantization_config(use_qlora=True))
 
 
 @pytest.mark.parametrize("multiplies_right", [True, False])
@@ -138,7 +138,7 @@ def test_dropout_is_on_in_training_also_for_experts(tmp_path):
     evaluated = logits(1)
     assert torch.equal(evaluated, logits(2))
     model.save_pretrained(tmp_path)
-    loaded = lora_utils.load_adapter(build("deepseek_v3"), str(tmp_path)).eval()
+    loaded = adapters.load_adapter(build("deepseek_v3"), str(tmp_path)).eval()
     assert loaded.peft_config["default"].lora_dropout == 0  # PEFT would refuse to load another
     torch.testing.assert_close(loaded(input_ids=TOKENS, use_cache=False).logits, evaluated)
 
@@ -191,7 +191,7 @@ def test_a_copy_of_an_adapter_gives_the_same(saved, name, bits):
     model = moved(lora_utils.add_lora(model, lora_utils.lora_config(model, IDS, lora_r=8))).eval()
     with torch.no_grad():
         before = model(input_ids=TOKENS, use_cache=False).logits
-        lora_utils.copy_adapter(model, "default", "ref")
+        adapters.copy_adapter(model, "default", "ref")
         assert torch.equal(model(input_ids=TOKENS, use_cache=False).logits, before)
         moved(model)
         assert not torch.equal(model(input_ids=TOKENS, use_cache=False).logits, before)
@@ -205,7 +205,7 @@ def test_peft_alone_loads_a_qlora_adapter_on_4_bits(saved, tmp_path):
     model.save_pretrained(tmp_path)
     quantization = lora_utils.quantization_config(use_qlora=True)
     plain = AutoPeftModelForCausalLM.from_pretrained(tmp_path, quantization_config=quantization).eval()
-    modeling._keep_training_layout(plain)
+    loading._keep_training_layout(plain)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         ours, theirs = (m(input_ids=TOKENS, use_cache=False).logits for m in (model, plain))
         with model.disable_adapter():
@@ -225,7 +225,7 @@ def test_no_loss_of_the_routers_is_computed(saved, tmp_path):
     model = build("mixtral")
     model.config.output_router_logits = True
     model.save_pretrained(tmp_path)
-    loaded = modeling.load_base(str(tmp_path))
+    loaded = loading.load_base(str(tmp_path))
     mask = torch.zeros(2, 1, 9, 9)  # as RL's, of which the routers' loss can make nothing
     assert loaded(input_ids=TOKENS, attention_mask=mask, use_cache=False).get("aux_loss") is None
     assert architecture.experts_per_token(loaded.config) == 2

@@ -11,9 +11,11 @@ from test_sid import EOS, random_sids
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from minionerec import beams, head
-from minionerec.logprobs import completion_logps
-from minionerec.sid import Trie, constrained_beam_search
+from minionerec.decoding import beams
+from minionerec.decoding.beam_search import constrained_beam_search
+from minionerec.decoding.trie import Trie
+from minionerec.model import head
+from minionerec.training.logprobs import completion_logps
 
 # What an architecture does after its head: nothing, a cap, a bias in the head.
 HEADS = {"qwen2": {}, "gemma2": {"final_logit_softcapping": 3.0}, "phi3": {}, "codegen": {}}

@@ -11,10 +11,10 @@ from helpers import COLUMNS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minionerec import data
-from minionerec.cli import InputError
-from minionerec.prompts import load_prompts
-from minionerec.sid import Trie
+from minionerec.data import files as data_files
+from minionerec.data.prompts import load_prompts
+from minionerec.decoding.trie import Trie
+from minionerec.errors import InputError
 
 settings.register_profile("project", max_examples=150, deadline=None, derandomize=True)
 settings.load_profile("project")
@@ -99,9 +99,10 @@ def test_valid_interactions_survive_the_round_trip(rows):
         for past, sid, title in rows
     ]
     with written(csv_bytes([[str(cell) for cell in row] for row in cells])) as path:
-        read = list(data.read_interactions(path, "train_file"))
+        read = list(data_files.read_interactions(path, "train_file"))
     expected = [
-        data.Interaction([s for s, _ in past], [t for _, t in past], sid, title.strip()) for past, sid, title in rows
+        data_files.Interaction([s for s, _ in past], [t for _, t in past], sid, title.strip())
+        for past, sid, title in rows
     ]
     assert read == expected
 
@@ -116,7 +117,9 @@ ROWS = st.one_of(
 @given(st.lists(ROWS, max_size=5), st.booleans())
 def test_any_cells_are_read_or_refused(rows, known):
     with written(csv_bytes(rows)) as path:
-        found = read_or_refuse(lambda: list(data.read_interactions(path, "train_file", {"<a_1>"} if known else None)))
+        found = read_or_refuse(
+            lambda: list(data_files.read_interactions(path, "train_file", {"<a_1>"} if known else None))
+        )
     check_rows(found or ())
 
 
@@ -130,7 +133,7 @@ def check_rows(rows) -> None:
 def test_hostile_cells_in_every_column_and_field(cell):
     for column in range(len(ROW)):
         with written(csv_bytes([[*ROW[:column], cell, *ROW[column + 1 :]]])) as path:
-            check_rows(read_or_refuse(lambda path=path: list(data.read_interactions(path, "train_file"))) or ())
+            check_rows(read_or_refuse(lambda path=path: list(data_files.read_interactions(path, "train_file"))) or ())
     cell = cell.replace("\\ud800", "\ud800")
     for index, fields in (
         ({"0": [cell]}, {"title": "t"}),
@@ -138,7 +141,7 @@ def test_hostile_cells_in_every_column_and_field(cell):
         ({"0": ["<a_1>"]}, {"title": "t", "description": cell}),
     ):
         with written(json.dumps(index).encode()) as index_path, written(json.dumps({"0": fields}).encode()) as path:
-            catalogue = read_or_refuse(data.read_catalogue, index_path, path)
+            catalogue = read_or_refuse(data_files.read_catalogue, index_path, path)
         for item in catalogue.items.values() if catalogue else ():
             f"{item.sid}{item.title}{item.description}".encode()
 
@@ -147,11 +150,11 @@ def test_hostile_cells_in_every_column_and_field(cell):
 def test_any_bytes_are_read_or_refused(content):
     header = (",".join(COLUMNS) + "\n").encode()
     for reader, prefix in (
-        (lambda path: data.count_rows(path, "train_file"), header),
-        (lambda path: data.count_rows(path, "train_file"), b""),
-        (data.read_catalogue, b""),
-        (data.read_titles_and_descriptions, b""),
-        (data.read_info, b""),
+        (lambda path: data_files.count_rows(path, "train_file"), header),
+        (lambda path: data_files.count_rows(path, "train_file"), b""),
+        (data_files.read_catalogue, b""),
+        (data_files.read_titles_and_descriptions, b""),
+        (data_files.read_info, b""),
         (lambda path: load_prompts("x", path), b""),
     ):
         with written(prefix + content) as path:
@@ -175,8 +178,8 @@ SID_LISTS = st.one_of(st.lists(TOKENS, min_size=1, max_size=5), st.lists(JSON, m
 def test_any_catalogue_is_read_or_refused(index, metadata):
     metadata = dict.fromkeys(index, metadata)
     with written(json.dumps(index).encode()) as index_path, written(json.dumps(metadata).encode()) as meta_path:
-        catalogue = read_or_refuse(data.read_catalogue, index_path, meta_path)
-        read_or_refuse(data.read_titles_and_descriptions, meta_path)
+        catalogue = read_or_refuse(data_files.read_catalogue, index_path, meta_path)
+        read_or_refuse(data_files.read_titles_and_descriptions, meta_path)
         read_or_refuse(load_prompts, "x", meta_path)
     for item in catalogue.items.values() if catalogue else ():
         f"{item.sid}{item.title}{item.description}".encode()
@@ -191,8 +194,8 @@ def test_a_valid_catalogue_and_its_info_file_survive(items):
     index = {str(i): [f"{token}>" for token in sid.split(">")[:-1]] for i, (sid, _) in enumerate(items)}
     lines = "".join(f"{sid}\t{title}\t{i}\n" for i, (sid, title) in enumerate(items))
     with written(json.dumps(index).encode()) as index_path, written(lines.encode()) as info_path:
-        catalogue = data.read_catalogue(index_path)
-        sids = data.read_info(info_path, catalogue)
+        catalogue = data_files.read_catalogue(index_path)
+        sids = data_files.read_info(info_path, catalogue)
     assert sids == list(dict.fromkeys(sid for sid, _ in items))
     assert [item.sid for item in catalogue.items.values()] == [sid for sid, _ in items]
 
@@ -200,7 +203,7 @@ def test_a_valid_catalogue_and_its_info_file_survive(items):
 @given(st.lists(st.text(max_size=60), max_size=8))
 def test_any_info_lines_are_read_or_refused(lines):
     with written("\n".join(lines).encode("utf-8", "surrogatepass")) as path:
-        sids = read_or_refuse(data.read_info, path)
+        sids = read_or_refuse(data_files.read_info, path)
     assert sids is None or (sids and all(sid == sid.strip() != "" for sid in sids))
 
 
@@ -214,8 +217,8 @@ def test_a_trie_holds_sids_of_any_length(sequences):
 def test_tens_of_thousands_of_rows_and_a_huge_cell():
     long = [ROW[0], repr(["t" * 5_000_000]), *ROW[2:]]
     with written(csv_bytes([ROW] * 40_000 + [long])) as path:
-        assert data.count_rows(path, "train_file", {"<a_1>"}) == 40_001
+        assert data_files.count_rows(path, "train_file", {"<a_1>"}) == 40_001
     bad = [*ROW[:5], "5", ROW[6]]
     with written(csv_bytes([bad] * 40_000)) as path, pytest.raises(InputError) as error:
-        data.count_rows(path, "train_file")
+        data_files.count_rows(path, "train_file")
     assert len(error.value.problems) == 6 and "39995 more problems" in error.value.problems[-1]

@@ -4,8 +4,8 @@ from models import make_model
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import lora_utils
-from minionerec.logprobs import completion_logps
-from minionerec.probe import prove
+from minionerec.decoding.probe import prove
+from minionerec.training.logprobs import completion_logps
 
 # Two prompts of different lengths with three completions each, and one with a single completion; of 1 to 3 tokens.
 PROMPTS = [[5, 6, 7, 90, 8]] * 3 + [[9, 10, 91]] * 3 + [[11, 12, 13, 14]]

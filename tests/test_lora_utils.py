@@ -12,8 +12,9 @@ from safetensors.torch import load_file
 from transformers import CONFIG_MAPPING
 
 import lora_utils
-from minionerec.cli import InputError
-from minionerec.modeling import load_base
+from minionerec.errors import InputError
+from minionerec.model import adapters, low_rank, sid_rows
+from minionerec.model.loading import load_base
 
 IDS = [90, 91, 5]  # SID rows need not be the last ones
 
@@ -123,8 +124,8 @@ def test_row_only_forward_equals_pefts_layer(architecture, tied):
     gradients = [{n: p.grad for n, p in m.named_parameters() if p.requires_grad} for m in (plain, fast)]
     rows = [name for name in gradients[1] if "trainable_tokens_delta" in name]
     assert len(rows) == (1 if tied else 2)
-    assert any(isinstance(m, lora_utils.SidRows) for m in fast.modules())
-    assert not any(isinstance(m, lora_utils.SidRows) for m in plain.modules())
+    assert any(isinstance(m, sid_rows.SidRows) for m in fast.modules())
+    assert not any(isinstance(m, sid_rows.SidRows) for m in plain.modules())
     for name, gradient in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], gradient, atol=1e-6, rtol=1e-4)
     # With the adapter off, both are the base again.
@@ -165,7 +166,7 @@ def test_evaluation_does_not_cut_the_gradients_of_4_bit_layers(saved_base):
 
 def test_norms_alone_are_in_float32(saved_base):
     model = load_base(saved_base[False], lora_utils.quantization_config(use_qlora=True))
-    lora_utils.prepare_quantized(model)
+    adapters.prepare_quantized(model)
     for name, parameter in model.named_parameters():
         if parameter.is_floating_point():
             assert (parameter.dtype == torch.float32) == ("norm" in name), name
@@ -217,7 +218,7 @@ def test_a_saved_adapter_is_small_loads_and_refuses_another_base(saved_base, tmp
     base = load_base(saved_base[tied])
     base.resize_token_embeddings(100, mean_resizing=False)
     untrained = base(input_ids=ids).logits.detach()
-    loaded = lora_utils.load_adapter(base, str(tmp_path)).eval()
+    loaded = adapters.load_adapter(base, str(tmp_path)).eval()
     assert torch.equal(loaded(input_ids=ids).logits, model(input_ids=ids).logits)
     assert not torch.allclose(loaded(input_ids=ids).logits, untrained)
 
@@ -239,9 +240,9 @@ def change(**changes):
 )
 def test_an_adapter_of_another_base_is_refused(tmp_path, architecture, changes):
     adapted(make_model(tie_word_embeddings=False)).save_pretrained(tmp_path)
-    lora_utils.load_adapter(make_model(tie_word_embeddings=False), str(tmp_path))
+    adapters.load_adapter(make_model(tie_word_embeddings=False), str(tmp_path))
     with pytest.raises(InputError, match="does not fit the base"):
-        lora_utils.load_adapter(make_model(architecture, **{"tie_word_embeddings": False, **changes}), str(tmp_path))
+        adapters.load_adapter(make_model(architecture, **{"tie_word_embeddings": False, **changes}), str(tmp_path))
 
 
 @pytest.mark.parametrize("settings", [{}, {"use_dora": True}, {"use_rslora": True, "lora_target_modules": "qkv"}])
@@ -251,7 +252,7 @@ def test_every_kind_of_adapter_loads_again(tmp_path, architecture, settings):
     before = model(input_ids=torch.tensor([[1, 90, 5, 7]])).logits.detach()
     train(model, steps=1)
     model.save_pretrained(tmp_path)
-    loaded = lora_utils.load_adapter(make_model(architecture, scale=2.0), str(tmp_path)).eval()
+    loaded = adapters.load_adapter(make_model(architecture, scale=2.0), str(tmp_path)).eval()
     logits = loaded(input_ids=torch.tensor([[1, 90, 5, 7]])).logits
     torch.testing.assert_close(logits, model.eval()(input_ids=torch.tensor([[1, 90, 5, 7]])).logits)
     assert not torch.allclose(logits, before, atol=1e-4)
@@ -296,7 +297,7 @@ def test_the_lean_update_is_pefts(architecture):
         output = model(input_ids=ids, labels=ids)
         output.loss.backward()
         results.append((output.logits, {name: p.grad for name, p in model.named_parameters() if name in values}))
-    assert any(isinstance(module, lora_utils._LeanForward) for module in lean.modules())
+    assert any(isinstance(module, low_rank._LeanForward) for module in lean.modules())
     torch.testing.assert_close(results[1][0], results[0][0])
     for name, grad in results[0][1].items():
         torch.testing.assert_close(results[1][1][name], grad, msg=name)
@@ -324,8 +325,8 @@ def test_the_lean_update_on_4_bits_is_pefts(saved_base):
 def test_dropout_draws_the_same_mask_in_both_passes():
     torch.manual_seed(0)
     x, a, b = (torch.randn(*shape, requires_grad=True) for shape in ((4, 3, 16), (2, 16), (8, 2)))
-    update = lora_utils._LowRankUpdate.apply(x, a, b, 0.5, 0.25, 11, torch.float32)
-    mask = lora_utils._kept(x.shape, 0.25, 11, x.device)
+    update = low_rank._LowRankUpdate.apply(x, a, b, 0.5, 0.25, 11, torch.float32)
+    mask = low_rank._kept(x.shape, 0.25, 11, x.device)
     expected = (x * mask / 0.75) @ a.T @ b.T * 0.5
     torch.testing.assert_close(update, expected)
     weights = torch.randn_like(update)
@@ -339,14 +340,14 @@ def test_dropout_draws_the_same_mask_in_both_passes():
 
 @pytest.mark.parametrize("dropout", [0.05, 0.5])
 def test_dropout_masks_are_fair(dropout):
-    kept = lora_utils._kept(torch.Size((401, 1001)), dropout, 3, torch.device("cpu"))
-    assert abs(lora_utils._kept_share(dropout) - (1 - dropout)) < 1e-5
+    kept = low_rank._kept(torch.Size((401, 1001)), dropout, 3, torch.device("cpu"))
+    assert abs(low_rank._kept_share(dropout) - (1 - dropout)) < 1e-5
     error = 4 * (dropout * (1 - dropout) / (kept.numel() // 4)) ** 0.5  # four standard deviations of a lane's mean
     for lane in range(4):
         assert abs(kept.flatten()[lane::4].float().mean().item() - (1 - dropout)) < error
     neighbours = kept.flatten()[:-1].float(), kept.flatten()[1:].float()
     assert abs(torch.corrcoef(torch.stack(neighbours))[0, 1].item()) < 0.01
-    assert not torch.equal(kept, lora_utils._kept(kept.shape, dropout, 4, kept.device))
+    assert not torch.equal(kept, low_rank._kept(kept.shape, dropout, 4, kept.device))
 
 
 def test_dropout_is_on_in_training_alone_and_follows_the_seed():

@@ -15,12 +15,13 @@ from test_trainer import IDS
 from transformers import AutoModelForCausalLM
 
 import lora_utils
-from minionerec import dryrun
 from minionerec.checks import memory_gb
-from minionerec.logprobs import completion_logps
-from minionerec.memory import GB, Step, _Alive, cache_gb, predict
-from minionerec.resident import rss_gb
-from minionerec.trainer import response_logits
+from minionerec.dryrun import report
+from minionerec.dryrun.memory import GB, Step, _Alive, cache_gb, predict
+from minionerec.model import adapters
+from minionerec.process_memory import rss_gb
+from minionerec.training.logprobs import completion_logps
+from minionerec.training.sft_trainer import response_logits
 
 ROWS, TOKENS, RESPONSE = 4, 120, 3
 
@@ -83,7 +84,7 @@ def test_the_reference_of_a_full_run_on_a_gpu_is_rounded():
     config, step = config_of("qwen2"), Step(1, 20, 4)
     one, two = (predict(config, 96, IDS, step, "full", True, reference_copy=copy) for copy in (False, True))
     model = AutoModelForCausalLM.from_config(config)
-    lora_utils.round_weights(model, torch.bfloat16)
+    adapters.round_weights(model, torch.bfloat16)
     reference = sum(p.numel() * p.element_size() for p in model.parameters())
     assert (two["weights"] - one["weights"]) * GB == pytest.approx(reference, rel=0.01)
 
@@ -130,15 +131,15 @@ def test_a_step_of_rl_on_plain_rows_is_predicted():
 @pytest.mark.parametrize("architecture", ["bloom", "mamba", "gpt_neo", "mpt", "lfm2", "qwen3_5_text"])
 def test_a_dry_run_of_rl_takes_plain_rows_where_rl_does(architecture, monkeypatch, capsys):
     steps = []
-    monkeypatch.setattr(dryrun, "say_flags", lambda flags: None)
-    monkeypatch.setattr(dryrun, "say_tasks", lambda *_: None)
-    monkeypatch.setattr(dryrun, "predict", lambda *a, **k: steps.append(a[3]) or predict(*a, **k))
+    monkeypatch.setattr(report, "say_flags", lambda flags: None)
+    monkeypatch.setattr(report, "say_tasks", lambda *_: None)
+    monkeypatch.setattr(report, "predict", lambda *a, **k: steps.append(a[3]) or predict(*a, **k))
     flags = {
         "use_lora": False, "use_qlora": False, "load_in_8bit": False, "gradient_checkpointing": False, "beta": 0.0,
         "gpu_memory": "12GB", "train_batch_size": 4, "gradient_accumulation_steps": 1, "num_generations": 2,
-        "dynamic_sampling": False, "test_during_training": False, **dict.fromkeys(dryrun.ADAPTER_FLAGS),
+        "dynamic_sampling": False, "test_during_training": False, **dict.fromkeys(report.ADAPTER_FLAGS),
     }  # fmt: skip
-    parts = dryrun.rl(flags, configuration(architecture), range(96), [], None, None, [[1] * 20], 1, 4, own=False)
+    parts = report.rl(flags, configuration(architecture), range(96), [], None, None, [[1] * 20], 1, 4, own=False)
     assert steps[0] == Step(4, 24, 16, False, False, rewarded=True) and parts["total"] > 0
     assert "each repeat their prompt" in capsys.readouterr().out
 

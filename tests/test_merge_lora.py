@@ -17,8 +17,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import lora_utils
 import sft
 from merge_lora import merge
-from minionerec import modeling
 from minionerec.checkpoint import make_portable, read_run
+from minionerec.model import adapters, loading
 
 
 def digests(folder: Path) -> dict[str, str]:
@@ -90,12 +90,12 @@ def test_a_merged_checkpoint_equals_its_adapter(trained, base, untied_base, tmp_
 
 
 def test_four_bit_weights_are_merged_as_what_they_stand_for(trained, base):
-    tokenizer = modeling.load_tokenizer(trained["4 bits"])
+    tokenizer = loading.load_tokenizer(trained["4 bits"])
     quantization = lora_utils.quantization_config(use_qlora=True)
     merged = lora_utils.load_adapted(base, trained["4 bits"], tokenizer, quantization, merge_in=torch.float32)
-    plain = modeling.load_base(base, quantization).dequantize(torch.float32).to(torch.float32)
-    modeling.fit_embeddings(plain, tokenizer)
-    adapted = lora_utils.load_adapter(plain, trained["4 bits"])
+    plain = loading.load_base(base, quantization).dequantize(torch.float32).to(torch.float32)
+    loading.fit_embeddings(plain, tokenizer)
+    adapted = adapters.load_adapter(plain, trained["4 bits"])
     ids = torch.arange(30).unsqueeze(0)
     torch.testing.assert_close(logits_of(merged, ids), logits_of(adapted, ids), atol=1e-5, rtol=1e-5)
 
@@ -107,7 +107,7 @@ def test_into_the_original_base_says_how_the_rankings_differ(trained, files, tmp
     report = read_run(str(tmp_path / "m"))["merged"]
     assert report["compared_rows"] == 5 and 0 < report["same_of_10"] <= 1
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "m")
-    tokenizer = modeling.load_tokenizer(trained["4 bits"])
+    tokenizer = loading.load_tokenizer(trained["4 bits"])
     base_model = read_run(trained["4 bits"])["flags"]["base_model"]
     expected = lora_utils.load_adapted(base_model, trained["4 bits"], tokenizer, merge_in=torch.float32)
     ids = torch.arange(30).unsqueeze(0)
@@ -167,7 +167,7 @@ def test_sampling_defaults_of_a_base_stay_behind(trained, files, base, tmp_path)
     path.write_text(json.dumps({**ids, **sampling, "max_new_tokens": 2048}))
     merge(adapter=trained["tied"], base_model=str(tmp_path / "chat"), output_dir=str(tmp_path / "merged"), sample=1)
     sft.train(**sft_flags(files, str(tmp_path / "chat"), str(tmp_path / "run"), sample=8, eval_step=0.5))
-    eos = modeling.load_tokenizer(base).eos_token_id
+    eos = loading.load_tokenizer(base).eos_token_id
     for folder in (tmp_path / "merged", tmp_path / "run" / "final_checkpoint"):
         saved = json.loads((folder / "generation_config.json").read_text())
         saved.pop("transformers_version")
@@ -238,7 +238,7 @@ def test_a_base_that_does_not_say_its_precision(trained, base, tmp_path):
 
 def test_a_merged_checkpoint_is_another_base(trained, base, tmp_path):
     merge(adapter=trained["tied"], output_dir=str(tmp_path / "merged"))
-    assert modeling.fingerprint(str(tmp_path / "merged")) != modeling.fingerprint(base)
+    assert loading.fingerprint(str(tmp_path / "merged")) != loading.fingerprint(base)
     refused(
         "merge_lora.py",
         "does not fit",
@@ -249,7 +249,7 @@ def test_a_merged_checkpoint_is_another_base(trained, base, tmp_path):
     # In other shards and another precision it is the same.
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
     model.save_pretrained(tmp_path / "shards", max_shard_size="100KB")
-    assert modeling.fingerprint(str(tmp_path / "shards")) == modeling.fingerprint(base)
+    assert loading.fingerprint(str(tmp_path / "shards")) == loading.fingerprint(base)
 
 
 def test_damaged_weights_are_named(trained, files, base, tmp_path):

@@ -20,19 +20,23 @@ import evaluate
 import lora_utils
 import rl
 import sft
-from minionerec import checks, data, modeling, rl_trainer
 from minionerec.checkpoint import base_of_adapter
-from minionerec.cli import InputError
-from minionerec.dataset import Encoder, prompt_dataset, tokenized_dataset
-from minionerec.prompts import RECOMMENDATION, load_prompts
+from minionerec.data import files as data_files
+from minionerec.data import texts
+from minionerec.data.encoding import Encoder
+from minionerec.data.examples import prompt_dataset, tokenized_dataset
+from minionerec.data.prompts import RECOMMENDATION, load_prompts
+from minionerec.errors import InputError, Problems
+from minionerec.model import loading
+from minionerec.training import rl_trainer
 
 NAN = float("nan")
 
 
-def catalogue_of(tmp_path, **fields) -> data.Catalogue:
+def catalogue_of(tmp_path, **fields) -> data_files.Catalogue:
     (tmp_path / "index.json").write_text('{"0": ["<a>"], "1": ["<b>"]}')
     (tmp_path / "item.json").write_text(json.dumps({"0": {"title": "Bolt"}, "1": fields}))
-    return data.read_catalogue(str(tmp_path / "index.json"), str(tmp_path / "item.json"))
+    return data_files.read_catalogue(str(tmp_path / "index.json"), str(tmp_path / "item.json"))
 
 
 @pytest.mark.parametrize(
@@ -56,7 +60,7 @@ def test_what_is_missing_is_empty(tmp_path, value, text):
     item = catalogue_of(tmp_path, title=value, description=value).items["1"]
     assert (item.title, item.description) == (text, text)
     if text:
-        assert text in data.read_titles_and_descriptions(str(tmp_path / "item.json"))
+        assert text in data_files.read_titles_and_descriptions(str(tmp_path / "item.json"))
 
 
 @pytest.mark.parametrize(
@@ -86,7 +90,7 @@ def test_what_is_no_text_is_refused(tmp_path, name, value):
     (problem,) = error.value.problems
     assert problem.startswith(f"{tmp_path}/item.json, item '1': {name} must be text or a list of texts, found ")
     with pytest.raises(InputError) as again:
-        data.read_titles_and_descriptions(str(tmp_path / "item.json"))
+        data_files.read_titles_and_descriptions(str(tmp_path / "item.json"))
     assert again.value.problems == [problem]
 
 
@@ -110,29 +114,29 @@ def write(path: Path, rows: list[tuple[str, str]]) -> str:
     ],
 )
 def test_missing_titles_of_interactions(tmp_path, cells, titles, title):
-    (row,) = data.read_interactions(write(tmp_path / "t.csv", [cells]), "train_file")
+    (row,) = data_files.read_interactions(write(tmp_path / "t.csv", [cells]), "train_file")
     assert (row.title_history, row.title) == (titles, title)
 
 
 @pytest.mark.parametrize("cell", ["[nope]", "[nan, 5]", "[nan, ['x']]", "nan", "{'x', nan}", "[nan, __import__('os')]"])
 def test_other_names_in_a_list_of_titles_are_refused(tmp_path, cell):
     with pytest.raises(InputError, match="line 2: history_item_title must be a list of texts"):
-        list(data.read_interactions(write(tmp_path / "t.csv", [(cell, "z")]), "train_file"))
+        list(data_files.read_interactions(write(tmp_path / "t.csv", [(cell, "z")]), "train_file"))
 
 
 def test_a_history_of_sids_misses_nothing(tmp_path):
     path = write(tmp_path / "t.csv", [("['x', 'y']", "z")])
     Path(path).write_text(Path(path).read_text().replace("['<a>', '<b>']", "['<a>', nan]"))
     with pytest.raises(InputError, match="line 2: history_item_sid must be a list of texts"):
-        list(data.read_interactions(path, "train_file"))
+        list(data_files.read_interactions(path, "train_file"))
 
 
 def test_rows_are_examples_of_the_tasks_whose_texts_they_have():
     prompts = load_prompts("bolts", tasks=",".join(load_prompts("x").tasks) + ",description_to_sid")
-    whole = data.Interaction(["<a>"], ["x"], "<b>", "y")
+    whole = data_files.Interaction(["<a>"], ["x"], "<b>", "y")
     untitled, no_history = replace(whole, title=""), replace(whole, title_history=[""])
     bare = replace(untitled, title_history=[" "])
-    item = data.Item("<a>", "x", "y")
+    item = data_files.Item("<a>", "x", "y")
     suited = {
         name: [row for row in (whole, untitled, no_history, bare) if task.suits(row)]
         for name, task in prompts.tasks.items()
@@ -192,7 +196,7 @@ def files(tmp_path_factory) -> dict[str, str]:
 def base(files, tmp_path_factory) -> str:
     """A tiny model whose tokenizer prepends."""
     folder = str(tmp_path_factory.mktemp("prepending") / "base")
-    tokenizer = prepending_tokenizer(data.read_titles_and_descriptions(files["item"]))
+    tokenizer = prepending_tokenizer(data_files.read_titles_and_descriptions(files["item"]))
     torch.manual_seed(0)
     size = {"vocab_size": len(tokenizer), "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}
     AutoModelForCausalLM.from_config(config_of("qwen2", **size, max_position_embeddings=512)).save_pretrained(folder)
@@ -259,11 +263,11 @@ def test_the_ranking_equals_scoring_every_sid_and_its_ending(files, trained, tmp
         num_beams=20,
     )
     results = json.loads((tmp_path / "r.json").read_text())
-    tokenizer = modeling.load_tokenizer(checkpoint)
+    tokenizer = loading.load_tokenizer(checkpoint)
     model = lora_utils.load_adapted(base_of_adapter(checkpoint), checkpoint, tokenizer).eval()
     prompts = load_prompts("bolts", files["prompts"], RECOMMENDATION)
-    sids = data.read_info(files["info"])
-    for row, result in zip(data.read_interactions(files["test"], "test_data_path"), results, strict=True):
+    sids = data_files.read_info(files["info"])
+    for row, result in zip(data_files.read_interactions(files["test"], "test_data_path"), results, strict=True):
         text = prompts.render(prompts.tasks[RECOMMENDATION], {"sid_history": ", ".join(row.sid_history)})
         prompt = tokenizer(text).input_ids
         assert prompt[0] == tokenizer.bos_token_id
@@ -295,8 +299,10 @@ def test_rl_writes_the_ending_and_takes_its_log_probabilities(files, trained, tm
     names = ("sid_history_to_sid", "title_to_sid", "description_to_sid", "title_history_to_sid")
     assert metrics["train_prompts"] == sum(rows[name] for name in names)
     assert f"{files['item']}: 4 of 20 rows lack a text that description_to_sid needs" in capsys.readouterr().out
-    tokenizer = modeling.load_tokenizer(str(tmp_path / "rl" / "final_checkpoint"))
-    texts = {tuple(tokenizer(f"{sid}\n", add_special_tokens=False).input_ids) for sid in data.read_info(files["info"])}
+    tokenizer = loading.load_tokenizer(str(tmp_path / "rl" / "final_checkpoint"))
+    texts = {
+        tuple(tokenizer(f"{sid}\n", add_special_tokens=False).input_ids) for sid in data_files.read_info(files["info"])
+    }
     assert written
     for ids, mask in written:
         assert all(mask) and ids[-1] == tokenizer.eos_token_id and tuple(ids[:-1]) in texts
@@ -327,7 +333,7 @@ def test_rl_refuses_tasks_that_end_differently(files, trained, tmp_path):
 def test_a_tokenizer_that_takes_sids_apart_is_refused_before_a_model_is_loaded(
     files, base, trained, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(modeling, "load_base", None)
+    monkeypatch.setattr(loading, "load_base", None)
     # A checkpoint of an older release: its SID tokens are matched after the normalizer.
     old = tmp_path / "old"
     shutil.copytree(trained[0] / "final_checkpoint", old)
@@ -343,7 +349,7 @@ def test_a_tokenizer_that_takes_sids_apart_is_refused_before_a_model_is_loaded(
     assert f"--model_path {old}: SID '<a_0><b_0>' becomes " in problem
     assert problem.endswith(f"start from a checkpoint that sft.py made with {files['index']}")
     # A base with a token of its own that begins before a SID.
-    other = modeling.load_tokenizer(base)
+    other = loading.load_tokenizer(base)
     other.add_tokens([AddedToken("es: <a_0>", normalized=False)])
     shutil.copytree(base, tmp_path / "base")
     other.save_pretrained(tmp_path / "base")
@@ -356,22 +362,22 @@ def test_a_tokenizer_that_takes_sids_apart_is_refused_before_a_model_is_loaded(
 def test_a_file_without_a_title_is_refused_where_every_task_needs_one(files, base, tmp_path):
     path = write(tmp_path / "t.csv", [("['', '']", ""), ("[nan, None]", "nan")])
     prompts = load_prompts("x", tasks="title_history_to_title,sid_history_to_title")
-    problems = data.Problems()
-    assert checks.check_interactions(problems, "eval_file", path, None, prompts)[0] == 2
+    problems = Problems()
+    assert texts.check_interactions(problems, "eval_file", path, None, prompts)[0] == 2
     (problem,) = problems
     assert problem == (
         f"--eval_file {path}: no row has the titles that sid_history_to_title, title_history_to_title need; choose "
         "other --tasks"
     )
-    problems = data.Problems()
-    rows, lines = checks.check_interactions(problems, "train_file", path, None, load_prompts("x"))
+    problems = Problems()
+    rows, lines = texts.check_interactions(problems, "train_file", path, None, load_prompts("x"))
     assert not problems and rows == 2 and len(lines) == 3 and "2 of 2 rows" in lines[0]
 
 
 def test_tasks_without_a_row_make_no_examples(files, base):
-    tokenizer = modeling.load_tokenizer(base)
+    tokenizer = loading.load_tokenizer(base)
     encoder = Encoder(tokenizer, load_prompts("x", tasks="title_history_to_title,title_to_sid"), 512)
-    row, item = data.Interaction(["<a>"], [""], "<b>", ""), data.Item("<a>", "", "text")
+    row, item = data_files.Interaction(["<a>"], [""], "<b>", ""), data_files.Item("<a>", "", "text")
     rows = {"interaction": [row], "item": [item, replace(item, title="Bolt")]}
     assert len(tokenized_dataset(encoder, rows.__getitem__, [])) == 1
     encoder = Encoder(tokenizer, load_prompts("x", tasks="title_history_to_sid,title_to_sid"), 512)

@@ -16,8 +16,8 @@ import lora_utils
 import rl
 import sft
 from merge_lora import merge
-from minionerec import architecture, modeling
-from minionerec.cli import InputError
+from minionerec.errors import InputError
+from minionerec.model import architecture, loading
 
 TOKENS = torch.arange(20).unsqueeze(0)
 
@@ -30,7 +30,7 @@ def base_of(base, tmp_path_factory):
     def made(name: str, kind=AutoModelForCausalLM) -> str:
         path = folder / name
         if not path.exists():
-            tokenizer, config = modeling.load_tokenizer(base), configuration(name)
+            tokenizer, config = loading.load_tokenizer(base), configuration(name)
             text = config.get_text_config()
             text.vocab_size = len(tokenizer)
             text.bos_token_id = text.eos_token_id = text.pad_token_id = tokenizer.eos_token_id
@@ -105,7 +105,7 @@ def test_a_checkpoint_with_a_vision_tower_that_loads_without_it(files, base_of, 
     checkpoint = train(files, base, tmp_path / "run", use_lora=True)
     plain = AutoPeftModelForCausalLM.from_pretrained(checkpoint)
     assert type(plain.get_base_model()).__name__ == "Qwen3_5ForCausalLM"
-    ours = lora_utils.load_adapted(base, checkpoint, modeling.load_tokenizer(checkpoint))
+    ours = lora_utils.load_adapted(base, checkpoint, loading.load_tokenizer(checkpoint))
     torch.testing.assert_close(logits(ours), logits(plain), atol=1e-5, rtol=1e-5)
     with ours.disable_adapter():
         assert not torch.allclose(logits(ours), logits(plain), atol=1e-2)
@@ -130,7 +130,7 @@ def test_experts_go_through_all_commands(files, base_of, tmp_path, capsys):
     assert all(not torch.equal(moved[0][name], moved[1][name]) for name in moved[0] if "experts.lora_A" in name)
 
     merge(adapter=trained, output_dir=str(tmp_path / "merged"))
-    tokenizer, quantization = modeling.load_tokenizer(trained), lora_utils.quantization_config(use_qlora=True)
+    tokenizer, quantization = loading.load_tokenizer(trained), lora_utils.quantization_config(use_qlora=True)
     adapted = lora_utils.load_adapted(base, trained, tokenizer, quantization)
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     with adapted.disable_adapter():
@@ -152,7 +152,7 @@ def test_experts_go_through_all_commands(files, base_of, tmp_path, capsys):
 def test_what_a_base_cannot_have_is_refused_before_training(files, base, tmp_path, name, flags, message):
     config = CONFIG_MAPPING[name]() if name == "mistral3" else configuration(name)
     config.save_pretrained(tmp_path / "base")
-    modeling.load_tokenizer(base).save_pretrained(tmp_path / "base")
+    loading.load_tokenizer(base).save_pretrained(tmp_path / "base")
     with pytest.raises(InputError, match=message):
         sft.train(**sft_flags(files, str(tmp_path / "base"), str(tmp_path / "run"), **flags))
     assert not (tmp_path / "run").exists()

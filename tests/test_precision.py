@@ -23,8 +23,10 @@ import evaluate
 import lora_utils
 import rl
 import sft
-from minionerec import modeling, ranking, trainer
-from minionerec.cli import RunError
+from minionerec import process_memory
+from minionerec.decoding import ranking
+from minionerec.errors import RunError
+from minionerec.model import adapters, device, loading
 
 # --- Which dtype ------------------------------------------------------------------------------------------------------
 
@@ -47,28 +49,28 @@ def cards(monkeypatch):
 @pytest.mark.parametrize(("capability", "dtype"), [(7, torch.float16), (8, torch.bfloat16), (9, torch.bfloat16)])
 def test_a_card_that_emulates_bfloat16_computes_in_float16(cards, capability, dtype):
     cards(capability)
-    assert modeling.compute_dtype() == modeling.compute_dtype(quantized=True) == dtype
+    assert device.compute_dtype() == device.compute_dtype(quantized=True) == dtype
     assert lora_utils.quantization_config(use_qlora=True).bnb_4bit_compute_dtype == dtype
-    half = modeling.mixed_precision(False)
+    half = device.mixed_precision(False)
     assert half == {"bf16": dtype == torch.bfloat16, "fp16": dtype == torch.float16}
-    assert modeling.master_dtype() == torch.float32
+    assert device.master_dtype() == torch.float32
 
 
 def test_a_cpu_computes_in_float32_and_beside_bitsandbytes_in_bfloat16():
-    assert modeling.compute_dtype() == torch.float32 and modeling.compute_dtype(quantized=True) == torch.bfloat16
-    assert modeling.mixed_precision(False) == {"bf16": False, "fp16": False}
+    assert device.compute_dtype() == torch.float32 and device.compute_dtype(quantized=True) == torch.bfloat16
+    assert device.mixed_precision(False) == {"bf16": False, "fp16": False}
 
 
 @pytest.mark.parametrize("name", ["float16", "bfloat16"])
 def test_a_frozen_base_is_loaded_in_what_the_device_computes(base, monkeypatch, name):
-    monkeypatch.setattr(modeling, "compute_dtype", answer(name))
+    monkeypatch.setattr(device, "compute_dtype", answer(name))
     dtype = getattr(torch, name)
-    assert modeling.load_base(base).dtype == dtype
-    quantized = modeling.load_base(base, lora_utils.quantization_config(use_qlora=True))
+    assert loading.load_base(base).dtype == dtype
+    quantized = loading.load_base(base, lora_utils.quantization_config(use_qlora=True))
     assert quantized.get_input_embeddings().weight.dtype == dtype
     adapted = lora_utils.add_lora(quantized, lora_utils.lora_config(quantized, IDS))
     assert {p.dtype for p in adapted.parameters() if p.requires_grad} == {torch.float32}
-    rows = lora_utils.train_sid_rows_only(modeling.load_base(base), IDS)
+    rows = lora_utils.train_sid_rows_only(loading.load_base(base), IDS)
     assert {p.dtype for p in rows.parameters() if p.requires_grad} == {torch.float32}
 
 
@@ -88,19 +90,19 @@ def share_changed(before: Path, after: Path, dtype: torch.dtype = torch.float32)
 
 
 def test_a_full_run_trains_all_weights_at_a_small_rate(files, base, tmp_path, monkeypatch):
-    monkeypatch.setattr(modeling, "compute_dtype", answer("bfloat16"))
+    monkeypatch.setattr(device, "compute_dtype", answer("bfloat16"))
     flags = {"learning_rate": 1e-6, "sample": 10}
     run = sft_run(files, base, tmp_path / "masters", **flags)
     assert share_changed(Path(base), newest(run)) > 0.95
     # What the test is about: weights in bfloat16 lose nearly every step.
-    monkeypatch.setattr(modeling, "master_dtype", lambda: torch.bfloat16)
+    monkeypatch.setattr(device, "master_dtype", lambda: torch.bfloat16)
     run = sft_run(files, base, tmp_path / "bfloat16", **flags)
     assert share_changed(Path(base), newest(run), torch.bfloat16) < 0.05
 
 
 def test_reinforcement_trains_all_weights_at_its_default_rate(files, base, tmp_path, monkeypatch):
     start = sft_run(files, base, tmp_path / "sft", learning_rate=1e-2) / "final_checkpoint"
-    monkeypatch.setattr(modeling, "compute_dtype", answer("bfloat16"))
+    monkeypatch.setattr(device, "compute_dtype", answer("bfloat16"))
     flags = rl_flags(files, start, tmp_path / "rl", add_gt=True, test_during_training=False, learning_rate=1e-6)
     rl.train(**strings(flags))
     assert share_changed(start, newest(tmp_path / "rl")) > 0.95
@@ -109,7 +111,7 @@ def test_reinforcement_trains_all_weights_at_its_default_rate(files, base, tmp_p
 def test_a_full_run_in_16_bits_follows_the_curve_of_float32(files, base, tmp_path, monkeypatch):
     curves = []
     for name in ("float32", "bfloat16"):
-        monkeypatch.setattr(modeling, "compute_dtype", answer(name))
+        monkeypatch.setattr(device, "compute_dtype", answer(name))
         run = sft_run(files, base, tmp_path / name, learning_rate=1e-3)
         curves.append([*logged(run, "loss"), *logged(run, "eval_loss")])
     assert curves[0][-1] < curves[0][0] - 0.3
@@ -125,7 +127,7 @@ def test_the_rounded_reference_computes_what_the_policy_does(architecture, imple
     ids = torch.arange(1, 40).view(3, 13)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         expected = model(input_ids=ids).logits
-        lora_utils.round_weights(model, torch.bfloat16)
+        adapters.round_weights(model, torch.bfloat16)
         assert torch.equal(model(input_ids=ids).logits, expected)
     dtypes = {name: p.dtype for name, p in model.named_parameters()}
     assert {torch.bfloat16, torch.float32} == set(dtypes.values())
@@ -134,9 +136,9 @@ def test_the_rounded_reference_computes_what_the_policy_does(architecture, imple
 def test_full_runs_keep_the_precision_of_their_base(base, files, tmp_path):
     """On a CPU, where a base in bfloat16 trains in float32 too."""
     folder = tmp_path / "base"
-    modeling.load_base(base).to(torch.bfloat16).save_pretrained(folder)
-    modeling.load_tokenizer(base).save_pretrained(folder)
-    assert modeling.saved_dtype(str(folder)) == torch.bfloat16 and modeling.saved_dtype(base) == torch.float32
+    loading.load_base(base).to(torch.bfloat16).save_pretrained(folder)
+    loading.load_tokenizer(base).save_pretrained(folder)
+    assert loading.saved_dtype(str(folder)) == torch.bfloat16 and loading.saved_dtype(base) == torch.float32
     run = sft_run(files, str(folder), tmp_path / "run", sample=10)
     assert {t.dtype for t in tensors_of(run / "final_checkpoint").values()} == {torch.bfloat16}
     config = json.loads((run / "final_checkpoint" / "config.json").read_text())
@@ -146,7 +148,7 @@ def test_full_runs_keep_the_precision_of_their_base(base, files, tmp_path):
 
 def test_rows_alone_leave_a_base_that_was_rounded_as_it_was(files, base, tmp_path, monkeypatch):
     """A base in float32 on a GPU that computes in bfloat16."""
-    monkeypatch.setattr(modeling, "compute_dtype", answer("bfloat16"))
+    monkeypatch.setattr(device, "compute_dtype", answer("bfloat16"))
     run = sft_run(files, base, tmp_path / "run", sample=10, freeze_LLM=True, learning_rate=1e-2)
     before, after = tensors_of(Path(base)), tensors_of(run / "final_checkpoint")
     assert all(torch.equal(after[name][: len(old)], old) for name, old in before.items())
@@ -156,7 +158,7 @@ def test_rows_alone_leave_a_base_that_was_rounded_as_it_was(files, base, tmp_pat
 @pytest.fixture
 def on_gpus(monkeypatch):
     """This process and those it starts compute in bfloat16."""
-    monkeypatch.setattr(modeling, "compute_dtype", answer("bfloat16"))
+    monkeypatch.setattr(device, "compute_dtype", answer("bfloat16"))
     monkeypatch.setenv("AS_ON_GPU", "bfloat16")
 
 
@@ -188,7 +190,7 @@ def test_engines_start_reinforcement_in_full_at_their_reference(files, base, tmp
 def float16(monkeypatch):
     """A device that computes in float16. accelerate keeps autocast and scaler for GPUs; torch has both for CPUs.
     With the first scale gradients overflow."""
-    monkeypatch.setattr(modeling, "compute_dtype", answer("float16"))
+    monkeypatch.setattr(device, "compute_dtype", answer("float16"))
     start = accelerate.Accelerator.__init__
 
     def started(self, *args, **kwargs):
@@ -235,7 +237,7 @@ def test_an_overflow_that_reaches_the_loss_ends_the_run_and_says_why(tmp_path, f
 def test_a_ranking_without_numbers_is_no_ranking(files, base, tmp_path, monkeypatch, for_all):
     """Activations beyond float16 make scores NaN, for every prompt or for some, and any order of NaNs is as good."""
     checkpoint = sft_run(files, base, tmp_path / "sft", sample=10) / "final_checkpoint"
-    load, search = modeling.load_base, ranking.constrained_beam_search
+    load, search = loading.load_base, ranking.constrained_beam_search
 
     def overflowing(*args, **kwargs):
         model = load(*args, **kwargs)
@@ -248,10 +250,10 @@ def test_a_ranking_without_numbers_is_no_ranking(files, base, tmp_path, monkeypa
         return beams, scores
 
     if for_all:
-        monkeypatch.setattr(modeling, "load_base", overflowing)
+        monkeypatch.setattr(loading, "load_base", overflowing)
     else:
         monkeypatch.setattr(ranking, "constrained_beam_search", nan_for_one)
-    monkeypatch.setattr(modeling, "compute_dtype", answer("float16"))
+    monkeypatch.setattr(device, "compute_dtype", answer("float16"))
     flags = {"base_model": str(checkpoint), "info_file": files["info"], "category": "bolts", "num_beams": 10}
     with pytest.raises(RunError, match="predictions are not finite in"):
         evaluate.evaluate(**flags, test_data_path=files["test"], result_json_data=str(tmp_path / "result.json"))
@@ -261,8 +263,8 @@ def test_a_ranking_without_numbers_is_no_ranking(files, base, tmp_path, monkeypa
 def test_a_base_that_float16_does_not_fit_is_named(tmp_path, monkeypatch, capsys):
     config_of("gemma2").save_pretrained(tmp_path)
     for dtype, warned in (("bfloat16", False), ("float16", True)):
-        monkeypatch.setattr(modeling, "compute_dtype", answer(dtype))
-        modeling.load_base(str(tmp_path), from_scratch=True)
+        monkeypatch.setattr(device, "compute_dtype", answer(dtype))
+        loading.load_base(str(tmp_path), from_scratch=True)
         assert ("gemma2 models often overflow float16" in capsys.readouterr().out) == warned
 
 
@@ -271,9 +273,9 @@ def test_a_base_that_float16_does_not_fit_is_named(tmp_path, monkeypatch, capsys
 
 @pytest.fixture
 def state():
-    """`modeling.process_state` of a process that has no state yet."""
+    """`device.process_state` of a process that has no state yet."""
     PartialState._reset_state()
-    yield modeling.process_state
+    yield device.process_state
     PartialState._reset_state()
 
 
@@ -297,20 +299,20 @@ def test_a_command_without_cards_says_nothing(state, capsys):
 
 def test_each_process_has_its_own_card(cards, monkeypatch):
     cards(8, 4)
-    assert modeling.local_device() == torch.device("cuda", 0)
+    assert device.local_device() == torch.device("cuda", 0)
     monkeypatch.setenv("LOCAL_RANK", "3")
-    assert modeling.local_device() == torch.device("cuda", 3)
+    assert device.local_device() == torch.device("cuda", 3)
 
 
 def test_a_process_that_sees_one_card_uses_it(cards, monkeypatch):
     """As launchers that set CUDA_VISIBLE_DEVICES for each process have it."""
     cards(8, 1)
     monkeypatch.setenv("LOCAL_RANK", "3")
-    assert modeling.local_device() == torch.device("cuda", 0)
+    assert device.local_device() == torch.device("cuda", 0)
     # accelerate, DDP and DeepSpeed index devices by LOCAL_RANK: DDP(device_ids=[3]) and barrier(device_ids=[3]) fail.
     seen = []
     monkeypatch.setattr("accelerate.PartialState", lambda cpu: seen.append(os.environ["LOCAL_RANK"]) or FakeState())
-    modeling.process_state()
+    device.process_state()
     assert seen == ["0"]
 
 
@@ -344,5 +346,5 @@ def test_the_peak_of_loading_on_a_card_is_forgotten(monkeypatch):
     reset = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: reset.append(True))
-    trainer.forget_peak_of_loading()
+    process_memory.forget_peak_of_loading()
     assert reset == [True]

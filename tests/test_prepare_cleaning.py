@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minionerec.cli import InputError
+from minionerec.errors import InputError
 from minionerec.prepare import cleaning
 
 generated = settings(max_examples=80, deadline=None, derandomize=True)

@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 from test_prepare_sources import encoded
 
 import sft
-from minionerec import data
-from minionerec.cli import InputError
+from minionerec.data import files as data_files
+from minionerec.errors import InputError
 from minionerec.prepare import semantic_ids, writing
-from minionerec.rewards import read_embeddings
+from minionerec.training.rewards import read_embeddings
 from scripts.prepare_data import prepare_data
 
 KINDS = ["hex bolt", "wood screw", "lock nut", "flat washer", "epoxy resin", "super glue", "masking tape", "wire brush"]
@@ -110,15 +110,15 @@ def csv_rows(folder: Path, split: str) -> list[dict]:
 
 
 def test_the_readers_read_what_was_written(prepared):
-    catalogue = data.read_catalogue(path_of(prepared, "index"), path_of(prepared, "item"))
+    catalogue = data_files.read_catalogue(path_of(prepared, "index"), path_of(prepared, "item"))
     assert list(catalogue.items) == [str(i) for i in range(48)] and len(catalogue.sids) == 48
     assert catalogue.items["0"].title == 'Tab here, line there, 5" "quoted" d\'Été 🔩 螺丝'
-    assert set(data.read_info(path_of(prepared, "info"), catalogue)) == catalogue.sids
+    assert set(data_files.read_info(path_of(prepared, "info"), catalogue)) == catalogue.sids
     embeddings = read_embeddings(path_of(prepared, "embeddings"), {i: it.sid for i, it in catalogue.items.items()})
     assert len(embeddings) == 48
     record = json.loads((prepared / "dataset.json").read_text())
     for split in ("train", "valid", "test"):
-        assert data.count_rows(path_of(prepared, split), split, catalogue.sids) == record["rows"][split]
+        assert data_files.count_rows(path_of(prepared, split), split, catalogue.sids) == record["rows"][split]
     metadata = json.loads(Path(path_of(prepared, "item")).read_text(encoding="utf-8"))
     assert [fields["original_id"] for fields in metadata.values()] == [f"B{i:03d}" for i in range(48)]
     assert metadata["6"]["brand"] == "O'D" and metadata["5"]["description"] == ""
@@ -211,7 +211,7 @@ def test_splits(raw, tmp_path, split):
     if split == "last":
         assert len(users["test"]) == len(parts["test"]) == len(parts["valid"]) == 60
     assert max(len(json.loads(row["history_item_id"])) for row in parts["test"]) == 4
-    assert data.count_rows(path_of(tmp_path / "d", "train"), "train_file") == len(parts["train"])
+    assert data_files.count_rows(path_of(tmp_path / "d", "train"), "train_file") == len(parts["train"])
 
 
 def test_collisions_and_levels_are_printed(raw, tmp_path, capsys):
@@ -221,7 +221,7 @@ def test_collisions_and_levels_are_printed(raw, tmp_path, capsys):
     index = json.loads(Path(path_of(tmp_path / "d", "index")).read_text())
     assert len({"".join(sid) for sid in index.values()}) == 48
     assert {len(sid) for sid in index.values()} == {2, 3}
-    assert data.read_catalogue(path_of(tmp_path / "d", "index")).sids
+    assert data_files.read_catalogue(path_of(tmp_path / "d", "index")).sids
 
 
 def test_other_embeddings(raw, tmp_path, base):
@@ -260,8 +260,8 @@ def test_new_items_get_ids_that_a_model_knows(prepared, raw, tmp_path, capsys):
     assert len({"".join(sid) for sid in new.values()}) == 50
     # Like N2 there are three old items; it differs from the nearest in the last code alone.
     assert new["49"][:-1] in [old[str(i)][:-1] for i in (1, 2, 3)]
-    catalogue = data.read_catalogue(path_of(more, "index"), path_of(more, "item"))
-    assert len(data.read_info(path_of(more, "info"), catalogue)) == 50 and catalogue.items["48"].title.endswith(
+    catalogue = data_files.read_catalogue(path_of(more, "index"), path_of(more, "item"))
+    assert len(data_files.read_info(path_of(more, "info"), catalogue)) == 50 and catalogue.items["48"].title.endswith(
         "of 900"
     )
     assert np.load(path_of(more, "embeddings")).shape[0] == 50
@@ -486,11 +486,11 @@ def test_any_texts_and_ids_are_written_for_the_readers_or_refused(
         assert all("\n" not in problem for problem in error.problems) and not (folder / "d").exists()
         return
     index = folder / "d" / "index"
-    catalogue = data.read_catalogue(str(index / "any.index.json"), str(index / "any.item.json"))
+    catalogue = data_files.read_catalogue(str(index / "any.index.json"), str(index / "any.item.json"))
     assert all(item.title for item in catalogue.items.values())
-    assert set(data.read_info(str(folder / "d" / "info" / "any.txt"), catalogue)) == catalogue.sids
+    assert set(data_files.read_info(str(folder / "d" / "info" / "any.txt"), catalogue)) == catalogue.sids
     assert collisions == "keep" or len(catalogue.sids) == len(catalogue.items)
     for name in ("train", "valid", "test"):
-        rows = list(data.read_interactions(str(folder / "d" / name / "any.csv"), "train_file", catalogue.sids))
+        rows = list(data_files.read_interactions(str(folder / "d" / name / "any.csv"), "train_file", catalogue.sids))
         titles = {item.title for item in catalogue.items.values()}
         assert rows and all({row.title, *row.title_history} <= titles for row in rows)

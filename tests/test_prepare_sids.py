@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minionerec.cli import InputError
+from minionerec.errors import InputError
 from minionerec.prepare import item_embeddings, semantic_ids
 from minionerec.prepare.item_embeddings import TextModel
 

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minionerec.cli import InputError
+from minionerec.errors import InputError
 from minionerec.prepare import cleaning, sources
 
 generated = settings(max_examples=60, deadline=None, derandomize=True)

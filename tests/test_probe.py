@@ -19,13 +19,15 @@ import evaluate
 import lora_utils
 import rl
 import sft
-from minionerec import modeling, probe
-from minionerec.beams import CopiedBeams, RereadBeams, TreeBeams
-from minionerec.cli import InputError
-from minionerec.data import read_catalogue
-from minionerec.probe import prove
-from minionerec.ranking import rank_prompts
-from minionerec.sid import Trie, constrained_beam_search
+from minionerec.data.files import read_catalogue
+from minionerec.decoding import probe
+from minionerec.decoding.beam_search import constrained_beam_search
+from minionerec.decoding.beams import CopiedBeams, RereadBeams, TreeBeams
+from minionerec.decoding.probe import prove
+from minionerec.decoding.ranking import rank_prompts
+from minionerec.decoding.trie import Trie
+from minionerec.errors import InputError
+from minionerec.model import loading
 
 KINDS = ["qwen2", "llama", "gemma2", "mixtral", "qwen3_5_text", "lfm2", "mpt", "minimax"]
 
@@ -74,7 +76,7 @@ def make_untrained(architecture):
 def test_quantized_bases(architecture, bits, tmp_path):
     build(architecture).save_pretrained(tmp_path)
     quantization = lora_utils.quantization_config(use_qlora=bits == 4, load_in_8bit=bits == 8)
-    proof = prove(modeling.load_base(str(tmp_path), quantization))
+    proof = prove(loading.load_base(str(tmp_path), quantization))
     assert proof.beams is (CopiedBeams if architecture in COPIED else TreeBeams) and proof.padding
 
 
@@ -97,7 +99,9 @@ def test_layers_that_ignore_padding_get_one_prompt_at_a_time(monkeypatch):
 
 
 def test_a_cache_that_forgets_is_not_used(monkeypatch):
-    monkeypatch.setattr("minionerec.beams.select_rows", lambda cache, rows: cache.reorder_cache(torch.zeros_like(rows)))
+    monkeypatch.setattr(
+        "minionerec.decoding.beams.select_rows", lambda cache, rows: cache.reorder_cache(torch.zeros_like(rows))
+    )
     model = build("lfm2")
     assert prove(model).beams is RereadBeams
     check_beams(model)
@@ -134,7 +138,7 @@ def test_weights_of_rwkv_stay_as_they_are(tmp_path):
     torch.manual_seed(0)
     config = RwkvConfig(vocab_size=96, hidden_size=64, num_hidden_layers=7, attention_hidden_size=64)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
-    model = modeling.load_base(str(tmp_path))
+    model = loading.load_base(str(tmp_path))
     weights = copy.deepcopy(model.state_dict())
     assert prove(model.eval()).beams is RereadBeams
     assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())

@@ -12,11 +12,11 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from transformers.models.bamba import modeling_bamba
 
-from minionerec import probe
-from minionerec.beams import CopiedBeams, RereadBeams, TreeBeams
-from minionerec.probe import prove
-from minionerec.ranking import rank_prompts
-from minionerec.sid import Trie
+from minionerec.decoding import probe
+from minionerec.decoding.beams import CopiedBeams, RereadBeams, TreeBeams
+from minionerec.decoding.probe import prove
+from minionerec.decoding.ranking import rank_prompts
+from minionerec.decoding.trie import Trie
 
 
 def test_two_processes_try_and_rank_alike():

@@ -2,8 +2,8 @@ import json
 
 import pytest
 
-from minionerec.cli import InputError
-from minionerec.prompts import RECOMMENDATION, TASKS, Prompts, load_prompts
+from minionerec.data.prompts import RECOMMENDATION, TASKS, Prompts, load_prompts
+from minionerec.errors import InputError
 
 
 def override(tmp_path, data) -> str:

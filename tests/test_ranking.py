@@ -4,8 +4,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from minionerec import ranking
-from minionerec.sid import Trie
+from minionerec.decoding import ranking
+from minionerec.decoding.trie import Trie
 
 
 @pytest.mark.parametrize("processes", [1, 2])

@@ -12,10 +12,11 @@ from test_trainer import trainer_of
 import evaluate
 import merge_lora
 import rl
-from minionerec import sasrec, trainer
+from minionerec import sasrec
 from minionerec.checkpoint import read_run
-from minionerec.cli import InputError
-from minionerec.prompts import RECOMMENDATION, Prompts, load_prompts, recorded_prompts
+from minionerec.data.prompts import RECOMMENDATION, Prompts, load_prompts, recorded_prompts
+from minionerec.errors import InputError
+from minionerec.training import resume
 
 GOOD = load_prompts("tools").to_json()
 HUGE = "{sid_history:>400000000}"
@@ -211,10 +212,10 @@ def test_a_trainer_state_that_cannot_be_resumed(tmp_path, changes, message):
     state = {"global_step": 2, "max_steps": 4, "epoch": 0.5, "best_metric": float("inf"), "log_history": []}
     (checkpoint / "trainer_state.json").write_text(json.dumps(state))
     run = {"command": "sft", "method": "full", "base_fingerprint": None, "flags": {}}
-    assert trainer.resume_point(str(tmp_path), "True", run, print) == str(checkpoint)
+    assert resume.resume_point(str(tmp_path), "True", run, print) == str(checkpoint)
     (checkpoint / "trainer_state.json").write_text(json.dumps({**state, **changes}))
     (problem,) = problems_of(
-        trainer.resume_point, output_dir=tmp_path, resume_from_checkpoint="True", run=run, say=print
+        resume.resume_point, output_dir=tmp_path, resume_from_checkpoint="True", run=run, say=print
     )
     assert message in problem and "resume from another checkpoint" in problem
 
@@ -226,7 +227,7 @@ def test_a_record_that_lacks_values_is_of_another_run(tmp_path):
     assert read_run(str(checkpoint)) == {"seconds": 3}
     run = {"command": "sft", "method": "full", "base_fingerprint": None, "flags": {}}
     with pytest.raises(InputError, match="the command was None there and is sft here"):
-        trainer.resume_point(str(tmp_path), "True", run, print)
+        resume.resume_point(str(tmp_path), "True", run, print)
 
 
 @pytest.mark.parametrize(

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from minionerec import rewards
-from minionerec.cli import InputError
+from minionerec.errors import InputError
+from minionerec.training import rewards
 
 
 def test_rule_rewards_the_target():

@@ -20,8 +20,8 @@ from transformers import AutoModelForCausalLM
 import rl
 from minionerec import sasrec
 from minionerec.checkpoint import read_run
-from minionerec.data import read_info
-from minionerec.prompts import RECOMMENDATION, recorded_prompts
+from minionerec.data.files import read_info
+from minionerec.data.prompts import RECOMMENDATION, recorded_prompts
 
 STATE = {"optimizer.pt", "rng_state.pth", "scheduler.pt", "trainer_state.json"}
 CHECKPOINT = {"minionerec.json", "tokenizer.json", "tokenizer_config.json"}

@@ -9,10 +9,14 @@ from trl import GRPOConfig
 from trl.trainer.utils import split_tensor_dict
 
 import lora_utils
-from minionerec import modeling, rewards, sid
-from minionerec.data import read_catalogue, read_info
-from minionerec.logprobs import completion_logps
-from minionerec.rl_trainer import ReReTrainer, choose
+from minionerec.data import sid_tokens
+from minionerec.data.files import read_catalogue, read_info
+from minionerec.decoding import beam_search
+from minionerec.decoding.trie import Trie
+from minionerec.model import adapters, device, loading
+from minionerec.training import rewards
+from minionerec.training.logprobs import completion_logps
+from minionerec.training.rl_trainer import ReReTrainer, choose
 
 STARTS = ("full", "new LoRA", "own LoRA", "new QLoRA", "own QLoRA", "own DoRA")
 
@@ -22,8 +26,8 @@ def sft(files, base, tmp_path_factory):
     """A whole checkpoint that knows the catalogue: (folder, tokenizer, SIDs, ids of the SID tokens)."""
     folder = str(tmp_path_factory.mktemp("sft"))
     torch.manual_seed(0)
-    tokenizer, model = modeling.load_tokenizer(base), modeling.load_base(base)
-    ids = modeling.add_sid_tokens(model, tokenizer, read_catalogue(files["index"]).sid_tokens)
+    tokenizer, model = loading.load_tokenizer(base), loading.load_base(base)
+    ids = loading.add_sid_tokens(model, tokenizer, read_catalogue(files["index"]).sid_tokens)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 2:
@@ -38,7 +42,7 @@ def start_from(sft, start: str):
     folder, _, _, ids = sft
     kind = start.split()[-1]
     torch.manual_seed(1)
-    model = modeling.load_base(folder, lora_utils.quantization_config(use_qlora=kind == "QLoRA"))
+    model = loading.load_base(folder, lora_utils.quantization_config(use_qlora=kind == "QLoRA"))
     if kind == "full":
         return model, None
     config = lora_utils.lora_config(model, ids, lora_r=4, lora_dropout=0.5, use_dora=kind == "DoRA")
@@ -55,12 +59,12 @@ def start_from(sft, start: str):
 def make_trainer(sft, start: str, output_dir, rows=8, switches=None, reward=None, **settings):
     _, tokenizer, sids, _ = sft
     model, peft_config = start_from(sft, start)
-    sequences = sid.sid_sequences(tokenizer, sids)
+    sequences = sid_tokens.sid_sequences(tokenizer, sids)
     prompts = [tokenizer(f"Purchases: {sids[i]}, {sids[(i * 3) % len(sids)]}").input_ids for i in range(rows)]
     targets = [sids[(i * 5) % len(sids)] for i in range(rows)]
     values = {"output_dir": str(output_dir), "per_device_train_batch_size": 8, "num_generations": 4, "beta": 0.04}
     values |= {"learning_rate": 1e-2, "max_steps": 2, "logging_steps": 1, "save_strategy": "no", "report_to": "none"}
-    values |= {**modeling.mixed_precision("QLoRA" in start), "use_cpu": True, "loss_type": "grpo", "seed": 3}
+    values |= {**device.mixed_precision("QLoRA" in start), "use_cpu": True, "loss_type": "grpo", "seed": 3}
     values |= {"activation_checkpointing": False, "remove_unused_columns": False, "use_bias_correction_kl": False}
     values |= settings
 
@@ -75,7 +79,7 @@ def make_trainer(sft, start: str, output_dir, rows=8, switches=None, reward=None
         processing_class=tokenizer,
         eval_dataset=Dataset.from_dict({"prompt": prompts, "target": targets}),
         peft_config=peft_config,
-        trie=sid.Trie(sequences, tokenizer.eos_token_id),
+        trie=Trie(sequences, tokenizer.eos_token_id),
         sids=sids,
         **{"test_beam": 10, **(switches or {})},
     )
@@ -101,7 +105,7 @@ def test_kl_starts_at_zero_and_the_reference_stays(sft, tmp_path, start):
     trainer = make_trainer(sft, start, tmp_path, max_steps=3)
     inner = trainer.accelerator.unwrap_model(trainer.model)
     if trainer.reference_adapter:
-        frozen = lora_utils.adapter_parameters(inner, "ref")
+        frozen = adapters.adapter_parameters(inner, "ref")
         assert any("trainable_tokens_delta" in name for name in frozen)
     elif trainer.ref_model is not None:
         frozen = dict(trainer.ref_model.named_parameters())
@@ -140,7 +144,7 @@ def test_the_reference_follows_when_it_should(sft, tmp_path, start):
     def both():
         if start == "full":
             return dict(trainer.ref_model.named_parameters()), dict(inner.named_parameters())
-        return lora_utils.adapter_parameters(inner, "ref"), lora_utils.adapter_parameters(inner, "default")
+        return adapters.adapter_parameters(inner, "ref"), adapters.adapter_parameters(inner, "default")
 
     old = {name: parameter.detach().clone() for name, parameter in both()[0].items()}
     trainer.train()
@@ -157,9 +161,9 @@ def test_a_saved_adapter_is_the_policy_alone(sft, tmp_path):
     trainer.save_model(str(tmp_path / "saved"))
     assert not (tmp_path / "saved" / "ref").exists()
     folder, _, _, _ = sft
-    again = lora_utils.load_adapter(modeling.load_base(folder), str(tmp_path / "saved"))
-    policy = lora_utils.adapter_parameters(trainer.model, "default")
-    saved = lora_utils.adapter_parameters(again, "default")
+    again = adapters.load_adapter(loading.load_base(folder), str(tmp_path / "saved"))
+    policy = adapters.adapter_parameters(trainer.model, "default")
+    saved = adapters.adapter_parameters(again, "default")
     assert saved.keys() == policy.keys()
     assert all(torch.equal(saved[name], parameter) for name, parameter in policy.items())
 
@@ -272,7 +276,7 @@ def test_accumulation_splits_groups_without_changing_the_step(sft, tmp_path):
             gradient_accumulation_steps=steps, switches={"beam_search": True},
         )  # fmt: skip
         trainer.train()
-        adapters.append(lora_utils.adapter_parameters(trainer.model, "default"))
+        adapters.append(adapters.adapter_parameters(trainer.model, "default"))
     for other in adapters[1:]:
         for name, parameter in adapters[0].items():
             torch.testing.assert_close(other[name], parameter, atol=2e-4, rtol=1e-3)
@@ -324,7 +328,7 @@ def test_dynamic_sampling_draws_more_and_keeps_the_hit(sft, tmp_path):
     trainer = make_trainer(sft, "new LoRA", tmp_path, switches={"dynamic_sampling": True})
     batch = trainer.look_up(next(iter(trainer.get_train_dataloader())))
     ids = torch.tensor([batch[0]["prompt"]])
-    rows, _ = sid.constrained_beam_search(trainer.model.eval(), ids, torch.ones_like(ids), trainer.trie, 6)
+    rows, _ = beam_search.constrained_beam_search(trainer.model.eval(), ids, torch.ones_like(ids), trainer.trie, 6)
     six = [trainer.sids[i] for i in trainer.trie.source[rows[0]]]
     trainer.model.train()
     kept = trainer._generate_and_score_completions([{**example, "target": six[5]} for example in batch])
@@ -398,7 +402,7 @@ def test_evaluation_ranks_the_validation_prompts(sft, tmp_path):
     best = []
     for prompt in trainer.eval_dataset["prompt"]:
         ids = torch.tensor([prompt])
-        rows, _ = sid.constrained_beam_search(trainer.model, ids, torch.ones_like(ids), trainer.trie, 10)
+        rows, _ = beam_search.constrained_beam_search(trainer.model, ids, torch.ones_like(ids), trainer.trie, 10)
         best.append(trainer.sids[trainer.trie.source[rows[0, 0]]])
     dataset = Dataset.from_dict({"prompt": list(trainer.eval_dataset["prompt"]), "target": best})
     assert set(trainer.evaluate(dataset).values()) == {1.0}

@@ -5,7 +5,7 @@ import torch
 from helpers import run_command
 
 from minionerec import sasrec
-from minionerec.cli import InputError
+from minionerec.errors import InputError
 
 SIDS = [f"<a_{i}>" for i in range(12)]
 

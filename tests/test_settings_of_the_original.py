@@ -6,8 +6,9 @@ from test_rl import rl_flags
 
 import rl
 import sft
-from minionerec import modeling, rl_trainer, trainer
-from minionerec.data import read_catalogue
+from minionerec.data.files import read_catalogue
+from minionerec.model import loading
+from minionerec.training import rl_trainer, sft_trainer
 
 
 class Stop(Exception):
@@ -17,8 +18,8 @@ class Stop(Exception):
 @pytest.fixture
 def start(files, base, tmp_path) -> str:
     """A whole checkpoint that knows the SID tokens."""
-    model, tokenizer = modeling.load_base(base), modeling.load_tokenizer(base)
-    modeling.add_sid_tokens(model, tokenizer, read_catalogue(files["index"], files["item"]).sid_tokens)
+    model, tokenizer = loading.load_base(base), loading.load_tokenizer(base)
+    loading.add_sid_tokens(model, tokenizer, read_catalogue(files["index"], files["item"]).sid_tokens)
     for part in (model, tokenizer):
         part.save_pretrained(tmp_path / "start")
     return str(tmp_path / "start")
@@ -45,7 +46,7 @@ def optimizer(args) -> tuple:
 @pytest.mark.parametrize(("num_epochs", "warmup"), [(1, 1), (20, 20)])
 def test_sft_falls_linearly_after_20_steps(monkeypatch, files, base, tmp_path, num_epochs, warmup):
     flags = sft_flags(files, base, str(tmp_path / "run"), num_epochs=num_epochs)
-    args = arguments(monkeypatch, trainer, "SFTTrainer", sft.train, flags)["args"]
+    args = arguments(monkeypatch, sft_trainer, "SFTTrainer", sft.train, flags)["args"]
     steps = 15 * num_epochs  # 240 examples in steps of 16
     assert schedule(args, steps) == ("linear", warmup, 1.0)
     assert optimizer(args) == ("adamw_torch", 0.0, 0.9, 0.999, 1e-8)

@@ -12,8 +12,7 @@ from peft import AutoPeftModelForCausalLM
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import lora_utils
-from minionerec import modeling
+from minionerec.model import adapters, loading
 
 CHECKPOINT = {"minionerec.json", "tokenizer.json", "tokenizer_config.json"}
 ADAPTER = CHECKPOINT | {"README.md", "adapter_config.json", "adapter_model.safetensors"}
@@ -52,9 +51,9 @@ def test_a_lora_run_writes_these_files_and_no_others(lora_run):
 def test_the_adapter_loads_with_peft_alone(lora_run, base):
     final = str(lora_run[0] / "final_checkpoint")
     tokenizer = AutoTokenizer.from_pretrained(final)
-    model = modeling.load_base(base)
-    modeling.fit_embeddings(model, tokenizer)
-    ours = lora_utils.load_adapter(model, final).eval()
+    model = loading.load_base(base)
+    loading.fit_embeddings(model, tokenizer)
+    ours = adapters.load_adapter(model, final).eval()
     stock = AutoPeftModelForCausalLM.from_pretrained(final).eval()
     ids = tokenizer("Purchases: <a_0><b_0><c_0>", return_tensors="pt").input_ids
     torch.testing.assert_close(stock(input_ids=ids).logits, ours(input_ids=ids).logits, atol=1e-6, rtol=1e-5)

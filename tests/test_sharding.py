@@ -7,7 +7,7 @@ import torch
 from models import make_model
 
 import lora_utils
-from minionerec.sharding import local_shard, overwrite, whole_tensors, with_sid_rows_merged
+from minionerec.model.sharding import local_shard, overwrite, whole_tensors, with_sid_rows_merged
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -3,7 +3,9 @@ import pytest
 import torch
 from models import ARCHITECTURES, make_model
 
-from minionerec.sid import PAD, Trie, constrained_beam_search, constrained_sample
+from minionerec.data.sid_tokens import PAD
+from minionerec.decoding.beam_search import constrained_beam_search, constrained_sample
+from minionerec.decoding.trie import Trie
 
 EOS = 0
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from minionerec.cli import InputError
+from minionerec.errors import InputError
 from scripts.table import table
 
 

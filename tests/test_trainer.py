@@ -9,16 +9,11 @@ from models import make_model
 from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArguments
 
 import lora_utils
-from minionerec.dataset import Collator
-from minionerec.trainer import (
-    SFTTrainer,
-    StepSampler,
-    forget_peak_of_loading,
-    newest_checkpoint,
-    peak_memory_gb,
-    response_logits,
-    save_final,
-)
+from minionerec.data.examples import Collator
+from minionerec.process_memory import forget_peak_of_loading, peak_memory_gb
+from minionerec.training.finish import save_final
+from minionerec.training.resume import newest_checkpoint
+from minionerec.training.sft_trainer import SFTTrainer, StepSampler, response_logits
 
 IDS = [90, 91, 92]
 

@@ -9,12 +9,12 @@ from prepending import prepending_tokenizer
 from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from minionerec.cli import InputError
-from minionerec.data import Catalogue, Interaction
-from minionerec.dataset import Encoder
-from minionerec.modeling import load_tokenizer
-from minionerec.prompts import RECOMMENDATION, load_prompts
-from minionerec.vocabulary import add_sid_tokens, check_sids, sid_responses
+from minionerec.data.encoding import Encoder
+from minionerec.data.files import Catalogue, Interaction
+from minionerec.data.prompts import RECOMMENDATION, load_prompts
+from minionerec.data.sid_tokens import add_sid_tokens, check_sids, sid_responses
+from minionerec.errors import InputError
+from minionerec.model.loading import load_tokenizer
 
 TOKENS = [[f"<a_{i % 3}>", f"<b_{i % 4}>", f"<c_{i}>"] for i in range(12)]
 

@@ -87,9 +87,9 @@ def watched(folder: str, script: str, *flags: str) -> None:
     of the loss how many of its completions counted. A reference that follows the policy does so every 2 steps."""
     from trl import GRPOConfig, GRPOTrainer
 
-    from minionerec import trainer
+    from minionerec.training import finish
 
-    finish, check, compute = trainer.finish, GRPOConfig.__post_init__, GRPOTrainer._compute_loss
+    finish, check, compute = finish.finish, GRPOConfig.__post_init__, GRPOTrainer._compute_loss
     counted: list[int] = []
 
     def recorded(run, *args, **kwargs):
@@ -110,13 +110,13 @@ def watched(folder: str, script: str, *flags: str) -> None:
         counted.append(int(inputs["completion_mask"].any(dim=1).sum()))
         return compute(run, model, inputs)
 
-    trainer.finish, GRPOConfig.__post_init__, GRPOTrainer._compute_loss = recorded, checked, computed
+    finish.finish, GRPOConfig.__post_init__, GRPOTrainer._compute_loss = recorded, checked, computed
     run(folder, script, flags)
 
 
 def loss_is_nan(folder: str, script: str, *flags: str) -> None:
     """Runs sft.py with a loss that is NaN at the fifth step of the last process alone."""
-    from minionerec.trainer import SFTTrainer
+    from minionerec.training.sft_trainer import SFTTrainer
 
     compute = SFTTrainer.compute_loss
 
@@ -151,9 +151,10 @@ def fsdp() -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    from minionerec.dataset import Collator
-    from minionerec.sid import Trie, constrained_beam_search
-    from minionerec.trainer import response_logits
+    from minionerec.data.examples import Collator
+    from minionerec.decoding.beam_search import constrained_beam_search
+    from minionerec.decoding.trie import Trie
+    from minionerec.training.sft_trainer import response_logits
 
     dist.init_process_group("gloo")
     mesh = init_device_mesh("cpu", (2,))

@@ -9,8 +9,7 @@ from typing import Any
 import numpy as np
 
 from minionerec import __version__
-from minionerec.cli import InputError
-from minionerec.data import Problems
+from minionerec.errors import InputError, Problems
 from minionerec.prepare import cleaning, item_embeddings, semantic_ids, sources, writing
 
 ITEM_ROLES = ("item", "title", "description", "features", "brand", "categories")
@@ -210,9 +209,9 @@ def input_of(source: sources.Source, roles: tuple[str, ...], columns: list[str |
 
 def encoder_of(encoder: str) -> dict[str, Any]:
     """What dataset.json says of an encoder: enough to know it again, without the folder it lay in."""
-    from minionerec import modeling
+    from minionerec.model import loading
 
-    return {"kind": "encoder", "name": os.path.basename(encoder.rstrip("/")), "weights": modeling.fingerprint(encoder)}
+    return {"kind": "encoder", "name": os.path.basename(encoder.rstrip("/")), "weights": loading.fingerprint(encoder)}
 
 
 def software() -> dict[str, str]:

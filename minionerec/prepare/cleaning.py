@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from minionerec.cli import InputError
+from minionerec.errors import InputError
 
 INTERACTION = np.dtype([("user", "<i4"), ("item", "<i4"), ("time", "<i8")])  # time in microseconds since 1970
 PARTS = 64  # of a spool

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from minionerec.cli import InputError
-from minionerec.data import FileProblems, Problems, shorten
+from minionerec.data.files import FileProblems, shorten
+from minionerec.errors import InputError, Problems
 from minionerec.prepare import item_embeddings, semantic_ids, sources, writing
 from minionerec.prepare.build import ITEM_ROLES, encoder_of, input_of, say_levels, software
 from minionerec.prepare.cleaning import SPLITS

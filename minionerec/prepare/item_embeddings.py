@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 from threadpoolctl import threadpool_limits
 
-from minionerec.cli import InputError
+from minionerec.errors import InputError
 
 DIMENSIONS = 128
 MOST_WORDS = 50_000
@@ -102,13 +102,13 @@ def embed_with_model(path: str, texts: Sequence[str]) -> np.ndarray:
     from transformers import AutoModel, AutoTokenizer
     from transformers.utils import logging as transformers_logging
 
-    from minionerec import modeling
+    from minionerec.model import device
 
     transformers_logging.disable_progress_bar()
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
         model = AutoModel.from_pretrained(
-            path, dtype=modeling.compute_dtype(), device_map={"": modeling.local_device()}
+            path, dtype=device.compute_dtype(), device_map={"": device.local_device()}
         ).eval()
     except (OSError, ValueError, SafetensorError) as error:
         raise InputError(f"--encoder {path}: cannot be loaded: {str(error).strip().splitlines()[0]}") from None

@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 from threadpoolctl import threadpool_limits
 
-from minionerec.cli import InputError
+from minionerec.errors import InputError
 
 SLACK = 1.5  # a code takes at most this many times its even share of the items
 FIT_POINTS = 256  # items a code that the codebooks are learned from, at most

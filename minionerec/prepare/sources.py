@@ -21,8 +21,8 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet
 
-from minionerec.cli import InputError
-from minionerec.data import FileProblems, is_text, shorten
+from minionerec.data.files import FileProblems, is_text, shorten
+from minionerec.errors import InputError
 from minionerec.prepare.cleaning import INTERACTION, Spool
 
 BATCH_ROWS = 50_000

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from minionerec.checkpoint import write_json
-from minionerec.cli import InputError
+from minionerec.errors import InputError
 from minionerec.prepare.cleaning import SPLITS
 from minionerec.prepare.item_embeddings import TextModel
 from minionerec.prepare.semantic_ids import COLLISIONS, save_codebooks, tokens

@@ -17,10 +17,10 @@ from functools import partial
 import torch
 import torch.distributed as dist
 
-from minionerec.beams import CopiedBeams, RereadBeams, TreeBeams
-from minionerec.cli import InputError, RunError
-from minionerec.head import float32_head, head_on
-from minionerec.rows import shared_rows
+from minionerec.decoding.beams import CopiedBeams, RereadBeams, TreeBeams
+from minionerec.errors import InputError, RunError
+from minionerec.model.head import float32_head, head_on
+from minionerec.model.packed_rows import shared_rows
 
 # Tokens of the longer prompt, and of a row with all its beams, unless a window asks for more. With 16 beams, as many as
 # are usual, a place in the row is far from the position that ALiBi and windows should count by.

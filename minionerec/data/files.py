@@ -21,7 +21,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from minionerec.cli import InputError
+from minionerec.errors import InputError
 
 csv.field_size_limit(sys.maxsize)
 
@@ -29,28 +29,6 @@ SID_COLUMNS = ("history_item_sid", "item_sid")
 TITLE_COLUMNS = ("history_item_title", "item_title")
 
 MOST_PROBLEMS = 5  # of one file that are printed one by one
-
-
-class Problems(list):
-    """What is wrong with a run's input, gathered so that it can be reported together.
-
-    `add` and `attempt` gather, `check` raises InputError when there is anything to report.
-    """
-
-    def add(self, problem: str) -> None:
-        self.append(problem)
-
-    def attempt(self, function, *args, **kwargs):
-        """`function(*args, **kwargs)`, or None when it raises InputError, whose problems are kept."""
-        try:
-            return function(*args, **kwargs)
-        except InputError as error:
-            self.extend(error.problems)
-            return None
-
-    def check(self) -> None:
-        if self:
-            raise InputError(self)
 
 
 class FileProblems:

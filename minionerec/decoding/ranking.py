@@ -6,10 +6,11 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from tqdm import tqdm
 
-from minionerec.cli import RunError
-from minionerec.dataset import left_padded
-from minionerec.probe import prove
-from minionerec.sid import Trie, constrained_beam_search
+from minionerec.data.encoding import left_padded
+from minionerec.decoding.beam_search import constrained_beam_search
+from minionerec.decoding.probe import prove
+from minionerec.decoding.trie import Trie
+from minionerec.errors import RunError
 
 
 def rank_prompts(

@@ -11,8 +11,8 @@ from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 from transformers.utils import logging as transformers_logging
 
-from minionerec import vocabulary
-from minionerec.cli import InputError
+from minionerec.errors import InputError
+from minionerec.model.device import compute_dtype, local_device
 
 
 def load_tokenizer(path: str):
@@ -68,64 +68,6 @@ def _first_line(error: BaseException) -> str:
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
-def local_device() -> torch.device:
-    """The device of this process: its own GPU in a distributed run, else the first visible one, else the CPU."""
-    if torch.cuda.is_available():
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
-    return torch.device("cpu")
-
-
-def process_state():
-    """accelerate's `PartialState` of this process, on `local_device`. Says in one line each what a user may not expect
-    of the GPUs: only one of several is used, or bfloat16 is not."""
-    from accelerate import PartialState
-
-    cards = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if cards == 1 and "LOCAL_RANK" in os.environ:
-        os.environ["LOCAL_RANK"] = "0"  # a launcher shows each process only its own GPU; engines count visible ones
-    state = PartialState(cpu=not cards)
-    if cards > 1 and state.num_processes == 1:
-        state.print(
-            f"{cards} GPUs are visible and this process uses one, {local_device()}; to use all of them, start the "
-            f"command with torchrun --nproc_per_node {cards}"
-        )
-    if cards and compute_dtype() == torch.float16:
-        name = torch.cuda.get_device_name(local_device())
-        state.print(f"{name} only emulates bfloat16: computing in float16, in training with scaled gradients")
-    return state
-
-
-def shares_weights_out() -> bool:
-    """Whether `accelerate launch` runs this process under FSDP or DeepSpeed ZeRO-3."""
-    return (
-        os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
-        or os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3"
-    )
-
-
-def compute_dtype(quantized: bool = False) -> torch.dtype:
-    """What this process's device multiplies matrices in, the only place that decides it: bfloat16 on a GPU that has it
-    (compute capability 8 or ROCm), float16 on an older one, which would emulate it; on a CPU float32, and bfloat16
-    where bitsandbytes stores the base."""
-    if not torch.cuda.is_available():
-        return torch.bfloat16 if quantized else torch.float32
-    native = torch.version.hip or torch.cuda.get_device_capability(local_device())[0] >= 8
-    return torch.bfloat16 if native else torch.float16
-
-
-def mixed_precision(quantized: bool) -> dict[str, bool]:
-    """The arguments of a Trainer for autocast to `compute_dtype`; with float16 it scales the gradients."""
-    dtype = compute_dtype(quantized)
-    return {"bf16": dtype == torch.bfloat16, "fp16": dtype == torch.float16}
-
-
-def master_dtype() -> torch.dtype:
-    """Of the weights of a model that trains in full: float32, since an optimizer step is smaller than half a bfloat16
-    step of most weights. DeepSpeed keeps its own float32 copy of what it is given."""
-    deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
-    return compute_dtype() if deepspeed else torch.float32
-
-
 def saved_dtype(path: str) -> torch.dtype:
     """The precision that a model was saved in, float32 where its configuration does not say."""
     config = load_config(path)
@@ -159,7 +101,7 @@ def load_base(path: str, quantization=None, from_scratch: bool = False, dtype: t
         from_scratch: random weights from the configuration instead of those of the checkpoint, in float32.
         dtype: of the weights that are not quantized; "auto" as they were saved, None for `compute_dtype`.
     """
-    from minionerec import architecture, experts  # PEFT and bitsandbytes, which not all that imports this needs
+    from minionerec.model import architecture, experts
 
     config = load_config(path)
     if getattr(config.get_text_config(), "output_router_logits", False):
@@ -257,10 +199,10 @@ def add_sid_tokens(model, tokenizer, sid_tokens: list[str]) -> list[int]:
     of the SID tokens, and any other that the model did not have before. Sorted.
 
     Tokens the tokenizer knows keep their ids; each new one becomes a single token. Raises InputError as
-    `vocabulary.add_sid_tokens` does.
+    `sid_tokens.add_sid_tokens` does.
     """
     had = model.get_input_embeddings().weight.shape[0]
-    vocabulary.add_sid_tokens(tokenizer, sid_tokens)
+    sid_tokens.add_sid_tokens(tokenizer, sid_tokens)
     fit_embeddings(model, tokenizer)
     return sorted({*tokenizer.convert_tokens_to_ids(sid_tokens), *range(had, len(tokenizer))})
 

@@ -6,9 +6,9 @@ vocabulary.
 
 import torch
 
-from minionerec.head import float32_head, head_on
-from minionerec.probe import shares_rows
-from minionerec.rows import plain_rows, shared_rows
+from minionerec.decoding.probe import shares_rows
+from minionerec.model.head import float32_head, head_on
+from minionerec.model.packed_rows import plain_rows, shared_rows
 
 
 def completion_logps(

@@ -10,7 +10,32 @@ tokens, `L` tokens of a shared row.
 
 import torch
 
-from minionerec.beams import attention_masks
+
+def attention_masks(model, visible: torch.Tensor, positions: torch.Tensor) -> torch.Tensor | dict[str, torch.Tensor]:
+    """4-D masks in the form the model takes: boolean, or added to the scores where attention is eager; by layer type
+    where some layers have a window, which then counts positions, not places in the row.
+
+    Args:
+        visible: [B, Q, L] (bool), the keys that each of the last Q tokens may see.
+        positions: [B, L], of the keys.
+    """
+    config = model.config.get_text_config()
+    window, chunk = getattr(config, "sliding_window", None), getattr(config, "attention_chunk_size", None)
+    kinds = set(getattr(config, "layer_types", None) or ())
+    if not kinds:
+        kinds = {"sliding_attention" if window else "chunked_attention" if chunk else "full_attention"}
+    query, key = positions[:, -visible.shape[1] :].unsqueeze(2), positions.unsqueeze(1)
+    masks = {}
+    for kind in kinds:
+        mask = visible
+        if kind == "sliding_attention" and window:
+            mask = visible & (query - key < window)
+        elif kind == "chunked_attention" and chunk:
+            mask = visible & (query // chunk == key // chunk)
+        if config._attn_implementation == "eager":
+            mask = torch.where(mask, 0.0, torch.finfo(model.dtype).min).to(model.dtype)
+        masks[kind] = mask.unsqueeze(1)
+    return masks if len(masks) > 1 else masks.popitem()[1]
 
 
 def plain_rows(_model, prompt_ids, prompt_mask, completion_ids, completion_mask):

@@ -15,8 +15,8 @@ from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 
 from minionerec.checkpoint import RUN_FILE, read_run
-from minionerec.cli import InputError
-from minionerec.data import Interaction, Item, Problems, is_text, shorten
+from minionerec.data.files import Interaction, Item, is_text, shorten
+from minionerec.errors import InputError, Problems
 
 # How the categories of the public MiniOneRec release are spoken of; any other text is used as it stands.
 CATEGORIES = {

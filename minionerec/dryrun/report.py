@@ -9,11 +9,12 @@ from statistics import median
 
 import torch
 
-from minionerec import modeling
 from minionerec.checks import memory_gb
-from minionerec.dataset import BATCH_ROWS, Encoder, batches
-from minionerec.memory import GB, Step, cache_gb, predict
-from minionerec.probe import may_share_rows
+from minionerec.data.encoding import Encoder, batches
+from minionerec.data.examples import BATCH_ROWS
+from minionerec.decoding.probe import may_share_rows
+from minionerec.dryrun.memory import GB, Step, cache_gb, predict
+from minionerec.model import device
 
 ADAPTER_FLAGS = (
     "lora_r",
@@ -59,7 +60,7 @@ def device_of(gpu_memory: str) -> tuple[bool, float, str]:
     if gpu_memory:
         return True, memory_gb(gpu_memory), f"a GPU with {gpu_memory}"
     if torch.cuda.is_available():
-        card = torch.cuda.get_device_properties(modeling.local_device())
+        card = torch.cuda.get_device_properties(device.local_device())
         return True, card.total_memory / GB, card.name
     return False, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / GB, "the CPU of this machine"
 

@@ -21,11 +21,11 @@ from transformers import masking_utils
 from transformers.integrations import moe
 
 import lora_utils
-from minionerec import architecture
-from minionerec.cli import InputError
-from minionerec.depth import BEFORE, HEAD, Depth, Piece, whole_where_needed
-from minionerec.logprobs import token_logps
-from minionerec.resident import rss_gb
+from minionerec.dryrun.depth import BEFORE, HEAD, Depth, Piece, whole_where_needed
+from minionerec.errors import InputError
+from minionerec.model import adapters, architecture, low_rank
+from minionerec.process_memory import rss_gb
+from minionerec.training.logprobs import token_logps
 
 GB = 1e9
 CUDA_CONTEXT = 0.6e9  # of the driver and its libraries, about; torch.cuda.max_memory_allocated does not count it
@@ -172,7 +172,7 @@ def predict(
     width = 4 if bits == 8 and not on_gpu else 2
     dequantized = max((weight.numel() * width for weight in quantized), default=0)
     if bits < 16:
-        lora_utils.prepare_quantized(model)
+        adapters.prepare_quantized(model)
     with torch.device("meta"):
         if method in ("lora", "qlora"):
             model = lora_utils.add_lora(model, lora_utils.lora_config(model, sid_token_ids, **(adapter_flags or {})))
@@ -235,7 +235,7 @@ def _run(model: nn.Module, step: Step, dtype: torch.dtype, depth: Depth, cache_e
     model.train()
     # What depends on values, which fakes have none of: the seed of a dropout mask; whether rows hold packed sequences.
     with (
-        mock.patch.object(lora_utils, "_draw_seed", lambda: 0),
+        mock.patch.object(low_rank, "_draw_seed", lambda: 0),
         mock.patch.object(masking_utils, "find_packed_sequence_indices", lambda _: None),
         mock.patch.object(moe, "_grouped_mm", _of_one_expert),  # which fakes have in bfloat16 alone
         FakeTensorMode(allow_non_fake_inputs=True),

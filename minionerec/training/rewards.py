@@ -10,7 +10,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
-from minionerec.cli import InputError
+from minionerec.errors import InputError
 
 
 def rule(predicted: Sequence[str], targets: Sequence[str]) -> list[float]:

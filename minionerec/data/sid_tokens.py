@@ -11,16 +11,23 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 import numpy as np
+import tokenizers
 from tokenizers import AddedToken, Tokenizer, models
 
-from minionerec.cli import InputError
-from minionerec.data import Catalogue, shorten
-from minionerec.dataset import Encoder, batches
-from minionerec.prompts import SEPARATOR, Task
-from minionerec.sid import PAD, sid_sequences, token_rows
+from minionerec.data.encoding import Encoder, batches
+from minionerec.data.files import Catalogue, shorten
+from minionerec.data.prompts import SEPARATOR, Task
+from minionerec.errors import InputError
+
+PAD = -1  # after the end of a sequence that is shorter than D
+
 
 SIDS_OF_A_PROMPT = 100  # that a check puts into one
+
+
 OTHER = "\0"  # stands for text that is no token
+
+
 UNKNOWN = -2  # in the place of a token's id
 
 
@@ -185,3 +192,22 @@ def _check_in_prompts(encoder: Encoder, sids: Sequence[str], own: np.ndarray, re
                 rows, tokens = first_wrong([[row] for row in rows]) or first_wrong(one_or_two) or wrong
                 text = SEPARATOR.join([sids[row] for row in rows])
                 refuse(rows[-1], f"becomes {shorten(tokens)} in a prompt of task {task.name}, as {shorten(text)}")
+
+
+def token_rows(tokenizer: tokenizers.Tokenizer, texts: Sequence[str]) -> np.ndarray:
+    """Token ids of texts as [S, tokens of the longest], padded with PAD; one row a text, in order. Works through a
+    million of them flat."""
+    ids: list[np.ndarray] = []
+    for start in range(0, len(texts), 10_000):
+        batch = tokenizer.encode_batch_fast(list(texts[start : start + 10_000]), add_special_tokens=False)
+        rows = np.full((len(batch), max(len(encoding.ids) for encoding in batch)), PAD, dtype=np.int32)
+        for row, encoding in zip(rows, batch, strict=True):
+            row[: len(encoding.ids)] = encoding.ids
+        ids.append(rows)
+    width = max(rows.shape[1] for rows in ids)
+    return np.concatenate([np.pad(rows, ((0, 0), (0, width - rows.shape[1])), constant_values=PAD) for rows in ids])
+
+
+def sid_sequences(tokenizer, sids: Sequence[str]) -> np.ndarray:
+    """Token ids of SIDs as [S, D - 1], padded with PAD; one row a SID, in order. `vocabulary` checks them."""
+    return token_rows(tokenizer.backend_tokenizer, sids)

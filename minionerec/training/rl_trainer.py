@@ -25,14 +25,15 @@ from trl.trainer.callbacks import SyncRefModelCallback
 from trl.trainer.utils import RepeatSampler, disable_dropout_in_model, split_tensor_dict, use_adapter
 
 import lora_utils
-from minionerec import modeling
-from minionerec.dataset import left_padded
-from minionerec.logprobs import completion_logps
+from minionerec.data.encoding import left_padded
+from minionerec.decoding.beam_search import constrained_beam_search, constrained_sample
+from minionerec.decoding.ranking import rank_prompts
+from minionerec.decoding.trie import Trie
 from minionerec.metrics import rank_of, ranking_metrics
-from minionerec.ranking import rank_prompts
-from minionerec.sharding import gathered, overwrite, whole_tensors
-from minionerec.sid import Trie, constrained_beam_search, constrained_sample
-from minionerec.trainer import DurableRun
+from minionerec.model import adapters, device, loading
+from minionerec.model.sharding import gathered, overwrite, whole_tensors
+from minionerec.training.durable import DurableRun
+from minionerec.training.logprobs import completion_logps
 
 REFERENCE_FILE = "reference.safetensors"  # in a checkpoint, the reference where it moves
 
@@ -92,7 +93,7 @@ class ReReTrainer(DurableRun, GRPOTrainer):
             test_beam, test_batch_size: beams and prompts of a forward pass in `evaluate`.
         """
         if isinstance(model, str):
-            model = modeling.load_base(model, quantization_config)
+            model = loading.load_base(model, quantization_config)
         fresh = peft_config is not None
         if fresh:
             model = lora_utils.add_lora(model, peft_config)
@@ -121,13 +122,13 @@ class ReReTrainer(DurableRun, GRPOTrainer):
         self.reference_adapter = None
         if beta and adapted and (sync or not fresh):
             self.reference_adapter = "ref"
-            lora_utils.copy_adapter(self.model, "default", "ref")
+            adapters.copy_adapter(self.model, "default", "ref")
             disable_dropout_in_model(self.model)
         elif reference is not None:
             # FSDP rounds every weight of the policy, autocast those of matmuls. DeepSpeed's is in 16 bits already.
             if not self.is_deepspeed_enabled:
-                lora_utils.round_weights(reference, modeling.compute_dtype(), all_of_them=self.is_fsdp_enabled)
-            if modeling.shares_weights_out():  # as the policy's: one card may not hold them
+                adapters.round_weights(reference, device.compute_dtype(), all_of_them=self.is_fsdp_enabled)
+            if device.shares_weights_out():  # as the policy's: one card may not hold them
                 prepare = prepare_deepspeed if self.is_deepspeed_enabled else prepare_fsdp
                 self.ref_model = prepare(reference, self.accelerator)
             else:
@@ -275,7 +276,7 @@ class ReReTrainer(DurableRun, GRPOTrainer):
         those with a backward pass, whose gradients are averaged, wherever there are several processes. DeepSpeed steps
         with gradients only."""
         several = self.accelerator.num_processes > 1 or self.is_deepspeed_enabled
-        return modeling.shares_weights_out() or (torch.is_grad_enabled() and several)
+        return device.shares_weights_out() or (torch.is_grad_enabled() and several)
 
     def _compute_loss(self, model, inputs):
         """TRL's, which asks the reference for every completion before it knows the advantages; here it is asked now,
@@ -349,7 +350,7 @@ class ReReTrainer(DurableRun, GRPOTrainer):
             return {}
         if self.ref_model is not None:
             return dict(self.accelerator.unwrap_model(self.ref_model).named_parameters())
-        return lora_utils.adapter_parameters(self.accelerator.unwrap_model(self.model), self.reference_adapter)
+        return adapters.adapter_parameters(self.accelerator.unwrap_model(self.model), self.reference_adapter)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         tensors = whole_tensors(self._moving_reference())
@@ -399,8 +400,8 @@ class _SyncReferenceAdapter(TrainerCallback):
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
         if state.global_step % args.ref_model_sync_steps == 0:
-            reference = lora_utils.adapter_parameters(model, self.reference)
-            policy = lora_utils.adapter_parameters(model, "default")
+            reference = adapters.adapter_parameters(model, self.reference)
+            policy = adapters.adapter_parameters(model, "default")
             with gathered(policy.values()), gathered(reference.values(), write=True):
                 for name, parameter in policy.items():
                     reference[name].data.lerp_(parameter.data, args.ref_model_mixup_alpha)

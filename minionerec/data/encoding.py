@@ -1,0 +1,164 @@
+"""From rows to token ids: the prompt and the response of every row, tokenized in batches and shortened where needed."""
+
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain, islice, product, takewhile
+
+import numpy as np
+import tokenizers
+import torch
+
+from minionerec.data.files import Interaction, Item
+from minionerec.data.prompts import SEPARATOR, Prompts, Task
+from minionerec.errors import InputError
+
+
+def _fields(row: Interaction | Item) -> dict[str, str]:
+    if isinstance(row, Item):
+        return {"sid": row.sid, "title": row.title, "description": row.description}
+    return {
+        "sid_history": SEPARATOR.join(row.sid_history),
+        "title_history": SEPARATOR.join(filter(str.strip, row.title_history)),  # missing ones are left out
+        "sid": row.sid,
+        "title": row.title,
+    }
+
+
+class Pieces:
+    """Tokenizes texts piece by piece and remembers the pieces: histories are made of the same titles and SIDs again
+    and again. A text is cut before the space behind a comma or colon, and behind the end of a line. Where a tokenizer's
+    words may reach across such places, texts are tokenized whole. The ids are the same either way.
+    """
+
+    MOST = 200_000  # pieces to remember
+    cut = staticmethod(re.compile(r"(?<=[,:])(?= \S)|(?<=\n)(?=\w)").split)
+
+    def __init__(self, tokenizer: tokenizers.Tokenizer):
+        self.tokenizer = tokenizer
+        self.cuts = self._are_words()
+        self.known: dict[str, list[int]] = {}
+
+    def encode(self, texts: list[str]) -> list[list[int]]:
+        """Token ids of every text, special tokens left out."""
+        if not self.cuts:
+            return self._whole(texts)
+        if len(self.known) > self.MOST:
+            self.known.clear()
+        cut = [self.cut(text) for text in texts]
+        new = list({piece for pieces in cut for piece in pieces if piece not in self.known})
+        self.known.update(zip(new, self._whole(new), strict=True))
+        return [list(chain.from_iterable(map(self.known.__getitem__, pieces))) for pieces in cut]
+
+    def _whole(self, texts: list[str]) -> list[list[int]]:
+        return [encoding.ids for encoding in self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def _are_words(self) -> bool:
+        """Whether pieces begin and end with a word of the tokenizer, whatever stands around the cut."""
+        if self.tokenizer.pre_tokenizer is None:
+            return False
+        added = [token.content for token in self.tokenizer.get_added_tokens_decoder().values()][-2:]  # SID tokens
+        around = [*added, *["word", "7", "3/4", "(x)", "'s", '"', ",", "é", "漢字", "®", "<", "-", "A1", "..", "́", "_"]]
+        texts = [f"{before}{mark}{after}" for before, mark, after in product(around, (", ", ": ", "\n"), around)]
+        cut = [self.cut(text) for text in texts]
+        apart = iter(self._whole([piece for pieces in cut for piece in pieces]))
+        for text, pieces, whole in zip(texts, cut, self._whole(texts), strict=True):
+            ends = {end for _, (_, end) in self.tokenizer.pre_tokenizer.pre_tokenize_str(text)}
+            together = list(chain.from_iterable(islice(apart, len(pieces))))
+            if len(pieces[0]) not in ends or together != whole:
+                return False
+        return True
+
+
+class Encoder:
+    """Turns rows into token ids: a prompt, and the response with its end-of-sequence token.
+
+    No sequence is longer than `cutoff_len`. The oldest items of a history go first, as many as needed; what cannot be
+    shortened that way loses the end of its longest part. The instruction always stays: a `cutoff_len` that leaves too
+    little beside it raises InputError.
+    """
+
+    def __init__(self, tokenizer, prompts: Prompts, cutoff_len: int):
+        self.tokenizer, self.prompts, self.cutoff_len = tokenizer, prompts, cutoff_len
+        # Llama and Gemma begin every text with a token, GLM with two, Qwen and GPT-2 with none.
+        text = tokenizer("x", return_special_tokens_mask=True)
+        pairs = zip(text.input_ids, text.special_tokens_mask, strict=True)
+        self.start = [token for token, _ in takewhile(lambda pair: pair[1], pairs)]
+
+        self.pieces = Pieces(tokenizer.backend_tokenizer)
+        for task in prompts.tasks.values():
+            empty = dict.fromkeys(("sid_history", "title_history", "sid", "title", "description"), "")
+            instruction = len(self.start) + len(self._ids([prompts.render(task, empty)])[0])
+            if instruction > cutoff_len * 3 // 4:
+                raise InputError(
+                    f"--cutoff_len {cutoff_len}: the instruction of task {task.name} alone has {instruction} tokens "
+                    f"and needs room for what it asks about; give {-(-instruction * 4 // 3)} or more"
+                )
+
+    def _ids(self, texts: list[str]) -> list[list[int]]:
+        return self.pieces.encode(texts)
+
+    def responses(self, task: Task, rows: list[Interaction | Item]) -> list[list[int]]:
+        """Token ids of the responses, at most half of `cutoff_len` each; equal texts are tokenized once."""
+        texts = [task.response.format(**_fields(row)) for row in rows]
+        distinct = list(dict.fromkeys(texts))
+        most = self.cutoff_len // 2 - 1
+        ids = {
+            text: [*ids[:most], self.tokenizer.eos_token_id]
+            for text, ids in zip(distinct, self._ids(distinct), strict=True)
+        }
+        return [ids[text] for text in texts]
+
+    def encode_prompts(self, task: Task, rows: list[Interaction | Item], budgets: list[int]) -> list[list[int]]:
+        """Token ids of the prompts, row i at most `budgets[i]` of them."""
+        texts = [self.prompts.render(task, _fields(row)) for row in rows]
+        encoded = [self.start + ids for ids in self._ids(texts)]
+        for i, budget in enumerate(budgets):
+            if len(encoded[i]) > budget:
+                encoded[i] = self._shortened(task, rows[i], budget)
+        return encoded
+
+    def _shortened(self, task: Task, row: Interaction | Item, budget: int) -> list[int]:
+        def ids_of(fields: dict[str, str]) -> list[int]:
+            return self.start + self._ids([self.prompts.render(task, fields)])[0]
+
+        if isinstance(row, Interaction):
+            while len(row.sid_history) > 1:
+                row = row.without_oldest()
+                ids = ids_of(_fields(row))
+                if len(ids) <= budget:
+                    return ids
+        fields = _fields(row)
+        ids = ids_of(fields)
+        while len(ids) > budget:
+            names = [name for name in fields if "{" + name + "}" in task.input]
+            longest = max(names, key=lambda name: len(fields[name]), default=None)
+            if longest is None or not fields[longest]:
+                return ids[:budget]  # the instruction alone is too long
+            # A token is at least one character long, so this never cuts more than one step too far.
+            fields[longest] = fields[longest][: -(len(ids) - budget)]
+            ids = ids_of(fields)
+        return ids
+
+    def encode(self, task: Task, rows: list[Interaction | Item]) -> list[tuple[list[int], list[int]]]:
+        """(prompt, response) token ids of every row."""
+        responses = self.responses(task, rows)
+        prompts = self.encode_prompts(task, rows, [self.cutoff_len - len(response) for response in responses])
+        return list(zip(prompts, responses, strict=True))
+
+
+def batches(rows: Iterable, size: int) -> Iterator[list]:
+    """The rows in lists of `size`, the last one shorter."""
+    rows = iter(rows)
+    while batch := list(islice(rows, size)):
+        yield batch
+
+
+def left_padded(sequences: Sequence[Sequence[int]], pad_token_id: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """input_ids and attention_mask [rows, tokens] of prompts (lists or arrays), padded on the left."""
+    width = max(len(ids) for ids in sequences)
+    input_ids = np.full((len(sequences), width), pad_token_id, dtype=np.int64)
+    attention_mask = np.zeros_like(input_ids)
+    for i, ids in enumerate(sequences):
+        input_ids[i, width - len(ids) :] = ids
+        attention_mask[i, width - len(ids) :] = 1
+    return torch.from_numpy(input_ids), torch.from_numpy(attention_mask)

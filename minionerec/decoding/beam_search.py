@@ -1,0 +1,135 @@
+"""Beam search and sampling over the SIDs of a trie.
+
+Dimensions: `B` prompts, `K` beams, `P` prompt tokens, `V` vocabulary, `C` children of the widest trie
+node at one depth.
+"""
+
+from collections.abc import Iterator
+
+import torch
+
+from minionerec.data.sid_tokens import PAD
+from minionerec.decoding.beams import CopiedBeams, TreeBeams
+from minionerec.decoding.probe import prove
+from minionerec.decoding.trie import Trie
+
+
+def _way(model, prompt: int, row: int, tree: bool | None) -> tuple[type, bool]:
+    """How beams go on from prompts of `prompt` tokens, in rows of `row`, and whether the prompts may be padded."""
+    if tree is not None:
+        return TreeBeams if tree else CopiedBeams, True
+    proof = prove(model, prompt, row)
+    return proof.beams, proof.padding
+
+
+def _alone(input_ids: torch.Tensor, attention_mask: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Every prompt of a batch as a batch of its own, without padding."""
+    for ids, mask in zip(input_ids, attention_mask.bool(), strict=True):
+        yield ids[mask].unsqueeze(0), attention_mask.new_ones((1, int(mask.sum())))
+
+
+@torch.no_grad()  # inference mode would leave weights that FSDP gathers unfit for training
+def constrained_beam_search(
+    model,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor,
+    trie: Trie,
+    num_beams: int,
+    length_penalty: float = 0.0,
+    tree: bool | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The `num_beams` best SIDs of every prompt, best first.
+
+    A beam's score is the sum of its tokens' log-probabilities under the whole vocabulary, end-of-sequence token
+    included, divided by its length to the power of `length_penalty`. The prompt runs through the model once. Every
+    beam is a distinct SID of the trie, which a step costs no more for being larger.
+
+    Args:
+        model: a causal LM in evaluation mode.
+        input_ids, attention_mask: [B, P], padded on the left.
+        trie: on the model's device.
+        tree: under a tree mask, or with copies of the cache; None takes the first way that is proven of the model.
+
+    Returns:
+        rows [B, K] into `trie.sequences`, and scores [B, K]; K is `num_beams`, or the number of SIDs where the
+        catalogue is smaller.
+    """
+    beams = min(num_beams, len(trie))
+    prompts, device = len(input_ids), input_ids.device
+    way, padding = _way(model, input_ids.shape[1], input_ids.shape[1] + beams * trie.depth, tree)
+    if not padding and (prompts > 1 or not attention_mask.all()):
+        found = [
+            constrained_beam_search(model, *one, trie, num_beams, length_penalty)
+            for one in _alone(input_ids, attention_mask)
+        ]
+        return tuple(torch.cat(parts) for parts in zip(*found, strict=True))
+    state = way(model, input_ids, attention_mask)
+    logits = state.logits
+    node = torch.zeros((prompts, 1), dtype=torch.long, device=device)
+    score = torch.zeros((prompts, 1), device=device)
+    finished_row = torch.full((prompts, beams), PAD, device=device)
+    finished_score = torch.full((prompts, beams), -torch.inf, device=device)
+    for depth, width in enumerate(trie.widths):
+        logits = logits.float()
+        child, exists = trie.children(node, width)  # [B, K, C]
+        token = trie.token[child].clamp(min=0)
+        score_of = logits.gather(2, token) - logits.logsumexp(dim=2, keepdim=True) + score.unsqueeze(2)
+        score_of = score_of.masked_fill(~exists, -torch.inf).flatten(1)
+        child = child.flatten(1)
+
+        # SIDs that end here compete with those that ended before; the others run on.
+        row = trie.row[child]
+        ended = torch.where(row == PAD, -torch.inf, score_of / (depth + 1) ** length_penalty)
+        finished_score, best = torch.cat([finished_score, ended], dim=1).topk(beams, dim=1)
+        finished_row = torch.cat([finished_row, row], dim=1).gather(1, best)
+        if depth + 1 == trie.depth:
+            break
+        running = torch.where(row == PAD, score_of, -torch.inf)
+        score, best = running.topk(min(beams, running.shape[1]), dim=1)
+        node = child.gather(1, best)
+        logits = state.step(best // width, trie.token[node].clamp(min=0), depth)
+    return finished_row, finished_score
+
+
+@torch.no_grad()
+def constrained_sample(
+    model,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor,
+    trie: Trie,
+    count: int,
+    temperature: float = 1.0,
+    tree: bool | None = None,
+) -> torch.Tensor:
+    """`count` SIDs a prompt, drawn with replacement from the model's distribution over the trie.
+
+    Every token is drawn from the softmax of logits / `temperature` over the tokens that continue a SID.
+
+    Args:
+        input_ids, attention_mask: [B, P], padded on the left.
+        tree: as in `constrained_beam_search`.
+
+    Returns:
+        [B, count], rows of `trie.sequences` in the order they were drawn.
+    """
+    way, padding = _way(model, input_ids.shape[1], input_ids.shape[1] + count * trie.depth, tree)
+    if not padding and (len(input_ids) > 1 or not attention_mask.all()):
+        return torch.cat(
+            [constrained_sample(model, *one, trie, count, temperature) for one in _alone(input_ids, attention_mask)]
+        )
+    state = way(model, input_ids, attention_mask)
+    logits = state.logits
+    node = torch.zeros((len(input_ids), count), dtype=torch.long, device=input_ids.device)
+    itself = torch.arange(count, device=node.device).expand_as(node)
+    for depth, width in enumerate(trie.widths):
+        child, exists = trie.children(node, width)  # [B, count, C]
+        token = trie.token[child].clamp(min=0)
+        scores = logits.float().expand(-1, count, -1).gather(2, token) / temperature
+        ended = trie.row[node] != PAD  # these have no children; they stay where they are
+        scores = scores.masked_fill(~exists, -torch.inf).masked_fill(ended.unsqueeze(2), 0.0)
+        drawn = torch.multinomial(scores.softmax(dim=2).flatten(0, 1), 1).view_as(node)
+        node = torch.where(ended, node, child.gather(2, drawn.unsqueeze(2)).squeeze(2))
+        if depth + 1 < trie.depth:
+            parent = itself if depth else torch.zeros_like(itself)
+            logits = state.step(parent, trie.token[node].clamp(min=0), depth)
+    return trie.row[node]

@@ -1,0 +1,71 @@
+"""Trained rows of the embedding matrices, for SID tokens, at the cost of the rows alone."""
+
+import torch
+import torch.nn.functional as F
+from peft.tuners.trainable_tokens import TrainableTokensLayer
+from torch import nn
+
+from minionerec.model.head import float32_linear
+
+
+class SidRows(TrainableTokensLayer):
+    """PEFT's trainable token rows with a forward that touches the rows alone.
+
+    PEFT writes the trained rows into a copy of the whole [V, H] matrix on every forward, and its gradient is as large.
+    Here the base matrix is used as it is; embeddings of SID tokens are then overwritten by their rows, and so are the
+    logits of SID columns. Parameters, names and files stay PEFT's.
+    """
+
+    def forward_adapters(self, x: torch.Tensor, active_adapters, *args, **kwargs) -> torch.Tensor:
+        result = self.base_layer(x, *args, **kwargs)
+        if self.merged:
+            return result
+        self._check_overlapping_tokens(active_adapters)
+        for adapter in active_adapters:
+            # Turned off, the layer overwrites with the base's own rows: the same arithmetic, so that an adapter that
+            # has not learnt anything gives the very logits of its base.
+            rows = (self.trainable_tokens_original if self.disable_adapters else self.trainable_tokens_delta)[adapter]
+            if isinstance(self.base_layer, nn.Embedding):
+                result = self._overwrite_embeddings(result, x, rows, adapter)
+            else:
+                result = self._overwrite_logits(result, x, rows, adapter)
+        return result
+
+    def _ids(self, adapter: str, device: torch.device) -> torch.Tensor:
+        """The token ids of the rows, [n], kept on the device."""
+        cache = self.__dict__.setdefault("_ids_cache", {})
+        if (adapter, device) not in cache:
+            cache[adapter, device] = torch.tensor(self.token_indices[adapter], device=device)
+        return cache[adapter, device]
+
+    def _row_of(self, adapter: str, device: torch.device) -> torch.Tensor:
+        """[V], the row of every token id, -1 for those that have none."""
+        cache = self.__dict__.setdefault("_row_of_cache", {})
+        if (adapter, device) not in cache:
+            ids = self._ids(adapter, device)
+            row_of = torch.full((self.base_layer.num_embeddings,), -1, device=device)
+            row_of[ids] = torch.arange(len(ids), device=device)
+            cache[adapter, device] = row_of
+        return cache[adapter, device]
+
+    def _overwrite_embeddings(
+        self, result: torch.Tensor, token_ids: torch.Tensor, rows: torch.Tensor, adapter: str
+    ) -> torch.Tensor:
+        row = self._row_of(adapter, token_ids.device)[token_ids]
+        trained = F.embedding(row.clamp(min=0), rows)
+        scale = self._get_embed_scale()  # Gemma scales its embeddings in the layer itself
+        if scale is not None:
+            trained = trained * scale.to(trained.dtype)
+        return torch.where((row >= 0).unsqueeze(-1), trained.to(result.dtype), result)
+
+    def _overwrite_logits(
+        self, result: torch.Tensor, hidden: torch.Tensor, rows: torch.Tensor, adapter: str
+    ) -> torch.Tensor:
+        ids = self._ids(adapter, hidden.device)
+        bias = self.base_layer.bias
+        bias = None if bias is None else bias[ids]
+        if result.dtype == torch.float32:  # also of 16-bit hidden states, in `head.float32_head`
+            columns = float32_linear(hidden, rows.float(), bias)
+        else:
+            columns = F.linear(hidden, rows.to(hidden.dtype), bias)
+        return result.index_copy(-1, ids, columns.to(result.dtype))

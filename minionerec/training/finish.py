@@ -1,0 +1,91 @@
+"""The end of a run: final_checkpoint, metrics.json and curves.png."""
+
+import os
+import shutil
+
+import torch
+from transformers import Trainer
+
+from minionerec.checkpoint import (
+    make_portable,
+    write_json,
+)
+from minionerec.model import device, loading
+from minionerec.model.sharding import with_sid_rows_merged
+from minionerec.process_memory import peak_memory_gb
+from minionerec.training.durable import writing
+
+
+def folder_size_mb(path: str) -> float:
+    """The size of the files in a folder, in MB (1e6 bytes)."""
+    return sum(os.path.getsize(os.path.join(path, name)) for name in os.listdir(path)) / 1e6
+
+
+def save_final(trainer: Trainer, path: str, merge: bool = False, dtype: torch.dtype | None = None) -> None:
+    """Saves the trainer's model, tokenizer and resolved configuration as a folder that appears whole or not at all.
+
+    With `merge` trained rows are written into the base and a standalone model is saved. `dtype` is that of the saved
+    weights, where it is not that of training: the float32 weights of full fine-tuning stay in the checkpoints that a
+    run resumes from. Every process must call it.
+    """
+    partial = f"{path}.partial"
+    if trainer.args.should_save:
+        shutil.rmtree(partial, ignore_errors=True)
+    trainer.save_dtype = dtype
+    if merge:
+        state = _merge(trainer)
+        if trainer.args.should_save and dtype not in (None, trainer.model.dtype):  # the base was rounded when loaded
+            state = state if state is not None else trainer.model.state_dict()
+            state = loading.unrounded(state, trainer.model.config._name_or_path, dtype)
+        trainer.model.config.use_cache = True
+        trainer._save(partial, state)  # not by the engine: it knows the model that was
+    else:
+        trainer.model.config.use_cache = True
+        trainer.save_model(partial)
+    if trainer.args.should_save:
+        make_portable(partial)
+        shutil.rmtree(path, ignore_errors=True)
+        os.replace(partial, path)
+    trainer.accelerator.wait_for_everyone()
+
+
+def _merge(trainer: Trainer) -> dict[str, torch.Tensor] | None:
+    """Puts a plain model with the trained rows in the trainer's place of the adapted one. Where weights are sharded, it
+    has no weights itself: its whole state is returned, in the first process."""
+    if not device.shares_weights_out():
+        trainer.model = trainer.model.merge_and_unload()
+        return None
+    base = trainer.accelerator.unwrap_model(trainer.model).get_base_model()
+    state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    state = with_sid_rows_merged(base, state) if trainer.args.should_save else {}
+    with torch.device("meta"):
+        trainer.model = type(base)(base.config).to(base.dtype)
+    trainer.model.generation_config = base.generation_config
+    return state
+
+
+def finish(
+    trainer: Trainer,
+    output_dir: str,
+    metrics: dict,
+    panels: dict,
+    merge: bool = False,
+    dtype: torch.dtype | None = None,
+) -> dict:
+    """Saves final_checkpoint, metrics.json and curves.png under `output_dir`; returns the metrics with what they cost.
+
+    Every process must call it; `merge` and `dtype` as in `save_final`.
+    """
+    metrics = {**metrics, "peak_memory_gb": peak_memory_gb()}
+    final = os.path.join(output_dir, "final_checkpoint")
+    with writing(final):
+        save_final(trainer, final, merge, dtype)
+    if trainer.args.should_save:
+        from minionerec.plots import plot_curves
+
+        metrics["checkpoint_mb"] = folder_size_mb(final)
+        history = trainer.state.log_history
+        write_json(os.path.join(output_dir, "metrics.json"), {**metrics, "history": history})
+        plot_curves(history, os.path.join(output_dir, "curves.png"), panels)
+        print(f"saved {final}")
+    return metrics
