@@ -21,7 +21,7 @@ SFT = [
     ({"batch_size": 10, "micro_batch_size": 4}, "--batch_size 10 is no multiple of --micro_batch_size 4"),
     ({"learning_rate": 0}, "--learning_rate 0.0: must be above 0"),
     ({"cutoff_len": 5}, "--cutoff_len 5"),
-    ({"cutoff_len": 40}, "--cutoff_len 40: the instruction of task sid_history_to_sid alone has"),
+    ({"cutoff_len": 40}, "--cutoff_len 40: the instruction of task sid_history_to_sid has"),
     ({"category": " "}, "--category is missing"),
     ({"tasks": "title_to_sid"}, "needs a task on interactions to validate on"),
     ({"sample": 0}, "--sample 0"),

@@ -218,8 +218,8 @@ def test_pieces_give_the_tokens_of_the_whole_text(pre_tokenizer):
     tokenizer.train_from_iterator([*TEXTS, "a, b, " * 50, *["x, "] * 50], trainer)
     tokenizer.add_tokens([AddedToken(token, normalized=False) for token in ("<a_1>", "<b_2>", "<c_3>", "<c_4>")])
     pieces = Pieces(tokenizer)
-    assert pieces.cuts == (pre_tokenizer in ("bytes", "qwen"))
-    assert not pieces.cuts or len(pieces.cut(TEXTS[0])) == 5
+    assert pieces.splits == (pre_tokenizer in ("bytes", "qwen"))
+    assert not pieces.splits or len(pieces.split(TEXTS[0])) == 5
     expected = [tokenizer.encode(text, add_special_tokens=False).ids for text in TEXTS]
     assert pieces.encode(TEXTS) == expected
     assert pieces.encode(TEXTS) == expected  # from memory

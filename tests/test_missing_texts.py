@@ -238,7 +238,7 @@ def test_sft_trains_on_the_rows_that_have_the_texts(files, base, trained, capsys
     assert metrics["train_examples"] == sum(rows.values())
     lacking = 24 - rows["sid_history_to_title"]
     assert (
-        f"{files['train']}: {lacking} of 24 rows lack a text that sid_history_to_title needs; this task leaves them out"
+        f"{files['train']}: {lacking} of 24 rows lack a text that sid_history_to_title needs; this task skips them"
         in printed.splitlines()
     )
     assert f"{files['item']}: 4 of 20 rows lack a text that description_to_sid needs" in printed

@@ -56,8 +56,8 @@ PROMPTS = [
     ([task(input="{sid_history.__class__}")], "names unknown fields ['sid_history.__class__']"),
     ([task(input="{sid_history[0]}")], "names unknown fields ['sid_history[0]']"),
     ([task(input="{}")], "names unknown fields ['']"),
-    ([task(input="{")], "is no format string"),
-    ([task(input="x" * 10_001)], "has 10,001 characters; 10,000 are the most"),
+    ([task(input="{")], "is not a format string"),
+    ([task(input="x" * 10_001)], "has 10,001 characters; at most 10,000 are allowed"),
     ([task(input="{sid_history}" * 11)], "names a field more than 10 times"),
     ([task(input=5)], "input of task 'sid_history_to_sid' must be text, not 5"),
     ([task(instruction="\ud800")], "instruction of task 'sid_history_to_sid' must be text"),
@@ -70,7 +70,7 @@ PROMPTS = [
     ([task(weight="2")], "must be a whole number from 1 to 100, not '2'"),
     ([task(colour="red")], "has unknown keys ['colour']"),
     ([task(rows="item")], "task 'sid_history_to_sid' on rows 'item' is unknown"),
-    ([task(), task()], "there twice"),
+    ([task(), task()], "is unknown or listed twice"),
     ([task(name="nope")], "task 'nope' on rows 'interaction' is unknown"),
     ([task(name=["x"])], "task ['x'] on rows"),
     ([{}], "task None on rows None is unknown"),
@@ -96,7 +96,7 @@ def test_recorded_prompts_pass_the_checks_of_a_prompt_file(files, tmp_path, prom
     (problem,) = problems_of(evaluate.evaluate, **evaluation(files, checkpoint))
     assert time.perf_counter() - started < 2
     assert problem.startswith(f"{checkpoint}/minionerec.json, prompts: ") and message in problem
-    assert problem.endswith("; correct it there, or give rl.py and evaluate.py --category and a --prompt_file")
+    assert problem.endswith("; correct it there, or give --category and --prompt_file to rl.py or evaluate.py")
     # And the remedy is one: what is recorded then plays no part.
     (tmp_path / "prompts.json").write_text("{}")
     assert recorded_prompts(str(checkpoint), "bolts", str(tmp_path / "prompts.json")).category == "bolts"

@@ -154,7 +154,10 @@ def test_sids_of_another_catalogue_are_named():
     other = catalogue_of([*TOKENS, ["<a_0>", "<d_7>"]])
     assert "its tokenizer lacks 1 SID tokens of the index, such as '<d_7>'" in refusal(tokenizer, other)
     message = refusal(tokenizer, other, known=False)
-    assert "SID '<a_0><d_7>' becomes 7 tokens, ['<a_0>', '▁', " in message and "does not know all of its own" in message
+    assert (
+        "SID '<a_0><d_7>' becomes 7 tokens, ['<a_0>', '▁', " in message
+        and "the tokenizer does not know all of its tokens" in message
+    )
 
 
 def test_a_base_that_knows_no_sid_takes_them_as_text():
@@ -170,7 +173,9 @@ def test_tokens_with_another_meaning_are_no_sid_tokens():
     with pytest.raises(InputError, match=r"SID token '</s>' is the .*_token of the tokenizer; rename it"):
         add_sid_tokens(tokenizer, ["<a_0>", "</s>"])
     assert "<a_0>" not in tokenizer.get_vocab() and tokenizer.added_tokens_decoder[2].special
-    assert "holds the end-of-sequence token" in refusal(tokenizer, catalogue_of([["<unk>", "</s>"]]))
+    assert "or the text after it contains the end-of-sequence token" in refusal(
+        tokenizer, catalogue_of([["<unk>", "</s>"]])
+    )
 
 
 def test_what_follows_a_sid_is_written_after_it(tokenizer):
@@ -186,9 +191,9 @@ def test_what_follows_a_sid_is_written_after_it(tokenizer):
         encoder = Encoder(tokenizer, prompts, 512)
         asked = [Interaction(["<a_0><b_0><c_0>"], [], sid, "") for sid in CATALOGUE.tokens_of]
         assert encoder.responses(task, asked) == [[*row, tokenizer.eos_token_id] for row in rows]
-    assert "holds the end-of-sequence token" in refusal(tokenizer, CATALOGUE, "</s>")
+    assert "or the text after it contains the end-of-sequence token" in refusal(tokenizer, CATALOGUE, "</s>")
     message = refusal(tokenizer, CATALOGUE, ", a" * 300)
-    assert "tokens to write, and may take half of cutoff_len 512" in message
+    assert "tokens to write, more than half of cutoff_len 512" in message
 
 
 def test_what_begins_a_text_begins_every_prompt():

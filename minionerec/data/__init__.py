@@ -1,0 +1,1 @@
+"""Reads the input files, writes prompts and turns rows into token ids."""

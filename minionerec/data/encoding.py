@@ -1,8 +1,10 @@
-"""From rows to token ids: the prompt and the response of every row, tokenized in batches and shortened where needed."""
+"""Tokenizes rows into prompts and responses, in batches, and shortens what exceeds `cutoff_len`."""
 
+import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain, islice, product, takewhile
+from typing import TYPE_CHECKING
 
 import numpy as np
 import tokenizers
@@ -12,56 +14,61 @@ from minionerec.data.files import Interaction, Item
 from minionerec.data.prompts import SEPARATOR, Prompts, Task
 from minionerec.errors import InputError
 
+if TYPE_CHECKING:  # slow to import, and needed for annotations only
+    from transformers import PreTrainedTokenizerFast
+
 
 def _fields(row: Interaction | Item) -> dict[str, str]:
+    """The texts that a task's format strings may name."""
     if isinstance(row, Item):
         return {"sid": row.sid, "title": row.title, "description": row.description}
     return {
         "sid_history": SEPARATOR.join(row.sid_history),
-        "title_history": SEPARATOR.join(filter(str.strip, row.title_history)),  # missing ones are left out
+        "title_history": SEPARATOR.join(filter(str.strip, row.title_history)),  # missing titles are skipped
         "sid": row.sid,
         "title": row.title,
     }
 
 
 class Pieces:
-    """Tokenizes texts piece by piece and remembers the pieces: histories are made of the same titles and SIDs again
-    and again. A text is cut before the space behind a comma or colon, and behind the end of a line. Where a tokenizer's
-    words may reach across such places, texts are tokenized whole. The ids are the same either way.
+    """Tokenizes texts piece by piece and caches the pieces, because histories repeat the same titles and SIDs.
+
+    A text is split between a comma or colon and the space that follows, and after a line feed. If a token of this
+    tokenizer could span such a split, texts are tokenized whole. The ids are the same either way.
     """
 
-    MOST = 200_000  # pieces to remember
-    cut = staticmethod(re.compile(r"(?<=[,:])(?= \S)|(?<=\n)(?=\w)").split)
+    MOST = 200_000  # cached pieces
+    split = staticmethod(re.compile(r"(?<=[,:])(?= \S)|(?<=\n)(?=\w)").split)
 
     def __init__(self, tokenizer: tokenizers.Tokenizer):
         self.tokenizer = tokenizer
-        self.cuts = self._are_words()
+        self.splits = self._splits_are_safe()
         self.known: dict[str, list[int]] = {}
 
     def encode(self, texts: list[str]) -> list[list[int]]:
-        """Token ids of every text, special tokens left out."""
-        if not self.cuts:
-            return self._whole(texts)
+        """Token ids of every text, without special tokens."""
+        if not self.splits:
+            return self._encode_whole(texts)
         if len(self.known) > self.MOST:
             self.known.clear()
-        cut = [self.cut(text) for text in texts]
-        new = list({piece for pieces in cut for piece in pieces if piece not in self.known})
-        self.known.update(zip(new, self._whole(new), strict=True))
-        return [list(chain.from_iterable(map(self.known.__getitem__, pieces))) for pieces in cut]
+        split = [self.split(text) for text in texts]
+        new = list({piece for pieces in split for piece in pieces if piece not in self.known})
+        self.known.update(zip(new, self._encode_whole(new), strict=True))
+        return [list(chain.from_iterable(map(self.known.__getitem__, pieces))) for pieces in split]
 
-    def _whole(self, texts: list[str]) -> list[list[int]]:
+    def _encode_whole(self, texts: list[str]) -> list[list[int]]:
         return [encoding.ids for encoding in self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
 
-    def _are_words(self) -> bool:
-        """Whether pieces begin and end with a word of the tokenizer, whatever stands around the cut."""
+    def _splits_are_safe(self) -> bool:
+        """Whether split texts give the ids of whole ones, tried with many kinds of text around each split."""
         if self.tokenizer.pre_tokenizer is None:
             return False
         added = [token.content for token in self.tokenizer.get_added_tokens_decoder().values()][-2:]  # SID tokens
         around = [*added, *["word", "7", "3/4", "(x)", "'s", '"', ",", "é", "漢字", "®", "<", "-", "A1", "..", "́", "_"]]
         texts = [f"{before}{mark}{after}" for before, mark, after in product(around, (", ", ": ", "\n"), around)]
-        cut = [self.cut(text) for text in texts]
-        apart = iter(self._whole([piece for pieces in cut for piece in pieces]))
-        for text, pieces, whole in zip(texts, cut, self._whole(texts), strict=True):
+        split = [self.split(text) for text in texts]
+        apart = iter(self._encode_whole([piece for pieces in split for piece in pieces]))
+        for text, pieces, whole in zip(texts, split, self._encode_whole(texts), strict=True):
             ends = {end for _, (_, end) in self.tokenizer.pre_tokenizer.pre_tokenize_str(text)}
             together = list(chain.from_iterable(islice(apart, len(pieces))))
             if len(pieces[0]) not in ends or together != whole:
@@ -72,14 +79,14 @@ class Pieces:
 class Encoder:
     """Turns rows into token ids: a prompt, and the response with its end-of-sequence token.
 
-    No sequence is longer than `cutoff_len`. The oldest items of a history go first, as many as needed; what cannot be
-    shortened that way loses the end of its longest part. The instruction always stays: a `cutoff_len` that leaves too
-    little beside it raises InputError.
+    No sequence is longer than `cutoff_len`. A prompt that is too long first drops the oldest items of its history; if
+    that is not enough, its longest field is cut at the end. The instruction is never cut: InputError if it takes more
+    than three quarters of `cutoff_len`.
     """
 
-    def __init__(self, tokenizer, prompts: Prompts, cutoff_len: int):
+    def __init__(self, tokenizer: "PreTrainedTokenizerFast", prompts: Prompts, cutoff_len: int):
         self.tokenizer, self.prompts, self.cutoff_len = tokenizer, prompts, cutoff_len
-        # Llama and Gemma begin every text with a token, GLM with two, Qwen and GPT-2 with none.
+        # Llama and Gemma start every text with one special token, GLM with two, Qwen and GPT-2 with none.
         text = tokenizer("x", return_special_tokens_mask=True)
         pairs = zip(text.input_ids, text.special_tokens_mask, strict=True)
         self.start = [token for token, _ in takewhile(lambda pair: pair[1], pairs)]
@@ -90,26 +97,26 @@ class Encoder:
             instruction = len(self.start) + len(self._ids([prompts.render(task, empty)])[0])
             if instruction > cutoff_len * 3 // 4:
                 raise InputError(
-                    f"--cutoff_len {cutoff_len}: the instruction of task {task.name} alone has {instruction} tokens "
-                    f"and needs room for what it asks about; give {-(-instruction * 4 // 3)} or more"
+                    f"--cutoff_len {cutoff_len}: the instruction of task {task.name} has {instruction} tokens, which "
+                    f"leaves too little room for the row; give {math.ceil(instruction * 4 / 3)} or more"
                 )
 
     def _ids(self, texts: list[str]) -> list[list[int]]:
         return self.pieces.encode(texts)
 
     def responses(self, task: Task, rows: list[Interaction | Item]) -> list[list[int]]:
-        """Token ids of the responses, at most half of `cutoff_len` each; equal texts are tokenized once."""
+        """Token ids of the responses, each at most half of `cutoff_len`; equal texts are tokenized once."""
         texts = [task.response.format(**_fields(row)) for row in rows]
         distinct = list(dict.fromkeys(texts))
-        most = self.cutoff_len // 2 - 1
+        limit = self.cutoff_len // 2 - 1
         ids = {
-            text: [*ids[:most], self.tokenizer.eos_token_id]
+            text: [*ids[:limit], self.tokenizer.eos_token_id]
             for text, ids in zip(distinct, self._ids(distinct), strict=True)
         }
         return [ids[text] for text in texts]
 
     def encode_prompts(self, task: Task, rows: list[Interaction | Item], budgets: list[int]) -> list[list[int]]:
-        """Token ids of the prompts, row i at most `budgets[i]` of them."""
+        """Token ids of the prompts; that of row i has at most `budgets[i]`."""
         texts = [self.prompts.render(task, _fields(row)) for row in rows]
         encoded = [self.start + ids for ids in self._ids(texts)]
         for i, budget in enumerate(budgets):
@@ -133,8 +140,8 @@ class Encoder:
             names = [name for name in fields if "{" + name + "}" in task.input]
             longest = max(names, key=lambda name: len(fields[name]), default=None)
             if longest is None or not fields[longest]:
-                return ids[:budget]  # the instruction alone is too long
-            # A token is at least one character long, so this never cuts more than one step too far.
+                return ids[:budget]  # the instruction by itself is too long
+            # A token covers at least one character, so each pass removes at most as many tokens as needed.
             fields[longest] = fields[longest][: -(len(ids) - budget)]
             ids = ids_of(fields)
         return ids
@@ -147,16 +154,16 @@ class Encoder:
 
 
 def batches(rows: Iterable, size: int) -> Iterator[list]:
-    """The rows in lists of `size`, the last one shorter."""
+    """The rows in lists of `size`; the last list may be shorter."""
     rows = iter(rows)
     while batch := list(islice(rows, size)):
         yield batch
 
 
 def left_padded(sequences: Sequence[Sequence[int]], pad_token_id: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """input_ids and attention_mask [rows, tokens] of prompts (lists or arrays), padded on the left."""
+    """input_ids and attention_mask [B, P] of prompts (lists or arrays), padded on the left."""
     width = max(len(ids) for ids in sequences)
-    input_ids = np.full((len(sequences), width), pad_token_id, dtype=np.int64)
+    input_ids: np.ndarray = np.full((len(sequences), width), pad_token_id, dtype=np.int64)
     attention_mask = np.zeros_like(input_ids)
     for i, ids in enumerate(sequences):
         input_ids[i, width - len(ids) :] = ids

@@ -1,5 +1,6 @@
-"""The examples of a run, written to an Arrow file once and read back memory-mapped, so that memory does not grow with
-their number; padded into batches; and the prompts of RL and evaluation.
+"""Builds the data sets of a run: SFT examples cached in a memory-mapped Arrow file, and the prompts of RL.
+
+Memory does not grow with the number of SFT examples: they are written in batches and read back memory-mapped.
 """
 
 import functools
@@ -22,12 +23,8 @@ import torch
 from minionerec.data.encoding import Encoder, batches
 from minionerec.data.files import Catalogue, Interaction, Item
 
-IGNORE = -100  # the label of a token that carries no loss
-
-
-BATCH_ROWS = 1000
-
-
+IGNORE = -100  # the label of a token without loss
+BATCH_ROWS = 1000  # rows that are tokenized together
 SCHEMA = pa.schema([("input_ids", pa.list_(pa.int32())), ("prompt_length", pa.int32()), ("length", pa.int32())])
 
 
@@ -46,8 +43,8 @@ def _record_batch(pairs: list[tuple[list[int], list[int]]]) -> pa.RecordBatch:
 
 @contextmanager
 def _without_collector() -> Iterator[None]:
-    """Holds the cycle collector off: tokenizing makes no cycles, only so many lists that it would walk again and again
-    through all that is imported."""
+    """Pauses the cycle collector. Tokenizing makes no cycles, but so many lists that the collector would scan every
+    imported object again and again."""
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -60,10 +57,10 @@ def _without_collector() -> Iterator[None]:
 def write_examples(
     path: str, encoder: Encoder, rows_of: Callable[[str], Iterable[Interaction | Item]], batch_rows: int = BATCH_ROWS
 ) -> int:
-    """Writes the examples of all tasks of the encoder's prompts to an Arrow stream file and counts them. Rows that lack
-    a text of a task are no examples of it.
+    """Writes the examples of all tasks of the encoder's prompts to an Arrow stream file and returns their number.
 
-    `rows_of("interaction")` and `rows_of("item")` start a pass over the rows. The file appears whole or not at all.
+    A row that lacks a text of a task gives no example for it. `rows_of("interaction")` and `rows_of("item")` each start
+    a pass over the rows. The file is renamed into place when it is complete.
     """
     partial = f"{path}.{os.getpid()}.partial"
     count = 0
@@ -86,7 +83,7 @@ def write_examples(
 
 @functools.cache
 def code_digest(folder: str = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))) -> str:
-    """Tells apart versions of the code that makes examples: a digest of all source files of the package."""
+    """A digest of all source files of the package: examples of another version of the code are not reused."""
     digest = hashlib.sha256()
     for path in sorted(Path(folder).rglob("*.py")):
         digest.update(f"{path.relative_to(folder).as_posix()}\0{_file_digest(path)}\n".encode())
@@ -99,7 +96,7 @@ def _file_digest(path: str | Path) -> str:
 
 
 def _is_whole(path: str) -> bool:
-    """Whether a file of the cache is as it was written."""
+    """Whether a cached file has the digest that was recorded when it was written."""
     try:
         return Path(f"{path}.sha256").read_text() == _file_digest(path)
     except (OSError, UnicodeDecodeError):
@@ -107,13 +104,15 @@ def _is_whole(path: str) -> bool:
 
 
 def tokenized_dataset(
-    encoder: Encoder, rows_of: Callable[[str], Iterable[Interaction | Item]], sources: list[str], **settings
+    encoder: Encoder, rows_of: Callable[[str], Iterable[Interaction | Item]], sources: list[str], **settings: object
 ) -> datasets.Dataset:
-    """The examples of all tasks as a memory-mapped dataset, from the cache where the same ones were made before.
+    """The examples of all tasks as a memory-mapped dataset, from the cache if the same ones were made before.
 
     Args:
-        sources: the files the rows come from; their content, the tokenizer, the prompts, the code and `settings` name
-            the cache entry in the folder of Hugging Face datasets (HF_DATASETS_CACHE). A damaged one is made anew.
+        rows_of: as in `write_examples`.
+        sources: the files the rows come from. Their content, the tokenizer, the prompts, the code and `settings` are
+            the key of the cache entry, which is in the cache folder of Hugging Face datasets (HF_DATASETS_CACHE). A
+            damaged entry is built again.
 
     Returns:
         columns input_ids (int32 list: prompt, then response), prompt_length, length.
@@ -139,11 +138,11 @@ def tokenized_dataset(
 def prompt_dataset(
     encoder: Encoder, rows_of: Callable[[str], Iterable[Interaction | Item]], budget: int
 ) -> datasets.Dataset:
-    """The prompts of all tasks of the encoder's prompts for RL and its evaluations, in memory.
+    """The prompts of all tasks of the encoder's prompts, in memory, for RL and its evaluations.
 
     Args:
         rows_of: as in `write_examples`.
-        budget: tokens of a prompt at most.
+        budget: the most tokens a prompt may have.
 
     Returns:
         columns prompt (int32 list), target (SID), history (SIDs, empty for tasks on items).
@@ -153,11 +152,11 @@ def prompt_dataset(
         tasks = [task for task in encoder.prompts.tasks.values() if task.rows == kind]
         for rows in batches(rows_of(kind) if tasks else [], BATCH_ROWS):
             for task in tasks:
-                asked = list(filter(task.suits, rows))
-                prompts = encoder.encode_prompts(task, asked, [budget] * len(asked))
+                suited = list(filter(task.suits, rows))
+                prompts = encoder.encode_prompts(task, suited, [budget] * len(suited))
                 columns["prompt"] += [np.array(ids, dtype=np.int32) for ids in prompts] * task.weight
-                columns["target"] += [row.sid for row in asked] * task.weight
-                columns["history"] += [getattr(row, "sid_history", []) for row in asked] * task.weight
+                columns["target"] += [row.sid for row in suited] * task.weight
+                columns["history"] += [getattr(row, "sid_history", []) for row in suited] * task.weight
     text = datasets.Value("string")
     features = {"prompt": datasets.List(datasets.Value("int32")), "target": text, "history": datasets.List(text)}
     return datasets.Dataset.from_dict(columns, features=datasets.Features(features))
@@ -169,9 +168,9 @@ def item_rows(catalogue: Catalogue) -> list[Item]:
 
 
 class Collator:
-    """Pads a batch of examples on the right to its longest.
+    """Pads the examples of a batch on the right, to the length of the longest.
 
-    Returns input_ids and labels [rows, tokens]; labels are IGNORE on the prompt and the padding.
+    Returns input_ids and labels [B, L]; labels are IGNORE on the prompt and the padding.
     """
 
     def __init__(self, pad_token_id: int):
@@ -179,8 +178,8 @@ class Collator:
 
     def __call__(self, examples: list[dict]) -> dict[str, torch.Tensor]:
         shape = (len(examples), max(len(example["input_ids"]) for example in examples))
-        # Rows are filled in NumPy: it takes in a list several times as fast as torch does.
-        input_ids = np.full(shape, self.pad_token_id, dtype=np.int64)
+        # Filled in NumPy, which converts a list several times as fast as torch.
+        input_ids: np.ndarray = np.full(shape, self.pad_token_id, dtype=np.int64)
         labels = np.full_like(input_ids, IGNORE)
         for i, example in enumerate(examples):
             ids, prompt_length = example["input_ids"], example["prompt_length"]

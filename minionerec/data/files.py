@@ -1,14 +1,14 @@
-"""Readers of the files of the public MiniOneRec release, with every check that can be made before a model is loaded.
+"""Reads the files of the public MiniOneRec release, and checks all that can be checked before a model is loaded.
 
 | file | content |
 |---|---|
 | index (`*.index.json`) | item id -> its semantic ID (SID) as a list of tokens |
 | metadata (`*.item.json`) | item id -> title, description |
 | info (tab-separated, whatever its extension) | SID, title, item id |
-| interactions (`*.csv`) | one next-item event a row; histories are the text of a Python list, oldest first |
+| interactions (`*.csv`) | one next-item event per row; histories are the text of a Python list, oldest first |
 
 Nothing here executes data: list cells are read with `ast.literal_eval`. Only the standard library is imported, so a
-command can check its input before it pays for torch.
+command can check its input before it spends seconds on importing torch.
 """
 
 import ast
@@ -20,6 +20,7 @@ import re
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import TextIO, TypeGuard
 
 from minionerec.errors import InputError
 
@@ -28,11 +29,11 @@ csv.field_size_limit(sys.maxsize)
 SID_COLUMNS = ("history_item_sid", "item_sid")
 TITLE_COLUMNS = ("history_item_title", "item_title")
 
-MOST_PROBLEMS = 5  # of one file that are printed one by one
+MOST_PROBLEMS = 5  # of one file that are listed; the others are only counted
 
 
 class FileProblems:
-    """The problems of one file: the first few in full, the others counted."""
+    """The problems of one file: the first few in full, and the number of the others."""
 
     def __init__(self, path: str):
         self.path = path
@@ -57,8 +58,8 @@ def shorten(value: object, width: int = 80) -> str:
     return text if len(text) <= width else text[: width - 1] + "…"
 
 
-def is_text(value: object) -> bool:
-    """Whether a value is text that can be written: escapes in JSON and lists can name half a character."""
+def is_text(value: object) -> TypeGuard[str]:
+    """Whether a value is text that UTF-8 can encode: escapes in JSON and lists can stand for half a surrogate pair."""
     if not isinstance(value, str):
         return False
     try:
@@ -70,7 +71,7 @@ def is_text(value: object) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """A catalogue entry. `sid` is the SID's tokens written together. A missing text is empty."""
+    """An item of the catalogue. `sid` is its SID tokens, joined. A missing text is empty."""
 
     sid: str
     title: str
@@ -79,7 +80,13 @@ class Item:
 
 @dataclass(frozen=True)
 class Catalogue:
-    """All items by id, in the order of the index file; the distinct SID tokens, sorted; and the tokens of every SID."""
+    """The items of an index file.
+
+    Attributes:
+        items: item id -> item, in the order of the file.
+        sid_tokens: the distinct SID tokens, sorted.
+        tokens_of: SID -> its tokens.
+    """
 
     items: dict[str, Item]
     sid_tokens: list[str]
@@ -92,8 +99,7 @@ class Catalogue:
 
 @dataclass(frozen=True, slots=True)
 class Interaction:
-    """One row of an interactions file: a history, oldest first, and the item that followed. A missing title is
-    empty."""
+    """A row of an interactions file: a history, oldest first, and the item that followed. A missing title is empty."""
 
     sid_history: list[str]
     title_history: list[str]
@@ -104,7 +110,7 @@ class Interaction:
         return Interaction(self.sid_history[1:], self.title_history[1:], self.sid, self.title)
 
 
-def _open(path: str, flag: str, newline: str | None = None):
+def _open(path: str, flag: str, newline: str | None = None) -> TextIO:
     if not path:
         raise InputError(f"--{flag} is missing; give the path of a file")
     if not os.path.isfile(path):
@@ -119,14 +125,14 @@ def _read_json_object(path: str, flag: str) -> dict:
         except (ValueError, RecursionError) as error:
             raise InputError(f"--{flag} {path}: is not JSON: {error}") from None
     if not isinstance(data, dict) or not data:
-        raise InputError(f"--{flag} {path}: expected a non-empty object of item ids")
+        raise InputError(f"--{flag} {path}: expected a non-empty object with item ids as keys")
     return data
 
 
 def read_catalogue(sid_index_path: str, item_meta_path: str | None = None) -> Catalogue:
-    """The items of an index file, with titles and descriptions where a metadata file is given.
+    """The items of an index file, with titles and descriptions if a metadata file is given.
 
-    Items without an entry in the metadata keep empty texts. Raises InputError naming file, item and value.
+    Items without an entry in the metadata have empty texts. Raises InputError naming file, item and value.
     """
     index = _read_json_object(sid_index_path, "sid_index_path")
     metadata = _read_json_object(item_meta_path, "item_meta_path") if item_meta_path is not None else {}
@@ -136,7 +142,7 @@ def read_catalogue(sid_index_path: str, item_meta_path: str | None = None) -> Ca
         if not isinstance(tokens, list) or not tokens or not all(is_text(t) and t.strip() for t in tokens):
             problems.add(f", item {item!r}", f"expected a list of SID tokens, found {shorten(tokens)}")
         elif (other := tokens_of.setdefault("".join(tokens), tokens)) != tokens:
-            problems.add(f", item {item!r}", f"{shorten(tokens)} and {shorten(other)} are the same text; rename tokens")
+            problems.add(f", item {item!r}", f"{shorten(tokens)} and {shorten(other)} join to one text; rename tokens")
     problems.check()
     problems = FileProblems(item_meta_path or "")
     items = {}
@@ -147,19 +153,20 @@ def read_catalogue(sid_index_path: str, item_meta_path: str | None = None) -> Ca
     problems.check()
     if metadata and not any(item.title or item.description for item in items.values()):
         raise InputError(
-            f"--item_meta_path {item_meta_path}: none of the items of {sid_index_path} has a title or a description "
-            "there; do the two files belong together?"
+            f"--item_meta_path {item_meta_path}: has no title and no description for any item of {sid_index_path}; "
+            "do the two files belong together?"
         )
     return Catalogue(items, sorted({token for tokens in index.values() for token in tokens}), tokens_of)
 
 
 def read_titles_and_descriptions(item_meta_path: str) -> list[str]:
-    """The texts of a metadata file, for a tokenizer to learn from."""
+    """The titles and descriptions of a metadata file, to train a tokenizer on."""
     metadata = _read_json_object(item_meta_path, "item_meta_path")
     problems = FileProblems(item_meta_path)
-    texts = [_item_texts(fields, item, problems) for item, fields in metadata.items()]
+    entries = [_item_texts(fields, item, problems) for item, fields in metadata.items()]
     problems.check()
-    texts = [title for title, _ in texts] + [description for _, description in texts]
+    good = [entry for entry in entries if entry is not None]  # all of them, or `check` has raised
+    texts = [title for title, _ in good] + [description for _, description in good]
     if not any(texts):
         raise InputError(
             f"--item_meta_path {item_meta_path}: no item has a title or a description; is it the metadata?"
@@ -168,7 +175,7 @@ def read_titles_and_descriptions(item_meta_path: str) -> list[str]:
 
 
 def _item_texts(fields: object, item: str, problems: FileProblems) -> tuple[str, str] | None:
-    """Title and description of an entry of the metadata, or None where one is no text, which `problems` then holds."""
+    """Title and description of an entry of the metadata, or None if one of them is not text: see `problems` then."""
     if not isinstance(fields, dict):
         problems.add(f", item {item!r}", f"expected an object with a title, found {shorten(fields)}")
         return None
@@ -178,20 +185,20 @@ def _item_texts(fields: object, item: str, problems: FileProblems) -> tuple[str,
     name = "title" if title is None else "description"
     problems.add(
         f", item {item!r}",
-        f"{name} must be text or a list of texts, found {shorten(fields[name])}; write null where there is none",
+        f"{name} must be text or a list of texts, found {shorten(fields[name])}; write null for a missing one",
     )
     return None
 
 
-# What Python writes for a float that is not a number, and so pandas for a missing text that was turned into one.
+# How Python writes a float NaN. pandas reads a missing text as NaN, so this is what it writes back as text.
 NAN = "nan"
 
 
 def _text(value: object) -> str | None:
-    """The text of a JSON value, empty for null, NaN and "nan"; the texts of a list are joined. None for anything else,
+    """The text of a JSON value: empty for null, NaN and "nan"; the texts of a list, joined. None for any other value,
     such as an object or a number."""
     if isinstance(value, list):
-        parts = [_text(part) for part in value if not isinstance(part, list)]  # no list in a list
+        parts = [_text(part) for part in value if not isinstance(part, list)]  # a list within a list is not text
         return " ".join(filter(None, parts)) if len(parts) == len(value) and None not in parts else None
     if value is None or value != value:
         return ""
@@ -202,7 +209,7 @@ def _text(value: object) -> str | None:
 
 
 def _description(value: object) -> str | None:
-    """`_text` of a description; published files often hold the text of a list of paragraphs."""
+    """`_text` of a description, which published files often write as the text of a Python list of paragraphs."""
     if isinstance(value, str) and value.startswith("[") and value.endswith("]"):
         parts = _list_cell(value, missing=True)
         return _text(value if parts is None else parts)
@@ -212,7 +219,7 @@ def _description(value: object) -> str | None:
 def read_info(path: str, catalogue: Catalogue | None = None) -> list[str]:
     """The distinct SIDs of an info file, in its order. Lines are SID, title and item id, separated by tabs.
 
-    Raises InputError for a line of another shape, an empty file, and, given a catalogue, an item whose SID differs
+    Raises InputError for a line of another form, an empty file, and, if a catalogue is given, an item whose SID differs
     between the two files.
     """
     problems = FileProblems(path)
@@ -243,15 +250,16 @@ def read_info(path: str, catalogue: Catalogue | None = None) -> list[str]:
     return list(sids)
 
 
-# A list of texts as Python writes it, without escapes: read several times as fast as by `ast`, with the same result.
+# A list of texts as Python writes it, without escapes. These patterns read it several times as fast as `ast`, with the
+# same result.
 _TEXT = r"""(?:'[^'\\\n\r\0]*'|"[^"\\\n\r\0]*")"""
 _PLAIN_TEXT = re.compile(_TEXT)
 _PLAIN_LIST = re.compile(rf"\[{_TEXT}(?:, {_TEXT})*\]")
 
 
 def _list_cell(text: str, missing: bool = False) -> list[str] | None:
-    """The texts of a list cell, or None where the cell is no list of texts. With `missing`, None and nan, as Python
-    writes them, are empty texts."""
+    """The texts of a list cell, or None if the cell is not a list of texts. With `missing`, the elements None and nan
+    are empty texts."""
     if _PLAIN_LIST.fullmatch(text):
         return [part[1:-1] for part in _PLAIN_TEXT.findall(text)]
     try:
@@ -279,13 +287,13 @@ def read_interactions(
     Args:
         path: a CSV file with the columns SID_COLUMNS and, with `titles`, TITLE_COLUMNS; others are ignored.
         flag: the name of the flag that gave the path, for messages.
-        sids: the SIDs that may occur; None takes any.
+        sids: the SIDs that may occur; None allows any.
 
     Raises InputError after the last row, naming file, line and value of the first bad cells.
     """
     known = set(sids) if sids is not None else None
     problems = FileProblems(path)
-    rows = 0
+    num_rows = 0
     with _open(path, flag, newline="") as file:
         reader = csv.DictReader(file)
         try:
@@ -297,10 +305,10 @@ def read_interactions(
                     f"the file has {', '.join(reader.fieldnames or ()) or 'no header'}"
                 )
             for row in reader:
-                rows += 1
-                interaction, problem = _interaction(row, titles, known)
-                if problem:
-                    problems.add(f", line {reader.line_num}", problem)
+                num_rows += 1
+                interaction = _interaction(row, titles, known)
+                if isinstance(interaction, str):
+                    problems.add(f", line {reader.line_num}", interaction)
                 else:
                     yield interaction
         except UnicodeDecodeError as error:
@@ -308,37 +316,40 @@ def read_interactions(
         except csv.Error as error:
             raise InputError(f"--{flag} {path}, line {reader.line_num}: is not CSV: {error}") from None
     problems.check()
-    if not rows:
+    if not num_rows:
         raise InputError(f"--{flag} {path}: has no rows")
 
 
-def _interaction(
-    row: dict[str, str | None], titles: bool, known: set[str] | None
-) -> tuple[Interaction, None] | tuple[None, str]:
-    """A checked row, or what is wrong with it."""
+def _interaction(row: dict[str, str], titles: bool, known: set[str] | None) -> Interaction | str:
+    """A checked row, or what is wrong with it, as text."""
     for column in SID_COLUMNS + (TITLE_COLUMNS if titles else ()):
-        if row[column] is None:
-            return None, f"the row ends before column {column}"
-    sid = row["item_sid"].strip()
+        if row[column] is None:  # how DictReader fills a row that is too short
+            return f"the row ends before column {column}"
     sid_history = _list_cell(row["history_item_sid"])
+    if sid_history is None:
+        return _not_a_list(row, "history_item_sid")
     title_history = _list_cell(row["history_item_title"], missing=True) if titles else []
-    for column, value in (("history_item_sid", sid_history), ("history_item_title", title_history)):
-        if value is None:
-            return None, f"{column} must be a list of texts such as ['a', 'b'], found {shorten(row[column])}"
+    if title_history is None:
+        return _not_a_list(row, "history_item_title")
     if not sid_history:
-        return None, "history_item_sid is empty; a row needs at least one past item"
+        return "history_item_sid is empty; a row needs at least one past item"
     if titles and len(title_history) != len(sid_history):
-        return None, f"history_item_title has {len(title_history)} entries, history_item_sid {len(sid_history)}"
+        return f"history_item_title has {len(title_history)} entries, history_item_sid {len(sid_history)}"
+    sid = row["item_sid"].strip()
     if known is not None:
         for value in [sid, *sid_history]:
             if value not in known:
-                return None, f"SID {shorten(value)} is not in the index or info file"
+                return f"SID {shorten(value)} is not in the index or info file"
     elif not sid:
-        return None, "item_sid is empty"
+        return "item_sid is empty"
     title = row["item_title"].strip() if titles else ""
     if NAN in title_history:
         title_history = ["" if text == NAN else text for text in title_history]
-    return Interaction(sid_history, title_history, sid, "" if title == NAN else title), None
+    return Interaction(sid_history, title_history, sid, "" if title == NAN else title)
+
+
+def _not_a_list(row: dict[str, str], column: str) -> str:
+    return f"{column} must be a list of texts such as ['a', 'b'], found {shorten(row[column])}"
 
 
 def count_rows(path: str, flag: str, sids: Iterable[str] | None = None, titles: bool = True) -> int:
@@ -347,7 +358,7 @@ def count_rows(path: str, flag: str, sids: Iterable[str] | None = None, titles: 
 
 
 def sample_rows(rows: Iterable, count: int, sample: int, seed: int) -> Iterator:
-    """`sample` of the `count` rows, chosen at random, in their order; all of them when `sample` is -1."""
+    """`sample` of the `count` rows, chosen at random, in their order; all of them if `sample` is -1."""
     if sample < 0 or sample >= count:
         yield from rows
         return

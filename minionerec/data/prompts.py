@@ -5,12 +5,13 @@ A prompt file (`--prompt_file`, JSON) replaces any part of the wording:
     {"template": "{instruction}\\n{input}\\nAnswer:\\n",
      "tasks": {"sid_history_to_sid": {"instruction": "...", "input": "...", "response": "{sid}\\n", "weight": 2}}}
 
-What a checkpoint recorded passes the checks of a prompt file.
+Prompts recorded in a checkpoint go through the same checks as a prompt file.
 """
 
 import json
 import os
 import string
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 
@@ -18,7 +19,7 @@ from minionerec.checkpoint import RUN_FILE, read_run
 from minionerec.data.files import Interaction, Item, is_text, shorten
 from minionerec.errors import InputError, Problems
 
-# How the categories of the public MiniOneRec release are spoken of; any other text is used as it stands.
+# How prompts name the categories of the public MiniOneRec release; any other category is used as given.
 CATEGORIES = {
     "Industrial_and_Scientific": "industrial and scientific items",
     "Office_Products": "office products",
@@ -34,10 +35,13 @@ CATEGORIES = {
 class Task:
     """One way to turn a row into a prompt and a response.
 
-    `rows` says what a row is: an "interaction" of a CSV file, or an "item" of the catalogue. `input` and `response`
-    are format strings over the fields of that row: {sid_history}, {title_history}, {sid}, {title}, {description}.
-    A response with a SID begins with it and may end with a fixed text. `weight` is how many times an epoch runs over
-    the task.
+    Attributes:
+        name: the name of the task, for `--tasks` and messages.
+        rows: what a row is: an "interaction" of a CSV file, or an "item" of the catalogue.
+        instruction: the text before the input; {category} stands for the category.
+        input, response: format strings over the fields of a row: {sid_history}, {title_history}, {sid}, {title},
+            {description}. A response with a SID starts with it and may end with a fixed text.
+        weight: how many times an epoch goes through the task.
     """
 
     name: str
@@ -49,8 +53,8 @@ class Task:
 
     @property
     def ending(self) -> str | None:
-        """The fixed text after the SID of the response, or None where the task answers with something else."""
-        (before, field, *_), *rest = [*string.Formatter().parse(self.response)] or [("", None)]
+        """The fixed text after the SID of the response, or None if the response is not a SID."""
+        (before, field, *_), *rest = [*string.Formatter().parse(self.response)] or [("", None, None, None)]
         if before or field != "sid" or any(field is not None for _, field, *_ in rest):
             return None
         return "".join(text for text, *_ in rest)
@@ -61,13 +65,12 @@ class Task:
         return frozenset(_fields(self.input + self.response))
 
     def suits(self, row: Interaction | Item) -> bool:
-        """Whether a row has every text that the task reads or writes; a history needs one title."""
-        names = self.fields
-        return (
-            ("title" not in names or bool(row.title))
-            and ("description" not in names or bool(row.description))
-            and ("title_history" not in names or any(map(str.strip, row.title_history)))
-        )
+        """Whether a row has every text that the task reads or writes; a history needs at least one title."""
+        if "title" in self.fields and not row.title:
+            return False
+        if isinstance(row, Item):
+            return "description" not in self.fields or bool(row.description)
+        return "title_history" not in self.fields or any(map(str.strip, row.title_history))
 
 
 TEMPLATE = "{instruction}\n{input}\nAnswer:\n"
@@ -130,11 +133,11 @@ TASKS = {
     ]
 }
 
-# What `--tasks all` stands for in sft.py and in rl.py.
+# What `--tasks all` means in sft.py and in rl.py.
 SFT_TASKS = tuple(name for name in TASKS if name != "description_to_sid")
 RL_TASKS = ("sid_history_to_sid", "title_to_sid", "description_to_sid", "title_history_to_sid")
 
-# The task that is validated on during training and asked of every row by evaluate.py.
+# The task that training validates on, and that evaluate.py runs on every row.
 RECOMMENDATION = "sid_history_to_sid"
 
 SEPARATOR = ", "
@@ -149,9 +152,9 @@ class Prompts:
     category: str
 
     def render(self, task: Task, fields: dict[str, str]) -> str:
-        """The prompt of one row, up to the place where the response begins."""
+        """The prompt of one row, up to where the response starts."""
         instruction = task.instruction.replace("{category}", self.category)
-        # The fields go in last and in one pass, so braces in a title stay what they are.
+        # The fields are filled in last and in one pass, so braces in a title are kept.
         return self.template.format(instruction=instruction, input=task.input.format(**fields))
 
     @property
@@ -162,38 +165,40 @@ class Prompts:
         )
 
     def for_validation(self) -> "Prompts":
-        """The recommendation task alone; where it is not trained, the other tasks on interactions."""
+        """Only the recommendation task, or the other tasks on interactions if that one is not trained."""
         if RECOMMENDATION in self.tasks:
             return replace(self, tasks={RECOMMENDATION: self.tasks[RECOMMENDATION]})
         return replace(self, tasks={name: task for name, task in self.tasks.items() if task.rows == "interaction"})
 
     def only(self, name: str) -> "Prompts":
-        """One task alone, in the built-in wording where these prompts lack it."""
+        """Only the task `name`, in the built-in wording if these prompts do not have it."""
         return replace(self, tasks={name: self.tasks.get(name, TASKS[name])})
 
     def to_json(self) -> dict:
+        """What a checkpoint records."""
         return {"template": self.template, "category": self.category, "tasks": [asdict(t) for t in self.tasks.values()]}
 
     @staticmethod
     def from_json(data: object, place: str = "prompts") -> "Prompts":
-        """What `to_json` gave. Raises InputError, naming `place`, where it would not do as a prompt file."""
+        """The prompts that `to_json` wrote. Raises InputError, naming `place`, for what a prompt file may not hold."""
         if not isinstance(data, dict) or set(data) != {"template", "category", "tasks"}:
             raise InputError(f"{place}: expected an object of template, category and tasks")
-        _check_template(data["template"], place)
-        _check_text(data["category"], f"{place}: category")
+        template = _checked_template(data["template"], place)
+        category = _checked_text(data["category"], f"{place}: category")
         if not isinstance(data["tasks"], list) or not all(isinstance(task, dict) for task in data["tasks"]):
             raise InputError(f"{place}: tasks must be a list of objects")
-        problems, tasks = Problems(), {}
+        problems = Problems()
+        tasks: dict[str, Task] = {}
         for task in data["tasks"]:
             name, kind = task.get("name"), task.get("rows")
             known = TASKS.get(name) if isinstance(name, str) else None
             if known is None or kind != known.rows or name in tasks:
-                problems.add(f"{place}: task {_shown(name)} on rows {_shown(kind)} is unknown or there twice")
+                problems.add(f"{place}: task {_shown(name)} on rows {_shown(kind)} is unknown or listed twice")
             else:
                 wording = {key: value for key, value in task.items() if key not in ("name", "rows")}
-                tasks[name] = problems.attempt(_override, known, wording, place)
+                tasks[name] = problems.attempt(_override, known, wording, place) or known
         problems.check()
-        return Prompts(data["template"], tasks, data["category"])
+        return Prompts(template, tasks, category)
 
 
 MOST_TEXT = 10_000  # characters of a template, instruction, input, response or category
@@ -205,25 +210,27 @@ def _shown(value: object) -> str:
     return shorten(value, 60)
 
 
-def _check_text(text: object, what: str) -> None:
+def _checked_text(text: object, what: str) -> str:
     if not is_text(text):
         raise InputError(f"{what} must be text, not {_shown(text)}")
     if len(text) > MOST_TEXT:
-        raise InputError(f"{what} has {len(text):,} characters; {MOST_TEXT:,} are the most")
+        raise InputError(f"{what} has {len(text):,} characters; at most {MOST_TEXT:,} are allowed")
+    return text
 
 
-def _check_template(template: object, place: str) -> None:
-    _check_text(template, f"{place}: template")
+def _checked_template(template: object, place: str) -> str:
+    text = _checked_text(template, f"{place}: template")
     try:
-        named = sorted(_fields(template))
+        named = sorted(_fields(text))
     except ValueError:
         named = []
     if named != ["input", "instruction"]:
         raise InputError(f"{place}: template must contain {{instruction}} and {{input}}, each once, and no other field")
+    return text
 
 
 def _fields(text: str) -> list[str]:
-    """The fields of a format string, in order. Raises ValueError where it is none, or says how to format a field."""
+    """The fields of a format string, in order. Raises ValueError if it is not one, or has a conversion or format."""
     names = []
     for _, name, spec, conversion in string.Formatter().parse(text):
         if spec or conversion:
@@ -234,7 +241,7 @@ def _fields(text: str) -> list[str]:
 
 
 def _override(task: Task, changes: object, place: str) -> Task:
-    """The task with another wording. Raises InputError, naming `place`, for one that cannot be used."""
+    """The task with another wording. Raises InputError, naming `place`, for a wording that cannot be used."""
     if not isinstance(changes, dict):
         raise InputError(f"{place}: task {task.name!r} must be an object of instruction, input, response or weight")
     unknown = set(changes) - {"instruction", "input", "response", "weight"}
@@ -247,7 +254,7 @@ def _override(task: Task, changes: object, place: str) -> Task:
             f"{_shown(weight)}"
         )
     for key in ("instruction", "input", "response"):
-        _check_text(changes.get(key, ""), f"{place}: {key} of task {task.name!r}")
+        _checked_text(changes.get(key, ""), f"{place}: {key} of task {task.name!r}")
     new = replace(task, **changes)
     allowed = {
         "interaction": {"sid_history", "title_history", "sid", "title"},
@@ -255,27 +262,28 @@ def _override(task: Task, changes: object, place: str) -> Task:
     }[task.rows]
     named: dict[str, list[str]] = {}
     for key in ("response", "input"):
-        # The answer may not stand in the question: no task shows what it asks for, one on interactions nothing of it.
+        # A prompt must not contain its answer: on items no field of the response, on interactions neither the SID nor
+        # the title of the target.
         hidden = {"sid", "title"} if task.rows == "interaction" else set(named.get("response", ()))
         names = allowed - hidden if key == "input" else allowed
         try:
             named[key] = _fields(getattr(new, key))
         except ValueError as error:
-            raise InputError(f"{place}: {key} of task {task.name!r} is no format string: {error}") from None
+            raise InputError(f"{place}: {key} of task {task.name!r} is not a format string: {error}") from None
         unknown = set(named[key]) - names
         if unknown:
             raise InputError(
-                f"{place}: {key} of task {task.name!r} names unknown fields {_shown(sorted(unknown))}; there are "
-                f"{sorted(names)}"
+                f"{place}: {key} of task {task.name!r} names unknown fields {_shown(sorted(unknown))}; the known ones "
+                f"are {sorted(names)}"
             )
         if any(named[key].count(name) > MOST_REPEATS for name in names):
             raise InputError(f"{place}: {key} of task {task.name!r} names a field more than {MOST_REPEATS} times")
     if not named["response"]:
-        raise InputError(f"{place}: response of task {task.name!r} names no field; it must answer with one")
+        raise InputError(f"{place}: response of task {task.name!r} names no field; it must contain at least one")
     if task.ending is not None and new.ending is None:
         raise InputError(
-            f"{place}: response of task {task.name!r} must begin with {{sid}}, and at most a fixed text may follow it: "
-            "a SID is decoded right after the prompt; other words go into the template"
+            f"{place}: response of task {task.name!r} must begin with {{sid}}, and only a fixed text may follow it: "
+            "a SID is decoded right after the prompt; put other words into the template"
         )
     return new
 
@@ -283,10 +291,10 @@ def _override(task: Task, changes: object, place: str) -> Task:
 def load_prompts(
     category: str, prompt_file: str | None = None, tasks: str = "all", default: tuple[str, ...] = SFT_TASKS
 ) -> Prompts:
-    """The wording for `category`: the table above, or what `prompt_file` puts in its place, for the chosen tasks.
+    """The wording for `category` of the chosen tasks: the table above, with what `prompt_file` replaces.
 
-    `tasks` holds names separated by commas, or is "all" for those of `default`. Raises InputError for an unreadable
-    file, an unknown task, key or field.
+    `tasks` is names separated by commas, or "all" for those of `default`. Raises InputError for an unreadable file, or
+    an unknown task, key or field.
     """
     template, table = TEMPLATE, dict(TASKS)
     if prompt_file:
@@ -297,62 +305,67 @@ def load_prompts(
             raise InputError(f"--prompt_file {prompt_file}: cannot be read as JSON: {error}") from None
         if not isinstance(data, dict) or set(data) - {"template", "tasks"}:
             raise InputError(f"--prompt_file {prompt_file}: expected an object with template and tasks")
-        template = data.get("template", template)
-        _check_template(template, f"--prompt_file {prompt_file}")
+        template = _checked_template(data.get("template", template), f"--prompt_file {prompt_file}")
         if not isinstance(data.get("tasks", {}), dict):
-            raise InputError(f"--prompt_file {prompt_file}: tasks must be an object of task names")
+            raise InputError(f"--prompt_file {prompt_file}: tasks must be an object with task names as keys")
         problems = Problems()
         for name, changes in data.get("tasks", {}).items():
             if name in table:
-                table[name] = problems.attempt(_override, table[name], changes, f"--prompt_file {prompt_file}")
+                new = problems.attempt(_override, table[name], changes, f"--prompt_file {prompt_file}")
+                table[name] = new or table[name]
             else:
-                problems.add(f"--prompt_file {prompt_file}: unknown task {_shown(name)}; there are {', '.join(table)}")
+                problems.add(
+                    f"--prompt_file {prompt_file}: unknown task {_shown(name)}; the tasks are {', '.join(table)}"
+                )
         problems.check()
+    chosen: Sequence[str] = default
     if tasks != "all":
         chosen = [name.strip() for name in tasks.split(",") if name.strip()]
         unknown = [name for name in chosen if name not in table]
         if unknown or not chosen:
-            raise InputError(f"--tasks {tasks!r}: unknown {', '.join(unknown)}; there are all, {', '.join(table)}")
-    else:
-        chosen = default
-    return Prompts(
-        template, {name: task for name, task in table.items() if name in chosen}, CATEGORIES.get(category, category)
-    )
+            raise InputError(
+                f"--tasks {tasks!r}: unknown {', '.join(unknown)}; choose all, or some of {', '.join(table)}"
+            )
+    wanted = {name: task for name, task in table.items() if name in chosen}
+    return Prompts(template, wanted, CATEGORIES.get(category, category))
 
 
 def recorded_prompts(
     checkpoint: str, category: str, prompt_file: str | None = None, tasks: str = "all", default: tuple[str, ...] = ()
 ) -> Prompts:
-    """The wording a later command uses with a checkpoint: of `prompt_file` where one is given, else what the checkpoint
-    recorded, else the table above. Tasks it was not trained on come in the built-in wording, but in its own template
-    and category, and with what it writes after a SID."""
+    """The wording that a later command uses with a checkpoint: that of `prompt_file` if one is given, else what the
+    checkpoint recorded, else the table above.
+
+    Tasks that the checkpoint was not trained on have the built-in wording, in the template and category of the
+    checkpoint, and with the text that it writes after a SID.
+    """
     recorded = read_run(checkpoint).get("prompts")
     if not category.strip() and recorded is None:
         recorded_none = f", and {checkpoint} recorded none" if checkpoint else ""
         raise InputError(f"--category is missing{recorded_none}; say what the items are")
     known = None if recorded is None or (prompt_file and category.strip()) else _read_recorded(recorded, checkpoint)
-    prompts = load_prompts(category or known.category, prompt_file, tasks, default)
+    prompts = load_prompts(category or (known.category if known else ""), prompt_file, tasks, default)
     if prompt_file or known is None:
         return prompts
     responses = {task.response for task in known.tasks.values() if task.ending is not None}
-    tasks = {}
+    known_or_built_in: dict[str, Task] = {}
     for name, task in prompts.tasks.items():
         if task.ending is not None and len(responses) == 1:
             task = replace(task, response=next(iter(responses)))
-        tasks[name] = known.tasks.get(name, task)
-    return replace(known, tasks=tasks)
+        known_or_built_in[name] = known.tasks.get(name, task)
+    return replace(known, tasks=known_or_built_in)
 
 
 def _read_recorded(recorded: object, checkpoint: str) -> Prompts:
     try:
         return Prompts.from_json(recorded, f"{os.path.join(checkpoint, RUN_FILE)}, prompts")
     except InputError as error:
-        remedy = "correct it there, or give rl.py and evaluate.py --category and a --prompt_file"
+        remedy = "correct it there, or give --category and --prompt_file to rl.py or evaluate.py"
         raise InputError([f"{problem}; {remedy}" for problem in error.problems]) from None
 
 
 def differing_prompts(checkpoint: str, prompts: Prompts) -> list[str]:
-    """A warning, or none, where a checkpoint was trained with another wording of the tasks that it shares."""
+    """A warning if a checkpoint was trained with another wording of the same tasks; else an empty list."""
     recorded = read_run(checkpoint).get("prompts")
     try:
         known = _read_recorded(recorded, checkpoint) if recorded else prompts

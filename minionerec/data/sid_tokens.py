@@ -1,14 +1,14 @@
-"""SID tokens in a tokenizer: added so that no normalizer changes them, and checked on every SID.
+"""Adds SID tokens to a tokenizer so that no normalizer changes them, and checks how every SID is tokenized.
 
-A token that is added as plain text is matched after the tokenizer's normalizer. With one that puts "▁" before a text,
-`<a_0><b_0><c_0>` becomes 11 tokens instead of 3, without a word.
+A token that is added as plain text is matched after the tokenizer's normalizer. If that puts "▁" before a text,
+`<a_0><b_0><c_0>` silently becomes 11 tokens instead of 3.
 
 Dimensions: `S` SIDs, `D` tokens of the longest response with its end-of-sequence token.
 """
 
 import string
-from collections.abc import Sequence
-from typing import NoReturn
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, NoReturn
 
 import numpy as np
 import tokenizers
@@ -19,23 +19,22 @@ from minionerec.data.files import Catalogue, shorten
 from minionerec.data.prompts import SEPARATOR, Task
 from minionerec.errors import InputError
 
-PAD = -1  # after the end of a sequence that is shorter than D
+if TYPE_CHECKING:  # slow to import, and needed for annotations only
+    from transformers import PreTrainedTokenizerFast
+
+PAD = -1  # fills rows of token ids after the end of a shorter sequence
+UNKNOWN = -2  # in place of a token id, for text that is not a known token
+OTHER = "\0"  # stands for text that is not a token
+SIDS_OF_A_PROMPT = 100  # put into one prompt by a check
+
+Refuse = Callable[[int, str], NoReturn]  # raises InputError about the SID in a row of the check
 
 
-SIDS_OF_A_PROMPT = 100  # that a check puts into one
+def add_sid_tokens(tokenizer: "PreTrainedTokenizerFast", sid_tokens: Sequence[str]) -> None:
+    """Adds SID tokens that are matched in the raw text: before any normalizer, and next to any other text.
 
-
-OTHER = "\0"  # stands for text that is no token
-
-
-UNKNOWN = -2  # in the place of a token's id
-
-
-def add_sid_tokens(tokenizer, sid_tokens: Sequence[str]) -> None:
-    """Adds SID tokens that are matched in the text as it is: before any normalizer, and whatever stands beside them.
-
-    Tokens the tokenizer knows keep their ids. Raises InputError for one that has another meaning there, such as the
-    end of a sequence.
+    Tokens that the tokenizer knows keep their ids. Raises InputError for one that has another meaning there, such as
+    the end-of-sequence token.
     """
     names = ("bos_token", "eos_token", "pad_token", "unk_token")
     own = {getattr(tokenizer, name): name for name in names}
@@ -45,16 +44,16 @@ def add_sid_tokens(tokenizer, sid_tokens: Sequence[str]) -> None:
             f"SID token {taken[0]!r} is the {own[taken[0]]} of the tokenizer; rename it in --sid_index_path"
         )
     known = {token.content: token for token in tokenizer.added_tokens_decoder.values()}
-    new = [token for token in sid_tokens if token not in known or not _is_matched_as_it_is(known[token])]
+    new = [token for token in sid_tokens if token not in known or not _matches_raw_text(known[token])]
     tokenizer.add_tokens([AddedToken(token, normalized=False, special=False) for token in new])
 
 
-def _is_matched_as_it_is(token: AddedToken) -> bool:
+def _matches_raw_text(token: AddedToken) -> bool:
     return not (token.normalized or token.lstrip or token.rstrip or token.single_word)
 
 
 def check_sids(encoder: Encoder, catalogue: Catalogue, where: str, remedy: str) -> None:
-    """Checks all SIDs as `sid_responses` does, with every ending that the responses of the encoder's tasks have."""
+    """Checks all SIDs as `sid_responses` does, with the ending of every task of the encoder."""
     for ending in sorted({task.ending or "" for task in encoder.prompts.tasks.values()}):
         sid_responses(encoder, list(catalogue.tokens_of), ending, catalogue, where, remedy)
 
@@ -64,16 +63,16 @@ def sid_responses(
 ) -> np.ndarray:
     """Token ids [S, D - 1] of what a model writes for SIDs, padded with PAD: the SID and `ending`, a fixed text.
 
-    Every SID must become its own tokens and no others, there and in the prompts of the encoder's tasks. Works through
-    a million SIDs flat.
+    Every SID must become its own tokens and no others, both as a response and in the prompts of the encoder's tasks.
+    A million SIDs are checked in arrays, without a Python object for each token.
 
     Args:
-        catalogue: the SIDs and their tokens. Without one, a SID's own tokens are those given to the tokenizer whose
-            texts together are the SID; where it was given none for any of them, SIDs are plain text.
-        where, remedy: for messages, the flag whose tokenizer this is, and what to do.
+        catalogue: the SIDs and their tokens. Without one, a SID's own tokens are the tokens added to this tokenizer
+            whose texts join to the SID; if none was added for any SID, SIDs are plain text.
+        where, remedy: for messages, the flag that named the tokenizer, and what to do.
 
-    Raises InputError naming the first SID that becomes something else, two that become the same, or one that holds the
-    end-of-sequence token or is longer than half of the encoder's `cutoff_len`.
+    Raises InputError naming the first SID that becomes other tokens, two SIDs that become the same ones, or a SID that
+    contains the end-of-sequence token or is longer than half of the encoder's `cutoff_len`.
     """
     tokenizer = encoder.tokenizer
     sequences = sid_sequences(tokenizer, [sid + ending for sid in sids] if ending else sids)
@@ -86,16 +85,16 @@ def sid_responses(
         tokens = tokenizer.convert_ids_to_tokens(sequences[row, : lengths[row]].tolist())
         return f"becomes {len(tokens)} tokens, {shorten(tokens)}"
 
-    # What no tokenizer may make of a SID.
+    # Checks that need no knowledge of the SIDs' own tokens.
     if not lengths.all():
         refuse(int(lengths.argmin()), "becomes no token at all")
     ends = (sequences == tokenizer.eos_token_id).any(axis=1)
     if ends.any():
-        refuse(int(ends.argmax()), "holds the end-of-sequence token, or the text after it does")
+        refuse(int(ends.argmax()), "or the text after it contains the end-of-sequence token")
     if sequences.shape[1] > encoder.cutoff_len // 2 - 1:
         refuse(
             int(lengths.argmax()),
-            f"takes {sequences.shape[1] + 1} tokens to write, and may take half of cutoff_len {encoder.cutoff_len}",
+            f"takes {sequences.shape[1] + 1} tokens to write, more than half of cutoff_len {encoder.cutoff_len}",
         )
     if catalogue is not None:
         lacking = sorted(set(catalogue.sid_tokens) - set(tokenizer.get_vocab()))
@@ -103,16 +102,16 @@ def sid_responses(
             raise InputError(
                 f"{where}: its tokenizer lacks {len(lacking)} SID tokens of the index, such as {lacking[0]!r}; {remedy}"
             )
-    own = _given_tokens(tokenizer, sids) if catalogue is None else _tokens_of_index(tokenizer, sids, catalogue)
+    own = _added_tokens(tokenizer, sids) if catalogue is None else _tokens_of_index(tokenizer, sids, catalogue)
     if own is None:
         _check_distinct(sequences, refuse)
         return sequences
     unknown = (own == UNKNOWN).any(axis=1)
     if unknown.any():
         row = int(unknown.argmax())
-        refuse(row, f"{became(row)}: its tokenizer does not know all of its own")
+        refuse(row, f"{became(row)}: the tokenizer does not know all of its tokens")
 
-    # As a response: its own tokens, and then what follows the first SID.
+    # As a response, each SID is its own tokens and then the ending, whose tokens are those after the first SID.
     own_lengths = (own != PAD).sum(axis=1)
     tail = sequences[0, own_lengths[0] : lengths[0]] if ending else sequences[0, :0]
     expected = np.full((len(own), max(own.shape[1] + len(tail), sequences.shape[1])), PAD)
@@ -127,7 +126,7 @@ def sid_responses(
     return sequences
 
 
-def _tokens_of_index(tokenizer, sids: Sequence[str], catalogue: Catalogue) -> np.ndarray:
+def _tokens_of_index(tokenizer: "PreTrainedTokenizerFast", sids: Sequence[str], catalogue: Catalogue) -> np.ndarray:
     """Ids of the SIDs' own tokens, [S, tokens of the longest], padded with PAD."""
     vocabulary, tokens_of = tokenizer.get_vocab(), catalogue.tokens_of
     lengths = np.fromiter((len(tokens_of[sid]) for sid in sids), np.int64, len(sids))
@@ -137,20 +136,20 @@ def _tokens_of_index(tokenizer, sids: Sequence[str], catalogue: Catalogue) -> np
     return own
 
 
-def _given_tokens(tokenizer, sids: Sequence[str]) -> np.ndarray | None:
-    """The same where there is no index: a tokenizer that only looks for the tokens this one was given finds them. Text
-    that is none of them is UNKNOWN; None where that is all there is."""
-    given = tokenizer.added_tokens_decoder
+def _added_tokens(tokenizer: "PreTrainedTokenizerFast", sids: Sequence[str]) -> np.ndarray | None:
+    """The same without an index, from the tokens that were added to this tokenizer: a second tokenizer that knows only
+    those finds them in the SIDs. Other text is UNKNOWN; None if the SIDs contain no added token."""
+    added = tokenizer.added_tokens_decoder
     finder = Tokenizer(models.WordLevel({OTHER: 0}, unk_token=OTHER))
-    finder.add_tokens([AddedToken(token.content, normalized=False) for token in given.values()])
+    finder.add_tokens([AddedToken(token.content, normalized=False) for token in added.values()])
     found = token_rows(finder, sids)
     if (found <= 0).all():
         return None
-    # PAD is -1 in `found`, the last place.
-    return np.array([UNKNOWN, *given, PAD])[found]
+    # `found` numbers the added tokens from 1, 0 is other text, and PAD, -1, takes the last entry.
+    return np.array([UNKNOWN, *added, PAD])[found]
 
 
-def _check_distinct(sequences: np.ndarray, refuse) -> None:
+def _check_distinct(sequences: np.ndarray, refuse: Refuse) -> None:
     seen: dict[bytes, int] = {}
     for row, ids in enumerate(sequences):
         other = seen.setdefault(ids.tobytes(), row)
@@ -158,13 +157,13 @@ def _check_distinct(sequences: np.ndarray, refuse) -> None:
             refuse(row, "becomes the same tokens as another one")
 
 
-def _check_in_prompts(encoder: Encoder, sids: Sequence[str], own: np.ndarray, refuse) -> None:
+def _check_in_prompts(encoder: Encoder, sids: Sequence[str], own: np.ndarray, refuse: Refuse) -> None:
     """Renders prompts with many SIDs each, and compares the SID tokens found there with the SIDs' own."""
     tokenizer = encoder.tokenizer
     sid_ids = np.unique(own[own != PAD])
 
     def found(task: Task, parts: list[list[int]]) -> list[np.ndarray]:
-        """The ids of SID tokens in a prompt for each list of SIDs, places in `sids`."""
+        """The ids of the SID tokens in one prompt per part; a part lists the rows of its SIDs."""
         texts = []
         for rows in parts:
             text = SEPARATOR.join([sids[row] for row in rows])
@@ -176,9 +175,12 @@ def _check_in_prompts(encoder: Encoder, sids: Sequence[str], own: np.ndarray, re
 
     for task in encoder.prompts.tasks.values():
         times = sum(name in ("sid_history", "sid") for _, name, *_ in string.Formatter().parse(task.input))
-        wording = len(found(task, [[]])[0])  # SID tokens that stand in the wording itself
+        wording = len(found(task, [[]])[0])  # SID tokens in the wording itself
 
-        def first_wrong(parts: list[list[int]], task=task, times=times, wording=wording):
+        def first_wrong(
+            parts: list[list[int]], task: Task = task, times: int = times, wording: int = wording
+        ) -> tuple[list[int], list[str]] | None:
+            """The first part whose prompt has other SID tokens than its SIDs, and those tokens."""
             for rows, ids in zip(parts, found(task, parts), strict=True):
                 expected = np.tile(own[rows][own[rows] != PAD], times)
                 if len(ids) != len(expected) + wording or (not wording and (ids != expected).any()):
@@ -195,12 +197,12 @@ def _check_in_prompts(encoder: Encoder, sids: Sequence[str], own: np.ndarray, re
 
 
 def token_rows(tokenizer: tokenizers.Tokenizer, texts: Sequence[str]) -> np.ndarray:
-    """Token ids of texts as [S, tokens of the longest], padded with PAD; one row a text, in order. Works through a
-    million of them flat."""
+    """Token ids of texts as [texts, tokens of the longest], padded with PAD; one row per text, in order. A batch at a
+    time becomes an array, so that a million texts do not become lists of ints."""
     ids: list[np.ndarray] = []
     for start in range(0, len(texts), 10_000):
         batch = tokenizer.encode_batch_fast(list(texts[start : start + 10_000]), add_special_tokens=False)
-        rows = np.full((len(batch), max(len(encoding.ids) for encoding in batch)), PAD, dtype=np.int32)
+        rows: np.ndarray = np.full((len(batch), max(len(encoding.ids) for encoding in batch)), PAD, dtype=np.int32)
         for row, encoding in zip(rows, batch, strict=True):
             row[: len(encoding.ids)] = encoding.ids
         ids.append(rows)
@@ -208,6 +210,6 @@ def token_rows(tokenizer: tokenizers.Tokenizer, texts: Sequence[str]) -> np.ndar
     return np.concatenate([np.pad(rows, ((0, 0), (0, width - rows.shape[1])), constant_values=PAD) for rows in ids])
 
 
-def sid_sequences(tokenizer, sids: Sequence[str]) -> np.ndarray:
-    """Token ids of SIDs as [S, D - 1], padded with PAD; one row a SID, in order. `vocabulary` checks them."""
+def sid_sequences(tokenizer: "PreTrainedTokenizerFast", sids: Sequence[str]) -> np.ndarray:
+    """Token ids of SIDs as [S, D - 1], padded with PAD; one row per SID, in order. Unchecked: see `sid_responses`."""
     return token_rows(tokenizer.backend_tokenizer, sids)

@@ -1,4 +1,4 @@
-"""Which rows have the texts that the tasks need, found out before a model is loaded."""
+"""Counts the rows that have the texts a task needs, before a model is loaded. Only the standard library is imported."""
 
 from collections.abc import Iterable
 
@@ -10,21 +10,23 @@ from minionerec.errors import Problems
 def check_interactions(
     problems: Problems, flag: str, path: str, sids: Iterable[str] | None, prompts: Prompts | None
 ) -> tuple[int, list[str]]:
-    """Every row of an interactions file, and that one has the texts of a task. Returns how many rows there are, and a
-    line for each task that leaves some out."""
+    """Checks every row of an interactions file, and that at least one has the texts of a task.
+
+    Returns the number of rows, and a line for each task that skips some of them.
+    """
     tasks = [task for task in prompts.tasks.values() if task.rows == "interaction"] if prompts else []
     titles = prompts is not None and prompts.need_titles
     counted = problems.attempt(_count_suited, read_interactions(path, flag, sids, titles), tasks)
     if counted is None:
         return 0, []
-    rows, suited = counted
+    num_rows, suited = counted
     if suited and not any(suited.values()):
         problems.add(f"--{flag} {path}: no row has the titles that {', '.join(suited)} need; choose other --tasks")
-    return rows, _left_out(path, rows, suited)
+    return num_rows, _left_out(path, num_rows, suited)
 
 
 def items_left_out(catalogue: Catalogue | None, prompts: Prompts | None, path: str) -> list[str]:
-    """A line for each task that leaves out items of the catalogue, whose texts are missing in the file at `path`."""
+    """A line for each task that skips items of the catalogue, because the file at `path` lacks their texts."""
     if catalogue is None or prompts is None:
         return []
     tasks = [task for task in prompts.tasks.values() if task.rows == "item"]
@@ -32,7 +34,7 @@ def items_left_out(catalogue: Catalogue | None, prompts: Prompts | None, path: s
 
 
 def _count_suited(rows: Iterable[Interaction | Item], tasks: list[Task]) -> tuple[int, dict[str, int]]:
-    """How many rows there are, and how many of them suit each task."""
+    """The number of rows, and for each task the number of rows that have its texts."""
     count, suited = 0, [0] * len(tasks)
     for row in rows:
         count += 1
@@ -41,9 +43,9 @@ def _count_suited(rows: Iterable[Interaction | Item], tasks: list[Task]) -> tupl
     return count, {task.name: number for task, number in zip(tasks, suited, strict=True)}
 
 
-def _left_out(path: str, rows: int, suited: dict[str, int]) -> list[str]:
+def _left_out(path: str, num_rows: int, suited: dict[str, int]) -> list[str]:
     return [
-        f"{path}: {rows - number:,} of {rows:,} rows lack a text that {name} needs; this task leaves them out"
+        f"{path}: {num_rows - number:,} of {num_rows:,} rows lack a text that {name} needs; this task skips them"
         for name, number in suited.items()
-        if number < rows
+        if number < num_rows
     ]
