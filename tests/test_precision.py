@@ -255,7 +255,7 @@ def test_a_ranking_without_numbers_is_no_ranking(files, base, tmp_path, monkeypa
         monkeypatch.setattr(ranking, "constrained_beam_search", nan_for_one)
     monkeypatch.setattr(device, "compute_dtype", answer("float16"))
     flags = {"base_model": str(checkpoint), "info_file": files["info"], "category": "bolts", "num_beams": 10}
-    with pytest.raises(RunError, match="predictions are not finite in"):
+    with pytest.raises(RunError, match="predictions are NaN or infinite in"):
         evaluate.evaluate(**flags, test_data_path=files["test"], result_json_data=str(tmp_path / "result.json"))
     assert not (tmp_path / "result.json").exists()
 

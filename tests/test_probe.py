@@ -110,12 +110,12 @@ def test_a_cache_that_forgets_is_not_used(monkeypatch):
 def test_what_is_not_causal_is_refused():
     model = AutoModelForCausalLM.from_config(BertConfig(vocab_size=96, hidden_size=48, num_hidden_layers=1)).eval()
     ids, mask = prompts()
-    with pytest.raises(InputError, match=r"decoding: BertLMHeadModel is not causal.*; take another model") as refused:
+    with pytest.raises(InputError, match=r"decoding: BertLMHeadModel is not causal.*; choose another model") as refused:
         constrained_beam_search(model, ids, mask, Trie(SIDS, EOS), 2)
     assert len(refused.value.problems) == 1 and "\n" not in str(refused.value)
     broken = build("qwen2")
     broken.lm_head.forward = lambda _: None
-    with pytest.raises(InputError, match=r"--base_model x: Qwen2ForCausalLM cannot be read: .*; take another model"):
+    with pytest.raises(InputError, match=r"--base_model x: Qwen2ForCausalLM cannot be run: .*; choose another model"):
         prove(broken, name="--base_model x")
 
 

@@ -1,12 +1,13 @@
 """Beam search and sampling over the SIDs of a trie.
 
-Dimensions: `B` prompts, `K` beams, `P` prompt tokens, `V` vocabulary, `C` children of the widest trie
-node at one depth.
+Dimensions: `B` prompts, `K` beams, `P` prompt tokens, `V` vocabulary, `C` the most children that a trie node has at one
+depth.
 """
 
 from collections.abc import Iterator
 
 import torch
+from torch import nn
 
 from minionerec.data.sid_tokens import PAD
 from minionerec.decoding.beams import CopiedBeams, TreeBeams
@@ -14,23 +15,25 @@ from minionerec.decoding.probe import prove
 from minionerec.decoding.trie import Trie
 
 
-def _way(model, prompt: int, row: int, tree: bool | None) -> tuple[type, bool]:
-    """How beams go on from prompts of `prompt` tokens, in rows of `row`, and whether the prompts may be padded."""
+def _beams_and_padding(model: nn.Module, prompt: int, row: int, tree: bool | None) -> tuple[type, bool]:
+    """The kind of beams to use with prompts of `prompt` tokens and rows of `row`, and whether prompts may be padded."""
     if tree is not None:
         return TreeBeams if tree else CopiedBeams, True
     proof = prove(model, prompt, row)
     return proof.beams, proof.padding
 
 
-def _alone(input_ids: torch.Tensor, attention_mask: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Every prompt of a batch as a batch of its own, without padding."""
+def _single_prompts(
+    input_ids: torch.Tensor, attention_mask: torch.Tensor
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Every prompt of a batch as a batch of one, without padding."""
     for ids, mask in zip(input_ids, attention_mask.bool(), strict=True):
         yield ids[mask].unsqueeze(0), attention_mask.new_ones((1, int(mask.sum())))
 
 
-@torch.no_grad()  # inference mode would leave weights that FSDP gathers unfit for training
+@torch.no_grad()  # in inference mode, weights that FSDP gathers could not be used in training afterwards
 def constrained_beam_search(
-    model,
+    model: nn.Module,
     input_ids: torch.Tensor,
     attention_mask: torch.Tensor,
     trie: Trie,
@@ -42,28 +45,27 @@ def constrained_beam_search(
 
     A beam's score is the sum of its tokens' log-probabilities under the whole vocabulary, end-of-sequence token
     included, divided by its length to the power of `length_penalty`. The prompt runs through the model once. Every
-    beam is a distinct SID of the trie, which a step costs no more for being larger.
+    beam is a distinct SID. The cost of a step depends on `widths`, the children of a node, not on the number of SIDs.
 
     Args:
         model: a causal LM in evaluation mode.
         input_ids, attention_mask: [B, P], padded on the left.
         trie: on the model's device.
-        tree: under a tree mask, or with copies of the cache; None takes the first way that is proven of the model.
+        tree: True for a tree mask, False for copies of the cache, None for the first way that `probe.prove` accepts.
 
     Returns:
-        rows [B, K] into `trie.sequences`, and scores [B, K]; K is `num_beams`, or the number of SIDs where the
-        catalogue is smaller.
+        rows [B, K] of `trie.sequences`, and scores [B, K]; K is `num_beams`, or the number of SIDs if that is smaller.
     """
     beams = min(num_beams, len(trie))
     prompts, device = len(input_ids), input_ids.device
-    way, padding = _way(model, input_ids.shape[1], input_ids.shape[1] + beams * trie.depth, tree)
+    kind, padding = _beams_and_padding(model, input_ids.shape[1], input_ids.shape[1] + beams * trie.depth, tree)
     if not padding and (prompts > 1 or not attention_mask.all()):
         found = [
-            constrained_beam_search(model, *one, trie, num_beams, length_penalty)
-            for one in _alone(input_ids, attention_mask)
+            constrained_beam_search(model, *single, trie, num_beams, length_penalty)
+            for single in _single_prompts(input_ids, attention_mask)
         ]
-        return tuple(torch.cat(parts) for parts in zip(*found, strict=True))
-    state = way(model, input_ids, attention_mask)
+        return torch.cat([rows for rows, _ in found]), torch.cat([scores for _, scores in found])
+    state = kind(model, input_ids, attention_mask)
     logits = state.logits
     node = torch.zeros((prompts, 1), dtype=torch.long, device=device)
     score = torch.zeros((prompts, 1), device=device)
@@ -77,7 +79,7 @@ def constrained_beam_search(
         score_of = score_of.masked_fill(~exists, -torch.inf).flatten(1)
         child = child.flatten(1)
 
-        # SIDs that end here compete with those that ended before; the others run on.
+        # SIDs that end at this depth compete with those that ended before; the other beams continue.
         row = trie.row[child]
         ended = torch.where(row == PAD, -torch.inf, score_of / (depth + 1) ** length_penalty)
         finished_score, best = torch.cat([finished_score, ended], dim=1).topk(beams, dim=1)
@@ -93,7 +95,7 @@ def constrained_beam_search(
 
 @torch.no_grad()
 def constrained_sample(
-    model,
+    model: nn.Module,
     input_ids: torch.Tensor,
     attention_mask: torch.Tensor,
     trie: Trie,
@@ -101,7 +103,7 @@ def constrained_sample(
     temperature: float = 1.0,
     tree: bool | None = None,
 ) -> torch.Tensor:
-    """`count` SIDs a prompt, drawn with replacement from the model's distribution over the trie.
+    """`count` SIDs per prompt, drawn with replacement from the model's distribution over the trie.
 
     Every token is drawn from the softmax of logits / `temperature` over the tokens that continue a SID.
 
@@ -112,12 +114,11 @@ def constrained_sample(
     Returns:
         [B, count], rows of `trie.sequences` in the order they were drawn.
     """
-    way, padding = _way(model, input_ids.shape[1], input_ids.shape[1] + count * trie.depth, tree)
+    kind, padding = _beams_and_padding(model, input_ids.shape[1], input_ids.shape[1] + count * trie.depth, tree)
     if not padding and (len(input_ids) > 1 or not attention_mask.all()):
-        return torch.cat(
-            [constrained_sample(model, *one, trie, count, temperature) for one in _alone(input_ids, attention_mask)]
-        )
-    state = way(model, input_ids, attention_mask)
+        singles = _single_prompts(input_ids, attention_mask)
+        return torch.cat([constrained_sample(model, *single, trie, count, temperature) for single in singles])
+    state = kind(model, input_ids, attention_mask)
     logits = state.logits
     node = torch.zeros((len(input_ids), count), dtype=torch.long, device=input_ids.device)
     itself = torch.arange(count, device=node.device).expand_as(node)
@@ -125,7 +126,7 @@ def constrained_sample(
         child, exists = trie.children(node, width)  # [B, count, C]
         token = trie.token[child].clamp(min=0)
         scores = logits.float().expand(-1, count, -1).gather(2, token) / temperature
-        ended = trie.row[node] != PAD  # these have no children; they stay where they are
+        ended = trie.row[node] != PAD  # a leaf has no children, so the beam stays there
         scores = scores.masked_fill(~exists, -torch.inf).masked_fill(ended.unsqueeze(2), 0.0)
         drawn = torch.multinomial(scores.softmax(dim=2).flatten(0, 1), 1).view_as(node)
         node = torch.where(ended, node, child.gather(2, drawn.unsqueeze(2)).squeeze(2))

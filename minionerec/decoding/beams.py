@@ -1,13 +1,14 @@
-"""How the beams of a prompt go on from it: under a tree mask, with copies of its cache, or without a cache.
+"""Three ways to compute the beams of a prompt: under a tree mask, with a copied cache, or without a cache.
 
-All three are made from left-padded prompts and have `logits` [B, 1, V], those after the prompts, and
-`step(parent, token, depth)`, which writes `token` [B, K] after the beams `parent` [B, K] and returns [B, K, V].
-`minionerec.probe` finds out which of them a model can be trusted with.
+All three are built from left-padded prompts. `logits` [B, 1, V] predict the first token after each prompt, and
+`step(parent, token, depth)` appends `token` [B, K] to the beams `parent` [B, K] and returns logits [B, K, V].
+`minionerec.decoding.probe` finds out which of them gives the right scores for a model.
 
 Dimensions: `B` prompts, `K` beams, `P` prompt tokens, `T` tokens written by all beams so far, `V` vocabulary.
 """
 
 import torch
+from torch import nn
 from transformers import Cache, DynamicCache
 
 from minionerec.model.head import float32_head
@@ -15,8 +16,8 @@ from minionerec.model.packed_rows import attention_masks
 
 
 def select_rows(cache: Cache, rows: torch.Tensor) -> None:
-    """Makes a cache hold the given rows of its batch, in place; a row may be wanted more than once."""
-    # Layers select by `reorder_cache`; a cache that holds more than layers (MiniMax) has a selection of its own.
+    """Replaces the batch of a cache by the given rows of it, in place; a row may occur more than once."""
+    # `reorder_cache` selects in every layer. A cache that holds more than its layers (MiniMax) overrides the other one.
     if type(cache).batch_select_indices is not Cache.batch_select_indices:
         cache.batch_select_indices(rows)
     else:
@@ -24,14 +25,15 @@ def select_rows(cache: Cache, rows: torch.Tensor) -> None:
 
 
 class TreeBeams:
-    """The beams of a prompt as one row of the batch: they share the prompt's cache and write theirs behind it.
+    """The beams of a prompt as one row of the batch: they share the prompt's cache and append their tokens to it.
 
-    Each step appends one token a beam; a 4-D mask lets a beam see only the prompt and its own ancestors. Nothing is
-    copied when beams are reordered: only the mask is.
+    Each step appends one token per beam; a 4-D mask lets a beam see only the prompt and its own ancestors. Reordering
+    beams copies no keys or values, it only changes the mask.
     """
 
-    def __init__(self, model, input_ids: torch.Tensor, mask: torch.Tensor):
-        # The cache of a layer with a window would drop its first tokens, however near they are by position.
+    def __init__(self, model: nn.Module, input_ids: torch.Tensor, mask: torch.Tensor):
+        # Without a config, the cache keeps every token. With one, a layer with a window would drop tokens by their
+        # distance in the row, which is larger than the distance of their positions.
         self.model, self.cache = model, DynamicCache()
         self.prompt = mask.bool()  # [B, P]
         self.positions = (mask.cumsum(dim=1) - 1).clamp(min=0)  # [B, P + T]
@@ -45,12 +47,14 @@ class TreeBeams:
                 past_key_values=self.cache,
                 use_cache=True,
                 logits_to_keep=1,
-            ).logits[:, -1:]  # some ignore what to keep
+            ).logits[:, -1:]  # some models ignore logits_to_keep
 
     def step(self, parent: torch.Tensor, token: torch.Tensor, depth: int) -> torch.Tensor:
-        rows, beams = token.shape
+        """Logits [B, K, V] after `token` [B, K], the token number `depth` (from 0) of the beams, written after the
+        beams `parent` [B, K]."""
+        prompts, beams = token.shape
         inherited = self.ancestors.gather(1, parent.unsqueeze(-1).expand(-1, -1, self.ancestors.shape[2]))
-        itself = torch.eye(beams, dtype=torch.bool, device=token.device).expand(rows, -1, -1)
+        itself = torch.eye(beams, dtype=torch.bool, device=token.device).expand(prompts, -1, -1)
         self.ancestors = torch.cat([inherited, itself], dim=2)
         position = (self.length + depth).expand(-1, beams)
         self.positions = torch.cat([self.positions, position], dim=1)
@@ -66,9 +70,9 @@ class TreeBeams:
 
 
 class CopiedBeams:
-    """Every beam as its own row of the batch, with its own copy of the prompt's cache."""
+    """Every beam as a row of the batch, with its own copy of the prompt's cache."""
 
-    def __init__(self, model, input_ids: torch.Tensor, mask: torch.Tensor):
+    def __init__(self, model: nn.Module, input_ids: torch.Tensor, mask: torch.Tensor):
         self.model, self.mask = model, mask
         self.length = mask.sum(dim=1, keepdim=True)
         self.beams = 1
@@ -83,8 +87,9 @@ class CopiedBeams:
         self.logits, self.cache = output.logits[:, -1:], output.past_key_values
 
     def step(self, parent: torch.Tensor, token: torch.Tensor, depth: int) -> torch.Tensor:
-        rows, beams = token.shape
-        first = torch.arange(rows, device=token.device).unsqueeze(1) * self.beams
+        """As `TreeBeams.step`."""
+        prompts, beams = token.shape
+        first = torch.arange(prompts, device=token.device).unsqueeze(1) * self.beams
         select_rows(self.cache, (first + parent).flatten())
         self.beams = beams
         mask = self.mask.repeat_interleave(beams, dim=0)
@@ -97,24 +102,27 @@ class CopiedBeams:
                 past_key_values=self.cache,
                 use_cache=True,
             )
-        return output.logits.view(rows, beams, -1)
+        return output.logits.view(prompts, beams, -1)
 
 
 class RereadBeams:
-    """Every step reads the prompt and the tokens of every beam again, for models without a cache that can be trusted.
-    Prompts must not be padded."""
+    """Every step runs the prompt and all tokens of every beam through the model again, for models whose cache does not
+    give the right scores. Prompts must not be padded."""
 
-    def __init__(self, model, input_ids: torch.Tensor, _mask: torch.Tensor):
+    def __init__(self, model: nn.Module, input_ids: torch.Tensor, _mask: torch.Tensor):
         self.model, self.prompt = model, input_ids
         self.written = input_ids.new_zeros((len(input_ids), 1, 0))  # [B, K, depth]
-        self.logits = self._read(input_ids.unsqueeze(1))
+        self.logits = self._last_logits(input_ids.unsqueeze(1))
 
     def step(self, parent: torch.Tensor, token: torch.Tensor, depth: int) -> torch.Tensor:
+        """As `TreeBeams.step`."""
         inherited = self.written.gather(1, parent.unsqueeze(-1).expand(-1, -1, depth))
         self.written = torch.cat([inherited, token.unsqueeze(-1)], dim=2)
-        return self._read(torch.cat([self.prompt.unsqueeze(1).expand(-1, token.shape[1], -1), self.written], dim=2))
+        prompts = self.prompt.unsqueeze(1).expand(-1, token.shape[1], -1)
+        return self._last_logits(torch.cat([prompts, self.written], dim=2))
 
-    def _read(self, rows: torch.Tensor) -> torch.Tensor:
+    def _last_logits(self, ids: torch.Tensor) -> torch.Tensor:
+        """Logits [B, K, V] after the last token of ids [B, K, tokens]."""
         with float32_head(self.model):
-            output = self.model(input_ids=rows.flatten(0, 1), use_cache=False, logits_to_keep=1)
-        return output.logits[:, -1].view(*rows.shape[:2], -1)
+            output = self.model(input_ids=ids.flatten(0, 1), use_cache=False, logits_to_keep=1)
+        return output.logits[:, -1].view(*ids.shape[:2], -1)

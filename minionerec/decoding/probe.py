@@ -1,14 +1,15 @@
-"""What a loaded model can be trusted with, found out by comparing it with itself on a few random tokens.
+"""Finds out how a loaded model can be decoded, by comparing it with itself on a few random tokens.
 
-A tree mask lets the beams of a prompt share its cache, and completions share a row with their prompt. Layers that do
-not keep to a 4-D mask (recurrent and convolution layers, ALiBi, windows that count places in the row) take it without
-a word and give wrong scores; others ignore padding, or have no cache that gives the scores of the whole sequence. No
-configuration says so for certain. So each way is tried on two prompts with four beams each and compared with plain
-rows: no cache, no padding, no mask. The first that gives their log-probabilities is taken, and remembered.
+With a tree mask, the beams of a prompt share its cache, and completions share a row with their prompt. Layers that do
+not follow a 4-D mask (recurrent and convolution layers, ALiBi, windows that count places in the row) silently give
+wrong scores; others ignore padding, or give other scores with a cache than without. No configuration tells this for
+certain. So each way is tried on two prompts with four beams each and compared with plain rows: no cache, no padding, no
+mask. The first way that gives the log-probabilities of plain rows is used, and the result is cached on the model.
 
-Dimensions: `K` beams that are written; of 2 prompts, 4 beams and 3 predictions of each are compared; `V` vocabulary.
+Dimensions: `K` beams; for 2 prompts, 4 of their beams and 3 predictions of each are compared; `V` vocabulary.
 """
 
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,17 +17,19 @@ from functools import partial
 
 import torch
 import torch.distributed as dist
+from torch import nn
+from transformers import PreTrainedConfig
 
 from minionerec.decoding.beams import CopiedBeams, RereadBeams, TreeBeams
 from minionerec.errors import InputError, RunError
 from minionerec.model.head import float32_head, head_on
 from minionerec.model.packed_rows import shared_rows
 
-# Tokens of the longer prompt, and of a row with all its beams, unless a window asks for more. With 16 beams, as many as
-# are usual, a place in the row is far from the position that ALiBi and windows should count by.
+# Tokens of the longer prompt, and of a row with all its beams, unless a window is longer. With 16 beams, a usual
+# number, the place in the row differs enough from the position, by which ALiBi and windows should count.
 PROMPT, ROW = 9, 9 + 2 * 16
-IGNORE_MASKS = {"bloom", "gpt_neo", "mpt", "rwkv"}  # types whose configuration does not say that they do
-MASKED = {"full_attention", "sliding_attention", "chunked_attention"}  # types of layers that can keep to a mask
+IGNORE_MASKS = {"bloom", "gpt_neo", "mpt", "rwkv"}  # model types that ignore a 4-D mask without a sign in their config
+MASKED = {"full_attention", "sliding_attention", "chunked_attention"}  # layer types that can follow a 4-D mask
 
 
 @dataclass(frozen=True)
@@ -34,10 +37,10 @@ class Proof:
     """How a model can be decoded.
 
     Attributes:
-        beams: how beams go on from a prompt, a class of `minionerec.beams`.
-        padding: whether prompts of a batch may be padded; else they are decoded one at a time.
+        beams: the class of `minionerec.decoding.beams` to use.
+        padding: whether the prompts of a batch may be padded; else they are decoded one at a time.
         shared: whether completions may share a row with their prompt.
-        why: what keeps beams from sharing the prompt's cache, or nothing.
+        why: why beams cannot share the prompt's cache; empty if they can.
     """
 
     beams: type
@@ -50,17 +53,17 @@ class Proof:
             return "beams share the prompt's cache under a tree mask"
         if self.beams is CopiedBeams:
             return f"beams are copied with the cache{'' if self.padding else ', one prompt at a time'}: {self.why}"
-        return f"every step reads the whole beams again, which is slow: {self.why}, and no cache gives the same scores"
+        return f"every step recomputes the whole beams, which is slow: {self.why}, and no cache gives the same scores"
 
 
-def prove(model, prompt: int = PROMPT, row: int = ROW, name: str = "") -> Proof:
+def prove(model: nn.Module, prompt: int = PROMPT, row: int = ROW, name: str = "") -> Proof:
     """How `model` can be decoded with prompts of up to `prompt` tokens, in rows of up to `row` with all their beams.
 
-    It is tried once and remembered; again only for longer rows, where the configuration names a window that they reach.
-    The first process decides for all, so all must ask, and for the same lengths.
+    The model is tried once and the result cached; it is tried again only for longer rows that reach a window named in
+    its configuration. The first process decides for all, so all processes must call this with the same lengths.
 
-    Raises InputError, beginning with `name`, where no way gives the log-probabilities of plain rows, and RunError where
-    those are NaN.
+    Raises InputError, starting with `name`, if no way gives the log-probabilities of plain rows, and RunError if those
+    are NaN.
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     config = base.config.get_text_config()
@@ -77,27 +80,27 @@ def prove(model, prompt: int = PROMPT, row: int = ROW, name: str = "") -> Proof:
     return known["long"]
 
 
-def may_share_rows(config) -> bool:
-    """Whether completions are expected to share a row with their prompt, by the configuration alone: for the dry run,
-    which has no weights to probe. A run itself asks `prove`."""
+def may_share_rows(config: PreTrainedConfig) -> bool:
+    """Whether completions are expected to share a row with their prompt, judged by the configuration only: for the dry
+    run, which has no weights to probe. A run itself calls `prove`."""
     text = config.get_text_config()
     if set(getattr(text, "layer_types", None) or ()) - MASKED:
         return False
     return text.model_type not in IGNORE_MASKS and not getattr(text, "alibi", False)
 
 
-def shares_rows(model, prompt: int, row: int) -> bool:
-    """Whether completions may share a row of `row` tokens with their prompt of `prompt`; raises what `prove` does."""
+def shares_rows(model: nn.Module, prompt: int, row: int) -> bool:
+    """Whether completions may share a row of `row` tokens with their prompt of `prompt`; raises what `prove` raises."""
     return prove(model, prompt, row).shared
 
 
-def _windows(config) -> list[int]:
-    """Every number in a configuration that may be how far an attention layer reaches."""
+def _windows(config: PreTrainedConfig) -> list[int]:
+    """Every number in a configuration that may limit how far back an attention layer looks."""
     reach = re.compile("window(?!_layers|_pattern)|chunk|local_attention|topk")
     return [value for key, value in config.to_dict().items() if reach.search(key) and type(value) is int]
 
 
-def _try_all(model, prompt: int, row: int, name: str) -> Proof:
+def _try_all(model: nn.Module, prompt: int, row: int, name: str) -> Proof:
     training = model.training
     model.eval()
     try:
@@ -108,45 +111,62 @@ def _try_all(model, prompt: int, row: int, name: str) -> Proof:
 
 def _first_that_holds(trial: "_Trial", name: str) -> Proof:
     kind = type(trial.model).__name__
-    if not trial.holds(trial.reads):
-        raise InputError(f"{name}: {kind} cannot be read: {trial.error}; take another model")
+    if not trial.holds(trial.run_plain_rows):
+        raise InputError(f"{name}: {kind} cannot be run: {trial.error}; choose another model")
     if not trial.holds(trial.is_finite):
         raise RunError(
-            f"{name}: the model's predictions are not finite in {trial.model.dtype}; no items can be ranked by them"
+            f"{name}: the model's predictions are NaN or infinite in {trial.model.dtype}; items cannot be ranked"
         )
-    if not trial.holds(trial.looks_back_only):
+    if not trial.holds(trial.is_causal):
         raise InputError(
-            f"{name}: {kind} is not causal, its scores change with the tokens that follow; take another model"
+            f"{name}: {kind} is not causal, its scores change with the tokens that follow; choose another model"
         )
-    told = trial.holds(trial.tells_leaks)
-    if told and trial.holds(partial(trial.follows, TreeBeams)):
-        return Proof(TreeBeams, padding=True, shared=trial.holds(trial.shares_rows))
-    why = _what_ignores_masks(trial.model.config.get_text_config(), trial.row, told)
+    leaks_show = trial.holds(trial.leaks_exceed_rounding)
+    if leaks_show and trial.holds(partial(trial.beams_match, TreeBeams)):
+        return Proof(TreeBeams, padding=True, shared=trial.holds(trial.shared_rows_match))
+    why = _why_no_tree(trial.model.config.get_text_config(), trial.row, leaks_show)
     for beams, padding in ((CopiedBeams, True), (CopiedBeams, False), (RereadBeams, False)):
-        if trial.holds(partial(trial.follows, beams, padding)):
+        if trial.holds(partial(trial.beams_match, beams, padding)):
             return Proof(beams, padding, shared=False, why=why)
-    raise InputError(f"{name}: {kind} gives other scores when it reads the same tokens again; take another model")
+    raise InputError(f"{name}: {kind} gives different scores for the same tokens; choose another model")
 
 
-def _what_ignores_masks(config, row: int, told: bool) -> str:
+def _why_no_tree(config: PreTrainedConfig, row: int, leaks_show: bool) -> str:
     """The clause that says why beams cannot share a cache."""
     if config._attn_implementation not in ("sdpa", "eager"):
-        return f"{config._attn_implementation} takes no tree mask"
+        return f"{config._attn_implementation} attention does not take a tree mask"
     layers = " and ".join(sorted(set(getattr(config, "layer_types", None) or ()) - MASKED)) or config.model_type
-    if not told:
-        return f"their rounding hides whether {layers} layers follow a tree mask"
+    if not leaks_show:
+        return f"rounding hides whether {layers} layers follow a tree mask"
     if row > ROW:
         return f"a window of {min(w for w in _windows(config) if w > PROMPT)} tokens does not follow a tree mask"
     return f"{layers} layers ignore a tree mask"
 
 
 class _Trial:
-    """Random prompts of two lengths, four beams of two tokens on each, and the log-probabilities of plain rows."""
+    """Two random prompts of different lengths, four beams of two tokens each, and the log-probabilities of plain rows.
 
-    def __init__(self, model, prompt: int, row: int):
+    Attributes:
+        prompts: two tensors of token ids.
+        paths: [2, 4, 2], the tokens of the four beams that are compared.
+        filling: [2, K, 2], random tokens for the beams of a long row that are not compared.
+        plain: [2, 4, 3, V], log-probabilities of plain rows.
+        noise: how far equal log-probabilities are apart because other tokens are in the batch.
+        leak: how far they are apart if a beam sees the others.
+        rounding: how far two exact ways may be apart in the precision of the model.
+        tolerance: how far a way may be from plain rows and still count as exact.
+    """
+
+    plain: torch.Tensor
+    noise: torch.Tensor
+    leak: torch.Tensor
+    rounding: torch.Tensor
+    tolerance: torch.Tensor
+
+    def __init__(self, model: nn.Module, prompt: int, row: int):
         self.model, self.row, self.error = model, row, ""
         config = model.config.get_text_config()
-        # A token that stands for an image would be looked for in other inputs.
+        # A placeholder token of an image would make the model look for an image among its inputs.
         special = [value for key, value in model.config.to_dict().items() if key.endswith(("token_id", "token_index"))]
         ids = torch.tensor([i for i in range(min(config.vocab_size, 5000)) if i not in special])
         generator = torch.Generator().manual_seed(0)
@@ -154,15 +174,15 @@ class _Trial:
         def draw(*shape: int) -> torch.Tensor:
             return ids[torch.randint(len(ids), shape, generator=generator)].to(model.device)
 
-        self.prompts = [draw(prompt), draw(-(-prompt * 2 // 3))]
+        self.prompts = [draw(prompt), draw(math.ceil(prompt * 2 / 3))]
         self.paths = draw(2, 4, 2)
-        self.paths[:, 1, 0] = self.paths[:, 0, 0]  # two beams have one parent
-        count = max(4, -(-(row - prompt) // 2))
-        self.filling = draw(2, count, 2)  # of a long row, by beams that are not compared
+        self.paths[:, 1, 0] = self.paths[:, 0, 0]  # two beams have the same parent
+        count = max(4, math.ceil((row - prompt) / 2))
+        self.filling = draw(2, count, 2)
 
     def holds(self, check: Callable[[], bool]) -> bool:
-        """Whether a check succeeds in the first process. One that raises does not: a model may take no mask or cache,
-        or answer without one."""
+        """Whether a check succeeds in the first process. An exception counts as a failure: a model may not take a mask
+        or a cache, or return none."""
         try:
             with torch.no_grad():
                 found = check()
@@ -176,20 +196,21 @@ class _Trial:
             found = decided[0]
         return found
 
-    def reads(self) -> bool:
-        """Reads the plain rows, also with tokens after them and with the other beams between. The first change nothing
-        but rounding, and say how exact another way can be; the second say how exact it must be."""
+    def run_plain_rows(self) -> bool:
+        """Runs the plain rows, then runs them with tokens after them and with the other beams in between.
+
+        Tokens after a row change only the rounding: their effect is how exact another way can be. Beams in between
+        change what is predicted: their effect is how exact another way must be.
+        """
         start = len(self.prompts[0]) - 1
-        self.plain = torch.stack(
-            [self._read(self._rows(i), len(self.prompts[i]) - 1 + torch.arange(3)) for i in (0, 1)]
-        )
+        self.plain = torch.stack([self._run(self._rows(i), len(self.prompts[i]) - 1 + torch.arange(3)) for i in (0, 1)])
         longer = torch.cat([self._rows(0), self._rows(1)[:, -PROMPT:]], dim=1)
-        self.noise = _distance(self._read(longer, start + torch.arange(3)), self.plain[0])
+        self.noise = _distance(self._run(longer, start + torch.arange(3)), self.plain[0])
 
         first, second, _ = self._written(self.filling.shape[1])
-        places = start + 1 + _places(len(first[0]))
+        places = start + 1 + _compared(len(first[0]))
         every = torch.cat([self.prompts[0], first[0], second[0]]).unsqueeze(0)
-        seen = self._read(every, torch.cat([places, places + len(first[0])]))[0]
+        seen = self._run(every, torch.cat([places, places + len(first[0])]))[0]
         self.leak = _distance(torch.stack([seen[:4], seen[4:].flip(0)], dim=1), self.plain[0, :, 1:])
 
         self.rounding = _rounding(self.model) * self.plain.std(dim=-1).median()
@@ -199,18 +220,19 @@ class _Trial:
     def is_finite(self) -> bool:
         return not self.plain.isnan().any()
 
-    def looks_back_only(self) -> bool:
-        """Whether no token saw those after it."""
+    def is_causal(self) -> bool:
+        """Whether no token saw the tokens after it."""
         return bool(self.noise <= 5 * self.rounding)
 
-    def tells_leaks(self) -> bool:
-        """Whether a beam that saw the others would be told from rounding."""
+    def leaks_exceed_rounding(self) -> bool:
+        """Whether the scores of a beam that sees the others differ by more than rounding explains."""
         return bool(self.leak > 2 * self.tolerance)
 
-    def follows(self, beams: type, padding: bool = True) -> bool:
-        """Whether beams of a kind, of a batch of both prompts or of each alone, give the scores of plain rows."""
+    def beams_match(self, beams: type, padding: bool = True) -> bool:
+        """Whether beams of a kind give the scores of plain rows, for both prompts in one batch (padded) or for each
+        prompt in a batch of its own."""
         first, second, parent = self._written(self.filling.shape[1] if beams is TreeBeams else 4)
-        place = _places(first.shape[1])
+        place = _compared(first.shape[1])
 
         def scores(ids: torch.Tensor, mask: torch.Tensor, of: slice) -> torch.Tensor:
             state = beams(self.model, ids, mask)
@@ -220,14 +242,14 @@ class _Trial:
             return torch.stack([before, after_first, after_second], dim=2).float().log_softmax(-1)
 
         if padding:
-            return self._as_plain(scores(*self._padded(), slice(2)))
-        alone = [scores(ids[None], torch.ones_like(ids)[None], slice(i, i + 1)) for i, ids in enumerate(self.prompts)]
-        return self._as_plain(torch.cat(alone))
+            return self._is_plain(scores(*self._padded(), slice(2)))
+        single = [scores(ids[None], torch.ones_like(ids)[None], slice(i, i + 1)) for i, ids in enumerate(self.prompts)]
+        return self._is_plain(torch.cat(single))
 
-    def shares_rows(self) -> bool:
+    def shared_rows_match(self) -> bool:
         """Whether completions that share a row with their prompt get the scores of plain rows."""
         completions = torch.cat([self.filling, self.filling[:, :, :1]], dim=2)  # [2, K, 3]
-        place = _places(completions.shape[1])
+        place = _compared(completions.shape[1])
         completions[:, place, :2] = self.paths
         present = torch.zeros_like(completions, dtype=torch.bool)
         present[:, :, 0] = present[:, place] = True
@@ -238,7 +260,7 @@ class _Trial:
         with head_on(self.model, wanted), float32_head(self.model):
             logits = self.model(**inputs, use_cache=False).logits
         row = (wanted.flatten().cumsum(0) - 1)[source].view(completions.shape)[:, place]  # [2, 4, 3]
-        return self._as_plain(logits.float().log_softmax(-1)[row])
+        return self._is_plain(logits.float().log_softmax(-1)[row])
 
     def _rows(self, i: int) -> torch.Tensor:
         """Prompt `i` with each of its beams, [4, P + 2]."""
@@ -252,43 +274,43 @@ class _Trial:
         return ids, mask.to(ids.device)
 
     def _written(self, count: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """What `count` beams write in two steps, [2, K] each, and their parents in the second, [K]: in it the beams
-        that are compared stand in the opposite order."""
-        place = _places(count)
+        """The tokens that `count` beams write in two steps, [2, K] each, and their parents in the second step, [K]. In
+        the second step, the four beams that are compared are in reverse order."""
+        place = _compared(count)
         first, second = self.filling[:, :count, 0].clone(), self.filling[:, :count, 1].clone()
         first[:, place], second[:, place.flip(0)] = self.paths[:, :, 0], self.paths[:, :, 1]
         parent = torch.zeros(count, dtype=torch.long, device=first.device)
         parent[place.flip(0)] = place[[0, 0, 2, 3]].to(parent.device)
         return first, second, parent
 
-    def _read(self, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
-        """Log-probabilities [rows, columns, V] after the tokens in some columns of plain rows."""
-        wanted = torch.zeros_like(rows, dtype=torch.bool)
+    def _run(self, ids: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+        """Log-probabilities [rows, columns, V] after the tokens in some columns of plain rows [rows, tokens]."""
+        wanted = torch.zeros_like(ids, dtype=torch.bool)
         wanted[:, columns] = True
         with head_on(self.model, wanted), float32_head(self.model):
-            logits = self.model(input_ids=rows, use_cache=False).logits
-        return logits.float().log_softmax(-1).view(len(rows), len(columns), -1)
+            logits = self.model(input_ids=ids, use_cache=False).logits
+        return logits.float().log_softmax(-1).view(len(ids), len(columns), -1)
 
-    def _as_plain(self, scores: torch.Tensor) -> bool:
+    def _is_plain(self, scores: torch.Tensor) -> bool:
         """Whether log-probabilities [2, 4, 3, V] are those of the plain rows."""
         return bool(_distance(scores, self.plain) <= self.tolerance)
 
 
-def _places(count: int) -> torch.Tensor:
-    """Where the four beams that are compared stand among `count`."""
+def _compared(count: int) -> torch.Tensor:
+    """The indices of the four beams that are compared among `count`."""
     return torch.tensor([0, 1, count // 2, count - 1])
 
 
 def _distance(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-    """How far log-probabilities [..., 4 beams, steps, V] are apart: at the worst step, the second worst beam, since
-    rounding may send a token of a single one to another expert. NaN where any is."""
+    """How far log-probabilities [..., 4 beams, steps, V] are apart: the second largest distance of a beam at the worst
+    step, because rounding may send a token of one beam to another expert. NaN if any value is."""
     apart = (one - other).square().mean(dim=-1).sqrt()
     return apart.sort(dim=-2).values[..., 2, :].max() + 0 * apart.max()
 
 
-def _rounding(model) -> float:
-    """How far two exact ways may be apart, as a share of what log-probabilities vary by."""
+def _rounding(model: nn.Module) -> float:
+    """How far two exact ways may be apart, as a fraction of the standard deviation of the log-probabilities."""
     exact = all(parameter.dtype == torch.float32 for parameter in model.parameters())
-    if not exact or torch.is_autocast_enabled(model.device.type):  # 16 bits, or fewer: the deeper, the farther
+    if not exact or torch.is_autocast_enabled(model.device.type):  # 16 bits or fewer: errors grow with the depth
         return 0.005 * (2 * model.config.get_text_config().num_hidden_layers) ** 0.5
-    return 2e-3 if model.device.type == "cuda" else 2e-5  # convolutions on a GPU are in TF32
+    return 2e-3 if model.device.type == "cuda" else 2e-5  # convolutions on a GPU use TF32

@@ -1,7 +1,7 @@
-"""The trie that holds the SIDs of a catalogue as token sequences.
+"""The trie of a catalogue: its SIDs as token sequences, held in tensors.
 
-Dimensions: `S` SIDs, `D` tokens of the longest SID with its end-of-sequence token, `C` children of the widest trie node
-at one depth.
+Dimensions: `S` SIDs, `D` tokens of the longest SID with its end-of-sequence token, `C` the most children that a node
+has at one depth.
 """
 
 from collections.abc import Sequence
@@ -15,29 +15,47 @@ from minionerec.data.sid_tokens import PAD
 class Trie:
     """All SIDs of a catalogue as a trie of token ids, held in tensors.
 
-    Nodes are numbered breadth-first from the root, 0, so that siblings stand side by side: the children of node n are
-    the nodes `first_child[n]` to `first_child[n + 1] - 1`, each reached by its own `token`. Every path ends with the
-    end-of-sequence token, so a SID may be the beginning of another one.
+    Nodes are numbered breadth-first from the root, 0, so siblings are consecutive: the children of node n are the nodes
+    `first_child[n]` to `first_child[n + 1] - 1`. Every path ends with the end-of-sequence token, so one SID may be the
+    start of another.
 
     Attributes:
-        token: [nodes], the token that leads to a node (PAD for the root).
+        token: [nodes], the token on the edge into a node (PAD for the root).
         first_child: [nodes + 1].
-        row: [nodes], at a leaf the row of its SID in `sequences`, elsewhere PAD.
+        row: [nodes], for a leaf the row of its SID in `sequences`, for any other node PAD.
         sequences: [S, D], the distinct SIDs with their end-of-sequence token, sorted, padded with PAD.
-        source: [S], for every row of `sequences` the place it had in the input.
+        source: [S], for every row of `sequences` its index in the input.
         widths: C at every depth.
+
+    Three SIDs as an example, `Trie([[11], [10, 21], [10, 20]], eos_token_id=2)`, with PAD = -1:
+
+        root 0 ─┬─ 10: node 1 ─┬─ 20: node 3 ── 2: node 6, row 0
+                │              └─ 21: node 4 ── 2: node 7, row 1
+                └─ 11: node 2 ──── 2: node 5, row 2
+
+        node          0   1   2   3   4   5   6   7   8
+        token        -1  10  11  20  21   2   2   2
+        first_child   1   3   5   6   7   8   8   8   8
+        row          -1  -1  -1  -1  -1   2   0   1
+
+        sequences    [[10, 20, 2], [10, 21, 2], [11, 2, -1]]
+        source       [2, 1, 0]
+        widths       [2, 2, 1]
+
+    The children of node 1 are `first_child[1]` = 3 to `first_child[2] - 1` = 4. Node 5 has none: `first_child[5]` and
+    `first_child[6]` are equal. Entry 8 of `first_child` closes the range of the last node.
     """
 
     def __init__(self, sequences: Sequence[Sequence[int]] | np.ndarray, eos_token_id: int):
         """Builds the trie of `sequences` (token ids without the end-of-sequence token; duplicates count once).
 
-        An array is taken as padded with PAD already. Raises ValueError for no sequences, an empty one, or one that
+        An array must already be padded with PAD. Raises ValueError for no sequences, an empty sequence, or one that
         contains the end-of-sequence token.
         """
         rows = _padded(sequences, eos_token_id)
         order = np.lexsort(rows.T[::-1])
         rows = rows[order]
-        distinct = np.ones(len(rows), dtype=bool)
+        distinct: np.ndarray = np.ones(len(rows), dtype=bool)
         distinct[1:] = (rows[1:] != rows[:-1]).any(axis=1)
         rows = rows[distinct]
         self.source = order[distinct]
@@ -46,10 +64,12 @@ class Trie:
         row_of = [np.array([PAD])]
         parents = []
         self.widths: list[int] = []
-        node = np.zeros(len(rows), dtype=np.int64)  # of every row, the node its first tokens lead to
-        count = 1
-        changed = np.zeros(len(rows), dtype=bool)  # whether a row's first tokens differ from the row's above
+        # One depth at a time. Rows are sorted, so a row starts a new node where its tokens so far differ from those of
+        # the row above.
+        node: np.ndarray = np.zeros(len(rows), dtype=np.int64)  # for every row, the node that its tokens so far lead to
+        changed: np.ndarray = np.zeros(len(rows), dtype=bool)  # whether they differ from those of the row above
         changed[0] = True
+        count = 1
         for depth in range(rows.shape[1]):
             alive = rows[:, depth] != PAD
             changed[1:] |= rows[1:, depth] != rows[:-1, depth]
@@ -77,10 +97,11 @@ class Trie:
 
     @property
     def depth(self) -> int:
+        """D, the tokens of the longest SID with its end-of-sequence token."""
         return self.sequences.shape[1]
 
     def children(self, node: torch.Tensor, width: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The children of nodes [...] as [..., width], and which of them exist; the rest point at the root."""
+        """The children of nodes [...] as [..., width], and which of them exist [..., width]; the others are 0."""
         first = self.first_child[node].unsqueeze(-1)
         child = first + torch.arange(width, device=node.device)
         exists = child < self.first_child[node + 1].unsqueeze(-1)
