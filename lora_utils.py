@@ -25,7 +25,7 @@ from transformers.pytorch_utils import Conv1D
 from minionerec.checkpoint import read_run
 from minionerec.errors import InputError
 from minionerec.model import architecture, device, experts, loading
-from minionerec.model.adapters import _finish, load_adapter, prepare_quantized
+from minionerec.model.adapters import load_adapter, prepare_quantized, set_up_adapter
 
 # --- Which layers -----------------------------------------------------------------------------------------------------
 
@@ -150,7 +150,7 @@ def quantization_config(use_qlora: bool = False, load_in_8bit: bool = False) -> 
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=dtype,
             # FSDP and ZeRO-3 share out what has a floating type; the bits are the same.
-            bnb_4bit_quant_storage=dtype if device.shares_weights_out() else torch.uint8,
+            bnb_4bit_quant_storage=dtype if device.weights_are_sharded() else torch.uint8,
         )
     return BitsAndBytesConfig(load_in_8bit=True) if load_in_8bit else None
 
@@ -232,7 +232,7 @@ def _wrap(model: nn.Module, config, gradient_checkpointing: bool) -> PeftModel:
         config.lora_dropout = 0.0  # PEFT refuses any other for parameters, also when it loads the adapter
     try:
         with experts.shapes_shown(model):
-            wrapped = _finish(get_peft_model(model, config))
+            wrapped = set_up_adapter(get_peft_model(model, config))
     except ValueError as error:
         reason = str(error).strip().splitlines()[0]
         raise InputError(f"--use_lora True: PEFT refuses {type(model).__name__}: {reason}") from None

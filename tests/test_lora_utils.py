@@ -326,7 +326,7 @@ def test_dropout_draws_the_same_mask_in_both_passes():
     torch.manual_seed(0)
     x, a, b = (torch.randn(*shape, requires_grad=True) for shape in ((4, 3, 16), (2, 16), (8, 2)))
     update = low_rank._LowRankUpdate.apply(x, a, b, 0.5, 0.25, 11, torch.float32)
-    mask = low_rank._kept(x.shape, 0.25, 11, x.device)
+    mask = low_rank._dropout_mask(x.shape, 0.25, 11, x.device)
     expected = (x * mask / 0.75) @ a.T @ b.T * 0.5
     torch.testing.assert_close(update, expected)
     weights = torch.randn_like(update)
@@ -340,14 +340,14 @@ def test_dropout_draws_the_same_mask_in_both_passes():
 
 @pytest.mark.parametrize("dropout", [0.05, 0.5])
 def test_dropout_masks_are_fair(dropout):
-    kept = low_rank._kept(torch.Size((401, 1001)), dropout, 3, torch.device("cpu"))
-    assert abs(low_rank._kept_share(dropout) - (1 - dropout)) < 1e-5
+    kept = low_rank._dropout_mask(torch.Size((401, 1001)), dropout, 3, torch.device("cpu"))
+    assert abs(low_rank._kept_fraction(dropout) - (1 - dropout)) < 1e-5
     error = 4 * (dropout * (1 - dropout) / (kept.numel() // 4)) ** 0.5  # four standard deviations of a lane's mean
     for lane in range(4):
         assert abs(kept.flatten()[lane::4].float().mean().item() - (1 - dropout)) < error
     neighbours = kept.flatten()[:-1].float(), kept.flatten()[1:].float()
     assert abs(torch.corrcoef(torch.stack(neighbours))[0, 1].item()) < 0.01
-    assert not torch.equal(kept, low_rank._kept(kept.shape, dropout, 4, kept.device))
+    assert not torch.equal(kept, low_rank._dropout_mask(kept.shape, dropout, 4, kept.device))
 
 
 def test_dropout_is_on_in_training_alone_and_follows_the_seed():

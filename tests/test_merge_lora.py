@@ -260,7 +260,7 @@ def test_damaged_weights_are_named(trained, files, base, tmp_path):
     refused("merge_lora.py", "the file is damaged", adapter=tmp_path / "adapter", output_dir=tmp_path / "m")
     refused("sft.py", "cannot be read", **sft_flags(files, str(tmp_path / "base"), tmp_path / "run"))
     (tmp_path / "adapter" / "adapter_model.safetensors").unlink()
-    refused("merge_lora.py", "holds no adapter_model", adapter=tmp_path / "adapter", output_dir=tmp_path / "m")
+    refused("merge_lora.py", "has no adapter_model", adapter=tmp_path / "adapter", output_dir=tmp_path / "m")
 
 
 def test_files_that_transformers_4_reads(tmp_path):

@@ -289,7 +289,7 @@ def test_a_command_says_what_it_makes_of_the_cards(cards, state, capsys, capabil
         f"{count} GPUs are visible and this process uses one, cuda:0; to use all of them, start the command "
     )
     expected = [f"{one_of_several}with torchrun --nproc_per_node {count}"] if count > 1 else []
-    emulated = "Tesla T4 only emulates bfloat16: computing in float16, in training with scaled gradients"
+    emulated = "Tesla T4 only emulates bfloat16: computing in float16, with scaled gradients in training"
     assert said == expected + ([emulated] if capability < 8 else [])
 
 

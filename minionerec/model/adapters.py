@@ -1,9 +1,10 @@
-"""Adapters on a model: lean layers, loading from a checkpoint, copies, and what FSDP and a quantized base need."""
+"""Adapters on a model: lean layers, loading, copying, and what FSDP and quantized bases need."""
 
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict
@@ -11,6 +12,7 @@ from peft.tuners.trainable_tokens import TrainableTokensLayer
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, TrainableTokensWrapper
 from safetensors import SafetensorError, safe_open
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from minionerec.errors import InputError
@@ -20,9 +22,9 @@ from minionerec.model.sid_rows import SidRows
 
 
 def use_lean_layers(model: nn.Module) -> None:
-    """Gives the layers of a PEFT model their lean forwards, in place: those of SID rows, low-rank updates and experts.
+    """Replaces PEFT's forward passes by ours, in place: for SID rows, low-rank updates and experts.
 
-    Parameters, names and files stay PEFT's.
+    Parameters, their names and files stay PEFT's.
     """
     experts.use_lean_parameters(model)
     for module in model.modules():
@@ -38,11 +40,12 @@ def use_lean_layers(model: nn.Module) -> None:
 
 @contextmanager
 def ready_for_fsdp(model: nn.Module) -> Iterator[None]:
-    """While open, accelerate can share out with FSDP what an embedding and an output head with trained rows share.
+    """While open, accelerate can shard a model with FSDP whose tied embedding and output head have trainable rows.
 
-    It compares the two weights, of which PEFT's wrappers show a new, merged copy at every look, and would share a tied
-    matrix out twice; so they show the base's own. And torch looks into a module once: the rows of tied matrices stand
-    in one dictionary, so the head gets one of its own with the same parameters.
+    accelerate recognizes tied weights by comparing the two modules' `weight`. PEFT's wrappers return a new merged copy
+    on every access, so a tied matrix would be sharded twice; while open they return the weight of the base. Also, torch
+    visits a module only once, but PEFT keeps the rows of tied matrices in one dictionary for both modules; so the head
+    gets a dictionary of its own with the same parameters.
     """
     ends = (model.get_input_embeddings(), model.get_output_embeddings())
     wrappers = [module for module in ends if isinstance(module, TrainableTokensWrapper)]
@@ -59,45 +62,47 @@ def ready_for_fsdp(model: nn.Module) -> Iterator[None]:
 
 
 def prepare_quantized(model: nn.Module) -> None:
-    """Freezes a quantized base and keeps its norms in float32; embeddings and head stay as they are.
+    """Freezes a quantized base and converts its norms to float32; embeddings and head keep their type.
 
-    PEFT's own preparation turns everything that is not quantized into float32, 2.2 GB more for a 7B model. What leaves
-    a norm goes on in the type it had: 4-bit layers answer in the type they are asked in, which would double what they
-    and those behind them keep for the backward pass.
+    PEFT's own preparation converts everything that is not quantized to float32, 2.2 GB more for a 7B model. Norm
+    outputs are cast back to the type that the norm had: a 4-bit layer returns its input's type, so float32 would double
+    the activations that it and the layers after it save for the backward pass.
     """
     model.requires_grad_(False)
     for module in model.modules():
-        own = list(module.parameters(recurse=False))  # some have no weight, some blocks are called after their norm
-        if "norm" in type(module).__name__.lower() and own and not any(module.children()):
-            dtype = own[0].dtype
-            module.float().register_forward_hook(partial(_to, dtype))
+        # Some norms have no weight, and some blocks have "norm" in their name.
+        weights = list(module.parameters(recurse=False))
+        if "norm" in type(module).__name__.lower() and weights and not any(module.children()):
+            dtype = weights[0].dtype
+            module.float().register_forward_hook(partial(_cast_output, dtype))
 
 
-def _to(dtype: torch.dtype, _module, _args, output: torch.Tensor) -> torch.Tensor:
+def _cast_output(dtype: torch.dtype, _module: nn.Module, _args: Any, output: torch.Tensor) -> torch.Tensor:
     return output.to(dtype)
 
 
-def _finish(wrapped: PeftModel) -> PeftModel:
-    """What PEFT's model lacks: the row-only SID rows, a base path that lasts, and checkpoints of the adapter alone."""
+def set_up_adapter(wrapped: PeftModel) -> PeftModel:
+    """Adds to a new PEFT model what PEFT lacks: lean layers, an absolute path to the base, and checkpoints that hold
+    only the adapter."""
     use_lean_layers(wrapped)
     config = wrapped.peft_config["default"]
-    config.base_model_name_or_path = _lasting_path(wrapped.get_base_model().config._name_or_path)
-    # PEFT would add the whole embedding matrix of a resized model to every checkpoint, and the reference of RL.
+    config.base_model_name_or_path = _absolute_path(wrapped.get_base_model().config._name_or_path)
+    # PEFT would also save the whole embedding matrix of a resized model, and the reference adapter of RL.
     wrapped.save_pretrained = partial(
         wrapped.save_pretrained, save_embedding_layers=False, selected_adapters=["default"]
     )
     return wrapped
 
 
-def _lasting_path(name: str) -> str:
-    """A local folder as an absolute path, so that the adapter loads from any directory; a hub name as it is."""
+def _absolute_path(name: str) -> str:
+    """The absolute path of a local folder, so that the adapter loads from any directory; a hub name is unchanged."""
     return os.path.abspath(name) if os.path.isdir(name) else name
 
 
-def load_adapter(model: nn.Module, path: str, trainable: bool = False) -> PeftModel:
-    """The model with the adapter of a checkpoint. Raises InputError where their shapes do not fit."""
+def load_adapter(model: PreTrainedModel, path: str, trainable: bool = False) -> PeftModel:
+    """The model with the adapter of a checkpoint. Raises InputError if their shapes do not fit."""
     if not os.path.isfile(os.path.join(path, SAFETENSORS_WEIGHTS_NAME)):
-        raise InputError(f"adapter {path}: holds no {SAFETENSORS_WEIGHTS_NAME}")
+        raise InputError(f"adapter {path}: has no {SAFETENSORS_WEIGHTS_NAME}")
     if getattr(model, "is_quantized", False) and trainable:
         prepare_quantized(model)
     try:
@@ -111,11 +116,11 @@ def load_adapter(model: nn.Module, path: str, trainable: bool = False) -> PeftMo
             f"adapter {path} does not fit the base {model.config._name_or_path}: {reason.strip()[:300]}"
         ) from None
     _check_names(wrapped, path)
-    return _finish(wrapped)
+    return set_up_adapter(wrapped)
 
 
 def adapter_parameters(model: nn.Module, adapter: str) -> dict[str, nn.Parameter]:
-    """The parameters of one adapter of a PEFT model, SID rows included, by their names without the adapter's."""
+    """The parameters of one adapter of a PEFT model, SID rows included; their names without the adapter's name."""
     parameters = {}
     for name, parameter in model.named_parameters():
         parts = name.split(".")
@@ -126,7 +131,7 @@ def adapter_parameters(model: nn.Module, adapter: str) -> dict[str, nn.Parameter
 
 
 def copy_adapter(model: PeftModel, adapter: str, copy: str) -> None:
-    """Adds a frozen copy of an adapter, values and precision the same, under another name; it is not active."""
+    """Adds a frozen copy of an adapter under another name, with the same values and precision; it is not active."""
     model.add_adapter(copy, model.peft_config[adapter])
     use_lean_layers(model)
     copied = adapter_parameters(model, copy)
@@ -136,25 +141,28 @@ def copy_adapter(model: PeftModel, adapter: str, copy: str) -> None:
 
 
 def _check_names(wrapped: PeftModel, path: str) -> None:
-    """Raises InputError where the adapter on disk has tensors the wrapped model lacks, or lacks some it has.
+    """Raises InputError if the adapter on disk and the wrapped model do not have the same tensors.
 
-    PEFT loads what matches and leaves the rest out, so an adapter of a deeper base would load in part.
+    PEFT loads the tensors that match and skips the others, so an adapter of a deeper base would be loaded only in part.
     """
     with safe_open(os.path.join(path, SAFETENSORS_WEIGHTS_NAME), "pt") as tensors:
         saved = set(tensors.keys())
     model = set(get_peft_model_state_dict(wrapped, save_embedding_layers=False))
     different = sorted(n for n in saved ^ model if "lora_" in n or "trainable_tokens_delta" in n)
     if different:
-        holder = "the adapter alone" if different[0] in saved else "the base alone"
+        holder = "the adapter" if different[0] in saved else "the base"
         raise InputError(
             f"adapter {path} does not fit the base {wrapped.config._name_or_path}: {len(different)} tensors differ, "
-            f"such as {different[0]}, which {holder} has a place for; name the base it was trained on"
+            f"such as {different[0]}, which only {holder} has; name the base it was trained on"
         )
 
 
 def round_weights(model: nn.Module, dtype: torch.dtype, all_of_them: bool = False) -> None:
-    """Rounds weights of a frozen model to `dtype`, in place, so that it computes what its float32 original does under
-    autocast in less memory and time: those of the linear layers but the output head, or all of them, as FSDP does."""
+    """Rounds the weights of a frozen model to `dtype`, in place. It then computes what its float32 original computes
+    under autocast, with less memory and time.
+
+    Rounded are the weights of the linear layers except the output head, or all weights, as FSDP does it.
+    """
     parts = [model] if all_of_them else architecture.matrices(model).layers.values()
     for parameter in (parameter for part in parts for parameter in part.parameters()):
         parameter.data = parameter.data.to(dtype)

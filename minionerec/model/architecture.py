@@ -1,7 +1,6 @@
-"""What a causal LM is made of, whatever its architecture calls it: the decoder that reads text, the weights that LoRA
-and bitsandbytes reach, and why they leave others as they are.
+"""Inspects the architecture of a causal LM: its text decoder, and the weights that LoRA and bitsandbytes can handle.
 
-All functions take a bare model, with its weights or on the meta device.
+All functions take a model without adapters, with its weights or on the meta device.
 """
 
 import inspect
@@ -12,25 +11,25 @@ from functools import cache
 from peft import LoraConfig
 from peft.tuners.lora import LoraModel
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
 
-ROUTERS = {"gate", "router", "router_gate", "shared_expert_gate"}  # a part of the name of what chooses experts
+ROUTERS = {"gate", "router", "router_gate", "shared_expert_gate"}  # in the dotted name of a router of experts
 
 
 # --- The text decoder -------------------------------------------------------------------------------------------------
 
 
 def text_decoder(model: PreTrainedModel) -> PreTrainedModel:
-    """The innermost model around the input embedding: the part of a composite model that reads text."""
+    """The innermost model that contains the input embedding: the part of a composite model that reads text."""
     embedding = model.get_input_embeddings()
     return [m for m in model.modules() if isinstance(m, PreTrainedModel) and _holds(m, embedding)][-1]
 
 
 def beside_text(model: PreTrainedModel) -> list[str]:
-    """The names of the parts of a composite model that text does not pass through, such as a vision tower."""
+    """The names of the parts of a composite model that text does not go through, such as a vision tower."""
     decoder, head = text_decoder(model), model.get_output_embeddings()
     names = {module: name for name, module in model.named_modules()}
     around = [m for m in model.base_model.modules() if m is not decoder and _holds(m, decoder)]
@@ -47,14 +46,14 @@ def _holds(outer: nn.Module, inner: nn.Module) -> bool:
 
 
 def freeze_beside_text(model: PreTrainedModel) -> None:
-    """Freezes what text does not pass through, in place: it gets no gradient, and DDP waits for one."""
+    """Freezes the parts that text does not go through, in place: they get no gradient, and DDP would wait for one."""
     for name in beside_text(model):
         model.get_submodule(name).requires_grad_(False)
-    # FSDP shards by the classes that all parts may have, and fails for one that none has.
+    # FSDP shards by the classes named here, and fails if one of them is not in the model.
     model._no_split_modules = set(model._no_split_modules or ()) & {type(module).__name__ for module in model.modules()}
 
 
-# --- What an adapter reaches ------------------------------------------------------------------------------------------
+# --- What LoRA can adapt ----------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -62,9 +61,9 @@ class Matrices:
     """The matrices of a text decoder, without embeddings and output head.
 
     Attributes:
-        layers: name → linear layer that LoRA fits.
+        layers: name → linear layer that LoRA can adapt.
         experts: name → parameter [E, ...] that holds one matrix for each of E experts.
-        left_out: name → why neither LoRA nor 4 bits reach this weight.
+        left_out: name → why a weight can have neither LoRA nor 4 bits.
     """
 
     layers: dict[str, nn.Module]
@@ -73,7 +72,7 @@ class Matrices:
 
 
 def matrices(model: PreTrainedModel) -> Matrices:
-    """Sorts the weights of the text decoder by what can be done with them."""
+    """Sorts the weights of the text decoder into those groups."""
     beside = tuple(f"{name}." for name in beside_text(model))
     ends = (model.get_input_embeddings(), model.get_output_embeddings())
     found = Matrices({}, {}, {})
@@ -101,26 +100,27 @@ def matrices(model: PreTrainedModel) -> Matrices:
 
 
 def expert_parameters(module: nn.Module) -> tuple[str, ...]:
-    """The names of the weights [E, ...] of a module of experts that `minionerec.experts` can compute, none for others:
-    what goes through transformers' experts interface, and Llama 4's."""
+    """The names of the weights [E, ...] of a module of experts that `minionerec.model.experts` can compute; none for
+    other modules. It can compute modules of transformers' experts interface, and those of Llama 4."""
     if hasattr(module, "has_gate") and hasattr(module, "is_transposed"):
         return ("gate_up_proj" if module.has_gate else "up_proj", "down_proj")
     return ("gate_up_proj", "down_proj") if type(module).__name__ == "Llama4TextExperts" else ()
 
 
-def experts_per_token(config) -> int:
-    """How many experts compute a token."""
+def experts_per_token(config: PreTrainedConfig) -> int:
+    """How many experts each token goes through."""
     names = ("num_experts_per_tok", "top_k_experts", "moe_topk")
     counts = [getattr(config.get_text_config(), name, None) for name in names]
     return next((count for count in counts if isinstance(count, int) and count > 0), 1)
 
 
 def _why_not(model: PreTrainedModel, name: str) -> str:
-    """Why a linear layer can have no adapter and no 4-bit weight; empty where it can."""
+    """Why a linear layer can have neither an adapter nor a 4-bit weight; empty if it can."""
     parent, _, leaf = name.rpartition(".")
     owner = model.get_submodule(parent)
-    # As state-space mixers do, to hand it to a fused kernel; Bloom's layers only where they are slow but exact.
-    read = re.search(rf"self\.{leaf}\.weight\b(?!\.(dtype|device))", _source(type(owner)))
+    kind: type = type(owner)
+    # State-space mixers pass the weight to a fused kernel. Bloom's layers read it only if `slow_but_exact` is set.
+    read = re.search(rf"self\.{leaf}\.weight\b(?!\.(dtype|device))", _source(kind))
     if read and getattr(owner, "slow_but_exact", True):
         return "weight read directly"
     try:
@@ -132,25 +132,25 @@ def _why_not(model: PreTrainedModel, name: str) -> str:
 
 @cache
 def _source(kind: type) -> str:
-    """The source of a class; empty where it has none."""
+    """The source code of a class; empty if it cannot be found."""
     try:
         return inspect.getsource(kind)
     except (OSError, TypeError):
         return ""
 
 
-# --- What bitsandbytes reaches ----------------------------------------------------------------------------------------
+# --- What bitsandbytes can quantize -----------------------------------------------------------------------------------
 
 
 def not_to_quantize(model: PreTrainedModel) -> list[str]:
-    """The names of the linear layers that stay in 16 bits although bitsandbytes has a layer for them."""
+    """The names of the linear layers that stay in 16 bits, although bitsandbytes could replace them."""
     linear = {name for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D))}
     return [name for name in matrices(model).left_out if name in linear]
 
 
 def quantized_weights(model: PreTrainedModel, bits: int) -> dict[str, nn.Parameter]:
-    """The weights that `modeling.load_base` stores in 4 or 8 bits, by name: those of linear layers, which transformers
-    replaces where they are no subclasses, and in 4 bits those of experts."""
+    """The weights that `loading.load_base` stores in 4 or 8 bits, by name: those of linear layers, which transformers
+    replaces unless they are of a subclass, and with 4 bits those of experts."""
     skipped = HfQuantizer.get_modules_to_not_convert(model, None, model._keep_in_fp32_modules) + not_to_quantize(model)
     layers = {
         f"{name}.weight": module.weight

@@ -1,25 +1,30 @@
-"""The device of this process, how it shares a model with others, and the precisions that follow from both."""
+"""The device of this process, whether weights are sharded, and the precisions that follow from both."""
 
 import os
+from typing import TYPE_CHECKING
 
 import torch
 
+if TYPE_CHECKING:
+    from accelerate import PartialState
+
 
 def local_device() -> torch.device:
-    """The device of this process: its own GPU in a distributed run, else the first visible one, else the CPU."""
+    """The device of this process: its own GPU in a distributed run, else the first visible GPU, else the CPU."""
     if torch.cuda.is_available():
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
     return torch.device("cpu")
 
 
-def process_state():
-    """accelerate's `PartialState` of this process, on `local_device`. Says in one line each what a user may not expect
-    of the GPUs: only one of several is used, or bfloat16 is not."""
+def process_state() -> "PartialState":
+    """accelerate's `PartialState` of this process, on `local_device`. Prints a line if only one of several GPUs is
+    used, and one if the GPU does not compute in bfloat16."""
     from accelerate import PartialState
 
     cards = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if cards == 1 and "LOCAL_RANK" in os.environ:
-        os.environ["LOCAL_RANK"] = "0"  # a launcher shows each process only its own GPU; engines count visible ones
+        # The launcher shows each process only its own GPU, and engines number the visible ones.
+        os.environ["LOCAL_RANK"] = "0"
     state = PartialState(cpu=not cards)
     if cards > 1 and state.num_processes == 1:
         state.print(
@@ -28,11 +33,11 @@ def process_state():
         )
     if cards and compute_dtype() == torch.float16:
         name = torch.cuda.get_device_name(local_device())
-        state.print(f"{name} only emulates bfloat16: computing in float16, in training with scaled gradients")
+        state.print(f"{name} only emulates bfloat16: computing in float16, with scaled gradients in training")
     return state
 
 
-def shares_weights_out() -> bool:
+def weights_are_sharded() -> bool:
     """Whether `accelerate launch` runs this process under FSDP or DeepSpeed ZeRO-3."""
     return (
         os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
@@ -41,9 +46,11 @@ def shares_weights_out() -> bool:
 
 
 def compute_dtype(quantized: bool = False) -> torch.dtype:
-    """What this process's device multiplies matrices in, the only place that decides it: bfloat16 on a GPU that has it
-    (compute capability 8 or ROCm), float16 on an older one, which would emulate it; on a CPU float32, and bfloat16
-    where bitsandbytes stores the base."""
+    """The precision of matmuls on this process's device; decided only here.
+
+    A GPU with native bfloat16 (compute capability 8 and newer, or ROCm) uses bfloat16; an older one, which would
+    emulate it, float16. A CPU uses float32, or bfloat16 if bitsandbytes stores the base.
+    """
     if not torch.cuda.is_available():
         return torch.bfloat16 if quantized else torch.float32
     native = torch.version.hip or torch.cuda.get_device_capability(local_device())[0] >= 8
@@ -51,13 +58,13 @@ def compute_dtype(quantized: bool = False) -> torch.dtype:
 
 
 def mixed_precision(quantized: bool) -> dict[str, bool]:
-    """The arguments of a Trainer for autocast to `compute_dtype`; with float16 it scales the gradients."""
+    """The arguments that make a Trainer use autocast to `compute_dtype`; with float16 it also scales the gradients."""
     dtype = compute_dtype(quantized)
     return {"bf16": dtype == torch.bfloat16, "fp16": dtype == torch.float16}
 
 
 def master_dtype() -> torch.dtype:
-    """Of the weights of a model that trains in full: float32, since an optimizer step is smaller than half a bfloat16
-    step of most weights. DeepSpeed keeps its own float32 copy of what it is given."""
+    """The precision of the weights in full fine-tuning: float32, because for most weights an optimizer step is smaller
+    than half a bfloat16 step. DeepSpeed keeps its own float32 copy, so it gets `compute_dtype`."""
     deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
     return compute_dtype() if deepspeed else torch.float32

@@ -1,4 +1,4 @@
-"""The output head, only where it is wanted, and in float32.
+"""Runs the output head only on the positions that are needed, and in float32.
 
 Dimensions: `B` rows, `L` tokens, `N` positions, `H` hidden, `V` vocabulary.
 """
@@ -6,23 +6,24 @@ Dimensions: `B` rows, `L` tokens, `N` positions, `H` hidden, `V` vocabulary.
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-CHUNK = 4096  # rows of a head's weight that are in float32 at a time
+CHUNK = 4096  # rows of the head's weight that are converted to float32 at a time
 
 
 @contextmanager
-def head_on(model, positions: torch.Tensor) -> Iterator[None]:
-    """While open, the output head of `model` sees the hidden states at `positions` [B, L] (bool) alone.
+def head_on(model: nn.Module, positions: torch.Tensor) -> Iterator[None]:
+    """While open, the output head of `model` gets only the hidden states at `positions` [B, L] (bool).
 
-    The logits of a forward are then [N, V] instead of [B, L, V]. What an architecture does to its logits after the
-    head (Gemma's soft cap) still happens, since it works element by element.
+    A forward pass then returns logits [N, V] instead of [B, L, V]. What an architecture does to the logits after its
+    head (Gemma's soft cap) still works, because it is elementwise.
     """
 
-    def select(_module, args):
+    def select(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         return (args[0][positions], *args[1:])
 
     handle = model.get_output_embeddings().register_forward_pre_hook(select)
@@ -33,12 +34,12 @@ def head_on(model, positions: torch.Tensor) -> Iterator[None]:
 
 
 @contextmanager
-def float32_head(model) -> Iterator[None]:
-    """While open, the output head of `model` returns float32 logits, whatever its weights are stored in and whatever
-    autocast is on. Hidden states stay as they are, and no float32 copy of the head is made.
+def float32_head(model: nn.Module) -> Iterator[None]:
+    """While open, the output head of `model` computes float32 logits, for any type of its weights and under any
+    autocast. Hidden states keep their type, and the head is not copied to float32.
 
-    bfloat16 logits are steps of 0.06 to 0.125 apart where they are 8 to 32: items that differ by less come out equal.
-    The head is still called as a module, so that FSDP and ZeRO-3 gather its weight. A quantized head stays as it is.
+    bfloat16 logits between 8 and 32 have steps of 0.06 to 0.125, so items whose scores differ by less get equal scores.
+    The head is still called as a module, so FSDP and ZeRO-3 gather its weight. A quantized head is left unchanged.
     """
     head = model.get_output_embeddings()
     layers = [layer for layer in head.modules() if type(layer).forward is nn.Linear.forward]
@@ -57,7 +58,7 @@ def _float32_forward(layer: nn.Linear, hidden: torch.Tensor) -> torch.Tensor:
 
 
 def float32_linear(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """`F.linear` of hidden [..., H] and weight [V, H], with products, sums and result in float32."""
+    """`F.linear` of hidden [..., H] and weight [V, H]: a matmul with float32 accumulation and a float32 result."""
     with torch.autocast(hidden.device.type, enabled=False):
         if weight.dtype == torch.float32:
             return F.linear(hidden.float(), weight, None if bias is None else bias.float())
@@ -66,46 +67,47 @@ def float32_linear(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tenso
 
 
 class _Float32Linear(torch.autograd.Function):
-    """hidden [..., H] times a 16-bit weight [V, H], in float32; saves both as they are."""
+    """hidden [..., H] times a 16-bit weight [V, H], in float32; saves both in their own types."""
 
     @staticmethod
-    def forward(ctx, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(hidden, weight)
-        rows = hidden.flatten(0, -2)
-        if _on_tensor_cores(rows, weight):
-            result = torch.mm(rows, weight.T, out_dtype=torch.float32)
+        flat = hidden.flatten(0, -2)
+        if _on_tensor_cores(flat, weight):
+            result = torch.mm(flat, weight.T, out_dtype=torch.float32)
         else:
-            rows = rows.float()
-            result = rows.new_empty(len(rows), len(weight))
+            flat = flat.float()
+            result = flat.new_empty(len(flat), len(weight))
             for part in _chunks(weight):
-                result[:, part] = rows @ weight[part].float().T
+                result[:, part] = flat @ weight[part].float().T
         return result.view(*hidden.shape[:-1], len(weight))
 
     @staticmethod
-    def backward(ctx, gradient: torch.Tensor):
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         hidden, weight = ctx.saved_tensors
-        gradient, rows = gradient.flatten(0, -2), hidden.flatten(0, -2)
+        gradient, flat = gradient.flatten(0, -2), hidden.flatten(0, -2)
         grad_hidden = grad_weight = None
         with torch.autocast(hidden.device.type, enabled=False):
-            if _on_tensor_cores(rows, weight):  # sums are in float32 there; what comes out is rounded in any case
+            # Tensor cores accumulate in float32. The gradients are returned in 16 bits in any case.
+            if _on_tensor_cores(flat, weight):
                 gradient = gradient.to(weight.dtype)
                 grad_hidden = (gradient @ weight).view(hidden.shape) if ctx.needs_input_grad[0] else None
-                return grad_hidden, gradient.T @ rows if ctx.needs_input_grad[1] else None
+                return grad_hidden, gradient.T @ flat if ctx.needs_input_grad[1] else None
             if ctx.needs_input_grad[0]:
-                grad_hidden = torch.zeros_like(rows, dtype=torch.float32)
+                grad_hidden = torch.zeros_like(flat, dtype=torch.float32)
                 for part in _chunks(weight):
                     grad_hidden.addmm_(gradient[:, part], weight[part].float())
                 grad_hidden = grad_hidden.to(hidden.dtype).view(hidden.shape)
             if ctx.needs_input_grad[1]:
-                rows, grad_weight = rows.float(), torch.empty_like(weight)
+                flat, grad_weight = flat.float(), torch.empty_like(weight)
                 for part in _chunks(weight):
-                    grad_weight[part] = gradient[:, part].T @ rows
+                    grad_weight[part] = gradient[:, part].T @ flat
         return grad_hidden, grad_weight
 
 
-def _on_tensor_cores(rows: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Whether a GPU multiplies both as they are stored, with sums in float32."""
-    return rows.is_cuda and rows.dtype == weight.dtype
+def _on_tensor_cores(hidden: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether a GPU multiplies both without conversion, accumulating in float32."""
+    return hidden.is_cuda and hidden.dtype == weight.dtype
 
 
 def _chunks(weight: torch.Tensor) -> Iterator[slice]:

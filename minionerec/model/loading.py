@@ -1,4 +1,4 @@
-"""Loading: a base model or checkpoint, its tokenizer, and the SID tokens that a catalogue adds to both."""
+"""Loads a base model or checkpoint and its tokenizer, and adds the SID tokens of a catalogue to both."""
 
 import hashlib
 import json
@@ -6,24 +6,35 @@ import os
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 from transformers.utils import logging as transformers_logging
 
+from minionerec.data import sid_tokens
 from minionerec.errors import InputError
-from minionerec.model.device import compute_dtype, local_device
+from minionerec.model import device
 
 
-def load_tokenizer(path: str):
-    """The tokenizer of a checkpoint; padding falls back to the end-of-sequence token.
+def load_tokenizer(path: str) -> PreTrainedTokenizerFast:
+    """The tokenizer of a checkpoint; the padding token defaults to the end-of-sequence token.
 
-    Texts keep their length: a truncation or padding that the checkpoint has switched on is off here. Raises InputError
-    where there is none, or one without an end-of-sequence token or a fast implementation.
+    Texts keep their length: truncation and padding that the checkpoint turns on are turned off. Raises InputError if
+    there is no tokenizer, or it has no end-of-sequence token or no fast implementation.
     """
     try:
-        tokenizer = _as_its_file_says(AutoTokenizer.from_pretrained(path), path)
-    except Exception as error:  # what `tokenizers` raises at a damaged file has no type of its own
+        tokenizer = _of_tokenizer_file(AutoTokenizer.from_pretrained(path), path)
+    except Exception as error:  # `tokenizers` raises a plain Exception for a damaged file
         raise InputError(f"{path}: no tokenizer can be loaded: {_first_line(error)}") from None
     if tokenizer.eos_token_id is None or not tokenizer.is_fast:
         raise InputError(f"{path}: the tokenizer must be a fast one with an end-of-sequence token")
@@ -34,9 +45,10 @@ def load_tokenizer(path: str):
     return tokenizer
 
 
-def _as_its_file_says(tokenizer, path: str):
-    """The tokenizer of tokenizer.json where transformers 5 replaced it. Next to a qwen2 config it loads a tokenizer of
-    the generic class as Qwen2's, over bytes: a vocabulary without bytes then loses spaces and line feeds."""
+def _of_tokenizer_file(tokenizer: PreTrainedTokenizerFast, path: str) -> PreTrainedTokenizerFast:
+    """The tokenizer that tokenizer.json describes, if transformers 5 replaced it by another. Next to the config of a
+    Qwen2 model, it loads a tokenizer of the generic class as Qwen2's byte-level one: a vocabulary without bytes then
+    loses spaces and line feeds."""
     generic = ("TokenizersBackend", "PreTrainedTokenizerFast")
     if type(tokenizer).__name__ in generic or get_tokenizer_config(path).get("tokenizer_class") not in generic:
         return tokenizer
@@ -44,22 +56,22 @@ def _as_its_file_says(tokenizer, path: str):
     return tokenizer if "ByteLevel" in repr(of_file.backend_tokenizer.pre_tokenizer) else of_file
 
 
-def load_config(path: str, flag: str = "base_model"):
-    """The configuration of a base model, which `flag` named. Raises InputError where none can be loaded, or where it is
-    of no causal LM."""
+def load_config(path: str, flag: str = "base_model") -> PreTrainedConfig:
+    """The configuration of a base model that `flag` named. Raises InputError if it cannot be loaded, or is not that of
+    a causal LM."""
     try:
         config = AutoConfig.from_pretrained(path)
     except (OSError, ValueError) as error:
         raise InputError(
             f"--{flag} {path}: no model configuration can be loaded; there is no such folder with a "
-            f"config.json, and no hub model of this name can be reached: {_first_line(error)}"
+            f"config.json, and a hub model of this name cannot be reached: {_first_line(error)}"
         ) from None
     if type(config) not in AutoModelForCausalLM._model_mapping:
         raise InputError(
-            f"--{flag} {path}: transformers has no causal LM of the type {config.model_type}; take a text-only model"
+            f"--{flag} {path}: transformers has no causal LM of the type {config.model_type}; choose a text-only model"
         )
     if hasattr(config, "rescale_every"):
-        # In evaluation RWKV divides weights, where they stand: adapters would not fit them, checkpoints would keep it.
+        # In evaluation, RWKV divides its weights in place: adapters would not fit, and checkpoints would save them so.
         config.rescale_every = 0
     return config
 
@@ -69,59 +81,68 @@ def _first_line(error: BaseException) -> str:
 
 
 def saved_dtype(path: str) -> torch.dtype:
-    """The precision that a model was saved in, float32 where its configuration does not say."""
+    """The precision that a model was saved in; float32 if its configuration does not name one."""
     config = load_config(path)
     return config.dtype or config.get_text_config().dtype or torch.float32
 
 
 def unrounded(state: dict[str, torch.Tensor], path: str, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """The weights of a model whose base was rounded when it was loaded from `path`, in `dtype`: values that did not
-    train are the base's own again. On the CPU."""
+    """The weights of a model in `dtype`, on the CPU, with the rounding undone that its base got when it was loaded from
+    `path`: values that training did not change are those of the base again."""
     published = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).state_dict()
     whole = {}
     for name, rounded in state.items():
         whole[name] = rounded.to("cpu", dtype, copy=True)
         if name in published:
-            own = published[name]
-            part = tuple(map(slice, own.shape))  # the embedding may have grown
-            same = whole[name][part] == own.to(rounded.dtype)
-            whole[name][part] = torch.where(same, own, whole[name][part])
+            exact = published[name]
+            part = tuple(map(slice, exact.shape))  # the embedding may have grown
+            same = whole[name][part] == exact.to(rounded.dtype)
+            whole[name][part] = torch.where(same, exact, whole[name][part])
     return whole
 
 
-# Families that are known to leave float16's range (65,504) in a forward or backward pass.
+# Model families that are known to exceed the range of float16 (65,504) in a forward or backward pass.
 OVERFLOW_FLOAT16 = ("gemma", "gpt_oss", "qwen3_5", "qwen3_moe", "t5")
 
 
-def load_base(path: str, quantization=None, from_scratch: bool = False, dtype: torch.dtype | str | None = None):
+def load_base(
+    path: str,
+    quantization: BitsAndBytesConfig | None = None,
+    from_scratch: bool = False,
+    dtype: torch.dtype | str | None = None,
+) -> PreTrainedModel:
     """A causal LM on this process's device, for training or evaluation.
 
     Args:
-        quantization: a `BitsAndBytesConfig`; what it leaves unquantized is then in `compute_dtype`.
-        from_scratch: random weights from the configuration instead of those of the checkpoint, in float32.
-        dtype: of the weights that are not quantized; "auto" as they were saved, None for `compute_dtype`.
+        quantization: how bitsandbytes stores the base; None for no quantization.
+        from_scratch: random float32 weights from the configuration, instead of those of the checkpoint.
+        dtype: of the weights that are not quantized; "auto" for the type they were saved in, None for `compute_dtype`.
     """
     from minionerec.model import architecture, experts
 
     config = load_config(path)
     if getattr(config.get_text_config(), "output_router_logits", False):
-        # For a loss of the routers that no training here adds, and that fails at RL's 4-D masks.
+        # They are for an auxiliary loss, which no training here uses and which fails with RL's 4-D masks.
         config.get_text_config().output_router_logits = False
     transformers_logging.disable_progress_bar()
-    overflows = compute_dtype() == torch.float16 and config.model_type.startswith(OVERFLOW_FLOAT16)
+    overflows = device.compute_dtype() == torch.float16 and config.model_type.startswith(OVERFLOW_FLOAT16)
     if overflows and os.environ.get("RANK", "0") == "0":
         print(f"warning: {config.model_type} models often overflow float16, which this GPU computes in")
     if from_scratch:
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).to(local_device())
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).to(device.local_device())
         architecture.freeze_beside_text(model)
         forget_sampling_defaults(model)
         return model
     if dtype is None:
-        dtype = compute_dtype(quantization is not None)
+        dtype = device.compute_dtype(quantization is not None)
     try:
         with experts.quantizers():
             model = AutoModelForCausalLM.from_pretrained(
-                path, config=config, dtype=dtype, quantization_config=quantization, device_map={"": local_device()}
+                path,
+                config=config,
+                dtype=dtype,
+                quantization_config=quantization,
+                device_map={"": device.local_device()},
             )
     except (OSError, SafetensorError) as error:
         raise InputError(f"--base_model {path}: the weights cannot be loaded: {_first_line(error)}") from None
@@ -132,21 +153,21 @@ def load_base(path: str, quantization=None, from_scratch: bool = False, dtype: t
     return model
 
 
-def forget_sampling_defaults(model) -> None:
-    """Keeps the token ids of a model's generation_config.json alone.
+def forget_sampling_defaults(model: PreTrainedModel) -> None:
+    """Keeps only the token ids of a model's generation_config.json.
 
-    A base's temperature, top_p or repetition penalty are made for chats. They would travel into the checkpoints made of
-    it, and whatever decodes those would distort the probabilities of items, or sample them.
+    The temperature, top_p and repetition penalty of a base are made for chats. They would be saved in checkpoints, and
+    programs that decode those would change the probabilities of items, or sample them.
     """
     ids = {name: value for name, value in model.generation_config.to_dict().items() if name.endswith("_token_id")}
     model.generation_config = GenerationConfig(**ids)
 
 
-def _keep_training_layout(model) -> None:
-    """Keeps 4-bit layers in the layout that gradients can pass through.
+def _keep_training_layout(model: nn.Module) -> None:
+    """Keeps 4-bit layers in the layout that has a backward pass.
 
-    On a CPU with AVX512-BF16, bitsandbytes 0.50 repacks a 4-bit weight in place at its first forward in evaluation
-    mode, into a layout whose product has no backward: after the first evaluation a run would train nothing below it.
+    On a CPU with AVX512-BF16, bitsandbytes 0.50 repacks a 4-bit weight in place at its first forward pass in evaluation
+    mode, into a layout whose matmul has no backward pass: after the first evaluation, layers below it would not train.
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
@@ -154,18 +175,20 @@ def _keep_training_layout(model) -> None:
 
 
 def fingerprint(path: str) -> str | None:
-    """Tells the weights of bases apart, in whatever precision and shards they were saved: a digest of the shape and of
-    some values, in bfloat16, of every tensor in the safetensors files of a folder or hub model. None where there are
-    no such files. Raises InputError for a damaged one."""
+    """A digest of the weights of a base, which does not depend on the precision and shards they were saved in.
+
+    It is made of the shape of every tensor in the safetensors files of a folder or hub model, and of some values in
+    bfloat16. None if there are no such files. Raises InputError for a damaged one.
+    """
     tensors: dict[str, str] = {}
     for file in _weight_files(path):
         try:
             with safe_open(file, "pt") as opened:
-                for name in opened.keys():  # noqa: SIM118, it is no dictionary
+                for name in opened.keys():  # noqa: SIM118, it is not a dictionary
                     part = opened.get_slice(name)
                     shape = part.get_shape()
                     count = shape[0] if shape else 0
-                    starts = sorted({0, count // 2, max(count - 8, 0)})  # eight rows from each
+                    starts = sorted({0, count // 2, max(count - 8, 0)})  # eight rows from each start
                     values = b"".join(_bytes(part[row : row + 8]) for row in starts if count)
                     tensors[name] = f"{name} {shape} {hashlib.sha256(values).hexdigest()}"
         except SafetensorError as error:
@@ -194,22 +217,22 @@ def _bytes(tensor: torch.Tensor) -> bytes:
     return tensor.to(torch.bfloat16).contiguous().view(torch.int16).numpy().tobytes()
 
 
-def add_sid_tokens(model, tokenizer, sid_tokens: list[str]) -> list[int]:
-    """Adds SID tokens to the tokenizer and rows for them to the model, and returns the ids of the rows to train: those
-    of the SID tokens, and any other that the model did not have before. Sorted.
+def add_sid_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, tokens: list[str]) -> list[int]:
+    """Adds SID tokens to the tokenizer and rows for them to the model. Returns the ids of the rows to train, sorted:
+    those of the SID tokens, and any other row that the model did not have before.
 
-    Tokens the tokenizer knows keep their ids; each new one becomes a single token. Raises InputError as
+    Tokens that the tokenizer knows keep their ids; each new one becomes a single token. Raises InputError as
     `sid_tokens.add_sid_tokens` does.
     """
     had = model.get_input_embeddings().weight.shape[0]
-    sid_tokens.add_sid_tokens(tokenizer, sid_tokens)
+    sid_tokens.add_sid_tokens(tokenizer, tokens)
     fit_embeddings(model, tokenizer)
-    return sorted({*tokenizer.convert_tokens_to_ids(sid_tokens), *range(had, len(tokenizer))})
+    return sorted({*tokenizer.convert_tokens_to_ids(tokens), *range(had, len(tokenizer))})
 
 
-def fit_embeddings(model, tokenizer) -> None:
-    """Gives the model a row for every token. The embedding only ever grows: models are often wider than their
-    tokenizer, and new tokens take the spare rows first."""
+def fit_embeddings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Grows the embedding so that every token has a row. It never shrinks: models often have more rows than their
+    tokenizer has tokens, and new tokens use the spare rows first."""
     if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
-        # The mean-and-covariance start that transformers offers costs two float32 copies of the embedding.
+        # transformers' initialization from mean and covariance would take two float32 copies of the embedding.
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)

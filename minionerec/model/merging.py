@@ -1,10 +1,12 @@
-"""Merges an adapter into its base and counts what comes of it in the precision of the base's weights.
+"""Merges an adapter into its base and counts the weights that change in the precision of the base.
 
-A weight in bfloat16 has 8 significant bits: an update smaller than half a step, some 2^-9 of the weight, leaves it as
-it was. Few steps of RL with a small learning rate can so vanish when they are merged.
+A weight in bfloat16 has 8 significant bits: an update smaller than half a step, about 2^-9 of the weight, does not
+change it. So merging can lose a few steps of RL with a small learning rate.
 """
 
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer, ParamWrapper
@@ -12,13 +14,14 @@ from torch import nn
 
 
 def merge_and_count(wrapped: PeftModel) -> tuple[nn.Module, int, int]:
-    """(the merged model, how many weights of its target matrices differ from the base's, how many these have).
+    """The merged model, the number of weights in its target matrices that differ from the base, and the number of
+    weights in these matrices.
 
-    Compared one matrix at a time, so that no second copy of the base is held. SID rows are not counted.
+    Matrices are compared one at a time, so no second copy of the base is in memory. SID rows are not counted.
     """
     changed = updated = 0
 
-    def counted(layer: LoraLayer, merge, *args, **kwargs) -> None:
+    def counted(layer: LoraLayer, merge: Callable[..., None], *args: Any, **kwargs: Any) -> None:
         nonlocal changed, updated
         before = _weight(layer).detach().clone()
         merge(*args, **kwargs)
@@ -32,5 +35,5 @@ def merge_and_count(wrapped: PeftModel) -> tuple[nn.Module, int, int]:
 
 
 def _weight(layer: LoraLayer) -> nn.Parameter:
-    """What a LoRA layer updates: the weight of a linear layer, or a parameter of many experts."""
+    """The weight that a LoRA layer updates: that of a linear layer, or a parameter of many experts."""
     return layer.get_param() if isinstance(layer, ParamWrapper) else layer.get_base_layer().weight

@@ -1,6 +1,6 @@
-"""Weights that FSDP or DeepSpeed ZeRO-3 shards over the processes: read whole, overwritten whole, merged.
+"""Reads, overwrites and merges whole weights that FSDP or DeepSpeed ZeRO-3 shards over the processes.
 
-Every function here but `local_shard` is collective: all processes must call it.
+Every function except `local_shard` and `with_sid_rows_merged` is collective: all processes must call it.
 """
 
 from collections.abc import Iterable, Iterator
@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 
 def local_shard(parameter: nn.Parameter) -> torch.Tensor:
-    """What this process holds of a parameter, detached: its shard, or the whole where nothing is sharded."""
+    """The part of a parameter that this process holds, detached: its shard, or all of it if nothing is sharded."""
     if isinstance(parameter.data, DTensor):
         return parameter.data.to_local()
     return getattr(parameter, "ds_tensor", parameter.data)
@@ -22,7 +22,7 @@ def local_shard(parameter: nn.Parameter) -> torch.Tensor:
 @contextmanager
 def gathered(parameters: Iterable[nn.Parameter], write: bool = False) -> Iterator[None]:
     """While open, parameters that ZeRO-3 shards are whole in every process. With `write`, the values that the first
-    process leaves in them are sharded again at the end. FSDP's parameters gather themselves (`full_tensor`)."""
+    process leaves in them are sharded again at the end. FSDP's parameters have `full_tensor` for this."""
     sharded = [parameter for parameter in parameters if hasattr(parameter, "ds_id")]
     if not sharded:
         yield
@@ -34,7 +34,7 @@ def gathered(parameters: Iterable[nn.Parameter], write: bool = False) -> Iterato
 
 
 def whole_tensors(parameters: dict[str, nn.Parameter]) -> dict[str, torch.Tensor]:
-    """Copies of parameters, whole, on the CPU."""
+    """Copies of whole parameters, on the CPU."""
     with gathered(parameters.values()):
         whole = {name: p.full_tensor() if isinstance(p, DTensor) else p for name, p in parameters.items()}
         return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in whole.items()}
@@ -42,7 +42,7 @@ def whole_tensors(parameters: dict[str, nn.Parameter]) -> dict[str, torch.Tensor
 
 @torch.no_grad()
 def overwrite(parameters: dict[str, nn.Parameter], values: dict[str, torch.Tensor]) -> None:
-    """Writes whole tensors of the same names into parameters."""
+    """Writes whole tensors into the parameters of the same names."""
     with gathered(parameters.values(), write=True):
         for name, parameter in parameters.items():
             value = values[name].to(parameter.device)
@@ -52,8 +52,8 @@ def overwrite(parameters: dict[str, nn.Parameter], values: dict[str, torch.Tenso
 
 
 def with_sid_rows_merged(base: nn.Module, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The state of a plain model, from that of the PEFT model around `base` whose SID rows were trained alone: the
-    rows are written into the matrices they belong to, and PEFT's names are taken off. Changes the tensors in place."""
+    """The state dict of a plain model, from that of the PEFT model around `base` of which only SID rows were trained:
+    the rows are written into their matrices, in place, and PEFT's parts of the names are removed."""
     for name, module in base.named_modules():
         if isinstance(module, TrainableTokensLayer):
             prefix = f"base_model.model.{name}."

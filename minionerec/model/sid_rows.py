@@ -1,4 +1,7 @@
-"""Trained rows of the embedding matrices, for SID tokens, at the cost of the rows alone."""
+"""Trained rows of the embedding matrices for SID tokens, at the cost of these rows only."""
+
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -9,21 +12,24 @@ from minionerec.model.head import float32_linear
 
 
 class SidRows(TrainableTokensLayer):
-    """PEFT's trainable token rows with a forward that touches the rows alone.
+    """PEFT's trainable token rows with a forward pass that touches only these rows.
 
-    PEFT writes the trained rows into a copy of the whole [V, H] matrix on every forward, and its gradient is as large.
-    Here the base matrix is used as it is; embeddings of SID tokens are then overwritten by their rows, and so are the
-    logits of SID columns. Parameters, names and files stay PEFT's.
+    PEFT writes the trained rows into a copy of the whole [V, H] matrix in every forward pass, and the gradient is as
+    large. Here the base matrix is used unchanged; then the embeddings of SID tokens are overwritten by the trained
+    rows, and in an output head the logits of SID columns. Parameters, names and files stay PEFT's.
     """
 
-    def forward_adapters(self, x: torch.Tensor, active_adapters, *args, **kwargs) -> torch.Tensor:
+    def forward_adapters(
+        self, x: torch.Tensor, active_adapters: Sequence[str], *args: Any, **kwargs: Any
+    ) -> torch.Tensor:
+        """The embeddings [..., H] of token ids x [...], or the logits [..., V] of hidden states x [..., H]."""
         result = self.base_layer(x, *args, **kwargs)
         if self.merged:
             return result
         self._check_overlapping_tokens(active_adapters)
         for adapter in active_adapters:
-            # Turned off, the layer overwrites with the base's own rows: the same arithmetic, so that an adapter that
-            # has not learnt anything gives the very logits of its base.
+            # With adapters disabled, the rows of the base go through the same arithmetic. So an adapter that has not
+            # changed yet gives exactly the logits of its base.
             rows = (self.trainable_tokens_original if self.disable_adapters else self.trainable_tokens_delta)[adapter]
             if isinstance(self.base_layer, nn.Embedding):
                 result = self._overwrite_embeddings(result, x, rows, adapter)
@@ -32,14 +38,14 @@ class SidRows(TrainableTokensLayer):
         return result
 
     def _ids(self, adapter: str, device: torch.device) -> torch.Tensor:
-        """The token ids of the rows, [n], kept on the device."""
+        """The token ids of the rows, [n], cached on the device."""
         cache = self.__dict__.setdefault("_ids_cache", {})
         if (adapter, device) not in cache:
             cache[adapter, device] = torch.tensor(self.token_indices[adapter], device=device)
         return cache[adapter, device]
 
     def _row_of(self, adapter: str, device: torch.device) -> torch.Tensor:
-        """[V], the row of every token id, -1 for those that have none."""
+        """[V], for every token id its row, or -1."""
         cache = self.__dict__.setdefault("_row_of_cache", {})
         if (adapter, device) not in cache:
             ids = self._ids(adapter, device)
@@ -64,7 +70,7 @@ class SidRows(TrainableTokensLayer):
         ids = self._ids(adapter, hidden.device)
         bias = self.base_layer.bias
         bias = None if bias is None else bias[ids]
-        if result.dtype == torch.float32:  # also of 16-bit hidden states, in `head.float32_head`
+        if result.dtype == torch.float32:  # even with 16-bit hidden states, inside `head.float32_head`
             columns = float32_linear(hidden, rows.float(), bias)
         else:
             columns = F.linear(hidden, rows.to(hidden.dtype), bias)

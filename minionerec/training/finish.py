@@ -52,7 +52,7 @@ def save_final(trainer: Trainer, path: str, merge: bool = False, dtype: torch.dt
 def _merge(trainer: Trainer) -> dict[str, torch.Tensor] | None:
     """Puts a plain model with the trained rows in the trainer's place of the adapted one. Where weights are sharded, it
     has no weights itself: its whole state is returned, in the first process."""
-    if not device.shares_weights_out():
+    if not device.weights_are_sharded():
         trainer.model = trainer.model.merge_and_unload()
         return None
     base = trainer.accelerator.unwrap_model(trainer.model).get_base_model()

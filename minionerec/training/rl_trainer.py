@@ -128,7 +128,7 @@ class ReReTrainer(DurableRun, GRPOTrainer):
             # FSDP rounds every weight of the policy, autocast those of matmuls. DeepSpeed's is in 16 bits already.
             if not self.is_deepspeed_enabled:
                 adapters.round_weights(reference, device.compute_dtype(), all_of_them=self.is_fsdp_enabled)
-            if device.shares_weights_out():  # as the policy's: one card may not hold them
+            if device.weights_are_sharded():  # as the policy's: one card may not hold them
                 prepare = prepare_deepspeed if self.is_deepspeed_enabled else prepare_fsdp
                 self.ref_model = prepare(reference, self.accelerator)
             else:
@@ -276,7 +276,7 @@ class ReReTrainer(DurableRun, GRPOTrainer):
         those with a backward pass, whose gradients are averaged, wherever there are several processes. DeepSpeed steps
         with gradients only."""
         several = self.accelerator.num_processes > 1 or self.is_deepspeed_enabled
-        return device.shares_weights_out() or (torch.is_grad_enabled() and several)
+        return device.weights_are_sharded() or (torch.is_grad_enabled() and several)
 
     def _compute_loss(self, model, inputs):
         """TRL's, which asks the reference for every completion before it knows the advantages; here it is asked now,
