@@ -21,7 +21,7 @@ from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 from transformers.utils import logging as transformers_logging
 
-from minionerec.data import sid_tokens
+from minionerec.data.sid_tokens import add_sid_tokens as add_to_tokenizer
 from minionerec.errors import InputError
 from minionerec.model import device
 
@@ -217,7 +217,7 @@ def _bytes(tensor: torch.Tensor) -> bytes:
     return tensor.to(torch.bfloat16).contiguous().view(torch.int16).numpy().tobytes()
 
 
-def add_sid_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, tokens: list[str]) -> list[int]:
+def add_sid_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, sid_tokens: list[str]) -> list[int]:
     """Adds SID tokens to the tokenizer and rows for them to the model. Returns the ids of the rows to train, sorted:
     those of the SID tokens, and any other row that the model did not have before.
 
@@ -225,9 +225,9 @@ def add_sid_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, t
     `sid_tokens.add_sid_tokens` does.
     """
     had = model.get_input_embeddings().weight.shape[0]
-    sid_tokens.add_sid_tokens(tokenizer, tokens)
+    add_to_tokenizer(tokenizer, sid_tokens)
     fit_embeddings(model, tokenizer)
-    return sorted({*tokenizer.convert_tokens_to_ids(tokens), *range(had, len(tokenizer))})
+    return sorted({*tokenizer.convert_tokens_to_ids(sid_tokens), *range(had, len(tokenizer))})
 
 
 def fit_embeddings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
