@@ -22,7 +22,7 @@ def test_rank_penalty_falls_with_the_place_of_a_wrong_item():
     values = rewards.rank_penalty(["x", "y", "t", "z"], ["t", "t", "t", "t"], 2)
     total = 1 + 1 / math.log2(3)
     assert values == pytest.approx([0, 0, 0, -1 / math.log2(3) / total])
-    with pytest.raises(ValueError, match="whole number of groups"):
+    with pytest.raises(ValueError, match="not a multiple of the group size"):
         rewards.rank_penalty(["a"] * 3, ["a"] * 3, 2)
 
 
@@ -50,7 +50,7 @@ def test_embeddings_are_read_by_item_id(tmp_path):
     for name in ("e.npy", "e.safetensors"):
         embeddings = rewards.read_embeddings(str(tmp_path / name), {"2": "s", "0": "t", "1": "s"})
         assert {sid: vector.tolist() for sid, vector in embeddings.items()} == {"s": [4.0, 5.0], "t": [0.0, 1.0]}
-    with pytest.raises(InputError, match="3 rows and none for item '3'"):
+    with pytest.raises(InputError, match="3 rows, none of them for item '3'"):
         rewards.read_embeddings(str(tmp_path / "e.npy"), {"3": "s"})
 
 

@@ -247,7 +247,7 @@ def test_a_best_checkpoint_that_is_gone_is_named(tmp_path, capfd):
     resumed = watched(tmp_path, [1.0, 2.0, 3.0], max_steps=6)
     resumed.train(Checkpoint.read(newest_checkpoint(resumed.args.output_dir)))
     assert resumed.best_checkpoint is None
-    assert "checkpoint-2, is not there any more" in capfd.readouterr().out
+    assert "checkpoint-2, no longer exists" in capfd.readouterr().out
 
 
 def test_a_run_that_stopped_early_has_nothing_left_to_train(tmp_path):

@@ -160,7 +160,9 @@ def batches(rows: Iterable, size: int) -> Iterator[list]:
         yield batch
 
 
-def left_padded(sequences: Sequence[Sequence[int]], pad_token_id: int) -> tuple[torch.Tensor, torch.Tensor]:
+def left_padded(
+    sequences: Sequence[Sequence[int] | np.ndarray], pad_token_id: int
+) -> tuple[torch.Tensor, torch.Tensor]:
     """input_ids and attention_mask [B, P] of prompts (lists or arrays), padded on the left."""
     width = max(len(ids) for ids in sequences)
     input_ids: np.ndarray = np.full((len(sequences), width), pad_token_id, dtype=np.int64)

@@ -1,10 +1,11 @@
-"""Log-probabilities of many completions of few prompts, each prompt computed once where the model allows it.
+"""Log-probabilities of the completions of prompts, each prompt computed once if the model allows it.
 
-Dimensions: `B` completions, `P` prompt tokens, `C` completion tokens, `N` positions whose next token is wanted, `V`
+Dimensions: `B` completions, `P` prompt tokens, `C` completion tokens, `N` positions whose logits are computed, `V`
 vocabulary.
 """
 
 import torch
+from torch import nn
 
 from minionerec.decoding.probe import shares_rows
 from minionerec.model.head import float32_head, head_on
@@ -12,25 +13,26 @@ from minionerec.model.packed_rows import plain_rows, shared_rows
 
 
 def completion_logps(
-    model,
+    model: nn.Module,
     prompt_ids: torch.Tensor,
     prompt_mask: torch.Tensor,
     completion_ids: torch.Tensor,
     completion_mask: torch.Tensor,
     temperature: float = 1.0,
-    unwrapped=None,
+    unwrapped: nn.Module | None = None,
     shared: bool | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probabilities [B, C] of completion tokens (nats, differentiable) and entropies [B, C] of the distributions
-    they were drawn from (nats, no gradient). Both are 0 where `completion_mask` is.
+    they were drawn from (nats, no gradient). Both are 0 where `completion_mask` is 0.
 
     Args:
         model: a causal LM, wrapped for distributed training or not.
-        prompt_ids, prompt_mask: [B, P], padded on the left; neighbours with the same prompt share its computation.
+        prompt_ids, prompt_mask: [B, P], padded on the left; consecutive equal prompts are computed once.
         completion_ids, completion_mask: [B, C], padded on the right.
         temperature: the logits are divided by it.
-        unwrapped: the model inside the wrappers, where there are any.
-        shared: share prompts, or give every completion a row of its own; None shares where that is proven.
+        unwrapped: the model inside the wrappers, if there are any.
+        shared: True for one row per prompt, False for one row per completion, None for one row per prompt if
+            `probe.prove` accepts it.
     """
     inner = unwrapped if unwrapped is not None else model
     width = int(prompt_mask.sum(dim=1).max())
@@ -49,7 +51,7 @@ def completion_logps(
 def token_logps(
     logits: torch.Tensor, row: torch.Tensor, completion_ids: torch.Tensor, completion_mask: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """What `completion_logps` returns, of logits [N, V] whose row `row` [B, C] predicts each completion token."""
+    """What `completion_logps` returns, from logits [N, V] of which row `row` [B, C] predicts each completion token."""
     total = logits.logsumexp(dim=1)
     logps = torch.where(completion_mask, logits[row, completion_ids] - total[row], 0.0)
     with torch.no_grad():

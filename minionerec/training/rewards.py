@@ -1,6 +1,6 @@
-"""Rewards of recommended items. Pure functions over SIDs; every reward is a float, one a completion.
+"""Rewards of recommended items: functions over SIDs that return one float per completion.
 
-Completions come group by group: `group_size` neighbours answer the same prompt, best beam first.
+Completions come group by group: `group_size` consecutive ones belong to the same prompt, best beam first.
 """
 
 import math
@@ -21,28 +21,28 @@ def rule(predicted: Sequence[str], targets: Sequence[str]) -> list[float]:
 
 
 def rank_penalty(predicted: Sequence[str], targets: Sequence[str], group_size: int) -> list[float]:
-    """What a wrong item costs by its place: the higher it stands, the more.
+    """A penalty for wrong items, larger for higher ranks.
 
-    In a group that contains the target, the item at place i (from 0) gets -(1 / log2(i + 2)) / S, with S the sum of
-    1 / log2(i + 2) over the group, and the target 0. In any other group all get 0. Raises ValueError where
-    `group_size` does not divide the completions.
+    In a group that contains the target, the item at rank i (from 0) gets -(1 / log2(i + 2)) / S, with S the sum of
+    1 / log2(i + 2) over the group, and the target gets 0. In any other group all items get 0. Raises ValueError if the
+    number of completions is not a multiple of `group_size`.
     """
     if len(predicted) % group_size:
-        raise ValueError(f"{len(predicted)} completions are no whole number of groups of {group_size}")
+        raise ValueError(f"{len(predicted)} completions: not a multiple of the group size {group_size}")
     discounts = [1 / math.log2(place + 2) for place in range(group_size)]
     total = math.fsum(discounts)
     rewards = []
     for start in range(0, len(predicted), group_size):
         hits = [predicted[start + i] == targets[start + i] for i in range(group_size)]
         if any(hits):
-            rewards += [0.0 if own else -discount / total for own, discount in zip(hits, discounts, strict=True)]
+            rewards += [0.0 if hit else -discount / total for hit, discount in zip(hits, discounts, strict=True)]
         else:
             rewards += [0.0] * group_size
     return rewards
 
 
 def semantic(predicted: Sequence[str], targets: Sequence[str], embeddings: Mapping[str, np.ndarray]) -> list[float]:
-    """The cosine of the embeddings of the recommended item and the target. `embeddings`: SID -> vector [d]."""
+    """The cosine similarity of the embeddings of the recommended item and the target. `embeddings`: SID -> [d]."""
 
     def cosine(a: np.ndarray, b: np.ndarray) -> float:
         norm = float(np.linalg.norm(a) * np.linalg.norm(b))
@@ -57,26 +57,26 @@ def collaborative(
     histories: Sequence[Sequence[str]],
     scores: Callable[[list[list[str]], list[str]], list[float]],
 ) -> list[float]:
-    """The score a sequential recommender gives the item after the history; `rule` where a prompt has no history.
+    """The score that a sequential recommender gives to the item after the history; `rule` for prompts without history.
 
-    `scores(histories, items)` scores each item after the history of the same place.
+    `scores(histories, items)` scores each item after the history at the same index.
     """
     rewards = rule(predicted, targets)
-    asked = [i for i, history in enumerate(histories) if history]
-    values = scores([list(histories[i]) for i in asked], [predicted[i] for i in asked]) if asked else []
-    for i, value in zip(asked, values, strict=True):
+    scored = [i for i, history in enumerate(histories) if history]
+    values = scores([list(histories[i]) for i in scored], [predicted[i] for i in scored]) if scored else []
+    for i, value in zip(scored, values, strict=True):
         rewards[i] = float(value)
     return rewards
 
 
 def read_embeddings(path: str, sid_of_item: Mapping[str, str]) -> dict[str, np.ndarray]:
-    """SID -> embedding [d] from a file whose row i belongs to item id i; the first item of a SID counts.
+    """SID -> embedding [d], from a file whose row i belongs to item id i. If items share a SID, the first one counts.
 
     Args:
         path: `.npy`, or `.safetensors` with a single tensor; [items, d]. Nothing is unpickled.
         sid_of_item: item id -> SID.
 
-    Raises InputError where the file cannot be read or lacks the row of an item.
+    Raises InputError if the file cannot be read or lacks the row of an item.
     """
     try:
         if path.endswith(".safetensors"):
@@ -93,7 +93,7 @@ def read_embeddings(path: str, sid_of_item: Mapping[str, str]) -> dict[str, np.n
     embeddings: dict[str, np.ndarray] = {}
     for item, sid in sid_of_item.items():
         if not item.isdigit() or int(item) >= len(matrix):
-            raise InputError(f"--ada_path {path}: has {len(matrix)} rows and none for item {item!r}")
+            raise InputError(f"--ada_path {path}: has {len(matrix)} rows, none of them for item {item!r}")
         embeddings.setdefault(sid, matrix[int(item)].astype(np.float32))
     return embeddings
 
@@ -106,15 +106,16 @@ def reward_functions(
     ada_path: str,
     cf_path: str,
 ) -> list[Callable[..., list[float]]]:
-    """Rewards as TRL calls them: token ids and dataset columns in, a float for every completion out.
+    """The reward functions of a `--reward_type`, as TRL calls them: with token ids and dataset columns, for one float
+    per completion.
 
     Args:
         reward_type: a name of `--reward_type`.
         num_generations: completions of a group.
         sid_of: the SID of every completion.
-        ada_path, cf_path: what `semantic` and `sasrec` read.
+        ada_path, cf_path: the files that `semantic` and `sasrec` read.
 
-    Raises InputError where those files do not fit the catalogue.
+    Raises InputError if those files do not fit the catalogue.
     """
 
     def predicted(completion_ids: list[list[int]]) -> list[str]:
@@ -126,7 +127,7 @@ def reward_functions(
     def rank_reward(completion_ids: list, target: list, **_: object) -> list[float]:
         return rank_penalty(predicted(completion_ids), target, num_generations)
 
-    rule_reward.__name__, rank_reward.__name__ = "rule", "rank_penalty"  # as the logs name them
+    rule_reward.__name__, rank_reward.__name__ = "rule", "rank_penalty"  # the names in the logs
     if reward_type == "semantic":
         embeddings = read_embeddings(ada_path, {id_: item.sid for id_, item in catalogue.items.items()})
 

@@ -1,8 +1,8 @@
-"""ReReTrainer: TRL's GRPO over items. Completions are SIDs of the catalogue, found by constrained beam search.
+"""ReReTrainer: TRL's GRPO over items, whose completions are SIDs of the catalogue from constrained beam search.
 
-What differs from `GRPOTrainer`: how completions are drawn, how their log-probabilities are computed (each prompt once,
-the output head on completion tokens only), where the reference is, when it is asked, and that a shuffle keeps the
-completions of a prompt together.
+It differs from `GRPOTrainer` in how completions are generated, how their log-probabilities are computed (each prompt
+once, the output head on completion tokens only), where the reference is and when it is computed, and in a shuffle that
+keeps the completions of a prompt together.
 
 Dimensions: `B` completions, `G` completions of a prompt, `P` prompt tokens, `C` completion tokens.
 """
@@ -10,15 +10,20 @@ Dimensions: `B` completions, `G` completions of a prompt, `P` prompt tokens, `C`
 import copy
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
+import datasets
 import numpy as np
 import torch
 from accelerate.utils import is_peft_model
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from transformers import TrainerCallback
-from trl import GRPOTrainer
+from torch import nn
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState
+from trl import GRPOConfig, GRPOTrainer
 from trl.models import unwrap_model_for_generation
 from trl.models.utils import prepare_deepspeed, prepare_fsdp
 from trl.trainer.callbacks import SyncRefModelCallback
@@ -34,12 +39,12 @@ from minionerec.model.sharding import gathered, overwrite, whole_tensors
 from minionerec.training.durable import DurableRun
 from minionerec.training.logprobs import completion_logps
 
-REFERENCE_FILE = "reference.safetensors"  # in a checkpoint, the reference where it moves
+REFERENCE_FILE = "reference.safetensors"  # in a checkpoint, the weights of a reference that moves with the policy
 
 
 def choose(completions: Sequence[tuple[int, ...]], target: tuple[int, ...], count: int) -> list[tuple[int, ...]]:
-    """`count` of the completions of a prompt, for `dynamic_sampling`: the target where it was drawn, then the most
-    frequent others, in the order they were drawn; repeats only where there are too few different ones."""
+    """`count` of the completions of a prompt, for `dynamic_sampling`: the target if it was drawn, and the most frequent
+    others, in the order they were drawn. Completions repeat only if there are too few different ones."""
     frequency = Counter(completions)
     first = {completion: i for i, completion in reversed(list(enumerate(completions)))}
     ranked = sorted(frequency, key=lambda c: (c != target, -frequency[c], first[c]))
@@ -50,26 +55,29 @@ def choose(completions: Sequence[tuple[int, ...]], target: tuple[int, ...], coun
 class ReReTrainer(DurableRun, GRPOTrainer):
     """GRPO from an SFT checkpoint.
 
-    The dataset has the columns `prompt` (token ids), `target` (a SID) and what else the rewards ask for. Whatever the
-    start, the policy equals the reference before the first step and the KL term is exactly 0:
+    The dataset has the columns `prompt` (token ids), `target` (a SID) and others that the rewards use. For every start,
+    the policy equals the reference before the first step, and the KL term is exactly 0:
 
     | start | reference |
     |---|---|
-    | a model with a new adapter | the model with that adapter off |
-    | a model that has a trained adapter | a frozen copy of the adapter, `ref` |
+    | a model with a new adapter | the model with that adapter disabled |
+    | a model with a trained adapter | a frozen copy of the adapter, `ref` |
     | a whole model, trained in full | a frozen copy of the model, rounded as autocast rounds the policy |
     """
 
+    control: TrainerControl
+    _buffered_inputs: list[dict[str, Any]] | None
+
     def __init__(
         self,
-        model,
-        reward_funcs,
-        args,
-        train_dataset,
+        model: PreTrainedModel | PeftModel,
+        reward_funcs: list[Callable[..., list[float]]],
+        args: GRPOConfig,
+        train_dataset: datasets.Dataset,
         *,
         trie: Trie,
         sids: Sequence[str],
-        run: dict | None = None,
+        run: dict[str, Any] | None = None,
         new_adapter: bool = False,
         beam_search: bool = True,
         add_gt: bool = False,
@@ -77,27 +85,27 @@ class ReReTrainer(DurableRun, GRPOTrainer):
         mask_all_zero: bool = False,
         test_beam: int = 20,
         test_batch_size: int = 32,
-        **kwargs,
+        **kwargs: Any,
     ):
         """Takes GRPOTrainer's arguments, and:
 
         Args:
-            trie, sids: the catalogue; `sids` is what the trie was built of, in the same order.
+            trie, sids: the catalogue; `sids` is the list that the trie was built from, in the same order.
             run: the resolved configuration that every checkpoint records.
-            new_adapter: the adapter of `model` is new, so that the model without it can be the reference.
+            new_adapter: the adapter of `model` is new, so the model without it can be the reference.
             beam_search: the G best items by beam search; False samples them at `args.temperature`.
             add_gt: the last completion of a group is the target.
-            dynamic_sampling: draw 1.5 G completions, keep the target, if drawn, and the most frequent.
+            dynamic_sampling: draw 1.5 G completions; keep the target, if drawn, and the most frequent others.
             mask_all_zero: groups without any advantage add nothing to the loss, not even KL, and cost nothing.
             test_beam, test_batch_size: beams and prompts of a forward pass in `evaluate`.
         """
         adapted = is_peft_model(model)
         adapter = {name: p.detach().clone() for name, p in model.named_parameters() if adapted and p.requires_grad}
         beta, sync = args.beta, args.sync_ref_model
-        # Copied before TRL replaces the forward of the model, which the copy would share.
+        # Copied before TRL replaces the model's forward method: the copy would have the replaced one.
         reference = copy.deepcopy(model).eval().requires_grad_(False) if beta and not adapted else None
-        args.disable_dropout = True  # it would make the policy differ from the reference, and from itself
-        args.beta, args.sync_ref_model = 0.0, False  # TRL's references fit neither SID rows nor a merged start
+        args.disable_dropout = True  # with dropout, the policy would differ from the reference and from itself
+        args.beta, args.sync_ref_model = 0.0, False  # TRL's references handle neither SID rows nor a merged start
         super().__init__(model=model, reward_funcs=reward_funcs, args=args, train_dataset=train_dataset, **kwargs)
         args.beta, args.sync_ref_model = beta, sync
         # TRL rounds the adapter of a quantized base to bfloat16, where steps of 1e-6 would vanish.
@@ -109,16 +117,16 @@ class ReReTrainer(DurableRun, GRPOTrainer):
         self.beam_search, self.add_gt, self.dynamic_sampling = beam_search, add_gt, dynamic_sampling
         self.mask_all_zero = mask_all_zero
         self.test_beam, self.test_batch_size = test_beam, test_batch_size
-        self.reference_adapter = None
+        self.reference_adapter: str | None = None
         if beta and adapted and (sync or not new_adapter):
             self.reference_adapter = "ref"
             adapters.copy_adapter(self.model, "default", "ref")
             disable_dropout_in_model(self.model)
         elif reference is not None:
-            # FSDP rounds every weight of the policy, autocast those of matmuls. DeepSpeed's is in 16 bits already.
+            # FSDP rounds every weight of the policy, autocast only those of matmuls; DeepSpeed's are 16-bit already.
             if not self.is_deepspeed_enabled:
                 adapters.round_weights(reference, device.compute_dtype(), all_of_them=self.is_fsdp_enabled)
-            if device.weights_are_sharded():  # as the policy's: one card may not hold them
+            if device.weights_are_sharded():  # as those of the policy, because one GPU may not hold them
                 prepare = prepare_deepspeed if self.is_deepspeed_enabled else prepare_fsdp
                 self.ref_model = prepare(reference, self.accelerator)
             else:
@@ -130,15 +138,17 @@ class ReReTrainer(DurableRun, GRPOTrainer):
 
     # --- Rows ---------------------------------------------------------------------------------------------------------
 
-    def _get_dataloader(self, dataset, *args, is_training: bool = False, **kwargs):
-        """TRL's, of row numbers in training: pinning and moving a batch walk through every list in it, int by int, and
-        each prompt is there once for every completion."""
+    def _get_dataloader(
+        self, dataset: datasets.Dataset, *args: Any, is_training: bool = False, **kwargs: Any
+    ) -> DataLoader:
+        """As TRL's, but in training it loads row numbers. Pinning and moving a batch visit every int of every list in
+        it, and a batch would hold each prompt once per completion."""
         rows = _RowNumbers(len(dataset)) if is_training else dataset
         return super()._get_dataloader(rows, *args, is_training=is_training, **kwargs)
 
-    def look_up(self, batch: list[dict]) -> list[dict]:
-        """The examples that TRL's methods and the rewards take, for a batch of the training's data loader. The
-        completions of a prompt share one."""
+    def look_up(self, batch: list[dict[str, int]]) -> list[dict[str, Any]]:
+        """The examples for a batch of row numbers, as TRL's methods and the rewards take them. The completions of a
+        prompt share one example."""
         numbers = list(dict.fromkeys(example["row"] for example in batch))
         columns = self.train_dataset[numbers]
         examples = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
@@ -147,22 +157,29 @@ class ReReTrainer(DurableRun, GRPOTrainer):
 
     # --- Completions --------------------------------------------------------------------------------------------------
 
-    def _tokenize_prompts(self, prompts: list):
-        """The dataset holds token ids already. As arrays, which become tensors at once; the completions of a prompt
-        share its list."""
+    def _tokenize_prompts(self, prompts: list[list[int]]) -> tuple[list[np.ndarray], None, dict[str, Any]]:
+        """Only converts: the dataset already holds token ids. An array becomes a tensor faster than a list does, and
+        the completions of a prompt share one array."""
         array_of = {id(prompt): np.array(prompt, dtype=np.int64) for prompt in prompts}
         return [array_of[id(prompt)] for prompt in prompts], None, {}
 
-    def _generate_and_score_completions(self, inputs):
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         self._targets = [self.tokens_of[example["target"]] for example in inputs]
         outputs = super()._generate_and_score_completions(inputs)
         if self.mask_all_zero:
-            # Where any reward differs, some advantage is about 1 or more; where none does, rounding may leave a trace.
+            # If any reward of a group differs, some advantage is about 1 or more; else rounding may leave a small one.
             silent = (outputs["advantages"].view(-1, self.num_generations).abs() < 1e-3).all(dim=1)
             outputs["completion_mask"][silent.repeat_interleave(self.num_generations)] = 0
         return outputs
 
-    def _generate_single_turn(self, prompt_ids, images, multimodal_fields, num_generations, has_tool_images=False):
+    def _generate_single_turn(
+        self,
+        prompt_ids: list[np.ndarray],
+        images: Any,
+        multimodal_fields: Any,
+        num_generations: int,
+        has_tool_images: bool = False,
+    ) -> tuple[list[list[int]], None]:
         prompts, targets = prompt_ids[::num_generations], self._targets[::num_generations]
         count = num_generations * 3 // 2 if self.dynamic_sampling else num_generations
         drawn: list[list[tuple[int, ...]]] = []
@@ -189,7 +206,7 @@ class ReReTrainer(DurableRun, GRPOTrainer):
                 for row in self.trie.sequences[rows].tolist():
                     drawn.append([tuple(t for t in tokens if t >= 0) for tokens in row])
             model.train(training)
-        completions = []
+        completions: list[list[int]] = []
         for group, target in zip(drawn, targets, strict=True):
             if self.dynamic_sampling:
                 group = choose(group, target, num_generations)
@@ -198,8 +215,8 @@ class ReReTrainer(DurableRun, GRPOTrainer):
             completions += map(list, group)
         return completions, None
 
-    def _prepare_inputs(self, generation_batch):
-        """TRL's, with a shuffle that moves whole groups: scattered ones would share no prompt."""
+    def _prepare_inputs(self, generation_batch: list[dict[str, int]]) -> dict[str, Any]:
+        """As TRL's, but the shuffle moves whole groups: only consecutive completions of a prompt share its row."""
         steps = self.args.steps_per_generation
         if self._step % (steps * self.num_iterations) == 0 or self._buffered_inputs is None:
             batch = self._generate_and_score_completions(self.look_up(generation_batch))
@@ -210,7 +227,7 @@ class ReReTrainer(DurableRun, GRPOTrainer):
             self._buffered_inputs = split_tensor_dict(batch, steps)
         return self._buffered_inputs[self._step % steps]
 
-    def _get_train_sampler(self, dataset=None):
+    def _get_train_sampler(self, dataset: datasets.Dataset | None = None) -> RepeatSampler:
         return _PromptSampler(
             self,
             data_source=self.train_dataset if dataset is None else dataset,
@@ -222,19 +239,26 @@ class ReReTrainer(DurableRun, GRPOTrainer):
 
     # --- Loss ---------------------------------------------------------------------------------------------------------
 
-    def training_step(self, *args, **kwargs):
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         loss = super().training_step(*args, **kwargs)
         if self.mask_all_zero and not self._passes_are_collective() and self.accelerator.sync_gradients:
-            # Where no group counted, no pass was made: the gradient is zero, as it is in a run of several processes.
+            # If all groups were masked, no pass was made. The gradient is then 0, as in a run with several processes.
             for parameter in self.model.parameters():
                 if parameter.requires_grad and parameter.grad is None:
                     parameter.grad = torch.zeros_like(parameter)
         return loss
 
     def _get_per_token_logps_and_entropies(
-        self, model, input_ids, attention_mask, logits_to_keep, batch_size=None, compute_entropy=False, **kwargs
-    ):
-        """(log-probabilities, entropies, None), [B, C] each; rows whose completion is masked out cost nothing."""
+        self,
+        model: nn.Module,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        logits_to_keep: int,
+        batch_size: int | None = None,
+        compute_entropy: bool = False,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor, None]:
+        """(log-probabilities, entropies, None), [B, C] each; completions that are masked out cost nothing."""
         width = input_ids.shape[1] - logits_to_keep
         mask = attention_mask[:, width:].bool()
         logps = torch.zeros(mask.shape, device=mask.device)
@@ -244,7 +268,7 @@ class ReReTrainer(DurableRun, GRPOTrainer):
             if not len(kept):
                 if not self._passes_are_collective():
                     continue
-                kept = rows[: self.num_generations]  # masked: they add nothing, but the other processes wait
+                kept = rows[: self.num_generations]  # masked, so they add nothing; the other processes wait for a pass
             with self.accelerator.autocast():
                 values, entropy = completion_logps(
                     model,
@@ -262,15 +286,16 @@ class ReReTrainer(DurableRun, GRPOTrainer):
         return logps, entropies, None
 
     def _passes_are_collective(self) -> bool:
-        """Whether all processes must make the same passes through the model: every one where weights are sharded, and
-        those with a backward pass, whose gradients are averaged, wherever there are several processes. DeepSpeed steps
-        with gradients only."""
+        """Whether all processes must make the same passes through the model. If weights are sharded, every pass is
+        collective. With several processes, passes with a backward pass are, because gradients are averaged. DeepSpeed
+        needs a backward pass for every step."""
         several = self.accelerator.num_processes > 1 or self.is_deepspeed_enabled
         return device.weights_are_sharded() or (torch.is_grad_enabled() and several)
 
-    def _compute_loss(self, model, inputs):
-        """TRL's, which asks the reference for every completion before it knows the advantages; here it is asked now,
-        for the completions that count and in the batches of the policy, so that equal models give equal numbers."""
+    def _compute_loss(self, model: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
+        """As TRL's, which computes the reference for every completion before the advantages are known. Here it is
+        computed now, only for the completions that count, and in the batches of the policy, so that equal models give
+        equal values."""
         if not self.args.beta:
             return super()._compute_loss(model, inputs)
         names = ("prompt_ids", "completion_ids", "prompt_mask", "completion_mask")
@@ -289,8 +314,8 @@ class ReReTrainer(DurableRun, GRPOTrainer):
             self.beta = 0.0
 
     @contextmanager
-    def _reference(self):
-        """The model to ask for the reference's log-probabilities."""
+    def _reference(self) -> Iterator[nn.Module]:
+        """While open, the model that computes the log-probabilities of the reference."""
         if self.ref_model is not None:
             yield self.ref_model
         else:
@@ -300,7 +325,12 @@ class ReReTrainer(DurableRun, GRPOTrainer):
 
     # --- Evaluation and checkpoints -----------------------------------------------------------------------------------
 
-    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
+    def evaluate(
+        self,
+        eval_dataset: datasets.Dataset | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
         """HR@K, NDCG@K and MRR over the rows of the evaluation dataset, decoded with `test_beam` beams."""
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         training = self.model.training
@@ -325,21 +355,24 @@ class ReReTrainer(DurableRun, GRPOTrainer):
         self.model.train(training)
         return metrics
 
-    def _determine_best_metric(self, metrics, trial):
-        """The Trainer's, for models that are also saved: a better one that is gone cannot be loaded."""
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        """As the Trainer's, but only at steps that are also saved: a better model without a checkpoint cannot be loaded
+        at the end."""
         step = self.state.global_step
         saved = step > 0 and (step % self.state.save_steps == 0 or step == self.state.max_steps)
         return saved and super()._determine_best_metric(metrics, trial)
 
-    def create_model_card(self, *args, **kwargs) -> None:
-        """TRL writes one into the output folder with every checkpoint; ours is the recorded configuration."""
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Does nothing. TRL would write a model card with every checkpoint; ours is the recorded configuration."""
 
     def _moving_reference(self) -> dict[str, torch.nn.Parameter]:
-        """The reference where it moves with the policy (`sync_ref_model`), else nothing."""
+        """The parameters of a reference that moves with the policy (`sync_ref_model`); else none."""
         if not self.args.sync_ref_model:
             return {}
         if self.ref_model is not None:
             return dict(self.accelerator.unwrap_model(self.ref_model).named_parameters())
+        if self.reference_adapter is None:
+            return {}
         return adapters.adapter_parameters(self.accelerator.unwrap_model(self.model), self.reference_adapter)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
@@ -349,7 +382,9 @@ class ReReTrainer(DurableRun, GRPOTrainer):
                 save_file(tensors, os.path.join(output_dir, REFERENCE_FILE))
         super()._save_optimizer_and_scheduler(output_dir)
 
-    def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
+    def _prepare_for_training(
+        self, max_steps: int, train_dataloader: DataLoader, resume_from_checkpoint: str | None
+    ) -> tuple[nn.Module, DataLoader]:
         prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         reference = self._moving_reference()
         if reference and resume_from_checkpoint:
@@ -358,7 +393,7 @@ class ReReTrainer(DurableRun, GRPOTrainer):
 
 
 class _RowNumbers(torch.utils.data.Dataset):
-    """`count` rows, of which each holds its number only."""
+    """`count` rows, each of which holds only its number."""
 
     def __init__(self, count: int):
         self.count = count
@@ -371,24 +406,32 @@ class _RowNumbers(torch.utils.data.Dataset):
 
 
 class _PromptSampler(RepeatSampler):
-    """TRL's sampler with an order that depends on the epoch alone, so that a resumed run meets the same prompts."""
+    """TRL's sampler with an order that depends only on the seed and the epoch, so a resumed run gets the same
+    prompts."""
 
-    def __init__(self, trainer: ReReTrainer, **kwargs):
+    def __init__(self, trainer: ReReTrainer, **kwargs: Any):
         super().__init__(**kwargs)
         self.trainer = trainer
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[int]:
         self.generator.manual_seed(self.seed + int(self.trainer.state.epoch or 0))
         return super().__iter__()
 
 
 class _SyncReferenceAdapter(TrainerCallback):
-    """Mixes the policy's adapter into the reference's every `ref_model_sync_steps` steps."""
+    """Moves the reference's adapter towards the policy's, every `ref_model_sync_steps` steps."""
 
     def __init__(self, reference: str):
         self.reference = reference
 
-    def on_step_end(self, args, state, control, model=None, **kwargs):
+    def on_step_end(
+        self,
+        args: GRPOConfig,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **kwargs: Any,
+    ) -> None:
         if state.global_step % args.ref_model_sync_steps == 0:
             reference = adapters.adapter_parameters(model, self.reference)
             policy = adapters.adapter_parameters(model, "default")
