@@ -1,4 +1,4 @@
-"""Ranking metrics over semantic IDs. Pure functions; every metric is a mean over rows, between 0 and 1."""
+"""Ranking metrics over semantic IDs; every metric is a mean over rows, between 0 and 1."""
 
 import math
 from collections import Counter
@@ -8,12 +8,12 @@ CUTOFFS = (1, 3, 5, 10, 20, 50)
 
 
 def watched_cutoff(length: int) -> int:
-    """The K that trainings choose their best checkpoint by, for rankings of this length: 10, or the largest below."""
+    """The K whose metric selects the best checkpoint, for rankings of this length: 10, or the largest below it."""
     return max(k for k in CUTOFFS if k <= min(length, 10))
 
 
 def rank_of(target: str, ranking: Sequence[str]) -> int | None:
-    """The position of `target` in `ranking`, counted from 0, or None where it is absent."""
+    """The position of `target` in `ranking`, counted from 0, or None if it is not there."""
     try:
         return ranking.index(target)
     except ValueError:
@@ -24,13 +24,13 @@ def ranking_metrics(ranks: Sequence[int | None], length: int, extra_cutoff: int 
     """HR@K, NDCG@K and MRR of rows with one relevant item each.
 
     Args:
-        ranks: per row, the position of the target counted from 0, or None where the ranking lacks it.
-        length: how long the rankings are; larger cut-offs are left out.
-        extra_cutoff: one more K beside CUTOFFS; 0 for none.
+        ranks: for each row, the position of the target counted from 0, or None if it is not in the ranking.
+        length: of the rankings; larger cutoffs are left out.
+        extra_cutoff: one more K besides CUTOFFS; 0 for none.
 
-    HR@K is the share of rows whose target stands in the first K; NDCG@K the mean of 1/log2(rank + 2) over them (the
-    ideal gain of a single relevant item is 1); MRR the mean of 1/(rank + 1) over the whole ranking. Rows without the
-    target count 0. Raises ValueError for no rows.
+    HR@K is the fraction of rows whose target is among the first K; NDCG@K the mean over rows of 1/log2(rank + 2) (the
+    ideal gain of a single relevant item is 1); MRR the mean over rows of 1/(rank + 1), over the whole ranking. A row
+    whose target is not among them counts 0. Raises ValueError for no rows.
     """
     if not ranks:
         raise ValueError("no rows to score")
@@ -50,7 +50,7 @@ def popularity(targets: Iterable[str], length: int) -> list[str]:
 
 
 def format_metrics(metrics: dict[str, float]) -> str:
-    """A small table: one line a cut-off, then MRR."""
+    """A small table: one line per cutoff, then MRR."""
     lines = [f"{'K':>4}  {'HR@K':>8}  {'NDCG@K':>8}"]
     for name, value in metrics.items():
         if name.startswith("HR@"):

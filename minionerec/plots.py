@@ -1,6 +1,8 @@
-"""Curves of a training run."""
+"""Plots the curves of a training run, and bar charts of metrics."""
 
-# The label of each panel, and what it draws: key of the log history -> name in the legend.
+from typing import Any
+
+# The label of each panel, and its curves: key of the log history -> name in the legend.
 Panels = dict[str, dict[str, str]]
 
 SFT_PANELS: Panels = {
@@ -11,12 +13,12 @@ RL_PANELS: Panels = {
     "reward": {"reward": "mean", "reward_std": "standard deviation"},
     "validation": {"eval_HR@10": "HR@10", "eval_NDCG@10": "NDCG@10", "eval_MRR": "MRR"},
     "KL from the reference (nats per token)": {"kl": "KL"},
-    "share of groups without advantage": {"frac_reward_zero_std": "share"},
+    "fraction of groups without advantage": {"frac_reward_zero_std": "fraction"},
 }
 
 
-def _pyplot():
-    """matplotlib, without a window. A run asks for it at its end, and does not wait for it at its start."""
+def _pyplot() -> Any:
+    """matplotlib's pyplot, without a window. Imported only when a run plots, at its end: the import is slow."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -25,10 +27,10 @@ def _pyplot():
     return matplotlib.pyplot
 
 
-def plot_curves(history: list[dict], path: str, panels: Panels) -> None:
-    """Draws values of a Trainer's log history over optimizer steps, one panel beside the other, to a PNG file.
+def plot_curves(history: list[dict[str, Any]], path: str, panels: Panels) -> None:
+    """Plots values of a Trainer's log history over optimizer steps, with the panels side by side, to a PNG file.
 
-    `history` entries hold `step` and any of the keys of `panels`; a panel none of them fills stays empty.
+    The entries of `history` have `step` and any of the keys of `panels`; a panel without values stays empty.
     """
     plt = _pyplot()
     figure, all_axes = plt.subplots(1, len(panels), figsize=(5 * len(panels), 4), layout="constrained")
@@ -46,7 +48,7 @@ def plot_curves(history: list[dict], path: str, panels: Panels) -> None:
 
 
 def plot_bars(panels: dict[str, dict[str, tuple[float, float, float]]], path: str) -> None:
-    """Draws bars with intervals, one panel beside the other, to a PNG file.
+    """Plots bars with intervals, with the panels side by side, to a PNG file.
 
     `panels` maps the label of a panel to its bars, and the name of a bar to (value, low, high).
     """

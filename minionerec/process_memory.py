@@ -1,22 +1,24 @@
-"""The memory of this process in GB (1e9 bytes): resident, as Linux counts it, with the pages of mapped files; or on the
-GPU. Commands import it before torch."""
+"""Measures the memory of this process in GB (1e9 bytes): on the GPU, or resident.
+
+Resident is as Linux counts it, with the pages of mapped files. Commands import this file before torch.
+"""
 
 from contextlib import suppress
 
 
 def rss_gb() -> float:
-    """What is held now."""
+    """The resident memory now."""
     return _status_gb("VmRSS:")
 
 
 def peak_rss_gb() -> float:
-    """The most that was held since the process started, or since `reset_peak_rss`. `ru_maxrss` would be its parent's
-    too."""
+    """The peak of resident memory since the process started, or since `reset_peak_rss`. `ru_maxrss` would also include
+    the peak of the parent process."""
     return _status_gb("VmHWM:")
 
 
 def reset_peak_rss() -> None:
-    """Starts the count of `peak_rss_gb` anew, from what is held now; raises OSError where a machine forbids it."""
+    """Resets the peak of `peak_rss_gb` to the resident memory now. Raises OSError if the system does not allow it."""
     with open("/proc/self/clear_refs", "w") as file:
         file.write("5")
 
@@ -27,19 +29,19 @@ def _status_gb(field: str) -> float:
 
 
 def forget_peak_of_loading() -> None:
-    """Starts the count of `peak_memory_gb` anew, for the peak of training: loading may hold a weight twice, and on a
-    CPU Linux counts the pages of the weight files as resident until they are wanted elsewhere."""
+    """Resets the peak of `peak_memory_gb`, so that it is the peak of training. Loading may hold a weight twice, and on
+    a CPU, Linux counts the pages of weight files as resident until other processes need the memory."""
     import torch
 
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-    with suppress(OSError):  # where it is forbidden, or no Linux, the peak is that of the whole process
+    with suppress(OSError):  # not allowed, or not Linux: then the peak is that of the whole process
         reset_peak_rss()
 
 
 def peak_memory_gb() -> float:
-    """The most memory this process has held, in GB (1e9 bytes): on the GPU where there is one, else resident, since it
-    started or `forget_peak_of_loading`."""
+    """The peak memory of this process: on the GPU if there is one, else resident, since it started or since
+    `forget_peak_of_loading`."""
     import torch
 
     if torch.cuda.is_available():

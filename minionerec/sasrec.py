@@ -1,7 +1,7 @@
 """SASRec, the classical sequential recommender: a baseline for the tables and a source of rewards.
 
-A causal Transformer over item embeddings, trained to rank the item after each history with a softmax over the whole
-catalogue. Items are SIDs here, as in the metrics. Source: Kang and McAuley, Self-Attentive Sequential Recommendation
+A causal Transformer over item embeddings, trained with a softmax over the whole catalogue to predict the item after
+each history. Items are SIDs here, as in the metrics. Source: Kang and McAuley, Self-Attentive Sequential Recommendation
 (2018); the full softmax: Klenitskiy and Vasilev, Turning Dross Into Gold Loss (2023).
 
 Dimensions: `B` rows, `L` items of a history, `S` items, `H` hidden.
@@ -10,6 +10,7 @@ Dimensions: `B` rows, `L` items of a history, `S` items, `H` hidden.
 import json
 import os
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +23,7 @@ CONFIG, WEIGHTS = "sasrec.json", "sasrec.safetensors"
 
 
 class SASRec(nn.Module):
-    """Scores of all items after a history. `sids` names the items; item i is row i + 1 of the embedding, 0 pads."""
+    """Scores all items after a history. `sids` names the items; item i is row i + 1 of the embedding, row 0 pads."""
 
     def __init__(
         self,
@@ -34,7 +35,8 @@ class SASRec(nn.Module):
         length: int = 20,
     ):
         super().__init__()
-        self.settings = {
+        self.length = length
+        self.settings: dict[str, Any] = {
             "hidden_size": hidden_size,
             "layers": layers,
             "heads": heads,
@@ -54,9 +56,9 @@ class SASRec(nn.Module):
             nn.init.normal_(embedding.weight, std=hidden_size**-0.5)
 
     def encode(self, histories: Sequence[Sequence[str]]) -> torch.Tensor:
-        """[B, L], the latest items of histories, padded on the right to the longest; unknown SIDs are left out."""
-        most = self.settings["length"]
-        known = [[self.number[sid] for sid in history if sid in self.number][-most:] for history in histories]
+        """[B, L], the latest items of histories, padded on the right to the longest; unknown SIDs are skipped."""
+        known = [[self.number[sid] for sid in history if sid in self.number] for history in histories]
+        known = [numbers[-self.length :] for numbers in known]
         ids = torch.zeros((len(known), max(map(len, known)) or 1), dtype=torch.long)
         for row, numbers in zip(ids, known, strict=True):
             row[: len(numbers)] = torch.tensor(numbers, dtype=torch.long)
@@ -71,7 +73,7 @@ class SASRec(nn.Module):
 
     @torch.inference_mode()
     def scores(self, histories: Sequence[Sequence[str]], items: Sequence[str]) -> list[float]:
-        """The score of each item after the history of the same place; equal histories are computed once."""
+        """The score of each item after the history at the same index; equal histories are computed once."""
         distinct = {history: i for i, history in enumerate(dict.fromkeys(map(tuple, histories)))}
         table = self.eval()(self.encode(list(distinct)))
         rows = torch.tensor([distinct[tuple(history)] for history in histories])
@@ -97,7 +99,7 @@ def loss_of(model: SASRec, histories: Sequence[Sequence[str]], targets: Sequence
 
 
 def save(model: SASRec, folder: str) -> None:
-    """Writes the model into a folder; the configuration last, so that a folder that has it is whole."""
+    """Writes the model to a folder; the configuration last, so a folder with a configuration is complete."""
     os.makedirs(folder, exist_ok=True)
     save_file(model.state_dict(), os.path.join(folder, WEIGHTS))
     with open(os.path.join(folder, CONFIG), "w", encoding="utf-8") as file:
@@ -105,8 +107,8 @@ def save(model: SASRec, folder: str) -> None:
 
 
 def load(folder: str) -> SASRec:
-    """The model of a folder, in evaluation mode. Raises InputError where there is none, or where the settings do not
-    fit the weights; nothing is allocated for sizes that only the settings name."""
+    """The model in a folder, in evaluation mode. Raises InputError if there is none, or its settings do not fit the
+    weights; nothing is allocated for a size that only the settings claim."""
     try:
         with open(os.path.join(folder, CONFIG), encoding="utf-8") as file:
             data = json.load(file)
@@ -115,11 +117,11 @@ def load(folder: str) -> SASRec:
         if not isinstance(sids, list) or not all(isinstance(sid, str) for sid in sids):
             raise ValueError("sids must be a list of texts")
         if not 0 < settings["layers"] <= len(weights):
-            raise ValueError(f"{settings['layers']} layers are not those of the weights")
+            raise ValueError(f"the weights do not have {settings['layers']} layers")
         with torch.device("meta"):
             model = SASRec(sids, **settings)
         model.load_state_dict(weights, assign=True)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, ArithmeticError, AssertionError) as error:
         reason = " ".join(str(error).split())[:300]
-        raise InputError(f"--cf_path {folder}: no SASRec model can be loaded: {reason}; make it again") from None
+        raise InputError(f"--cf_path {folder}: no SASRec model can be loaded: {reason}; train it again") from None
     return model.eval()

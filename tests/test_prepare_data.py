@@ -241,7 +241,7 @@ def test_other_embeddings(raw, tmp_path, base):
     np.save(tmp_path / "new.npy", rows[:4, :5])
     refused(
         {**add, "dataset": str(tmp_path / "own"), "embeddings": str(tmp_path / "new.npy")},
-        f"has width 5, the codebooks of {tmp_path / 'own'} 6",
+        f"has width 5, but the codebooks of {tmp_path / 'own'} have 6",
     )
     np.save(tmp_path / "new.npy", rows[:4])
     prepare_data(**{**add, "dataset": str(tmp_path / "own"), "embeddings": str(tmp_path / "new.npy")})
@@ -267,7 +267,7 @@ def test_new_items_get_ids_that_a_model_knows(prepared, raw, tmp_path, capsys):
     assert np.load(path_of(more, "embeddings")).shape[0] == 50
     for split in ("train", "valid", "test"):
         assert Path(path_of(more, split)).read_bytes() == Path(path_of(prepared, split)).read_bytes()
-    assert "1 that are there already, 1 without a title" in capsys.readouterr().out
+    assert "1 that exist already, 1 without a title" in capsys.readouterr().out
     # And again on top, where all are there already.
     refused(
         {"add_items": raw["add_items"], "dataset": str(more), "output_dir": str(tmp_path / "most")},
@@ -287,7 +287,7 @@ def test_new_items_that_find_no_room_need_a_new_token(raw, tmp_path, capsys):
 
 def test_a_changed_dataset_takes_no_items(prepared, raw, tmp_path):
     add = {"add_items": raw["add_items"], "output_dir": str(tmp_path / "more")}
-    refused({**add, "dataset": str(tmp_path)}, "no dataset.json there")
+    refused({**add, "dataset": str(tmp_path)}, "has no dataset.json")
     broken = tmp_path / "broken"
     for name, content in contents(prepared).items():
         (broken / name).parent.mkdir(parents=True, exist_ok=True)
@@ -297,7 +297,7 @@ def test_a_changed_dataset_takes_no_items(prepared, raw, tmp_path):
     refused({**add, "dataset": str(broken)}, f"changed since prepare_data.py wrote it: index/{CATEGORY}.index.json")
     for content in ("{}", "[]", "nonsense", "[" * 100_000, '{"category": "../x"}', '{"category": "x", "files": 1}'):
         (broken / "dataset.json").write_text(content)
-        refused({**add, "dataset": str(broken)}, "dataset.json is not as prepare_data.py wrote it")
+        refused({**add, "dataset": str(broken)}, "dataset.json is not what prepare_data.py wrote")
     record = json.loads((prepared / "dataset.json").read_text())
     record["files"]["../../passwd"] = "x"
     (broken / "dataset.json").write_text(json.dumps(record))
@@ -319,7 +319,7 @@ def refused(flags: dict, *messages: str) -> None:
 
 BAD = [
     ({"category": ""}, "--category is missing"),
-    ({"category": "../x"}, "--category '../x': names files"),
+    ({"category": "../x"}, "--category '../x': is used in file names"),
     ({"min_interactions": 0}, "--min_interactions 0: must be above 0"),
     ({"max_history": 0}, "--max_history 0: must be above 0"),
     ({"levels": 0}, "--levels 0: must be between 1 and 8"),
@@ -361,7 +361,7 @@ def test_all_problems_come_together(tmp_path):
         "exclude each other",
         "--category is missing",
         "--levels 9",
-        "no column is known as the user",
+        "no column is recognized as the user",
         "row 1, title: expected text or a list of texts, found {'en': 'T'}",
         "row 2, item: expected an item id, text or a whole number, found None",
         "e.npy: cannot be read",
@@ -387,7 +387,7 @@ def test_flags_of_a_new_dataset_do_not_go_with_added_items(raw, prepared, tmp_pa
     flags = {"add_items": raw["add_items"], "dataset": str(prepared), "output_dir": str(tmp_path / "d")}
     refused({**flags, "levels": 4}, "--levels is for a new data set")
     refused({**flags, "embeddings": "x.npy"}, "give neither --encoder nor --embeddings", "--embeddings x.npy: cannot")
-    refused({**flags, "dataset": ""}, "--dataset : no dataset.json there")
+    refused({**flags, "dataset": ""}, "--dataset : has no dataset.json")
 
 
 def test_the_command_line(raw, tmp_path):

@@ -43,7 +43,7 @@ def test_no_code_takes_more_than_its_capacity(seed, points, codes, spare, alike)
 def test_those_that_lose_most_elsewhere_stay():
     points = np.array([[0.0], [0.1], [0.4]])
     assert semantic_ids.assign(points, np.array([[0.0], [1.0]]), 2).tolist() == [0, 0, 1]
-    with pytest.raises(ValueError, match="3 points on 1 codes of 2"):
+    with pytest.raises(ValueError, match="3 points do not fit into 1 codes of capacity 2"):
         semantic_ids.assign(points, np.array([[0.0]]), 2)
 
 
@@ -190,7 +190,7 @@ def test_a_damaged_file_is_refused(tmp_path):
     assert item_embeddings.rows_of_embeddings("f", matrix, 3, [2, 0]).tolist() == [[0, 0, 1], [1, 0, 0]]
     with pytest.raises(InputError, match="has 3 rows, the items file 4"):
         item_embeddings.rows_of_embeddings("f", matrix, 4, [0])
-    with pytest.raises(InputError, match="row 2: holds NaN or infinity \\(1 such rows\\)"):
+    with pytest.raises(InputError, match="row 2: contains NaN or infinity \\(1 such rows\\)"):
         item_embeddings.rows_of_embeddings("f", np.array([[1.0], [np.nan]]), 2, [0, 1])
     for bad in (np.array([1.0]), np.array([["a"]]), np.array([[None]], object), np.empty((2, 0))):
         np.save(tmp_path / "bad.npy", bad)

@@ -246,11 +246,11 @@ REFUSED = [
     (b"user,item,time\nu,i\n", "Expected 3 columns, got 2"),
     (
         b"who,item,time\nu,i,1\n",
-        "no column is known as the user; name it with --user_column; the file has 'who', 'item'",
+        "no column is recognized as the user; name it with --user_column; the file has 'who', 'item'",
     ),
-    (b"user,customer,item,time\nu,c,i,1\n", "user and customer could each be the user; say which with --user_column"),
+    (b"user,customer,item,time\nu,c,i,1\n", "user and customer could each be the user; name one with --user_column"),
     (b"user,item,time,item\nu,i,1,i\n", "column item occurs 2 times"),
-    (b"[1, 2]\n", "line 1: expected a JSON object a line, found [1, 2]"),
+    (b"[1, 2]\n", "line 1: expected one JSON object per line, found [1, 2]"),
     (b'{"user": "u", "item": "i", "time": 1}\n{"user": \n', "line 2: is not JSON"),
     (b'{"user": "u", "item": "i", "time": 1}\n' + b"[" * 100_000, "line 2: is not JSON"),
     (b'{"user": "u", "item": "i", "time": 1}\n{"item": "i", "time": 1}', "row 2, user: expected a user id"),
@@ -258,7 +258,7 @@ REFUSED = [
     (b'{"user": "u", "item": "i", "time": NaN}\n', "row 1, time: expected a date or seconds since 1970"),
     (b"user,item,time\nu,i,-1\n", "row 1, time: expected a date or seconds since 1970, from 1970 to 2099, found '-1'"),
     (b"user,item,time\nu,i,1\nu,i,1e30\n", "row 2, time: expected"),
-    (b'"us\ner",item,time\nu,i,1\n', "no column is known as the user"),
+    (b'"us\ner",item,time\nu,i,1\n', "no column is recognized as the user"),
     (b"user,item,time\nu,,1\n", "row 1, item: expected an item id"),
 ]
 

@@ -1,1 +1,1 @@
-"""From raw interactions and items to the files that training reads."""
+"""Turns raw interactions and items into the files that training reads."""

@@ -1,4 +1,4 @@
-"""A new data set: raw files in, the folder of a release out."""
+"""Builds a new data set: from raw files to a folder in the layout of the release."""
 
 import os
 import platform
@@ -36,18 +36,18 @@ def build(
     collisions: str,
     seed: int,
 ) -> dict[str, Any]:
-    """Prepares a data set, prints what it does, and returns the record that dataset.json holds.
+    """Prepares a data set, prints the steps, and returns the record that is written to dataset.json.
 
     Args:
-        problems: those of the flags; what is wrong with the files is added before anything is made of them.
-        columns: role -> column name, "" to find it.
+        problems: the problems of the flags, to which those of the files are added.
+        columns: role -> column name, or "" to find it.
 
-    Raises InputError, with nothing written, where input cannot be used.
+    Raises InputError for unusable input; then nothing is written.
     """
     with writing.scratch_folder(output_dir) as scratch:
         spool = cleaning.Spool(os.path.join(scratch, "interactions"), cleaning.INTERACTION)
 
-        # Read everything, and report all problems together.
+        # Read all files, and report all problems together.
         window = problems.attempt(cleaning.time_window, start_date, end_date)
         bought = problems.attempt(sources.open_source, interactions, "interactions")
         sold = problems.attempt(sources.open_source, items, "items")
@@ -60,12 +60,12 @@ def build(
         raw = bought_columns and problems.attempt(
             sources.read_interactions, bought, bought_columns, window or (0, sources.LATEST), spool
         )
-        wanted = raw.items.__contains__ if raw else lambda item: False
-        described = sold_columns and problems.attempt(sources.read_items, sold, sold_columns, wanted)
+        bought_items = raw.items if raw else {}
+        described = sold_columns and problems.attempt(sources.read_items, sold, sold_columns, bought_items.__contains__)
         matrix = problems.attempt(item_embeddings.open_embeddings, embeddings) if embeddings else None
-        own = None
+        given = None
         if described and matrix is not None:
-            own = problems.attempt(
+            given = problems.attempt(
                 item_embeddings.rows_of_embeddings,
                 embeddings,
                 matrix,
@@ -80,16 +80,16 @@ def build(
         alive = _clean(spool, raw, catalogue, min_interactions, steps, interactions, items)
         kept = [place for place, item in enumerate(catalogue) if alive[raw.items[item.original_id]]]
         catalogue = [catalogue[place] for place in kept]
-        item_ids = np.full(len(raw.items), -1, np.int32)
+        item_ids: np.ndarray = np.full(len(raw.items), -1, np.int32)
         item_ids[[raw.items[item.original_id] for item in catalogue]] = np.arange(len(catalogue))
         rows, sizes = cleaning.rows_of(spool, os.path.join(scratch, "rows"), item_ids, max_history, split)
-        _say_steps(raw.rows, steps, found, sizes)
+        _print_steps(raw.num_rows, steps, found, sizes)
 
-        # Embed and code the items.
+        # Embed the items, and give them codes.
         texts = [f"{item.title}\n{item.description}" for item in catalogue]
         text_model, made_by = None, {"kind": "tfidf"}
-        if own is not None:
-            vectors, made_by = own[kept], {"kind": "embeddings", "sha256": writing.digest(embeddings)}
+        if given is not None:
+            vectors, made_by = given[kept], {"kind": "embeddings", "sha256": writing.digest(embeddings)}
         elif encoder:
             vectors, made_by = item_embeddings.embed_with_model(encoder, texts), encoder_of(encoder)
         else:
@@ -98,7 +98,7 @@ def build(
         codebooks, assigned, residual = semantic_ids.fit(vectors, levels, codes, seed)
         report = semantic_ids.level_report(assigned)
         final, resolved = semantic_ids.resolve_collisions(assigned, residual, codebooks[-1], collisions)
-        say_levels(report, codes, len(catalogue), collisions, resolved)
+        print_levels(report, codes, len(catalogue), collisions, resolved)
 
         # Write.
         folder = os.path.join(scratch, "dataset")
@@ -126,7 +126,7 @@ def build(
                 "interactions": input_of(bought, USER_ROLES, bought_columns),
                 "items": input_of(sold, ITEM_ROLES, sold_columns),
             },
-            "interactions": [{"step": "read", "interactions": raw.rows}, *steps],
+            "interactions": [{"step": "read", "interactions": raw.num_rows}, *steps],
             "items": {**found, "kept": len(catalogue)},
             "rows": sizes,
             "embeddings": {**made_by, "width": vectors.shape[1]},
@@ -138,8 +138,17 @@ def build(
     return record
 
 
-def _clean(spool, raw, catalogue, min_interactions: int, steps: list, interactions: str, items: str) -> np.ndarray:
-    """Drops what does not count, notes each step in `steps`; whether each item is left, [items]."""
+def _clean(
+    spool: cleaning.Spool,
+    raw: sources.RawInteractions,
+    catalogue: list[sources.RawItem],
+    min_interactions: int,
+    steps: list[dict[str, Any]],
+    interactions: str,
+    items: str,
+) -> np.ndarray:
+    """Drops interactions that do not count, and adds the counts after each step to `steps`. Returns whether each item
+    is left, [items]."""
 
     def note(step: str) -> int:
         steps.append({"step": step, **cleaning.counts_of(spool, len(raw.items))})
@@ -148,43 +157,46 @@ def _clean(spool, raw, catalogue, min_interactions: int, steps: list, interactio
     if not note("in the time window"):
         first, last = (datetime.fromtimestamp(time / 1e6, UTC).date() for time in (raw.earliest, raw.latest))
         raise InputError(
-            f"--interactions {interactions}: none of its {raw.rows} rows is between --start_date and --end_date; they "
-            f"are from {first} to {last}"
+            f"--interactions {interactions}: none of its {raw.num_rows} rows is between --start_date and --end_date; "
+            f"they are from {first} to {last}"
         )
     cleaning.order_and_drop_duplicates(spool)
     note("without duplicates")
-    known = np.zeros(len(raw.items), bool)
+    known: np.ndarray = np.zeros(len(raw.items), bool)
     known[[raw.items[item.original_id] for item in catalogue]] = True
     cleaning.keep_items(spool, known)
     if not note("of items with a title"):
         raise InputError(
             f"--items {items}: has a title for none of the {len(raw.items)} items of {interactions}, such as "
-            f"{next(iter(raw.items))!r}; do the two files belong together? --item_column names the column of the ids"
+            f"{next(iter(raw.items))!r}; do the two files belong together? Name the column of the ids with "
+            "--item_column"
         )
     alive = cleaning.k_core(spool, len(raw.items), min_interactions)
     if not note(f"{min_interactions}-core"):
         raise InputError(
             f"--min_interactions {min_interactions}: leaves nothing of {steps[-2]['interactions']} interactions of "
-            f"{steps[-2]['users']} users with {steps[-2]['items']} items; give a smaller one"
+            f"{steps[-2]['users']} users with {steps[-2]['items']} items; give a smaller number"
         )
     return alive
 
 
-def _say_steps(read: int, steps: list[dict], found: dict[str, int], sizes: dict[str, int]) -> None:
-    """Prints what each step of the cleaning left."""
+def _print_steps(num_rows: int, steps: list[dict[str, Any]], found: dict[str, int], sizes: dict[str, int]) -> None:
+    """Prints what is left after each step of the cleaning."""
     print(f"{'':<24}{'interactions':>14}{'users':>12}{'items':>12}")
-    print(f"{'read':<24}{read:>14,}")
+    print(f"{'read':<24}{num_rows:>14,}")
     for step in steps:
         print(f"{step['step']:<24}{step['interactions']:>14,}{step['users']:>12,}{step['items']:>12,}")
     print(
         f"items: {found['rows']:,} read; {found['not_wanted']:,} without interactions, {found['untitled']:,} without a "
-        f"title and {found['repeated']:,} that repeat an id were left out"
+        f"title and {found['repeated']:,} with a repeated id were left out"
     )
     print("rows: " + ", ".join(f"{name} {count:,}" for name, count in sizes.items()))
 
 
-def say_levels(report: list[dict], codes: int, num_items: int, collisions: str, resolved: dict[str, int]) -> None:
-    """Prints how the codes of each level are used, and what became of items that share an ID."""
+def print_levels(
+    report: list[dict[str, Any]], codes: int, num_items: int, collisions: str, resolved: dict[str, int]
+) -> None:
+    """Prints how the codes of each level are used, and how collisions were resolved."""
     print(f"\n{'level':<8}{'codes used':>12}{'perplexity':>12}{'largest':>10}{'items that share their ID so far':>36}")
     for level, row in enumerate(report):
         used = f"{row['used']} of {codes}"
@@ -193,29 +205,29 @@ def say_levels(report: list[dict], codes: int, num_items: int, collisions: str, 
         )
     done = ", ".join(f"{count:,} {what}" for what, count in resolved.items()) or "none"
     print(f"collisions ({collisions}): {done}")
-    better = max(2, 1 << max(1, num_items // 8).bit_length() - 1)  # the power of 2 that gives a code 8 to 16 items
+    better = max(2, 1 << max(1, num_items // 8).bit_length() - 1)  # the power of 2 with 8 to 16 items per code
     if num_items < 4 * codes and better < codes:
         print(
-            f"note: {num_items:,} items hardly share {codes} codes, and a model learns from codes that items share; "
-            f"--codes {better} may serve better"
+            f"note: {num_items:,} items are few for {codes} codes per level: a model learns from codes that items "
+            f"share; try --codes {better}"
         )
 
 
 def input_of(source: sources.Source, roles: tuple[str, ...], columns: list[str | None]) -> dict[str, Any]:
-    """What dataset.json says of a file that was read."""
+    """What dataset.json records about a file that was read."""
     found = {role: name for role, name in zip(roles, columns, strict=True) if name is not None}
     return {"name": os.path.basename(source.path), "sha256": writing.digest(source.path), "columns": found}
 
 
 def encoder_of(encoder: str) -> dict[str, Any]:
-    """What dataset.json says of an encoder: enough to know it again, without the folder it lay in."""
+    """What dataset.json records about an encoder: enough to recognize it, without the path of its folder."""
     from minionerec.model import loading
 
     return {"kind": "encoder", "name": os.path.basename(encoder.rstrip("/")), "weights": loading.fingerprint(encoder)}
 
 
 def software() -> dict[str, str]:
-    """The versions that the bytes of the files may depend on."""
+    """The versions on which the bytes of the files may depend."""
     return {
         "minionerec": __version__,
         "python": platform.python_version(),

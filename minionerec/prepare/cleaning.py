@@ -1,12 +1,13 @@
-"""Cleaning interactions: duplicates, items without an entry, k-core, order, histories, splits.
+"""Cleans interactions: duplicates, items without an entry, k-core, order, histories, splits.
 
-Interactions wait on disk, 16 bytes each, in parts by user, and one part at a time is in memory. So memory grows with
-the users and items of a data set, hardly with its interactions.
+Interactions are kept on disk, 16 bytes each, in parts by user, and one part at a time is in memory. So memory grows
+with the users and items of a data set, and very little with its interactions.
 """
 
 import os
 import re
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 
@@ -15,12 +16,12 @@ from minionerec.errors import InputError
 INTERACTION = np.dtype([("user", "<i4"), ("item", "<i4"), ("time", "<i8")])  # time in microseconds since 1970
 PARTS = 64  # of a spool
 SPLITS = ("train", "valid", "test")
-EDGE_SAMPLE = 1 << 16  # times that place the edges between the parts of rows
+EDGE_SAMPLE = 1 << 16  # times in the sample that splits rows into parts by time
 
 
 def time_window(start_date: str, end_date: str) -> tuple[int, int]:
-    """The first microsecond since 1970 (UTC) of `start_date`, and the first after `end_date`; each is a year, a month
-    or a day such as 2018, 2018-10 or 2018-10-31, or "" for no limit. Raises InputError where one is not."""
+    """The first microsecond since 1970 (UTC) of `start_date`, and the first after `end_date`. Each is a year, a month
+    or a day such as 2018, 2018-10 or 2018-10-31, or "" for no limit. Raises InputError for anything else."""
     problems, limits = [], [0, np.iinfo(np.int64).max]
     for place, (flag, text) in enumerate((("start_date", start_date), ("end_date", end_date))):
         try:
@@ -47,7 +48,7 @@ class Spool:
         self._paths = [os.path.join(folder, str(part)) for part in range(parts)]
 
     def append(self, part: np.ndarray, records: np.ndarray) -> None:
-        """Adds records [n], each to its part [n]; those of a part keep their order."""
+        """Adds records [n] to the parts `part` [n]; records of a part keep their order."""
         order = np.argsort(part, kind="stable")
         ends = np.cumsum(np.bincount(part, minlength=self.parts))
         for number, rows in enumerate(np.split(order, ends[:-1])):
@@ -56,10 +57,12 @@ class Spool:
                     records[rows].tofile(file)
 
     def load(self, part: int) -> np.ndarray:
+        """The records of a part."""
         path = self._paths[part]
         return np.fromfile(path, self.dtype) if os.path.exists(path) else np.empty(0, self.dtype)
 
     def replace(self, part: int, records: np.ndarray) -> None:
+        """Overwrites a part."""
         records.tofile(self._paths[part])
 
     def __iter__(self) -> Iterator[np.ndarray]:
@@ -67,8 +70,9 @@ class Spool:
 
 
 def counts_of(spool: Spool, num_items: int) -> dict[str, int]:
-    """How many interactions, users and items a spool by user holds."""
-    interactions, users, seen = 0, 0, np.zeros(num_items, bool)
+    """The numbers of interactions, users and items in a spool by user."""
+    interactions = users = 0
+    seen: np.ndarray = np.zeros(num_items, bool)
     for records in spool:
         interactions += len(records)
         users += len(np.unique(records["user"]))
@@ -77,12 +81,13 @@ def counts_of(spool: Spool, num_items: int) -> dict[str, int]:
 
 
 def order_and_drop_duplicates(spool: Spool) -> None:
-    """Sorts every user's interactions by time, equal times in the order of the file, and keeps the first of those that
-    agree in user, item and time. The same item at another time is another purchase and stays."""
+    """Sorts the interactions of every user by time, equal times in the order of the file, and keeps the first of those
+    with equal user, item and time. The same item at another time is another purchase and stays."""
     for part, records in enumerate(spool):
-        same = np.lexsort((records["item"], records["time"], records["user"]))  # stable: the first of the file leads
+        # Stable, so the first of equal records in the file comes first.
+        same = np.lexsort((records["item"], records["time"], records["user"]))
         again = same[1:][records[same[1:]] == records[same[:-1]]]
-        keep = np.ones(len(records), bool)
+        keep: np.ndarray = np.ones(len(records), bool)
         keep[again] = False
         records = records[keep]
         spool.replace(part, records[np.lexsort((records["time"], records["user"]))])
@@ -95,13 +100,14 @@ def keep_items(spool: Spool, known: np.ndarray) -> None:
 
 
 def k_core(spool: Spool, num_items: int, least: int) -> np.ndarray:
-    """Drops users and items with fewer than `least` interactions, again and again until all that are left have as many.
+    """Drops users and items with fewer than `least` interactions, repeatedly until all that are left have that many.
 
-    Returns whether each item is left, [items]. Reads a spool whose parts are sorted by user.
+    Returns whether each item is left, [items]. The parts of the spool must be sorted by user.
     """
-    alive = np.ones(num_items, bool)
+    alive: np.ndarray = np.ones(num_items, bool)
     while True:
-        counts, dropped = np.zeros(num_items, np.int64), False
+        counts: np.ndarray = np.zeros(num_items, np.int64)
+        dropped = False
         for part, records in enumerate(spool):
             kept = records[alive[records["item"]]]
             _, sizes = _runs(kept["user"])
@@ -124,41 +130,44 @@ def _runs(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def rows_of(
     spool: Spool, folder: str, item_ids: np.ndarray, max_history: int, split: str
 ) -> tuple[Spool, dict[str, int]]:
-    """Next-item rows, in parts by the time of their target: one for every interaction that has an earlier one of its
-    user. Also how many rows each split gets.
+    """Next-item rows, in parts by the time of their target, and the number of rows in each split. There is a row for
+    every interaction that has an earlier one of the same user.
 
     Args:
         spool: interactions in parts sorted by user and time.
         folder: for the new spool.
-        item_ids: the number that each item gets in the rows, [items].
-        max_history: the most recent items of a history that stay.
-        split: `last` marks for each user the last row as test, the one before as valid, the rest as train. A user with
-            two rows has none for valid, one with a single row trains. With `time`, `in_time_order` marks them.
+        item_ids: the number that each item has in the rows, [items].
+        max_history: how many of the most recent items of a history are kept.
+        split: `last` marks for each user the last row as test, the one before it as valid, and the others as train. A
+            user with two rows has none for valid, a user with one row has it for train. With `time`, `in_time_order`
+            marks them.
 
-    Rows have `user`, `item`, `time`, `split` (a place in SPLITS) and `history`, [max_history], padded on the left with
-    -1. Raises InputError where a split gets no row.
+    Rows have `user`, `item`, `time`, `split` (an index into SPLITS) and `history`, [max_history], padded on the left
+    with -1. Raises InputError if a split gets no row.
     """
     row_type = np.dtype(
         [("user", "<i4"), ("item", "<i4"), ("time", "<i8"), ("split", "u1"), ("history", "<i4", (max_history,))]
     )
     edges = _edges(spool)
     rows = Spool(folder, row_type)
-    counts = np.zeros(len(SPLITS), np.int64)
+    counts: np.ndarray = np.zeros(len(SPLITS), np.int64)
     for records in spool:
         starts, sizes = _runs(records["user"])
-        start, size = np.repeat(starts, sizes), np.repeat(sizes, sizes)
+        start: np.ndarray = np.repeat(starts, sizes)
+        size: np.ndarray = np.repeat(sizes, sizes)
         at = np.flatnonzero(np.arange(len(records)) > start)
-        batch = np.zeros(len(at), row_type)
+        batch: np.ndarray = np.zeros(len(at), row_type)
         batch["user"], batch["time"] = records["user"][at], records["time"][at]
         items = item_ids[records["item"]]
         batch["item"] = items[at]
         past = at[:, None] + np.arange(-max_history, 0)
         batch["history"] = np.where(past < start[at][:, None], -1, items[np.maximum(past, 0)])
         if split == "last":
-            later, made = start[at] + size[at] - 1 - at, size[at] - 1  # rows of the user after this one; all of them
+            later, made = start[at] + size[at] - 1 - at, size[at] - 1  # rows of the user after this one, and in all
             batch["split"] = np.where((later == 0) & (made > 1), 2, np.where((later == 1) & (made > 2), 1, 0))
         counts += np.bincount(batch["split"], minlength=len(SPLITS))
-        rows.append(np.searchsorted(edges, batch["time"], side="right"), batch)
+        part: Any = np.searchsorted(edges, batch["time"], side="right")  # an array, for mypy a scalar
+        rows.append(part, batch)
     if split == "time":
         counts = np.diff([0, *_cuts(counts.sum()), counts.sum()])
     sizes_of = dict(zip(SPLITS, counts.tolist(), strict=True))
@@ -166,27 +175,27 @@ def rows_of(
     if empty:
         raise InputError(
             f"--split {split}: of {sum(sizes_of.values())} rows none is left for {' and '.join(empty)}; "
-            "give more interactions, or a smaller --min_interactions"
+            "give more interactions or a smaller --min_interactions"
         )
     return rows, sizes_of
 
 
 def _cuts(total: int) -> tuple[int, int]:
-    """Where in time order validation and test begin: after 80% and 90% of the rows."""
+    """Where validation and test start in the order of time: after 80% and 90% of the rows."""
     return int(total * 8 // 10), int(total * 9 // 10)
 
 
 def _edges(spool: Spool) -> np.ndarray:
-    """Times that part the interactions evenly, as far as their times differ, from a sample of them."""
+    """Times, from a sample, that split the interactions into even parts (as even as equal times allow)."""
     total = sum(map(len, spool))
     sample = np.sort(np.concatenate([records["time"][:: 1 + total // EDGE_SAMPLE] for records in spool]))
     places = np.linspace(0, len(sample), PARTS, endpoint=False, dtype=int)[1:]
-    return sample[places[places < len(sample)]]  # none where nothing is left
+    return sample[places[places < len(sample)]]  # empty if no interaction is left
 
 
 def in_time_order(rows: Spool, total: int, split: str) -> Iterator[np.ndarray]:
-    """The `total` rows of `rows_of`, a part at a time, by the time of their target; with the split `time` the first 80%
-    train, the next 10% are for validation, the rest for the test."""
+    """The `total` rows of `rows_of` by the time of their target, one part at a time. With the split `time`, the first
+    80% are for training, the next 10% for validation, the rest for the test."""
     valid, test = _cuts(total)
     place = 0
     for batch in rows:

@@ -1,4 +1,4 @@
-"""New items for a data set that is there: IDs from its codebooks, the old ones as they are."""
+"""Adds new items to an existing data set, with IDs from its codebooks; old items do not change."""
 
 import json
 import os
@@ -10,7 +10,7 @@ import numpy as np
 from minionerec.data.files import FileProblems, shorten
 from minionerec.errors import InputError, Problems
 from minionerec.prepare import item_embeddings, semantic_ids, sources, writing
-from minionerec.prepare.build import ITEM_ROLES, encoder_of, input_of, say_levels, software
+from minionerec.prepare.build import ITEM_ROLES, encoder_of, input_of, print_levels, software
 from minionerec.prepare.cleaning import SPLITS
 
 
@@ -25,26 +25,27 @@ def add_items(
 ) -> dict[str, Any]:
     """Writes a data set with the items of `dataset` and those of the file `items` that it lacks; returns its record.
 
-    New items get the nearest codes among those that old items use, because a model knows no others, and where that ID
-    is taken the nearest free last code, unless the data set keeps collisions. Nothing of the old items changes, and
-    the interactions are copied.
+    A new item gets the nearest codes among those that old items use, because a model knows no others. If that ID is
+    taken, it gets the nearest free last code, unless the data set keeps collisions. Old items do not change, and the
+    interactions are copied.
 
-    Raises InputError, with nothing written, where input cannot be used.
+    Raises InputError for unusable input; then nothing is written.
     """
+    # Read all files, and report all problems together.
     record = problems.attempt(writing.read_record, dataset)
     if record is not None:
         _check_embeddings(problems, record["embeddings"]["kind"], encoder, embeddings)
     old = record and problems.attempt(_read_catalogue, dataset, record)
     source = problems.attempt(sources.open_source, items, "add_items")
     found_columns = source and problems.attempt(sources.find_columns, source, ITEM_ROLES, columns)
-    there = {fields["original_id"] for fields in old["metadata"].values()} if old else set()
+    existing = {fields["original_id"] for fields in old["metadata"].values()} if old else set()
     described = found_columns and problems.attempt(
-        sources.read_items, source, found_columns, lambda item: item not in there
+        sources.read_items, source, found_columns, lambda item: item not in existing
     )
     matrix = problems.attempt(item_embeddings.open_embeddings, embeddings) if embeddings else None
-    own = None
+    given = None
     if described and matrix is not None:
-        own = problems.attempt(
+        given = problems.attempt(
             item_embeddings.rows_of_embeddings,
             embeddings,
             matrix,
@@ -58,12 +59,12 @@ def add_items(
 
     # Embed the new items as the old ones were.
     texts = [f"{item.title}\n{item.description}" for item in new]
-    if own is not None:
-        vectors = own
+    if given is not None:
+        vectors = given
     elif encoder:
         if record["embeddings"] != {**encoder_of(encoder), "width": record["embeddings"].get("width")}:
             raise InputError(
-                f"--encoder {encoder}: {dataset} was made with another, {record['embeddings'].get('name')}"
+                f"--encoder {encoder}: {dataset} was made with another encoder, {record['embeddings'].get('name')}"
             )
         vectors = item_embeddings.embed_with_model(encoder, texts)
     else:
@@ -71,12 +72,13 @@ def add_items(
     codebooks = old["codebooks"]
     if vectors.shape[1] != codebooks.shape[2]:
         raise InputError(
-            f"--embeddings {embeddings}: has width {vectors.shape[1]}, the codebooks of {dataset} {codebooks.shape[2]}"
+            f"--embeddings {embeddings}: has width {vectors.shape[1]}, but the codebooks of {dataset} have "
+            f"{codebooks.shape[2]}"
         )
 
-    # Code them with what is known.
+    # Give them codes that old items use.
     levels, codes = codebooks.shape[:2]
-    known = np.zeros((levels, codes), bool)
+    known: np.ndarray = np.zeros((levels, codes), bool)
     for row in old["codes"]:
         known[np.arange(levels), row[:levels]] = True
     assigned, residual = semantic_ids.code_with(vectors, codebooks, known)
@@ -89,14 +91,14 @@ def add_items(
     unknown = sorted({token for sid in index.values() for token in sid} - tokens)
     report = semantic_ids.level_report(assigned)
     print(
-        f"items: {found['rows']:,} read; {found['not_wanted']:,} that are there already, {found['untitled']:,} without "
-        f"a title and {found['repeated']:,} that repeat an id were left out; {len(new):,} are new"
+        f"items: {found['rows']:,} read; {found['not_wanted']:,} that exist already, {found['untitled']:,} without a "
+        f"title and {found['repeated']:,} with a repeated id were left out; {len(new):,} are new"
     )
-    say_levels(report, codes, 4 * codes, mode, resolved)
+    print_levels(report, codes, 4 * codes, mode, resolved)
     if unknown:
-        print(f"note: {', '.join(unknown)} are new tokens; a model that is trained already does not know them")
+        print(f"note: {', '.join(unknown)} are new tokens, which a model trained before does not know")
 
-    # Write the old and the new.
+    # Write old and new items.
     with writing.scratch_folder(output_dir) as scratch:
         folder = os.path.join(scratch, "dataset")
         os.mkdir(folder)
@@ -134,7 +136,8 @@ def _check_embeddings(problems: Problems, kind: str, encoder: str, embeddings: s
 
 
 def _read_catalogue(dataset: str, record: dict[str, Any]) -> dict[str, Any]:
-    """The items of a data set and what codes new ones. Raises InputError where the files do not fit together."""
+    """The items of a data set, and the models that give codes to new ones. Raises InputError if the files do not fit
+    together."""
     paths = {name: os.path.join(dataset, path) for name, path in writing.files_of(record["category"]).items()}
     codebooks = semantic_ids.load_codebooks(paths["codebooks"])
     levels, num_codes = codebooks.shape[:2]
@@ -159,7 +162,7 @@ def _read_catalogue(dataset: str, record: dict[str, Any]) -> dict[str, Any]:
         row = semantic_ids.codes_of(sid)
         if row is None or not levels <= len(row) <= levels + 1 or max(row[:levels]) >= num_codes:
             problems.add(
-                f", item {item!r}", f"expected tokens of {levels} codes below {num_codes}, found {shorten(sid)}"
+                f", item {item!r}", f"expected the tokens of {levels} codes below {num_codes}, found {shorten(sid)}"
             )
         else:
             codes.append(row)

@@ -1,8 +1,8 @@
-"""Reading raw interactions and items: CSV, TSV, JSON lines and Parquet, gzipped or not, in batches.
+"""Reads raw interactions and items from CSV, TSV, JSON lines or Parquet, gzipped or not, in batches.
 
-What a file is, its first bytes say, whatever its name. pyarrow reads CSV, TSV and Parquet; JSON lines go through the
-standard library's `json`, because pyarrow refuses a column whose type changes from line to line, as it does in the
-published metadata, and pandas turns integer ids into floats where one is missing.
+The format is recognized by the first bytes of a file, not by its name. pyarrow reads CSV, TSV and Parquet. JSON lines
+are read with the standard library's `json`: pyarrow refuses a column whose type changes from line to line, as in the
+published metadata, and pandas turns integer ids into floats if one is missing.
 """
 
 import gzip
@@ -15,6 +15,7 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, time
+from typing import IO, Any, cast
 
 import numpy as np
 import pyarrow as pa
@@ -26,12 +27,12 @@ from minionerec.errors import InputError
 from minionerec.prepare.cleaning import INTERACTION, Spool
 
 BATCH_ROWS = 50_000
-BLOCK_BYTES = 16 << 20  # of delimited text; one row must fit
-HEAD_LINES = 1000  # of JSON lines, searched for keys
+BLOCK_BYTES = 16 << 20  # of delimited text; a row must fit into a block
+HEAD_LINES = 1000  # of a file of JSON lines that are searched for keys
 UNREADABLE = (OSError, EOFError, zlib.error, UnicodeDecodeError, pa.ArrowException)
 
-# Names that a column may have, in lower case without spaces, underscores and RecBole's types (`user_id:token`). The
-# published Amazon Reviews of 2018 and 2023 are among them.
+# Names that a column may have, in lower case without spaces, underscores and RecBole's types (`user_id:token`). Those
+# of the published Amazon Reviews of 2018 and 2023 are included.
 COLUMNS = {
     "user": ("user", "userid", "uid", "reviewerid", "customer", "customerid", "visitorid"),
     "item": (
@@ -60,27 +61,38 @@ LATEST = int(datetime(2100, 1, 1, tzinfo=UTC).timestamp()) * 1_000_000
 
 @dataclass(frozen=True)
 class Source:
-    """A file of rows: what it is, and the names of its columns."""
+    """A file of rows.
+
+    Attributes:
+        path: of the file.
+        flag: the name of the flag that gave the path, for messages.
+        kind: parquet, json or delimited.
+        delimiter: of delimited text.
+        gzipped: whether the file is gzipped.
+        names: of its columns.
+    """
 
     path: str
     flag: str
-    kind: str  # parquet, json or delimited
+    kind: str
     delimiter: str
     gzipped: bool
     names: list[str]
 
     def error(self, problem: object) -> InputError:
-        """An InputError about this file, of one line."""
+        """An InputError about this file, in one line."""
         line = next(iter(str(problem).strip().splitlines()), type(problem).__name__)
         return InputError(f"--{self.flag} {self.path}: {line[:300]}")
 
     def open(self) -> io.BufferedIOBase:
+        """The file, opened for reading bytes."""
         return gzip.open(self.path) if self.gzipped else open(self.path, "rb")
 
     def batches(self, columns: Sequence[str | None]) -> Iterator[tuple[int, list[list]]]:
-        """(number of the first row, counted from 1; the values of each column, None for a column that is None).
+        """Batches of rows: the number of the first row, counted from 1, and the values of each column; a column that is
+        None has None in all rows.
 
-        Raises InputError where the file cannot be read to its end, or has no rows.
+        Raises InputError if the file cannot be read to its end, or has no rows.
         """
         read = {"parquet": self._parquet, "json": self._json, "delimited": self._delimited}[self.kind]
         wanted = list(dict.fromkeys(name for name in columns if name is not None))
@@ -95,18 +107,18 @@ class Source:
         if row == 1:
             raise self.error("has no rows")
 
-    def _parquet(self, file, wanted: list[str]) -> Iterator[tuple[int, dict[str, list]]]:
+    def _parquet(self, file: io.BufferedIOBase, wanted: list[str]) -> Iterator[tuple[int, dict[str, list]]]:
         for batch in pyarrow.parquet.ParquetFile(file).iter_batches(BATCH_ROWS, columns=wanted):
             yield batch.num_rows, {name: _values(batch.column(name)) for name in wanted}
 
-    def _delimited(self, file, wanted: list[str]) -> Iterator[tuple[int, dict[str, list]]]:
+    def _delimited(self, file: io.BufferedIOBase, wanted: list[str]) -> Iterator[tuple[int, dict[str, list]]]:
         options = pyarrow.csv.ConvertOptions(include_columns=wanted, column_types=dict.fromkeys(wanted, pa.string()))
         for batch in _open_delimited(file, self.delimiter, options):
             for start in range(0, batch.num_rows, BATCH_ROWS):
                 part = batch.slice(start, BATCH_ROWS)
                 yield part.num_rows, {name: part.column(name).to_pylist() for name in wanted}
 
-    def _json(self, file, wanted: list[str]) -> Iterator[tuple[int, dict[str, list]]]:
+    def _json(self, file: io.BufferedIOBase, wanted: list[str]) -> Iterator[tuple[int, dict[str, list]]]:
         problems = FileProblems(self.path)
         values: dict[str, list] = {name: [] for name in wanted}
         size = 0
@@ -122,7 +134,9 @@ class Source:
             yield size, values
 
 
-def _open_delimited(file, delimiter: str, options: pyarrow.csv.ConvertOptions | None = None):
+def _open_delimited(
+    file: io.BufferedIOBase, delimiter: str, options: pyarrow.csv.ConvertOptions | None = None
+) -> pyarrow.csv.CSVStreamingReader:
     return pyarrow.csv.open_csv(
         file,
         read_options=pyarrow.csv.ReadOptions(use_threads=False, block_size=BLOCK_BYTES),
@@ -132,14 +146,15 @@ def _open_delimited(file, delimiter: str, options: pyarrow.csv.ConvertOptions | 
 
 
 def _values(column: pa.Array) -> list:
-    """A Parquet column as Python objects; times to the microsecond, which datetime holds."""
+    """A Parquet column as Python objects; times are cut to microseconds, the precision of datetime."""
     if pa.types.is_timestamp(column.type):
         column = column.cast(pa.timestamp("us", column.type.tz), safe=False)
     return column.to_pylist()
 
 
-def _json_objects(file, problems: FileProblems) -> Iterator[dict]:
-    for number, line in enumerate(io.TextIOWrapper(file, "utf-8-sig", newline="\n"), 1):
+def _json_objects(file: io.BufferedIOBase, problems: FileProblems) -> Iterator[dict]:
+    """The objects of a file of JSON lines; bad lines go to `problems`."""
+    for number, line in enumerate(io.TextIOWrapper(cast(IO[bytes], file), "utf-8-sig", newline="\n"), 1):
         if not line.strip():
             continue
         try:
@@ -150,11 +165,11 @@ def _json_objects(file, problems: FileProblems) -> Iterator[dict]:
         if isinstance(row, dict):
             yield row
         else:
-            problems.add(f", line {number}", f"expected a JSON object a line, found {shorten(row)}")
+            problems.add(f", line {number}", f"expected one JSON object per line, found {shorten(row)}")
 
 
 def open_source(path: str, flag: str) -> Source:
-    """What a file is and which columns it has. Raises InputError where there is none, or nothing that can be read."""
+    """Finds out the format and the columns of a file. Raises InputError if it does not exist or cannot be read."""
     if not path:
         raise InputError(f"--{flag} is missing; give a CSV, TSV, JSON lines or Parquet file, gzipped or not")
     try:
@@ -183,7 +198,7 @@ def open_source(path: str, flag: str) -> Source:
     return Source(path, flag, kind, delimiter, gzipped, names)
 
 
-def _names(source: Source, file) -> list[str]:
+def _names(source: Source, file: io.BufferedIOBase) -> list[str]:
     if source.kind == "parquet":
         return pyarrow.parquet.ParquetFile(file).schema_arrow.names
     if source.kind == "delimited":
@@ -200,15 +215,17 @@ def _names(source: Source, file) -> list[str]:
     return list(names)
 
 
-def find_columns(source: Source, roles: Sequence[str], given: dict[str, str], other: Sequence[str] = ()) -> list:
-    """The column of each role, or None where an optional role has none.
+def find_columns(
+    source: Source, roles: Sequence[str], given: dict[str, str], other: Sequence[str] = ()
+) -> list[str | None]:
+    """The column of each role; None for an optional role without a column.
 
     Args:
         roles: keys of COLUMNS.
-        given: role -> name that a flag gave, or "". Other names are found in COLUMNS.
-        other: the columns of the file that is read beside this one. `--item_column` may name a column of that one only.
+        given: role -> the column name that a flag gave, or "" to look for the names in COLUMNS.
+        other: the columns of the other file. `--item_column` may name a column that only the other file has.
 
-    Raises InputError, one line a role, where a column is missing or several could be meant.
+    Raises InputError, one line per role, if a column is missing or several are possible.
     """
     problems = []
     listed = ", ".join(shorten(name, 40) for name in source.names[:30]) + (", …" if len(source.names) > 30 else "")
@@ -219,17 +236,19 @@ def find_columns(source: Source, roles: Sequence[str], given: dict[str, str], ot
         if not name or (not candidates and name in other):
             candidates = [known for known in dict.fromkeys(source.names) if _plain(known) in COLUMNS[role]]
             if "parent_asin" in candidates and "asin" in candidates:
-                candidates.remove("asin")  # a variant; the metadata of 2023 is by parent_asin
+                candidates.remove("asin")  # of a variant of the item; the metadata of 2023 uses parent_asin
         found.append(candidates[0] if candidates else None)
         place = f"--{source.flag} {source.path}"
         if len(candidates) > 1 and role not in ("features", "brand", "categories"):
-            problems.append(f"{place}: {' and '.join(candidates)} could each be the {role}; say which with {flag}")
+            problems.append(f"{place}: {' and '.join(candidates)} could each be the {role}; name one with {flag}")
         elif candidates and source.names.count(candidates[0]) > 1:
             problems.append(f"{place}: column {candidates[0]} occurs {source.names.count(candidates[0])} times")
         elif not candidates and name:
             problems.append(f"{place}: {flag} {name} is not a column; the file has {listed}")
         elif not candidates and role not in OPTIONAL:
-            problems.append(f"{place}: no column is known as the {role}; name it with {flag}; the file has {listed}")
+            problems.append(
+                f"{place}: no column is recognized as the {role}; name it with {flag}; the file has {listed}"
+            )
     if problems:
         raise InputError(problems)
     return found
@@ -240,7 +259,7 @@ def _plain(name: str) -> str:
 
 
 def identifier(value: object) -> str | None:
-    """A user or item id as text, or None where the value is none. Whole floats are integers that lost their type."""
+    """A user or item id as text, or None if the value is not an id. A whole float is an integer that lost its type."""
     if isinstance(value, str):
         value = value.strip()
         return value if value and is_text(value) else None
@@ -252,17 +271,18 @@ def identifier(value: object) -> str | None:
 
 
 def microseconds(value: object) -> int | None:
-    """A time in microseconds since 1970 (UTC), or None where the value is no time between 1970 and 2100.
+    """A time in microseconds since 1970 (UTC), or None if the value is not a time between 1970 and 2100.
 
-    Numbers are seconds below 1e11, milliseconds below 1e14, microseconds below 1e17, nanoseconds above: the order of
-    the values stays. Text is such a number or an ISO 8601 date, in UTC unless it says otherwise.
+    Numbers below 1e11 are seconds, below 1e14 milliseconds, below 1e17 microseconds, above that nanoseconds, so the
+    order of the values is kept. Text is such a number or an ISO 8601 date, in UTC unless it names another zone.
     """
     if isinstance(value, str):
+        text = value
         try:
-            value = float(value)
+            value = float(text)
         except ValueError:
             try:
-                value = datetime.fromisoformat(value.strip())
+                value = datetime.fromisoformat(text.strip())
             except ValueError:
                 return None
     if isinstance(value, date):
@@ -279,22 +299,29 @@ def microseconds(value: object) -> int | None:
 
 @dataclass
 class RawInteractions:
-    """How many rows were read and between which times (microseconds), and the users and items of the window, numbered
-    as they came."""
+    """What was read from an interactions file.
 
-    rows: int
+    Attributes:
+        num_rows: rows of the file.
+        earliest, latest: of their times, in microseconds.
+        users, items: id -> number, for those inside the time window, in the order of their first row.
+    """
+
+    num_rows: int
     earliest: int
     latest: int
     users: dict[str, int]
     items: dict[str, int]
 
 
-def read_interactions(source: Source, columns: Sequence[str], window: tuple[int, int], spool: Spool) -> RawInteractions:
+def read_interactions(
+    source: Source, columns: Sequence[str | None], window: tuple[int, int], spool: Spool
+) -> RawInteractions:
     """Reads the interactions inside a time window into `spool`, in parts by user.
 
     Args:
         columns: of user, item and time.
-        window: the first microsecond that counts, and the first after it that does not.
+        window: the first microsecond inside the window, and the first after it.
 
     Memory grows with users and items, not with rows. Raises InputError naming the first bad cells.
     """
@@ -302,9 +329,10 @@ def read_interactions(source: Source, columns: Sequence[str], window: tuple[int,
     read = RawInteractions(0, LATEST, 0, {}, {})
     users, items = read.users, read.items
     for first, (user_cells, item_cells, time_cells) in source.batches(columns):
-        read.rows += len(time_cells)
-        times = [microseconds(cell) for cell in time_cells]
-        user_ids, item_ids = list(map(identifier, user_cells)), list(map(identifier, item_cells))
+        read.num_rows += len(time_cells)
+        times: list[Any] = [microseconds(cell) for cell in time_cells]
+        user_ids: list[Any] = list(map(identifier, user_cells))
+        item_ids: list[Any] = list(map(identifier, item_cells))
         if None in times or None in user_ids or None in item_ids:
             for name, cells, values, expected in (
                 (columns[0], user_cells, user_ids, "expected a user id, text or a whole number"),
@@ -315,7 +343,7 @@ def read_interactions(source: Source, columns: Sequence[str], window: tuple[int,
                     if value is None:
                         problems.add(f", row {first + place}, {name}", f"{expected}, found {shorten(cell)}")
             continue
-        batch = np.zeros(len(times), INTERACTION)
+        batch: np.ndarray = np.zeros(len(times), INTERACTION)
         batch["time"] = times
         read.earliest, read.latest = min(read.earliest, min(times)), max(read.latest, max(times))
         inside = (batch["time"] >= window[0]) & (batch["time"] < window[1])
@@ -330,7 +358,7 @@ def read_interactions(source: Source, columns: Sequence[str], window: tuple[int,
 
 @dataclass(slots=True)
 class RawItem:
-    """An item as its file gives it, texts cleaned. `row` counts from 0."""
+    """An item of an items file, with cleaned texts. `row` counts from 0."""
 
     original_id: str
     row: int
@@ -343,17 +371,17 @@ class RawItem:
 def read_items(
     source: Source, columns: Sequence[str | None], wanted: Callable[[str], bool]
 ) -> tuple[list[RawItem], dict[str, int]]:
-    """The items with a title whose id is `wanted`, in the order of the file; of an id that occurs again the first.
+    """The items with a title whose id is `wanted`, in the order of the file. If an id occurs again, the first counts.
 
     Args:
-        columns: of item, title, description, features, brand and categories; all but two may be None.
+        columns: of item, title, description, features, brand and categories; all but the first two may be None.
 
-    Returns the items, and counts of rows, and of those left out: not wanted, a repeated id, no title.
-    Raises InputError naming the first bad cells.
+    Returns the items, the number of rows, and the numbers of those that were skipped because the id is not wanted or
+    repeated, or the title is missing. Raises InputError naming the first bad cells.
     """
     problems = FileProblems(source.path)
     counts = {"rows": 0, "not_wanted": 0, "repeated": 0, "untitled": 0}
-    found: dict[str, RawItem | None] = {}
+    found: dict[str, RawItem] = {}
     for first, cells in source.batches(columns):
         for place, (item_cell, title, description, features, brand, categories) in enumerate(zip(*cells, strict=True)):
             row = first + place
@@ -389,15 +417,15 @@ _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 
 
 def text_of(value: object, depth: int = 2, separator: str = " ") -> str | None:
-    """A cell as one line of text without markup; None where it is neither text nor a list of texts.
+    """A cell as one line of text without markup; None if it is neither text nor a list of texts.
 
-    Markup goes because a title that held `<a_1>` would become a semantic ID in the prompts.
+    Markup is removed because a title that contains `<a_1>` would become a semantic ID in the prompts.
     """
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return ""
     if isinstance(value, (list, tuple)) and depth:
         parts = [text_of(part, depth - 1, separator) for part in value]
-        return None if None in parts else separator.join(filter(None, parts))
+        return None if None in parts else separator.join(part for part in parts if part)
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         return str(value)
     if not isinstance(value, str):
@@ -406,6 +434,6 @@ def text_of(value: object, depth: int = 2, separator: str = " ") -> str | None:
         value = html.unescape(value)
     if "<" in value:
         value = _TAG.sub(" ", value)
-    if not value.isascii():  # an escape in JSON can name half a character
+    if not value.isascii():  # an escape in JSON can stand for half a surrogate pair
         value = value.encode("utf-8", "replace").decode("utf-8")
     return " ".join(_CONTROL.sub(" ", value).split())

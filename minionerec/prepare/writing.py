@@ -1,4 +1,4 @@
-"""Writing a data set in the folders of the release, whole or not at all.
+"""Writes a data set in the layout of the release; the folder gets its name only when it is complete.
 
 | file | content |
 |---|---|
@@ -7,8 +7,8 @@
 | index/CATEGORY.index.json | item id -> SID tokens |
 | index/CATEGORY.item.json | item id -> title, description, brand, categories, original id |
 | index/CATEGORY.embeddings.npy | row i belongs to item id i |
-| index/CATEGORY.codebooks.safetensors, .tfidf.safetensors | what new items are coded with |
-| dataset.json | what was done |
+| index/CATEGORY.codebooks.safetensors, .tfidf.safetensors | the models that give codes to new items |
+| dataset.json | how the data set was made |
 """
 
 import csv
@@ -32,21 +32,22 @@ from minionerec.saving import write_json
 
 COLUMNS = ("user_id", "history_item_title", "item_title", "history_item_id", "item_id", "history_item_sid", "item_sid")
 RECORD = "dataset.json"
-CHUNK = 10_000  # rows that are Python objects at a time
+CHUNK = 10_000  # rows that are converted to Python objects at a time
 
 
 def check_category(category: str) -> None:
-    """Raises InputError for a category that cannot name files."""
+    """Raises InputError for a category that cannot be part of a file name."""
     if not category.strip():
         raise InputError("--category is missing; say what the items are, such as Industrial_and_Scientific")
     if not re.fullmatch(r"\w[\w &+.-]*", category):
         raise InputError(
-            f"--category {category!r}: names files; write it with letters, digits, spaces and the characters _ & + . -"
+            f"--category {category!r}: is used in file names; write it with letters, digits, spaces and the characters "
+            "_ & + . -"
         )
 
 
 def files_of(category: str) -> dict[str, str]:
-    """The files of a data set, below its folder."""
+    """The files of a data set, relative to its folder."""
     return {
         **{split: f"{split}/{category}.csv" for split in SPLITS},
         "info": f"info/{category}.txt",
@@ -60,7 +61,7 @@ def files_of(category: str) -> dict[str, str]:
 
 @contextmanager
 def scratch_folder(output_dir: str) -> Iterator[str]:
-    """A folder that is gone afterwards, on the disk of `output_dir` where that can be written to."""
+    """A temporary folder, on the disk of `output_dir` if that can be written to. It is removed at the end."""
     above = os.path.dirname(os.path.abspath(output_dir))
     while not os.path.isdir(above):
         above = os.path.dirname(above)
@@ -71,7 +72,7 @@ def scratch_folder(output_dir: str) -> Iterator[str]:
 
 
 def publish(folder: str, output_dir: str) -> None:
-    """Gives a finished folder its name, in one step."""
+    """Renames a finished folder to its final name, in one step."""
     os.makedirs(os.path.dirname(os.path.abspath(output_dir)), exist_ok=True)
     os.rename(folder, output_dir)
 
@@ -132,9 +133,9 @@ def write_rows(
     sids: Sequence[str],
     titles: Sequence[str],
 ) -> None:
-    """Writes rows of `cleaning.in_time_order` to the files of their splits, streamed."""
+    """Streams the rows of `cleaning.in_time_order` to the files of their splits."""
     with ExitStack() as stack:
-        writers = []
+        writers: list[Any] = []
         for split in SPLITS:
             path = os.path.join(folder, files_of(category)[split])
             os.makedirs(os.path.dirname(path))
@@ -154,7 +155,7 @@ def write_rows(
 
 
 def write_record(folder: str, record: dict[str, Any]) -> None:
-    """Writes `record` as dataset.json, with the digest of every file of the folder."""
+    """Writes `record` to dataset.json, with the digest of every file in the folder."""
     files = sorted(
         os.path.relpath(os.path.join(above, name), folder) for above, _, names in os.walk(folder) for name in names
     )
@@ -163,13 +164,11 @@ def write_record(folder: str, record: dict[str, Any]) -> None:
 
 
 def read_record(folder: str) -> dict[str, Any]:
-    """The record of a data set that `write_record` wrote, its files unchanged since then.
-
-    Raises InputError where there is none, or naming the files that were changed.
-    """
+    """The record of a data set that `write_record` wrote. Raises InputError if there is none, or if files have changed
+    since then."""
     path = os.path.join(folder, RECORD)
     if not folder or not os.path.isfile(path):
-        raise InputError(f"--dataset {folder}: no {RECORD} there; give a folder that prepare_data.py wrote")
+        raise InputError(f"--dataset {folder}: has no {RECORD}; give a folder that prepare_data.py wrote")
     try:
         with open(path, encoding="utf-8") as file:
             record = json.load(file)
@@ -187,7 +186,7 @@ def read_record(folder: str) -> dict[str, Any]:
             if os.path.isabs(name) or ".." in name.split("/") or digest(os.path.join(folder, name)) != expected_digest
         ]
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, InputError) as error:
-        raise InputError(f"--dataset {folder}: {RECORD} is not as prepare_data.py wrote it: {error!r}"[:400]) from None
+        raise InputError(f"--dataset {folder}: {RECORD} is not what prepare_data.py wrote: {error!r}"[:400]) from None
     if changed:
         raise InputError(f"--dataset {folder}: changed since prepare_data.py wrote it: {', '.join(changed)}")
     return record
