@@ -1,18 +1,18 @@
 #!/usr/bin/env bash
-# Full fine-tuning, LoRA and QLoRA (and SASRec and popularity) on the same data, seed and budget: SFT, RL, evaluation of
-# each, one table and one picture in $OUT. Finished runs are kept, so the same command goes on where it was stopped.
+# Compares full fine-tuning, LoRA and QLoRA (with SASRec and popularity) on the same data, seed and budget: SFT, RL and
+# evaluation of each, one table and one figure in $OUT. Finished runs are kept, so the same command resumes it.
 #   METHODS="full lora qlora"   SEEDS=1 (3: seeds 42 to 44)   PRESET, BASE_MODEL, DATA, ...: scripts/stages.sh
 #   SFT_RATES_full, _lora, _qlora, RL_RATES_full, ...: learning rates to choose from on the validation file
-#   SFT_FLAGS, RL_FLAGS, EVAL_FLAGS: more flags of a stage
+#   SFT_FLAGS, RL_FLAGS, EVAL_FLAGS: more flags for a stage
 source "$(dirname "$0")/stages.sh"
 SEEDS="${SEEDS:-1}" METHODS="${METHODS:-full lora qlora}"
 OUT="$COMPARE_OUT"
-[ $# = 0 ] || fail "takes no flags; SFT_FLAGS, RL_FLAGS and EVAL_FLAGS hold those of a stage"
-[[ "$SEEDS" =~ ^[1-9][0-9]*$ ]] || fail "SEEDS=$SEEDS: must be a number of seeds"
+[ $# = 0 ] || fail "takes no flags; put those of a stage into SFT_FLAGS, RL_FLAGS or EVAL_FLAGS"
+[[ "$SEEDS" =~ ^[1-9][0-9]*$ ]] || fail "SEEDS=$SEEDS: must be a number from 1"
 for METHOD in $METHODS; do use_method; done
 RUNS=()
 
-best() { # the folder whose metrics.json has the best value: best min|max name folder...
+best() { # prints the folder whose metrics.json has the best value: best min|max name folder...
     "$PYTHON" - "$@" <<'PY'
 import json, os, sys
 choose, name, *folders = sys.argv[1:]
@@ -23,11 +23,11 @@ PY
 unless_done() { # unless_done file command...
     [ -f "$1" ] || "${@:2}"
 }
-trained() { # trained stage folder rate seed flags...: the stage's command, continued where it was stopped
+trained() { # trained stage folder rate seed flags...: runs a stage, or resumes it, unless it is finished
     unless_done "$2/metrics.json" "$1" --output_dir "$2" --learning_rate "$3" --seed "$4" --resume_from_checkpoint True \
         "${@:5}"
 }
-chosen() { # chosen stage name choose metric rates flags...: sets CHOSEN (folder) and RATE
+chosen() { # chosen stage name min|max metric rates flags...: tries all rates; sets CHOSEN (folder) and RATE
     local rate folders=()
     for rate in $5; do
         trained "$1" "$OUT/$METHOD/$2_$rate" "$rate" 42 "${@:6}"
@@ -60,7 +60,7 @@ for METHOD in $METHODS; do
     done
     RUNS+=("${sft_runs[@]/#/$METHOD SFT=}" "${rl_runs[@]/#/$METHOD SFT + RL=}")
 done
-# Of the methods that ran, what the others are compared with.
+# The methods, among those that ran, that the others are compared with.
 AGAINST="$(for METHOD in full lora; do [[ " $METHODS " == *" $METHOD "* ]] && echo "$METHOD"; done | paste -sd, || true)"
 "$PYTHON" scripts/table.py --train_file "$TRAIN_FILE" --test_data_path "$TEST_FILE" --intervals True \
     --runs "$(IFS=,; echo "${RUNS[*]}")" --against "$AGAINST" --figure "$OUT/compare.png" | tee "$OUT/compare.md"

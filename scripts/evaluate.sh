@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Evaluates what a stage left under $OUT: bash scripts/evaluate.sh rl --num_beams 20. Settings: scripts/stages.sh.
+# Evaluates the checkpoint of a stage in $OUT: bash scripts/evaluate.sh rl --num_beams 20. Settings: scripts/stages.sh.
 source "$(dirname "$0")/stages.sh"
 case "${1:-}" in
 sft | rl) evaluate "$OUT/$1" "${@:2}" ;;
-*) fail "name the stage first: sft or rl" ;;
+*) fail "the first argument must be a stage: sft or rl" ;;
 esac

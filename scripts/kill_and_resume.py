@@ -1,9 +1,9 @@
-"""Kills SFT and RL with SIGKILL at random moments, resumes them, and compares the end with a run left alone.
+"""Kills SFT and RL with SIGKILL at random times, resumes them, and compares the result with an uninterrupted run.
 
     python scripts/kill_and_resume.py --output_dir out/kills --kills 20
 
-Every second kill waits for a checkpoint to appear and strikes while it is being written. After each one all checkpoints
-that count as complete are loaded. Exits with 1 where a file is damaged or the final weights differ.
+Every second kill waits until a checkpoint appears and happens while it is being written. After each kill, all
+checkpoints that count as complete are loaded. Exits with 1 if a file is damaged or the final weights differ.
 """
 
 import os
@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 import zipfile
+from typing import NoReturn
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
@@ -30,8 +31,8 @@ def kill_and_resume(output_dir: str = "", kills: int = 20, seed: int = 0) -> Non
 
     Args:
         output_dir: folder for the runs; it must not exist.
-        kills: how often each of the two commands is killed at least; its first run goes on until it ends by itself.
-        seed: seed of the moments.
+        kills: the least number of kills of each of the two commands; each run is resumed until it finishes.
+        seed: seed of the random times.
     """
     problems = Problems()
     check_new_folder(problems, output_dir)
@@ -46,7 +47,7 @@ def kill_and_resume(output_dir: str = "", kills: int = 20, seed: int = 0) -> Non
     data += ["--sid_index_path", f"{DEMO}/demo.index.json", "--tasks", "sid_history_to_sid", "--use_lora", "True"]
     sft = ["--base_model", base, "--sample", "400", "--batch_size", "16", "--micro_batch_size", "16"]
     sft += ["--num_epochs", "2", "--eval_step", "0.1", "--learning_rate", "1e-3"]
-    rl = ["--model_path", f"{output_dir}/sft/alone/final_checkpoint", "--info_file", f"{DEMO}/info.txt"]
+    rl = ["--model_path", f"{output_dir}/sft/uninterrupted/final_checkpoint", "--info_file", f"{DEMO}/info.txt"]
     rl += ["--beam_search", "False", "--train_batch_size", "256", "--sample_train", "True", "--learning_rate", "1e-3"]
     rl += ["--sync_ref_model", "True", "--test_during_training", "False", "--save_steps", "0.1"]
     for script, flags in (("sft.py", [*data, *sft]), ("rl.py", [*data, *rl])):
@@ -54,32 +55,33 @@ def kill_and_resume(output_dir: str = "", kills: int = 20, seed: int = 0) -> Non
 
 
 def _experiment(script: str, flags: list[str], folder: str, kills: int, rng: random.Random) -> None:
-    alone = os.path.join(folder, "alone")
+    """Kills and resumes runs of one command until it was killed often enough, and checks each finished run."""
+    uninterrupted = os.path.join(folder, "uninterrupted")
     started = time.perf_counter()
-    _wait(_start(script, [*flags, "--output_dir", alone]))
+    _wait(_start(script, [*flags, "--output_dir", uninterrupted]))
     seconds = time.perf_counter() - started
     killed = saved = rounds = checked = 0
     while killed < kills:
         rounds += 1
         output = os.path.join(folder, f"killed_{rounds}")
-        process = None
-        while killed < kills or rounds == 1:
+        finished = False
+        while not finished and (killed < kills or rounds == 1):
             before = _steps(output)
             process = _start(script, [*flags, "--output_dir", output, "--resume_from_checkpoint", "True"])
-            if not _strike(process, output, killed % 2 == 1, rng.uniform(0.2, 1.1) * seconds, rng):
-                break  # it ended by itself
-            killed += 1
-            checked += _check(output, before)
-            saved += _steps(output) > before
-            print(f"{script}: kill {killed} at step {_steps(output)}", flush=True)
-        if process.returncode != 0:
+            finished = not _kill(process, output, killed % 2 == 1, rng.uniform(0.2, 1.1) * seconds, rng)
+            if not finished:
+                killed += 1
+                checked += _check(output, before)
+                saved += _steps(output) > before
+                print(f"{script}: kill {killed} at step {_steps(output)}", flush=True)
+        if not finished:
             _wait(_start(script, [*flags, "--output_dir", output, "--resume_from_checkpoint", "True"]))
-        if _weights(output) != _weights(alone):
-            sys.exit(f"{script}: the weights of {output} differ from those of {alone}")
+        if _weights(output) != _weights(uninterrupted):
+            sys.exit(f"{script}: the weights of {output} differ from those of {uninterrupted}")
         shutil.rmtree(output)
     print(
-        f"{script}: {killed} kills, {rounds} finished runs, all with the weights of the run left alone; {saved} kills "
-        f"came behind a new checkpoint; {checked} complete checkpoints loaded"
+        f"{script}: {killed} kills, {rounds} finished runs, all with the weights of the uninterrupted run; {saved} "
+        f"kills came after a new checkpoint; {checked} complete checkpoints loaded"
     )
 
 
@@ -89,14 +91,20 @@ def _start(script: str, flags: list[str]) -> subprocess.Popen:
 
 
 def _wait(process: subprocess.Popen) -> None:
+    """Waits for a process, and exits if it failed."""
     _, errors = process.communicate()
     if process.returncode:
-        sys.exit(f"{' '.join(process.args)} failed:\n{errors[-2000:]}")
+        _exit_with(process, errors)
 
 
-def _strike(process: subprocess.Popen, output: str, while_saving: bool, delay: float, rng: random.Random) -> bool:
-    """Kills the process after `delay` seconds or, `while_saving`, when it begins a checkpoint. False where it ended
-    before, successfully."""
+def _exit_with(process: subprocess.Popen, errors: str) -> NoReturn:
+    words = process.args if isinstance(process.args, list) else [process.args]
+    sys.exit(f"{' '.join(map(str, words))} failed:\n{errors[-2000:]}")
+
+
+def _kill(process: subprocess.Popen, output: str, while_saving: bool, delay: float, rng: random.Random) -> bool:
+    """Kills the process after `delay` seconds or, with `while_saving`, when it starts to write a checkpoint. False if
+    it finished before that."""
     before = set(os.listdir(output)) if os.path.isdir(output) else set()
     deadline = time.perf_counter() + (600 if while_saving else delay)
     while process.poll() is None and time.perf_counter() < deadline:
@@ -109,11 +117,12 @@ def _strike(process: subprocess.Popen, output: str, while_saving: bool, delay: f
     process.send_signal(signal.SIGKILL)
     _, errors = process.communicate()
     if process.returncode not in (0, -signal.SIGKILL):
-        sys.exit(f"{' '.join(process.args)} failed:\n{errors[-2000:]}")
+        _exit_with(process, errors)
     return process.returncode != 0
 
 
 def _complete(output: str) -> list[str]:
+    """The complete checkpoints of a run."""
     from minionerec.training.resume import is_complete
 
     names = os.listdir(output) if os.path.isdir(output) else []
@@ -122,18 +131,20 @@ def _complete(output: str) -> list[str]:
 
 
 def _steps(output: str) -> int:
+    """The step of the newest complete checkpoint, 0 for none."""
     return max([int(folder.rsplit("-", 1)[1]) for folder in _complete(output)], default=0)
 
 
 def _check(output: str, before: int) -> int:
-    """Loads every file of every complete checkpoint; counts them. The newest is never older than the one before."""
+    """Loads every file of the newest and the final checkpoint, and exits if one is damaged, or if the newest is older
+    than step `before`. Returns the number of complete checkpoints."""
     from safetensors.torch import load_file
 
     folders = _complete(output)
     if _steps(output) < before:
         sys.exit(f"{output}: the checkpoint of step {before} is gone")
     final = os.path.join(output, "final_checkpoint")
-    # One that is being removed to make room is not the newest, which is the one that counts.
+    # Only the newest counts: an older one may have been killed while it was being removed.
     for folder in [folder for folder in folders if folder.endswith(f"-{_steps(output)}")] + [final]:
         for name in os.listdir(folder) if os.path.isdir(folder) else []:
             path = os.path.join(folder, name)
@@ -144,7 +155,7 @@ def _check(output: str, before: int) -> int:
                 if damaged:
                     sys.exit(f"{path}: {damaged} is damaged")
     if os.path.isdir(final) and "adapter_model.safetensors" not in os.listdir(final):
-        sys.exit(f"{final} is there without its weights")
+        sys.exit(f"{final} exists without its weights")
     return len(folders)
 
 

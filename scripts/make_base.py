@@ -1,5 +1,6 @@
-"""Builds a small base model for a catalogue: a Qwen2 architecture with random weights and a byte-level BPE tokenizer
-trained on the catalogue's own text. For machines without a hub, for tests and for first steps.
+"""Builds a small base model for a catalogue, for machines without a model hub, for tests and for first steps.
+
+It is a Qwen2 model with random weights, and a byte-level BPE tokenizer trained on the texts of the catalogue.
 
     python scripts/make_base.py --item_meta_path item.json --output_dir out/base
 """
@@ -32,9 +33,9 @@ def make_base(
     """Writes a loadable model folder: config.json, model.safetensors and the tokenizer.
 
     Args:
-        item_meta_path: JSON of item id to title and description; the tokenizer learns from their text.
-        output_dir: folder to write; it must not hold a model yet.
-        vocab_size: entries of the tokenizer at most.
+        item_meta_path: JSON of item id to title and description; the tokenizer is trained on their text.
+        output_dir: folder to write; it must not contain a model yet.
+        vocab_size: the most entries of the tokenizer.
         hidden_size: width of the model.
         num_hidden_layers: decoder layers.
         num_attention_heads: query heads.
@@ -61,7 +62,7 @@ def make_base(
     if not output_dir:
         problems.add("--output_dir is missing; give a folder for the model")
     elif os.path.exists(os.path.join(output_dir, "config.json")):
-        problems.add(f"--output_dir {output_dir}: holds a model already; name another folder")
+        problems.add(f"--output_dir {output_dir}: already contains a model; name another folder")
     else:
         check_writable(problems, "output_dir", output_dir)
     problems.check()

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# SFT, RL, evaluation of both: METHOD=qlora PRESET=best NPROC=4 bash scripts/pipeline.sh --wandb_project recommender
-# Flags go to both trainings; SFT_FLAGS, RL_FLAGS and EVAL_FLAGS hold those of one stage. Settings: scripts/stages.sh.
+# Runs SFT, RL and the evaluation of both:
+#   METHOD=qlora PRESET=best NPROC=4 bash scripts/pipeline.sh --wandb_project recommender
+# Flags go to both trainings; SFT_FLAGS, RL_FLAGS and EVAL_FLAGS are for one stage. Settings: scripts/stages.sh.
 source "$(dirname "$0")/stages.sh"
 sft "$@" ${SFT_FLAGS:-}
 rl "$@" ${RL_FLAGS:-}

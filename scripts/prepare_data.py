@@ -1,6 +1,6 @@
 """Turns your own purchases into the files that training reads: cleaned rows, item embeddings, semantic IDs.
 
-Reads CSV, TSV, JSON lines and Parquet, gzipped or not; Amazon Reviews of 2018 and 2023 as they are published.
+Reads CSV, TSV, JSON lines and Parquet, gzipped or not; also the Amazon Reviews of 2018 and 2023 as published.
 
     python scripts/prepare_data.py --interactions reviews.json.gz --items meta.json.gz --output_dir data/tools \\
         --category Tools
@@ -60,29 +60,30 @@ def prepare_data(
     """Prepares a data set, or adds items to one.
 
     Args:
-        interactions: file of purchases: a user, an item and a time a row.
-        items: file of items: an id, a title and, if there is one, a description a row.
-        output_dir: folder to write, in the layout of the release; it must not be there yet.
+        interactions: file of purchases, with a user, an item and a time per row.
+        items: file of items, with an id, a title and optionally a description per row.
+        output_dir: folder to write, in the layout of the release; it must not exist yet.
         category: what the items are, for file names and prompts, such as Industrial_and_Scientific.
-        user_column: name of the column with the user, where it is not found.
+        user_column: name of the column with the user, if it is not recognized.
         item_column: name of the column with the item's id, in both files or one of them.
         time_column: name of the column with the time: seconds or milliseconds since 1970, or a date.
         title_column: name of the column with the title.
         description_column: name of the column with the description.
-        min_interactions: users and items with fewer are dropped, until all have as many (k-core).
-        max_history: the most recent items of a history that are kept.
-        start_date: leave out what was earlier: a year, month or day, such as 2016-10.
-        end_date: leave out what was later; the year, month or day itself counts.
-        split: time (the last 10% of all rows are the test, the 10% before them validation) or last (of each user the
-            last item is the test, the one before it validation).
-        encoder: folder or hub name of a model that embeds titles and descriptions; without it TF-IDF and SVD do.
-        embeddings: .npy file with a row for every row of items (or add_items), in their order.
-        levels: codes of a semantic ID.
+        min_interactions: users and items with fewer interactions are dropped, until all have at least this many
+            (k-core).
+        max_history: how many of the most recent items of a history are kept.
+        start_date: drop earlier interactions: a year, month or day, such as 2016-10.
+        end_date: drop later interactions; the year, month or day itself is kept.
+        split: time (the last 10% of all rows are for the test, the 10% before them for validation) or last (for each
+            user, the last item is for the test, the one before it for validation).
+        encoder: folder or hub name of a model that embeds titles and descriptions; default is TF-IDF with SVD.
+        embeddings: .npy file with a row for every row of items (or add_items), in the same order.
+        levels: number of codes in a semantic ID.
         codes: size of the codebook of each level.
-        collisions: what becomes of items that share an ID: move (to the nearest free last code), extend (one more
+        collisions: what to do with items that share an ID: move (to the nearest free last code), extend (by one more
             code) or keep.
         seed: seed of every random choice; the same input and seed give the same files.
-        add_items: file of new items, to get IDs from the codebooks of dataset; no old item changes.
+        add_items: file of new items, which get IDs from the codebooks of dataset; old items do not change.
         dataset: folder that this script wrote, for add_items.
     """
     flags = dict(locals())
@@ -99,7 +100,7 @@ def prepare_data(
         defaults = {name: parameter.default for name, parameter in inspect.signature(prepare_data).parameters.items()}
         for name in flags:
             if name not in FOR_ADDING and flags[name] != defaults[name]:
-                problems.add(f"--{name} is for a new data set; --add_items goes by what --dataset was made with")
+                problems.add(f"--{name} is for a new data set; --add_items uses the settings of --dataset")
         extend(problems, add_items, dataset, output_dir, columns, encoder, embeddings)
         print(f"\nwrote {output_dir}")
         return

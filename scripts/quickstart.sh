@@ -1,16 +1,16 @@
 #!/usr/bin/env bash
-# The whole job on the bundled demo: install, make a small base, pre-train it on text, LoRA SFT, RL, evaluation.
-# OUT names the folder of the results (default out/quickstart); it must not hold an earlier run.
+# Runs everything on the bundled demo: install, make a small base, pre-train it on text, LoRA SFT, RL, evaluation.
+# OUT is the folder for the results (default out/quickstart); it must not exist yet.
 source "$(dirname "$0")/setup.sh"
 started=$SECONDS
 DATA=examples/demo
 if [ $# != 0 ]; then
-    echo "quickstart.sh: error: takes no flags; OUT=folder names another folder for the results" >&2
+    echo "quickstart.sh: error: takes no flags; set OUT=folder for another folder of results" >&2
     exit 2
 fi
 OUT="${OUT:-out/quickstart}"
 if [ -e "$OUT" ]; then
-    echo "quickstart.sh: error: $OUT holds an earlier run; remove it, or name another folder: OUT=out/again" >&2
+    echo "quickstart.sh: error: $OUT exists already; remove it, or name another folder: OUT=out/again" >&2
     exit 2
 fi
 FILES=(--train_file $DATA/train.csv --eval_file $DATA/valid.csv --category "workshop supplies"
@@ -22,7 +22,7 @@ test_on() {
 
 "$PYTHON" scripts/make_base.py --item_meta_path $DATA/demo.item.json --output_dir "$OUT/random" \
     --vocab_size 1024 --hidden_size 64 --num_hidden_layers 2 --intermediate_size 256
-# What a downloaded language model brings along: the language of the titles, and nothing about semantic IDs.
+# Pre-training on titles stands in for a downloaded language model: it knows the language of the titles, and no SIDs.
 "$PYTHON" sft.py --base_model "$OUT/random" --output_dir "$OUT/base" "${FILES[@]}" --train_from_scratch True \
     --tasks title_history_to_title --batch_size 32 --micro_batch_size 32 --num_epochs 1 --learning_rate 3e-3 --eval_step 0.5
 "$PYTHON" sft.py --base_model "$OUT/base/final_checkpoint" --output_dir "$OUT/lora" "${FILES[@]}" --use_lora True \

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# RL with LoRA from $OUT/sft or MODEL_PATH; scripts/stages.sh lists the settings, flags of rl.py follow the command.
+# Runs RL with LoRA from $OUT/sft or MODEL_PATH. Arguments go to rl.py; settings: scripts/stages.sh.
 METHOD=lora
 source "$(dirname "$0")/stages.sh"
 rl "$@"

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Supervised fine-tuning with LoRA; scripts/stages.sh lists the settings, flags of sft.py follow the command.
+# Runs supervised fine-tuning with LoRA. Arguments go to sft.py; settings: scripts/stages.sh.
 METHOD=lora
 source "$(dirname "$0")/stages.sh"
 sft "$@"

@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# What the pipeline scripts share: paths, presets, and one function for each stage. Sourced; settings are environment
-# variables, and flags given to a function go last, where they win.
+# Defines the paths, presets and stage functions of the pipeline scripts, which source it. Settings are environment
+# variables; the arguments of a function come after its own flags, so they override them.
 #
-#   METHOD=lora|qlora|full   PRESET=quick|balanced|best|low_memory (QLoRA where METHOD says nothing)
-#   NPROC=processes, one for each GPU
-#   CONFIG=configs/zero2.yaml (or zero3, fsdp) to train under that engine instead of plain data parallelism
+#   METHOD=lora|qlora|full   PRESET=quick|balanced|best|low_memory (low_memory: QLoRA, unless METHOD is set)
+#   NPROC=number of processes, one per GPU
+#   CONFIG=configs/zero2.yaml (or zero3, fsdp) to train with that engine instead of plain data parallelism
 #   BASE_MODEL, CATEGORY, DATA (folder with train, valid, test, info, index), OUT (folder for results)
-#   TRAIN_FILE, EVAL_FILE, TEST_FILE, INFO_FILE, INDEX_FILE, ITEM_FILE in place of what DATA holds
-#   Relative paths are meant from the root of the repository.
-#   PYTHON=python to use an environment of your own instead of .venv
+#   TRAIN_FILE, EVAL_FILE, TEST_FILE, INFO_FILE, INDEX_FILE, ITEM_FILE instead of the files in DATA
+#   Relative paths start at the root of the repository.
+#   PYTHON=python to use your own environment instead of .venv
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 PRESET="${PRESET:-balanced}" NPROC="${NPROC:-1}"
 [ "$PRESET" != low_memory ] || METHOD="${METHOD:-qlora}"
@@ -17,7 +17,7 @@ CATEGORY="${CATEGORY:-Industrial_and_Scientific}" DATA="${DATA:-data/Amazon}"
 BASE_MODEL="${BASE_MODEL:-Qwen/Qwen2.5-0.5B}"
 COMPARE_OUT="${OUT:-output/${CATEGORY}_compare}" OUT="${OUT:-output/${CATEGORY}_${METHOD}}"
 
-first() { # the first file that matches, or the pattern itself, for the command to complain about
+first() { # prints the first file that matches, or the pattern, which the command then reports as missing
     local IFS=
     local files=($1)
     echo "${files[0]}"
@@ -33,7 +33,7 @@ fail() {
     echo "$(basename "$0"): error: $1" >&2
     exit 2
 }
-use_method() { # sets what depends on METHOD and PRESET; learning rates to start from, and to choose from
+use_method() { # sets the flags of METHOD and PRESET, a default learning rate, and those that compare.sh tries
     MICRO_BATCH=8 RL_RATE=1e-5 DEFAULT_SFT_RATES="1e-4 3e-4 1e-3" DEFAULT_RL_RATES="1e-5 1e-4"
     case "$METHOD" in
     full) METHOD_FLAGS=() RL_RATE=1e-6 DEFAULT_SFT_RATES="3e-5 1e-4 3e-4" DEFAULT_RL_RATES="1e-6 1e-5" ;;
@@ -48,13 +48,13 @@ use_method() { # sets what depends on METHOD and PRESET; learning rates to start
     low_memory) PRESET_FLAGS=(--lora_r 8 --lora_alpha 16 --lora_dropout 0.05 --lora_target_modules qkv) ;;
     *) fail "PRESET=$PRESET: must be quick, balanced, best or low_memory" ;;
     esac
-    [ "$METHOD" != full ] || PRESET_FLAGS=() # training in full has no adapter to configure
+    [ "$METHOD" != full ] || PRESET_FLAGS=() # full fine-tuning has no adapter to configure
     [ "$PRESET" != low_memory ] || PRESET_FLAGS+=(--gradient_checkpointing True)
 }
 use_method
-[[ "$NPROC" =~ ^[1-9][0-9]*$ ]] || fail "NPROC=$NPROC: must be a number of processes"
-[ -z "${CONFIG:-}" ] || [ -f "$CONFIG" ] || fail "CONFIG=$CONFIG: no such file; there are $(echo configs/*.yaml)"
-[[ "$OUT" != *,* ]] || fail "OUT=$OUT: must hold no comma"
+[[ "$NPROC" =~ ^[1-9][0-9]*$ ]] || fail "NPROC=$NPROC: must be a number from 1"
+[ -z "${CONFIG:-}" ] || [ -f "$CONFIG" ] || fail "CONFIG=$CONFIG: no such file; choose one of $(echo configs/*.yaml)"
+[[ "$OUT" != *,* ]] || fail "OUT=$OUT: must not contain a comma"
 FILES=(--train_file "$TRAIN_FILE" --eval_file "$EVAL_FILE" --category "$CATEGORY"
     --sid_index_path "$INDEX_FILE" --item_meta_path "$ITEM_FILE")
 
@@ -81,7 +81,7 @@ rl() {
         --info_file "$INFO_FILE" --train_batch_size 64 --gradient_accumulation_steps 2 --eval_batch_size 128 \
         --beam_search True --reward_type ranking --learning_rate "$RL_RATE" "${METHOD_FLAGS[@]}" "${PRESET_FLAGS[@]}" "$@"
 }
-evaluate() { # evaluate folder flags...: of a run's final checkpoint
+evaluate() { # evaluate folder flags...: evaluates the final checkpoint of a run
     launch evaluate.py --base_model "$1/final_checkpoint" --info_file "$INFO_FILE" --category "$CATEGORY" \
         --test_data_path "$TEST_FILE" --train_file "$TRAIN_FILE" --result_json_data "$1/result.json" \
         --batch_size 8 "${@:2}"

@@ -1,4 +1,4 @@
-"""Prints one Markdown table of evaluated training runs under the popularity baseline, and draws it.
+"""Prints a Markdown table of evaluated training runs and the popularity baseline, and plots it.
 
 python scripts/table.py --train_file train.csv --test_data_path test.csv --runs "base=out/base,LoRA SFT=out/lora"
 python scripts/table.py ... --runs "full=out/full,LoRA=out/lora_42,LoRA=out/lora_43" --intervals True
@@ -7,6 +7,7 @@ python scripts/table.py ... --runs "full=out/full,LoRA=out/lora_42,LoRA=out/lora
 import json
 import os
 import sys
+from typing import Any
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
@@ -35,13 +36,13 @@ def table(
 
     Args:
         train_file: CSV of training interactions, for the popularity baseline.
-        test_data_path: CSV of the test interactions the runs were evaluated on.
-        runs: name=folder of every run, separated by commas; a folder holds metrics.json and result.json. Folders of the
-            same name are the seeds of one run, in the same order for all: their mean is printed.
-        intervals: print 95% bootstrap intervals over the test rows, and the standard deviation over seeds (of a ratio,
-            over those of the ratios seed by seed).
-        against: methods, separated by commas, to compare with: the NDCG@10 and MRR of "lora SFT" are then given as a
-            share of those of "full SFT" for full.
+        test_data_path: CSV of the test interactions that the runs were evaluated on.
+        runs: name=folder of every run, separated by commas; a folder contains metrics.json and result.json. Folders
+            with the same name are the seeds of one run, in the same order for all runs: their mean is printed.
+        intervals: print 95% bootstrap intervals over the test rows, and the standard deviation over seeds (for a ratio,
+            that of the ratios seed by seed).
+        against: methods to compare with, separated by commas: with full, the NDCG@10 and MRR of "lora SFT" are also
+            printed as a fraction of those of "full SFT".
         figure: PNG file for a bar chart with the intervals.
     """
     problems = Problems()
@@ -53,7 +54,7 @@ def table(
         if equals:
             folders.setdefault(name, []).append(folder)
         else:
-            problems.add(f"--runs: {run!r} is no name=folder pair; paths must hold no comma")
+            problems.add(f"--runs: {run!r} is not a name=folder pair; paths must not contain a comma")
     if not folders:
         problems.add(f"--runs {runs!r}: give name=folder pairs, separated by commas")
     if figure:
@@ -61,7 +62,7 @@ def table(
     references = [word for word in against.split(",") if word]
     for word in references:
         if not any(name.split(" ")[0] == word for name in folders):
-            problems.add(f"--against {word!r}: begins none of the names of the runs, {', '.join(folders)}")
+            problems.add(f"--against {word!r}: no name of a run starts with it; the names are {', '.join(folders)}")
     for folder in (folder for seeds in folders.values() for folder in seeds):
         for name in ("metrics.json", RESULT):
             if not os.path.isfile(os.path.join(folder, name)):
@@ -71,15 +72,15 @@ def table(
     import numpy as np
 
     def values_of(ranks: list[int | None], length: int) -> dict[str, np.ndarray]:
-        """What every row adds to a metric."""
-        of_rows = [ranking_metrics([rank], length) for rank in ranks]
-        return {name: np.array([row[name] for row in of_rows]) for name in of_rows[0]}
+        """The metrics of every row, [rows] each; their means are those of the run."""
+        row_metrics = [ranking_metrics([rank], length) for rank in ranks]
+        return {name: np.array([row[name] for row in row_metrics]) for name in row_metrics[0]}
 
     results = {folder: _read(os.path.join(folder, RESULT)) for seeds in folders.values() for folder in seeds}
     for folder, result in results.items():
         if len(result) != rows:
             raise InputError(f"--runs: {folder} ranks {len(result)} rows, {test_data_path} has {rows}")
-    # MRR grows with the length of a ranking: all are cut to the shortest.
+    # MRR grows with the length of a ranking, so all are cut to the shortest.
     length = min(len(result[0]["predict"]) for result in results.values())
 
     def values_in(folder: str) -> dict[str, np.ndarray]:
@@ -90,44 +91,46 @@ def table(
     seeds_of = {"popularity": [values_of(popular, length)]}
     seeds_of |= {name: [values_in(folder) for folder in seeds] for name, seeds in folders.items()}
     order = list(seeds_of)
-    # The same resampled rows for every run, so that ratios compare like with like.
+    # The same resampled rows for every run, so that ratios compare equal rows.
     drawn = np.random.default_rng(0).integers(0, rows, (RESAMPLES, rows))
 
-    def mean_of(name: str, metric: str) -> np.ndarray:
-        """[rows], the mean over seeds."""
+    def row_means(name: str, metric: str) -> np.ndarray:
+        """[rows], the means over seeds."""
         return np.mean([seed[metric] for seed in seeds_of[name]], axis=0)
 
-    def means_of(name: str, metric: str) -> np.ndarray:
-        """[seeds]"""
+    def seed_means(name: str, metric: str) -> np.ndarray:
+        """[seeds], the means over rows."""
         return np.array([seed[metric].mean() for seed in seeds_of[name]])
 
     def interval(samples: np.ndarray) -> tuple[float, float]:
-        return tuple(np.percentile(samples, (2.5, 97.5)))
+        low, high = np.percentile(samples, (2.5, 97.5))
+        return low, high
 
-    def spread(of_seeds: np.ndarray, digits: int = 4) -> str:
-        return f" ± {np.std(of_seeds, ddof=1):.{digits}f}" if len(of_seeds) > 1 else ""
+    def deviation(values: np.ndarray, digits: int = 4) -> str:
+        return f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else ""
 
     def cell(name: str, metric: str) -> str:
         if metric not in seeds_of[name][0]:
             return ""
-        values = mean_of(name, metric)
+        values = row_means(name, metric)
         text = f"{values.mean():.4f}"
         if intervals:
-            text += " [{:.4f}, {:.4f}]".format(*interval(values[drawn].mean(axis=1))) + spread(means_of(name, metric))
+            low, high = interval(values[drawn].mean(axis=1))
+            text += f" [{low:.4f}, {high:.4f}]{deviation(seed_means(name, metric))}"
         return text
 
     def ratio(name: str, method: str, metric: str) -> str:
-        """To the same stage of a method that stands above; empty where there is none, or rankings are too short."""
+        """The ratio to the same stage of a method in a row above; empty if there is none, or rankings are too short."""
         other = " ".join([method, *name.split(" ")[1:]])
         if other not in order[: order.index(name)] or metric not in seeds_of[name][0]:
             return ""
-        ours, theirs = mean_of(name, metric), mean_of(other, metric)
+        ours, theirs = row_means(name, metric), row_means(other, metric)
         text = f"{ours.mean() / theirs.mean():.3f}"
         if intervals:
             low, high = interval(ours[drawn].mean(axis=1) / theirs[drawn].mean(axis=1))
             text += f" [{low:.3f}, {high:.3f}]"
             if len(seeds_of[name]) == len(seeds_of[other]):
-                text += spread(means_of(name, metric) / means_of(other, metric), digits=3)
+                text += deviation(seed_means(name, metric) / seed_means(other, metric), digits=3)
         return text
 
     compared = [(method, metric) for method in references for metric in RELATIVE]
@@ -142,21 +145,21 @@ def table(
         from minionerec.plots import plot_bars
 
         os.makedirs(os.path.dirname(figure) or ".", exist_ok=True)
-        panels = {metric: {} for metric in ("HR@10", "NDCG@10", "MRR")}
+        panels: dict[str, dict[str, tuple[float, float, float]]] = {"HR@10": {}, "NDCG@10": {}, "MRR": {}}
         for metric, bars in panels.items():
             for name in (name for name in seeds_of if metric in seeds_of[name][0]):
-                values = mean_of(name, metric)
+                values = row_means(name, metric)
                 bars[name] = (values.mean(), *interval(values[drawn].mean(axis=1)))
         plot_bars(panels, figure)
 
 
-def _read(path: str):
+def _read(path: str) -> Any:
     with open(path, encoding="utf-8") as file:
         return json.load(file)
 
 
 def _costs(folders: list[str]) -> list[str]:
-    """The cells of COSTS, time as the mean over the seeds; empty ones for no folders."""
+    """The cells of COSTS, with the mean time and the highest peak over the seeds; empty cells for no folders."""
     if not folders:
         return [""] * len(COSTS)
     costs = [_read(os.path.join(folder, "metrics.json")) for folder in folders]

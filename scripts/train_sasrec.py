@@ -1,4 +1,4 @@
-"""Trains SASRec, the classical baseline and the model behind --reward_type sasrec, and evaluates it.
+"""Trains and evaluates SASRec, the classical baseline and the model of --reward_type sasrec.
 
     python scripts/train_sasrec.py --train_file train.csv --eval_file valid.csv --test_data_path test.csv \\
         --info_file info.txt --output_dir out/sasrec
@@ -17,7 +17,7 @@ from minionerec.flags import check_new_folder, check_positive
 from minionerec.metrics import format_metrics, rank_of, ranking_metrics, watched_cutoff
 
 LENGTH = 50  # items of a ranking
-PATIENCE = 5  # epochs without a gain on the validation file that end the training
+PATIENCE = 5  # training ends after this many epochs without a gain on the validation file
 
 
 def train_sasrec(
@@ -33,16 +33,16 @@ def train_sasrec(
     dropout: float = 0.3,
     seed: int = 42,
 ) -> dict[str, float]:
-    """Trains on the training file, keeps the epoch with the best NDCG@10 on the validation file.
+    """Trains on the training file, and keeps the epoch with the best NDCG@10 on the validation file.
 
     Args:
         train_file: CSV of training interactions.
         eval_file: CSV of validation interactions.
-        info_file: the catalogue, one SID, title and item id a line, separated by tabs.
+        info_file: the catalogue, with SID, title and item id per line, separated by tabs.
         output_dir: folder for the model, metrics.json, result.json and result.metrics.json.
-        test_data_path: CSV of test interactions; given, the model is evaluated on it.
+        test_data_path: CSV of test interactions; if given, the model is evaluated on it.
         hidden_size: width of the model.
-        num_epochs: passes over the training file at most.
+        num_epochs: the most passes over the training file.
         batch_size: histories of an optimizer step.
         learning_rate: of Adam.
         dropout: between the layers.
@@ -55,7 +55,7 @@ def train_sasrec(
     if hidden_size % 2:
         problems.add(f"--hidden_size {hidden_size}: must be even, for two heads")
     if not 0 <= dropout < 1:
-        problems.add(f"--dropout {dropout}: must be at least 0 and below 1")
+        problems.add(f"--dropout {dropout}: must be at least 0 and less than 1")
     check_new_folder(problems, output_dir)
     sids = problems.attempt(read_info, info_file)
     for flag, path in (("train_file", train_file), ("eval_file", eval_file), ("test_data_path", test_data_path)):
@@ -80,8 +80,9 @@ def train_sasrec(
     length = min(LENGTH, len(sids))
 
     def ranked(path: str, flag: str) -> list[dict]:
-        asked, wanted = events(path, flag)
-        rankings = zip(asked, wanted, model.rankings(asked, length), strict=True)
+        """The rankings of a file, in the form of result.json."""
+        histories, targets = events(path, flag)
+        rankings = zip(histories, targets, model.rankings(histories, length), strict=True)
         return [{"input": history, "output": sid, "predict": ranking} for history, sid, ranking in rankings]
 
     def score(results: list[dict]) -> dict[str, float]:
