@@ -121,8 +121,8 @@ def find_target_modules(model: nn.Module, spec: str = "all") -> list[str]:
 
 
 def find_target_parameters(model: nn.Module, spec: str = "all") -> list[str]:
-    """The names to give LoRA as target parameters, like `find_target_modules`: weights [E, ...] that hold one matrix for
-    each of E experts, and the weights of linear layers that PEFT would treat as experts."""
+    """The names to give LoRA as target parameters, like `find_target_modules`: weights [E, ...] that hold one matrix
+    for each of E experts, and the weights of linear layers that PEFT would treat as experts."""
     layers, stacks = _chosen(model, spec)
     wanted = {*stacks, *(f"{name}.weight" for name in _taken_for_experts(model, layers))}
     return _suffixes(wanted, (name for name, _ in model.named_parameters() if name not in wanted))
