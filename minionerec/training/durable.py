@@ -114,6 +114,13 @@ class DurableRun(_Trainer):
                 self.accelerator.print(f"warning: the best checkpoint, {best}, no longer exists")
         return trained
 
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """As the Trainer's, without warnings about tied weights: a checkpoint has one of their names, and loading it
+        fills both."""
+        tied = getattr(self.model, "all_tied_weights_keys", {})
+        missing = [name for name in load_result.missing_keys if name not in tied]
+        super()._issue_warnings_after_load(load_result._replace(missing_keys=missing))
+
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         """As the Trainer's, but trains nothing if the run it resumes had already stopped early."""
         stops = (c for c in self.callback_handler.callbacks if isinstance(c, EarlyStoppingCallback))

@@ -1,6 +1,6 @@
 """Kills SFT and RL with SIGKILL at random times, resumes them, and compares the result with an uninterrupted run.
 
-    python scripts/kill_and_resume.py --output_dir out/kills --kills 20
+    python benchmarks/kill_and_resume.py --output_dir out/kills --kills 20
 
 Every second kill waits until a checkpoint appears and happens while it is being written. After each kill, all
 checkpoints that count as complete are loaded. Exits with 1 if a file is damaged or the final weights differ.
