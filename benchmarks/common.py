@@ -1,17 +1,19 @@
-"""What the benchmarks share: fresh processes, peak memory, the machine's description, the printed report."""
+"""The parts that benchmarks share: fresh processes, timing, peak memory, the description of the machine, the report."""
 
 import json
 import multiprocessing
 import sys
 import time
 from collections.abc import Callable
+from multiprocessing.connection import Connection
 from statistics import median
+from typing import Any
 
 from minionerec.process_memory import peak_rss_gb, reset_peak_rss
 
 
 def quiet() -> None:
-    """Keeps progress bars, warnings and a note on bitsandbytes' optional CPU kernel out of the report."""
+    """Turns off progress bars, warnings and the note about bitsandbytes' optional CPU kernel."""
     import logging
     import warnings
 
@@ -22,27 +24,28 @@ def quiet() -> None:
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
-def in_fresh_process(function: Callable, *args):
-    """`function(*args)` in a new process, so that nothing measured before it counts towards its memory."""
+def in_fresh_process(function: Callable[..., Any], *args: Any) -> Any:
+    """`function(*args)` in a new process, so that earlier measurements do not count towards its memory."""
     with multiprocessing.get_context("spawn").Pool(1, quiet) as pool:
         return pool.apply(function, args)
 
 
-def in_turn(worker: Callable, ways: list[str], repeats: int, *settings) -> dict[str, dict]:
-    """Each way in a process of its own, the steps in turn, so that whatever else the machine does slows all of them.
-    `worker(connection, way, *settings)` ends in `answer`.
+def in_turn(worker: Callable[..., None], ways: list[str], repeats: int, *settings: Any) -> dict[str, dict[str, Any]]:
+    """Runs each way in its own process, with the steps in turn, so that other load on the machine slows all of them.
+    `worker(connection, way, *settings)` ends with a call of `answer`.
 
-    Returns for every way `steps`, what each of its `repeats` steps answered, and what its process said at the end.
+    Returns for every way `steps`, the results of its `repeats` steps, and the results of its process at the end.
     """
     context = multiprocessing.get_context("spawn")
-    connections, processes = {}, []
+    connections: dict[str, Connection] = {}
+    processes = []
     for way in ways:
         connections[way], theirs = context.Pipe()
         processes.append(context.Process(target=worker, args=(theirs, way, *settings), daemon=True))
         processes[-1].start()
         theirs.close()
         connections[way].recv()
-    steps = {way: [] for way in ways}
+    steps: dict[str, list[Any]] = {way: [] for way in ways}
     for turn in range(repeats):
         for way, connection in connections.items():
             connection.send("step")
@@ -57,8 +60,8 @@ def in_turn(worker: Callable, ways: list[str], repeats: int, *settings) -> dict[
     return results
 
 
-def answer(connection, step: Callable[[], object], end: Callable[[], dict]) -> None:
-    """The process's side of `in_turn`: a step whenever asked, and at the end what there is to say."""
+def answer(connection: Connection, step: Callable[[], object], end: Callable[[], dict[str, Any]]) -> None:
+    """The process's side of `in_turn`: sends the result of `step` for each request, and of `end` at the end."""
     connection.send("ready")
     while connection.recv() == "step":
         connection.send(step())
@@ -66,7 +69,7 @@ def answer(connection, step: Callable[[], object], end: Callable[[], dict]) -> N
 
 
 def reset_peak_memory() -> None:
-    """Starts the count of `peak_memory_gb` anew, from what is held now."""
+    """Resets the peak of `peak_memory_gb` to the memory held now."""
     import torch
 
     if torch.cuda.is_available():
@@ -75,14 +78,14 @@ def reset_peak_memory() -> None:
 
 
 def peak_memory_gb() -> float:
-    """The most memory held since the last reset, in GB (1e9 bytes): on the GPU where there is one, else resident."""
+    """The peak memory since the last reset, in GB (1e9 bytes): on the GPU if there is one, else resident."""
     import torch
 
     return torch.cuda.max_memory_allocated() / 1e9 if torch.cuda.is_available() else peak_rss_gb()
 
 
 def seconds_of(function: Callable[[], object]) -> float:
-    """Seconds that one call takes, the GPU's work included."""
+    """Seconds that one call takes, including the work of the GPU."""
     import torch
 
     synchronize = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
@@ -94,8 +97,8 @@ def seconds_of(function: Callable[[], object]) -> float:
 
 
 def interleaved_medians(functions: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
-    """Median seconds of each function over `repeats` rounds that run all of them in turn."""
-    seconds = {name: [] for name in functions}
+    """Median seconds of each function over `repeats` rounds; each round runs all functions in turn."""
+    seconds: dict[str, list[float]] = {name: [] for name in functions}
     for _ in range(repeats):
         for name, function in functions.items():
             seconds[name].append(seconds_of(function))
@@ -103,7 +106,7 @@ def interleaved_medians(functions: dict[str, Callable[[], object]], repeats: int
 
 
 def machine() -> dict[str, str | int]:
-    """The torch version, the CPU threads it uses, and the GPU's or the CPU's name."""
+    """The torch version, the number of CPU threads it uses, and the name of the GPU or CPU."""
     import torch
 
     if torch.cuda.is_available():
@@ -114,8 +117,8 @@ def machine() -> dict[str, str | int]:
     return {"torch": torch.__version__, "threads": torch.get_num_threads(), "hardware": hardware}
 
 
-def print_table(rows: list[dict[str, object]]) -> None:
-    """Rows with the same keys as a Markdown table; floats with three digits that count."""
+def print_table(rows: list[dict[str, Any]]) -> None:
+    """Prints rows with the same keys as a Markdown table; floats have about three significant digits."""
 
     def text(value: object) -> str:
         if isinstance(value, float):
@@ -129,5 +132,5 @@ def print_table(rows: list[dict[str, object]]) -> None:
 
 
 def print_json(benchmark: str, **results: object) -> None:
-    """One line of JSON: the results and the machine."""
+    """Prints one line of JSON: the results and the machine."""
     print(json.dumps({"benchmark": benchmark, **machine(), **results}))

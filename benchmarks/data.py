@@ -1,9 +1,9 @@
-"""Measures the way from an interactions file to token ids: rows/s beside a plain loop, and peak memory by rows.
+"""Measures the pipeline from an interactions file to token ids: rows/s against a plain loop, and peak memory by rows.
 
-1. The project's pipeline (a checking pass, then `read_interactions` and `write_examples`: every row in four prompts)
-   against a loop over the same file that parses the cells with `ast.literal_eval` and makes one tokenizer call for each
-   instruction, input and response. The texts must be the same.
-2. The peak resident memory (GB) of the pipeline over files of 10,000, 100,000 and `--rows` rows: it must not grow.
+1. The project's pipeline (a checking pass, then `read_interactions` and `write_examples`: every row gives four prompts)
+   against a loop over the same file that parses the cells with `ast.literal_eval` and calls the tokenizer for each
+   instruction, input and response. The texts must be equal.
+2. The peak resident memory (GB) of the pipeline for files of 10,000, 100,000 and `--rows` rows: it must not grow.
 
     python benchmarks/data.py
     python benchmarks/data.py --rows 1000000 --tasks sid_history_to_sid
@@ -18,6 +18,7 @@ import re
 import sys
 import tempfile
 import time
+from typing import TYPE_CHECKING
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
@@ -29,18 +30,21 @@ from benchmarks.common import (
     quiet,
 )
 from minionerec import cli
-from minionerec.data.files import count_rows, read_catalogue, read_interactions
-from minionerec.data.prompts import SEPARATOR, load_prompts
+from minionerec.data.files import Catalogue, count_rows, read_catalogue, read_interactions
+from minionerec.data.prompts import SEPARATOR, Prompts, load_prompts
 from minionerec.errors import Problems
 from minionerec.flags import check_positive
 from minionerec.process_memory import peak_rss_gb, reset_peak_rss, rss_gb
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 SIZES = (10_000, 100_000)
 SYLLABLES = re.findall("..", "badecofugahijokelumenioprasiteunvewixaro")
 
 
 def write_catalogue(folder: str, items: int) -> None:
-    """An index, and metadata with titles of 60 to 80 characters over 3,000 made-up words."""
+    """Writes an index, and metadata with titles of 60 to 80 characters from 3,000 made-up words."""
     rng = random.Random(0)
     words = ["".join(rng.choices(SYLLABLES, k=rng.randint(1, 4))).capitalize() for _ in range(3000)]
     index, metadata = {}, {}
@@ -57,7 +61,7 @@ def write_catalogue(folder: str, items: int) -> None:
 
 
 def write_interactions(folder: str, rows: int) -> str:
-    """A file of random interactions with 1 to 10 past items a row; returns its path."""
+    """Writes a file of random interactions with 1 to 10 past items per row; returns its path."""
     catalogue = read_catalogue(os.path.join(folder, "index.json"), os.path.join(folder, "item.json"))
     items, rng = list(catalogue.items.values()), random.Random(1)
     path = os.path.join(folder, f"{rows}.csv")
@@ -71,8 +75,8 @@ def write_interactions(folder: str, rows: int) -> str:
     return path
 
 
-def load(folder: str, tasks: str):
-    """The tokenizer with its SID tokens, the catalogue, and the prompts of the tasks on interactions."""
+def load(folder: str, tasks: str) -> "tuple[PreTrainedTokenizerFast, Catalogue, Prompts]":
+    """The tokenizer with SID tokens, the catalogue, and the prompts of the tasks on interactions."""
     from dataclasses import replace
 
     from minionerec.model import loading
@@ -85,8 +89,15 @@ def load(folder: str, tasks: str):
     return tokenizer, catalogue, replace(prompts, tasks=on_rows)
 
 
-def pipeline(path: str, output: str, tokenizer, catalogue, prompts, cutoff_len: int) -> int:
-    """What sft.py does before training: checks the file, then writes the examples. Returns how many."""
+def pipeline(
+    path: str,
+    output: str,
+    tokenizer: "PreTrainedTokenizerFast",
+    catalogue: Catalogue,
+    prompts: Prompts,
+    cutoff_len: int,
+) -> int:
+    """What sft.py does before training: checks the file, then writes the examples. Returns their number."""
     from minionerec.data.encoding import Encoder
     from minionerec.data.examples import write_examples
 
@@ -98,8 +109,8 @@ def pipeline(path: str, output: str, tokenizer, catalogue, prompts, cutoff_len: 
     )
 
 
-def plain_loop(path: str, tokenizer, prompts) -> list[list[int]]:
-    """Row by row, one tokenizer call for each part of a prompt."""
+def plain_loop(path: str, tokenizer: "PreTrainedTokenizerFast", prompts: Prompts) -> list[list[int]]:
+    """The examples row by row, with one tokenizer call for each part of a prompt."""
     examples = []
     with open(path, newline="") as file:
         for row in csv.DictReader(file):
@@ -137,14 +148,14 @@ def compare(folder: str, tasks: str, rows: int, cutoff_len: int, repeats: int) -
     written = datasets.Dataset.from_file(output)
     expected = plain_loop(path, tokenizer, prompts)
     assert len(written) == len(expected)
-    decoded = {tokenizer.decode(ids) for ids in expected}  # the pipeline goes task by task, the loop row by row
+    decoded = {tokenizer.decode(ids) for ids in expected}  # a set: the pipeline goes by task, the loop by row
     shortened = sum(tokenizer.decode(ids) not in decoded for ids in written["input_ids"])
     assert shortened <= sum(len(ids) > cutoff_len for ids in expected)
     return {**{name: rows / value for name, value in seconds.items()}, "shortened": shortened}
 
 
 def memory(folder: str, tasks: str, rows: int, cutoff_len: int) -> dict[str, float]:
-    """Rows per second and peak resident memory over a file of `rows`."""
+    """Rows per second and peak resident memory for a file of `rows`."""
     tokenizer, catalogue, prompts = load(folder, tasks)
     path, output = os.path.join(folder, f"{rows}.csv"), os.path.join(folder, "examples.arrow")
     reset_peak_rss()
@@ -162,7 +173,7 @@ def memory(folder: str, tasks: str, rows: int, cutoff_len: int) -> dict[str, flo
 
 
 def prepare(folder: str, items: int, vocab_size: int) -> None:
-    """Writes the catalogue and a base whose tokenizer learnt from it."""
+    """Writes the catalogue and a base whose tokenizer is trained on it."""
     from scripts.make_base import make_base
 
     write_catalogue(folder, items)
@@ -185,15 +196,15 @@ def data(
         compared_rows: rows of the comparison with the loop.
         items: items of the catalogue.
         vocab_size: entries of the BPE tokenizer, which is trained on the titles.
-        cutoff_len: tokens of a row at most; the loop does not shorten.
+        cutoff_len: the most tokens of an example; the loop does not shorten.
         tasks: all, or task names separated by commas; those on interactions are measured.
-        repeats: timed rounds; the median counts.
+        repeats: timed rounds; the median is reported.
     """
     problems = Problems()
     check_positive(problems, rows=rows, compared_rows=compared_rows, items=items, repeats=repeats)
     prompts = problems.attempt(load_prompts, "", None, tasks)
     if prompts and not any(task.rows == "interaction" for task in prompts.tasks.values()):
-        problems.add(f"--tasks {tasks}: none of them is on interactions")
+        problems.add(f"--tasks {tasks}: none of them works on interactions")
     problems.check()
     quiet()
     with tempfile.TemporaryDirectory() as folder:

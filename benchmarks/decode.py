@@ -1,9 +1,9 @@
-"""Measures constrained beam search: prompts/s beside `generate`, and what a catalogue of a million SIDs costs.
+"""Measures constrained beam search: prompts/s against `generate`, and the cost of a catalogue of a million SIDs.
 
-1. `minionerec.sid` against `generate` of transformers with a Python function that looks up the allowed tokens of every
-   beam in a dictionary of prefixes. Both must give the same scores and the same beams.
-2. The same search in 1,000,000 SIDs and in 4,000: milliseconds a batch; seconds and memory (GB) to build the trie from
-   SID texts.
+1. `minionerec.decoding.beam_search` against `generate` of transformers with a Python function that looks up the allowed
+   tokens of every beam in a dictionary of prefixes. Both must give the same scores and the same beams.
+2. The same search in 1,000,000 SIDs and in 4,000: milliseconds per batch; seconds and memory (GB) to build the trie
+   from SID texts.
 
     python benchmarks/decode.py
     python benchmarks/decode.py --hidden_size 896 --num_hidden_layers 24 --num_attention_heads 14 --vocab_size 151936
@@ -14,6 +14,8 @@ import random
 import sys
 import time
 from collections import defaultdict
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
@@ -29,9 +31,13 @@ from minionerec.errors import Problems
 from minionerec.flags import check_positive
 from minionerec.process_memory import peak_rss_gb, reset_peak_rss, rss_gb
 
+if TYPE_CHECKING:  # torch is imported after the trie's memory is measured
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
 LEVELS = "abc"
-CODES = 256  # of a level
-TOLERANCE = 1e-3  # of a score, a sum of four log-probabilities
+CODES = 256  # per level
+TOLERANCE = 1e-3  # for a score, a sum of four log-probabilities
 
 
 def random_sids(count: int) -> list[str]:
@@ -40,8 +46,8 @@ def random_sids(count: int) -> list[str]:
     return [f"<a_{code >> 16}><b_{code >> 8 & 255}><c_{code & 255}>" for code in codes]
 
 
-def sid_tokenizer(vocab_size: int):
-    """A tokenizer of `vocab_size` entries and the tokens of all SIDs behind them."""
+def sid_tokenizer(vocab_size: int) -> "PreTrainedTokenizerFast":
+    """A tokenizer of `vocab_size` entries, and after them the tokens of all SIDs."""
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
 
@@ -66,8 +72,8 @@ def build_cost(count: int, vocab_size: int) -> dict[str, float]:
 
 
 def prefix_table(sequences: list[list[int]], eos_token_id: int) -> dict[tuple[int, ...], list[int]]:
-    """The tokens that may follow every beginning of a SID."""
-    allowed = defaultdict(set)
+    """The tokens that may follow each prefix of a SID."""
+    allowed: dict[tuple[int, ...], set[int]] = defaultdict(set)
     for sequence in sequences:
         path = [*sequence, eos_token_id]
         for depth, token in enumerate(path):
@@ -75,12 +81,19 @@ def prefix_table(sequences: list[list[int]], eos_token_id: int) -> dict[tuple[in
     return {prefix: list(tokens) for prefix, tokens in allowed.items()}
 
 
-def generate(model, input_ids, attention_mask, sequences: list[list[int]], eos_token_id: int, num_beams: int):
-    """Beams [B, K, D] and scores [B, K] of transformers, constrained by a Python function."""
+def generate(
+    model: "PreTrainedModel",
+    input_ids: "torch.Tensor",
+    attention_mask: "torch.Tensor",
+    sequences: list[list[int]],
+    eos_token_id: int,
+    num_beams: int,
+) -> "Callable[[], tuple[torch.Tensor, torch.Tensor]]":
+    """A search with transformers' `generate`, constrained by a Python function: beams [B, K, D] and scores [B, K]."""
     prompt_tokens = input_ids.shape[1]
     allowed = prefix_table(sequences, eos_token_id)
 
-    def search():
+    def search() -> "tuple[torch.Tensor, torch.Tensor]":
         output = model.generate(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -111,7 +124,7 @@ def decode(
     large_catalogue: int = 1000000,
     repeats: int = 5,
 ) -> None:
-    """Prints the speed-up over `generate` at 16 and 50 beams, then the cost of a large catalogue.
+    """Prints the speed-up over `generate` with 16 and 50 beams, then the cost of a large catalogue.
 
     Args:
         hidden_size: width of the model, a Qwen2 with random weights in float32.
@@ -120,10 +133,10 @@ def decode(
         vocab_size: tokens besides those of the SIDs.
         prompts: prompts of a batch, of different lengths.
         prompt_tokens: tokens of the longest prompt.
-        sids: catalogue of the comparison with `generate`.
-        small_catalogue: catalogue that the large one is compared with.
-        large_catalogue: SIDs of the large catalogue, 16,777,216 at most.
-        repeats: timed rounds; the median counts.
+        sids: SIDs of the comparison with `generate`.
+        small_catalogue: SIDs of the catalogue that the large one is compared with.
+        large_catalogue: SIDs of the large catalogue, at most 16,777,216.
+        repeats: timed rounds; the median is reported.
     """
     problems = Problems()
     check_positive(problems, prompts=prompts, sids=sids, small_catalogue=small_catalogue, repeats=repeats)
@@ -152,7 +165,7 @@ def decode(
         num_key_value_heads=max(num_attention_heads // 2, 1),
         intermediate_size=4 * hidden_size,
         tie_word_embeddings=True,
-        initializer_range=0.1,  # scores far enough apart for an order that rounding does not decide
+        initializer_range=0.1,  # so that scores differ by more than rounding
         bos_token_id=0,
         eos_token_id=0,
         pad_token_id=0,
@@ -175,7 +188,7 @@ def decode(
     for beams in (16, 50):
         reference = generate(model, *batch, sequences, tokenizer.eos_token_id, beams)
 
-        def search(trie: Trie = trie, beams: int = beams):
+        def search(trie: Trie = trie, beams: int = beams) -> tuple[torch.Tensor, torch.Tensor]:
             return beam_search.constrained_beam_search(model, *batch, trie, beams)
 
         rows, scores = search()
@@ -183,13 +196,13 @@ def decode(
         difference = (scores - expected_scores).abs().max().item()
         assert difference < TOLERANCE, f"scores differ by {difference}"
         equal = (trie.sequences[rows] == expected).all(dim=2).float().mean().item()
-        seconds = interleaved_medians({"generate": reference, "sid": search}, repeats)
-        ratio = seconds["generate"] / seconds["sid"]
+        seconds = interleaved_medians({"generate": reference, "minionerec": search}, repeats)
+        ratio = seconds["generate"] / seconds["minionerec"]
         against_generate.append(
             {
                 "beams": beams,
                 "generate prompts/s": prompts / seconds["generate"],
-                "minionerec.sid prompts/s": prompts / seconds["sid"],
+                "minionerec prompts/s": prompts / seconds["minionerec"],
                 "times as fast": ratio,
                 "equal beams": f"{equal:.1%}",
                 "largest score difference": f"{difference:.0e}",

@@ -31,7 +31,7 @@ def kill_and_resume(output_dir: str = "", kills: int = 20, seed: int = 0) -> Non
 
     Args:
         output_dir: folder for the runs; it must not exist.
-        kills: the least number of kills of each of the two commands; each run is resumed until it finishes.
+        kills: the least number of kills of each of the two commands; the first run is killed until it finishes.
         seed: seed of the random times.
     """
     problems = Problems()

@@ -1,9 +1,9 @@
-"""Measures the peak memory and the speed of SFT at the shapes of Qwen2 and Qwen2.5, beside the prediction of --dry_run.
+"""Measures peak memory and speed of SFT at the shapes of Qwen2 and Qwen2.5, against the prediction of --dry_run.
 
 Every run loads random weights of a real shape with the project's own code and trains on them: forward, backward, AdamW,
-label-only loss. The micro-batch is the largest, down to 1 row, whose prediction fits the target of its size and method;
-where none does, gradient checkpointing is turned on. bfloat16 on a GPU, float32 on a CPU; memory is
-`torch.cuda.max_memory_allocated` on the one, the resident set on the other.
+label-only loss. The micro-batch is the largest whose prediction fits the target of its size and method; if not even 1
+row fits, gradient checkpointing is turned on. bfloat16 on a GPU, float32 on a CPU; memory is
+`torch.cuda.max_memory_allocated` on a GPU, the resident set on a CPU.
 
     python benchmarks/memory.py                                           # all sizes, on a GPU with 80 GB or more
     python benchmarks/memory.py --sizes 0.5B --rows 2 --tokens 240        # on a CPU
@@ -15,6 +15,7 @@ import os
 import sys
 import tempfile
 from statistics import median
+from typing import Any
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
@@ -25,7 +26,7 @@ from minionerec.errors import Problems
 from minionerec.flags import check_positive
 
 # From the configurations of Qwen2-0.5B, Qwen2-1.5B, Qwen2.5-3B, Qwen2-7B and Qwen2.5-14B: hidden size, layers, heads,
-# key and value heads, feed-forward size, vocabulary, whether the head shares the embedding.
+# key and value heads, feed-forward size, vocabulary, whether head and embedding are tied.
 SHAPES = {
     "0.5B": (896, 24, 14, 2, 4864, 151936, True),
     "1.5B": (1536, 28, 12, 2, 8960, 151936, True),
@@ -41,14 +42,13 @@ NAMES = (
     "intermediate_size",
     "vocab_size",
 )
-# GB, from the guide that asked for this project; LoRA at 7B and 14B on an 8-bit base.
-TARGETS = {
+# GB, from the guide that this project was built to; LoRA at 7B and 14B on an 8-bit base.
+TARGETS: dict[str, dict[str, float]] = {
     "full_response": {"0.5B": 4, "1.5B": 8, "3B": 16, "7B": 32, "14B": 64},
     "lora": {"0.5B": 2, "1.5B": 4, "3B": 8, "7B": 12, "14B": 24},
     "lora8": {"0.5B": 2, "1.5B": 4, "3B": 8, "7B": 12, "14B": 24},
     "qlora": {"0.5B": 1.5, "1.5B": 2.5, "3B": 4, "7B": 6, "14B": 12},
 }
-BITS = {"full_response": 16, "lora": 16, "lora8": 8, "qlora": 4}
 
 
 def predicted(
@@ -61,10 +61,10 @@ def predicted(
     sids: int,
     checkpointing: bool,
     on_gpu: bool,
-    adapter_flags: dict,
+    adapter_flags: dict[str, Any],
 ) -> float:
-    """The prediction in GB, without what PyTorch does not report on a GPU (the driver's context). On a CPU it counts
-    what a process holds that has loaded the tokenizer in `folder` and the libraries, as a dry run has."""
+    """The prediction in GB. On a GPU, it leaves out the driver's context, which PyTorch does not report. On a CPU, it
+    includes the libraries and the tokenizer in `folder`, which the process has loaded, as in a dry run."""
     from transformers import Qwen2Config
 
     import lora_utils
@@ -107,7 +107,7 @@ def memory(
     lora_target_modules: str = "all",
     predict_only: bool = False,
 ) -> None:
-    """Prints one row for every size and method.
+    """Prints one row per size and method.
 
     Args:
         sizes: some of 0.5B, 1.5B, 3B, 7B, 14B, separated by commas.
@@ -119,14 +119,14 @@ def memory(
         repeats: timed steps.
         lora_r: rank of the adapter.
         lora_target_modules: all linear layers, qkv, or names separated by commas.
-        predict_only: print predictions for a GPU alone.
+        predict_only: only print predictions, for a GPU.
     """
     chosen_sizes, chosen_methods = ([name.strip() for name in names.split(",")] for names in (sizes, methods))
     problems = Problems()
     check_positive(problems, tokens=tokens, response_tokens=response_tokens, sids=sids, repeats=repeats)
     check_positive(problems, lora_r=lora_r)
-    problems += [f"--sizes {size!r}: there are {', '.join(SHAPES)}" for size in chosen_sizes if size not in SHAPES]
-    problems += [f"--methods {m!r}: there are {', '.join(TARGETS)}" for m in chosen_methods if m not in TARGETS]
+    problems += [f"--sizes {size!r}: choose from {', '.join(SHAPES)}" for size in chosen_sizes if size not in SHAPES]
+    problems += [f"--methods {m!r}: choose from {', '.join(TARGETS)}" for m in chosen_methods if m not in TARGETS]
     if rows < 0:
         problems.add(f"--rows {rows}: must be 0 or more")
     problems.check()
@@ -155,7 +155,20 @@ def memory(
     print_json("memory", tokens=tokens, response_tokens=response_tokens, sids=sids, **adapter_flags, table=table)
 
 
-def _measured(size, method, rows, tokens, response, sids, repeats, on_gpu, predict_only, folder, adapter_flags):
+def _measured(
+    size: str,
+    method: str,
+    rows: int,
+    tokens: int,
+    response: int,
+    sids: int,
+    repeats: int,
+    on_gpu: bool,
+    predict_only: bool,
+    folder: str,
+    adapter_flags: dict[str, Any],
+) -> dict[str, Any]:
+    """The row of a size and method: the micro-batch that fits, its prediction, and the measurement."""
     target = TARGETS[method][size]
 
     def prediction(rows: int, checkpointing: bool) -> float:
@@ -181,7 +194,7 @@ def _measured(size, method, rows, tokens, response, sids, repeats, on_gpu, predi
         try:
             settings = (folder, chosen, tokens, response, sids, checkpointing, adapter_flags)
             run = in_turn(train, [method], repeats, *settings)[method]
-        except EOFError:  # the process died for want of memory
+        except EOFError:  # the process was killed because it ran out of memory
             return {**row, "measured GB": "out of memory"}
         row["measured GB"] = run["peak_gb"]
         row["off by"] = f"{total / run['peak_gb'] - 1:+.0%}"

@@ -1,5 +1,6 @@
-"""Measures what an SFT step gains when its examples are dealt to the micro-batches from the longest to the shortest, as
-`minionerec.trainer.StepSampler` does, beside the same step in random order.
+"""Measures an SFT step whose examples are sorted by length before they are split into micro-batches.
+
+`minionerec.training.sft_trainer.StepSampler` sorts them so. It is compared with the same step in random order.
 
     python benchmarks/padding.py --base_model out/base --train_file train.csv \\
         --sid_index_path Industrial_and_Scientific.index.json --item_meta_path Industrial_and_Scientific.item.json
@@ -7,18 +8,17 @@
 
 import os
 import sys
-
-from minionerec.flags import AdapterFlags
+from collections.abc import Iterable
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from benchmarks.common import print_json, print_table, quiet, seconds_of
 from minionerec import cli
 from minionerec.checkpoint import check_base
-from minionerec.data.files import count_rows, read_catalogue, read_interactions
+from minionerec.data.files import Interaction, Item, count_rows, read_catalogue, read_interactions
 from minionerec.data.prompts import load_prompts
 from minionerec.errors import InputError, Problems
-from minionerec.flags import check_batch, check_positive
+from minionerec.flags import AdapterFlags, check_batch, check_positive
 
 
 def padding(
@@ -34,7 +34,7 @@ def padding(
     use_qlora: bool = False,
     steps: int = 3,
 ) -> None:
-    """Prints padding, seconds and largest difference in gradients of LoRA steps in both orders, on the same examples.
+    """Prints padding, seconds and the largest difference in gradients of LoRA steps in both orders, on equal examples.
 
     Args:
         base_model: folder or hub name of the model to start from.
@@ -45,8 +45,8 @@ def padding(
         tasks: all, or task names separated by commas.
         batch_size: rows of an optimizer step.
         micro_batch_size: rows of a forward pass.
-        cutoff_len: tokens of a row at most.
-        use_qlora: on a base stored in 4 bits.
+        cutoff_len: the most tokens of a row.
+        use_qlora: on a base in 4 bits.
         steps: timed steps of each order.
     """
     problems = Problems()
@@ -71,7 +71,7 @@ def padding(
 
     quiet()
 
-    def rows_of(kind: str):
+    def rows_of(kind: str) -> Iterable[Interaction | Item]:
         if kind == "item":
             return catalogue.items_with_text()
         return read_interactions(train_file, "train_file", sids, prompts.need_titles)
@@ -80,15 +80,15 @@ def padding(
     tokenizer = loading.load_tokenizer(base_model)
     model = loading.load_base(base_model, lora_utils.quantization_config(AdapterFlags(use_qlora=use_qlora)))
     ids = loading.add_sid_tokens(model, tokenizer, catalogue.sid_tokens)
-    # Without dropout, whose masks depend on the shape of a micro-batch, both orders have the same gradients.
+    # Without dropout both orders have the same gradients; dropout masks depend on the shape of a micro-batch.
     model = lora_utils.add_lora(model, lora_utils.lora_config(model, ids, AdapterFlags(lora_dropout=0.0))).train()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     examples = tokenized_dataset(
         Encoder(tokenizer, prompts, cutoff_len), rows_of, [train_file, sid_index_path, item_meta_path]
     )
-    needed = (steps + 1) * batch_size  # one step warms up
+    needed = (steps + 1) * batch_size  # the first step is a warm-up
     if len(examples) < needed:
-        raise InputError(f"--steps {steps}: takes {needed:,} examples, and there are {len(examples):,}")
+        raise InputError(f"--steps {steps}: needs {needed:,} examples, but there are {len(examples):,}")
     collate, device = Collator(tokenizer.pad_token_id), local_device()
     dtype = compute_dtype(use_qlora)
     sorted_order = list(StepSampler(examples["length"][:], batch_size, seed=0))
@@ -108,17 +108,17 @@ def padding(
     seconds, padded, tokens = {"random": 0.0, "sorted": 0.0}, {"random": 0, "sorted": 0}, 0
     difference = largest = 0.0
     for step in range(steps + 1):
-        of_step = sorted_order[step * batch_size : (step + 1) * batch_size]
-        shuffled = [of_step[i] for i in torch.randperm(len(of_step))]
+        longest_first = sorted_order[step * batch_size : (step + 1) * batch_size]
+        shuffled = [longest_first[i] for i in torch.randperm(len(longest_first))]
         found = {}
-        for name, order in (("random", shuffled), ("sorted", of_step)):
+        for name, order in (("random", shuffled), ("sorted", longest_first)):
             batches = micro_batches(order)
             took = seconds_of(lambda batches=batches: gradients(batches))
             found[name] = [parameter.grad.clone() for parameter in trained]
             if step:
                 seconds[name] += took
                 padded[name] += sum(batch["input_ids"].numel() for batch in batches)
-        tokens += sum(examples[i]["length"] for i in of_step) if step else 0
+        tokens += sum(examples[i]["length"] for i in longest_first) if step else 0
         for one, other in zip(found["random"], found["sorted"], strict=True):
             difference = max(difference, (one - other).abs().max().item())
             largest = max(largest, one.abs().max().item())

@@ -1,8 +1,8 @@
-"""Measures `scripts/prepare_data.py`: seconds, seconds of CPU (which say more on a busy machine), peak memory.
+"""Measures `scripts/prepare_data.py`: seconds, CPU seconds (more reliable on a busy machine), and peak memory.
 
-1. `--release_dir DIR`: on raw reviews and metadata in the form of Amazon Reviews 2018, rebuilt from a release's
-   train.csv, valid.csv, test.csv and *.item.json in DIR. The order of each user's purchases is the release's, the times
-   are made up. `--raw_dir` keeps the raw files.
+1. With `--release_dir DIR`: on raw reviews and metadata in the form of Amazon Reviews 2018, rebuilt from a release's
+   train.csv, valid.csv, test.csv and *.item.json in DIR. The order of each user's purchases is that of the release, the
+   times are made up. `--raw_dir` keeps the raw files.
 2. Without it: on synthetic raw files of `--items` items and `--interactions` interactions of `--users` users.
 
     python benchmarks/prepare.py --release_dir data/Industrial_and_Scientific --min_interactions 2
@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
@@ -35,17 +36,17 @@ SYLLABLES = [a + b for a in "bdfgklmnprst" for b in "aeiou"]
 
 
 def raw_from_release(release: Path, folder: str) -> None:
-    """Writes reviews.json.gz and meta.json.gz."""
+    """Writes reviews.json.gz and meta.json.gz, from which a release could have been made."""
     metadata = json.loads(next(release.glob("*.item.json")).read_text(encoding="utf-8"))
     ids = {item: f"B{int(item):09d}" for item in metadata}
     purchases: dict[str, list[str]] = {}
-    places: dict[tuple[str, int], int] = {}  # of the held-out purchases, which stand in the order of their times
+    places: dict[tuple[str, int], int] = {}  # of held-out purchases, whose files are in the order of time
     for split in ("train", "valid", "test"):
         with open(release / f"{split}.csv", encoding="utf-8", newline="") as file:
             for row in csv.DictReader(file):
                 user, past = row["user_id"], [str(item) for item in ast.literal_eval(row["history_item_id"])]
                 known = purchases.setdefault(user, past)
-                if known[-len(past) :] != past:  # the training rows begin anew with every window of ten
+                if known[-len(past) :] != past:  # a training row has only the last ten items
                     if split == "train" or len(past) < len(known):
                         continue
                     known[:] = past
@@ -84,7 +85,7 @@ def raw_from_release(release: Path, folder: str) -> None:
 
 
 def raw_made_up(folder: str, items: int, interactions: int, users: int) -> None:
-    """Writes reviews.csv and meta.csv: titles of families of similar items, purchases of any."""
+    """Writes reviews.csv and meta.csv: families of items with similar titles, and random purchases."""
     rng = random.Random(0)
     words = ["".join(rng.choices(SYLLABLES, k=rng.randint(2, 4))) for _ in range(5000)]
     with open(os.path.join(folder, "meta.csv"), "w", newline="") as file:
@@ -103,8 +104,8 @@ def raw_made_up(folder: str, items: int, interactions: int, users: int) -> None:
             writer.writerow([f"U{user:011d}", f"B{item:09d}", FIRST + rng.randrange(LAST - FIRST)])
 
 
-def measured(folder: str, names: tuple[str, str], flags: dict) -> dict[str, float]:
-    """Seconds and peak memory of the command in this process."""
+def measured(folder: str, names: tuple[str, str], flags: dict[str, Any]) -> dict[str, float]:
+    """Seconds and peak memory of the command, run in this process."""
     started = time.perf_counter()
     reviews, meta = (os.path.join(folder, name) for name in names)
     output = os.path.join(folder, "prepared")
@@ -123,17 +124,17 @@ def benchmark(
     levels: int = 3,
     codes: int = 256,
 ) -> None:
-    """Prepares a data set in a process of its own and prints what it took.
+    """Prepares a data set in a new process, and prints its time and memory.
 
     Args:
-        release_dir: folder with train.csv, valid.csv, test.csv and *.item.json to rebuild raw files from.
+        release_dir: folder with train.csv, valid.csv, test.csv and *.item.json, to rebuild raw files from.
         raw_dir: folder that keeps the raw files of release_dir and the prepared data set.
-        items: of synthetic files.
-        interactions: of synthetic files.
-        users: of synthetic files.
-        min_interactions: as of prepare_data.py.
-        levels: as of prepare_data.py.
-        codes: as of prepare_data.py.
+        items: items of synthetic files.
+        interactions: interactions of synthetic files.
+        users: users of synthetic files.
+        min_interactions: as for prepare_data.py.
+        levels: as for prepare_data.py.
+        codes: as for prepare_data.py.
     """
     problems = Problems()
     check_positive(problems, items=items, interactions=interactions, users=users)

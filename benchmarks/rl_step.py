@@ -1,13 +1,14 @@
 """Measures one RL optimizer step (completions, reference, loss, backward, update): seconds by phase, peak memory in GB.
 
-Four ways take their steps in turn, each in a process of its own, on the same model, prompts and rewards:
+Four ways take their steps in turn, each in its own process, on the same model, prompts and rewards:
 
 - plain: the original's way. `generate` with a Python function that looks up the allowed tokens of every beam; policy
-  and reference over the prompt repeated for each of its G completions, with logits at every position; PEFT's layers.
+  and reference on the prompt repeated for each of its G completions, with logits at every position; PEFT's layers.
 - plain, completion logits: the same with logits at completion positions only.
 - this project's `ReReTrainer`, and the same with `mask_all_zero`.
 
-In `--silent_share` of the groups all rewards are equal. The loss of all ways but `mask_all_zero` must agree.
+In a fraction `--silent_share` of the groups, all rewards are equal. All ways except `mask_all_zero` must have the same
+loss.
 
     python benchmarks/rl_step.py --repeats 5
     python benchmarks/rl_step.py --hidden_size 896 --num_hidden_layers 24 --num_attention_heads 14 --vocab_size 151936
@@ -17,10 +18,11 @@ import os
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from contextlib import contextmanager
+from multiprocessing.connection import Connection
 from statistics import median
-
-from minionerec.flags import AdapterFlags
+from typing import Any
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
@@ -28,7 +30,7 @@ from benchmarks.common import answer, in_turn, peak_memory_gb, print_json, print
 from benchmarks.decode import LEVELS, prefix_table, random_sids, sid_tokenizer
 from minionerec import cli
 from minionerec.errors import Problems
-from minionerec.flags import check_positive
+from minionerec.flags import AdapterFlags, check_positive
 
 WAYS = {
     "plain": "plain",
@@ -40,11 +42,12 @@ PHASES = ("generation", "reference", "policy", "backward", "update", "other")
 BETA = 0.04
 
 
-class Phases(dict):
-    """Seconds by phase of the steps since the last `start`."""
+class Phases(dict[str, float]):
+    """Seconds by phase, since it was last cleared."""
 
     @contextmanager
-    def of(self, name: str):
+    def of(self, name: str) -> Iterator[None]:
+        """Adds the seconds while it is open to a phase."""
         import torch
 
         wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
@@ -55,8 +58,9 @@ class Phases(dict):
         self[name] = self.get(name, 0.0) + time.perf_counter() - started
 
 
-def setting(shape: dict, sids: int, prompts: int, prompt_tokens: int, silent_share: float):
-    """The model with a new adapter, untrained, and what a step works on."""
+def setting(shape: dict[str, int], sids: int, prompts: int, prompt_tokens: int, silent_share: float) -> tuple[Any, ...]:
+    """What a step needs: tokenizer, model, adapter configuration, SIDs, their token ids [S, D], prompts, and the
+    prompts whose groups have equal rewards."""
     import torch
     from transformers import AutoModelForCausalLM, Qwen2Config, set_seed
 
@@ -86,11 +90,12 @@ def setting(shape: dict, sids: int, prompts: int, prompt_tokens: int, silent_sha
 
 
 def reward_of(prompt: list[int], completion: list[int], silent: set[tuple[int, ...]]) -> float:
-    """One that differs between the completions of a prompt, unless the prompt is one of the silent."""
+    """A reward that differs between the completions of a prompt, unless the prompt is one of `silent`."""
     return 1.0 if tuple(prompt) in silent else float(completion[0] % 3 + completion[1] % 2)
 
 
-def ours(connection, way: str, generations: int, micro_batch: int, *settings) -> None:
+def ours(connection: Connection, way: str, generations: int, micro_batch: int, *settings: Any) -> None:
+    """Answers with the steps of `ReReTrainer`."""
     import torch
     from datasets import Dataset
     from trl import GRPOConfig
@@ -103,7 +108,7 @@ def ours(connection, way: str, generations: int, micro_batch: int, *settings) ->
     tokenizer, model, adapter, catalogue, sequences, prompts, silent = setting(*settings)
     steps = len(prompts) * generations // micro_batch
 
-    def reward(prompts, completion_ids, **_):
+    def reward(prompts: list[list[int]], completion_ids: list[list[int]], **_: object) -> list[float]:
         return [reward_of(prompt, ids, silent) for prompt, ids in zip(prompts, completion_ids, strict=True)]
 
     rows = {"prompt": prompts, "target": catalogue[: len(prompts)]}
@@ -140,15 +145,15 @@ def ours(connection, way: str, generations: int, micro_batch: int, *settings) ->
     phases, losses = Phases(), []
     generate, logps = trainer._generate_single_turn, trainer._get_per_token_logps_and_entropies
 
-    def timed_generation(*args):
+    def timed_generation(*args: Any) -> Any:
         with phases.of("generation"):
             return generate(*args)
 
-    def timed_logps(*args, **kwargs):
+    def timed_logps(*args: Any, **kwargs: Any) -> Any:
         with phases.of("policy" if torch.is_grad_enabled() else "reference"):
             return logps(*args, **kwargs)
 
-    trainer._generate_single_turn, trainer._get_per_token_logps_and_entropies = timed_generation, timed_logps
+    trainer.__dict__.update(_generate_single_turn=timed_generation, _get_per_token_logps_and_entropies=timed_logps)
     batch = [{"row": row} for row in range(len(prompts)) for _ in range(generations)]
 
     def step() -> dict[str, float]:
@@ -174,7 +179,8 @@ def ours(connection, way: str, generations: int, micro_batch: int, *settings) ->
     answer(connection, step, lambda: {"peak_gb": peak_memory_gb(), "losses": losses})
 
 
-def plain(connection, way: str, generations: int, micro_batch: int, *settings) -> None:
+def plain(connection: Connection, way: str, generations: int, micro_batch: int, *settings: Any) -> None:
+    """Answers with the steps of the original's way."""
     import torch
     from peft import get_peft_model
 
@@ -238,7 +244,8 @@ def plain(connection, way: str, generations: int, micro_batch: int, *settings) -
     answer(connection, step, lambda: {"peak_gb": peak_memory_gb(), "losses": losses})
 
 
-def work(connection, way: str, *settings) -> None:
+def work(connection: Connection, way: str, *settings: Any) -> None:
+    """The process of one way."""
     quiet()
     (plain if way in ("plain", "completion") else ours)(connection, way, *settings)
 
@@ -268,15 +275,18 @@ def rl_step(
         prompt_tokens: tokens of a prompt.
         num_generations: completions of a prompt.
         micro_batch_size: completions of a forward pass.
-        silent_share: share of the groups whose rewards are all equal.
-        repeats: timed steps of each way; medians count.
+        silent_share: fraction of the groups whose rewards are all equal.
+        repeats: timed steps of each way; medians are reported.
     """
     problems = Problems()
     check_positive(problems, prompts=prompts, prompt_tokens=prompt_tokens, sids=sids, repeats=repeats)
     if num_generations < 2:
         problems.add(f"--num_generations {num_generations}: must be 2 or more")
     elif micro_batch_size % num_generations or prompts * num_generations % micro_batch_size:
-        problems.add("--micro_batch_size must hold whole groups, and --prompts fill whole micro-batches")
+        problems.add(
+            "--micro_batch_size must be a multiple of --num_generations, and --prompts x --num_generations one of "
+            "--micro_batch_size"
+        )
     if sids < max(prompts, num_generations):
         problems.add(f"--sids {sids}: must be at least --prompts and --num_generations")
     problems.check()

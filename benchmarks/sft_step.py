@@ -1,11 +1,11 @@
 """Measures one SFT step (forward, backward, AdamW update, cleared gradients): rows/s and peak memory in GB.
 
-Each way to train is run beside full fine-tuning with logits at every position, on the same model and batch: two
-processes that take their steps in turn, so that whatever else the machine does slows both. The ways are full with
+Each way to train is compared with full fine-tuning with logits at every position, on the same model and batch: two
+processes take their steps in turn, so that other load on the machine slows both. The ways are full fine-tuning with
 logits at response positions only (`response_logits`), LoRA as PEFT does it (dense SID rows, logits at every position),
-this project's LoRA, on a base as it is and in 8 bits, and its QLoRA. The model has the shape of Qwen2-0.5B and random
-weights; 560 SID tokens are added. Memory counts from before a process's first step, which is not timed. float32 on a
-CPU, bfloat16 on a GPU. A pair of full fine-tunings holds 25 GB on a CPU, full and LoRA 18 GB.
+this project's LoRA, on a base in its own precision and in 8 bits, and its QLoRA. The model has the shape of Qwen2-0.5B
+and random weights; 560 SID tokens are added. Memory is measured from before a process's first step, which is not timed.
+float32 on a CPU, bfloat16 on a GPU. A pair of full fine-tunings takes 25 GB on a CPU, full and LoRA 18 GB.
 
     python benchmarks/sft_step.py
     python benchmarks/sft_step.py --methods full_response,peft,lora,qlora --rows 16 --repeats 20
@@ -14,9 +14,9 @@ CPU, bfloat16 on a GPU. A pair of full fine-tunings holds 25 GB on a CPU, full a
 import os
 import sys
 import tempfile
+from multiprocessing.connection import Connection
 from statistics import median
-
-from minionerec.flags import AdapterFlags
+from typing import Any
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
@@ -33,7 +33,7 @@ from benchmarks.common import (
 )
 from minionerec import cli
 from minionerec.errors import Problems
-from minionerec.flags import check_positive
+from minionerec.flags import AdapterFlags, check_positive
 
 METHODS = {
     "full": "full, all logits",
@@ -44,11 +44,11 @@ METHODS = {
     "qlora": "QLoRA",
 }
 
-SPARE_ROWS = 271  # rows that Qwen2-0.5B has beyond its tokenizer's entries
+SPARE_ROWS = 271  # how many more rows than tokens Qwen2-0.5B has
 
 
 def save_base(folder: str, shape: dict[str, int], tied: bool = True, dtype: str = "float32") -> None:
-    """Writes a Qwen2 model with random weights and a tokenizer that leaves it as many spare rows as Qwen2-0.5B has."""
+    """Writes a Qwen2 model with random weights, and a tokenizer that leaves as many spare rows as Qwen2-0.5B has."""
     from tokenizers import Tokenizer, models
     from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Config, set_seed
 
@@ -61,7 +61,7 @@ def save_base(folder: str, shape: dict[str, int], tied: bool = True, dtype: str 
 
 
 def train(
-    connection,
+    connection: Connection,
     method: str,
     folder: str,
     rows: int,
@@ -69,9 +69,9 @@ def train(
     response_tokens: int,
     sids: int,
     gradient_checkpointing: bool = False,
-    adapter_flags: dict | None = None,
+    adapter_flags: dict[str, Any] | None = None,
 ) -> None:
-    """Takes a step whenever asked, answers with its seconds, at the end with peak memory in GB and the first loss."""
+    """Answers each request with the seconds of a step, and at the end with peak memory in GB and the first loss."""
     quiet()
     import torch
     import torch.nn.functional as F
@@ -141,7 +141,7 @@ def sft_step(
     methods: str = "lora,qlora",
     repeats: int = 3,
 ) -> None:
-    """Prints rows/s and peak memory of each way to train, beside full fine-tuning with all logits.
+    """Prints rows/s and peak memory of each way to train, against full fine-tuning with all logits.
 
     Args:
         hidden_size: width of the model.
@@ -155,16 +155,16 @@ def sft_step(
         tokens: tokens of a row.
         response_tokens: tokens of a row that carry loss.
         methods: some of full_response, peft, lora, lora8, qlora, separated by commas.
-        repeats: timed steps of a process; medians count.
+        repeats: timed steps of a process; medians are reported.
     """
     problems = Problems()
     check_positive(problems, rows=rows, tokens=tokens, response_tokens=response_tokens, repeats=repeats)
     check_positive(problems, sids=sids, vocab_size=vocab_size)
     chosen = [name.strip() for name in methods.split(",")]
     known = [method for method in METHODS if method != "full"]
-    problems += [f"--methods {name!r}: there are {', '.join(known)}" for name in chosen if name not in known]
+    problems += [f"--methods {name!r}: choose from {', '.join(known)}" for name in chosen if name not in known]
     if tokens <= response_tokens:
-        problems.add(f"--tokens {tokens}: must be above --response_tokens")
+        problems.add(f"--tokens {tokens}: must be greater than --response_tokens")
     problems.check()
     shape = {
         "hidden_size": hidden_size,

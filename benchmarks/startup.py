@@ -1,7 +1,7 @@
-"""Measures where the time goes between the command and the end of the first training step of sft.py.
+"""Measures the phases of sft.py from the command to the end of the first training step.
 
-The command runs twice as it is, once with an empty cache of tokenized examples and once with what the first left there,
-and is stopped behind its first step. The marks are calls that sft.py makes anyway.
+The command runs twice, with an empty cache of tokenized examples and with the cache of the first run, and is stopped
+after its first step. A phase ends where sft.py calls a certain function.
 
     python benchmarks/startup.py --base_model out/base --train_file train.csv --eval_file valid.csv \\
         --sid_index_path Industrial_and_Scientific.index.json --item_meta_path Industrial_and_Scientific.item.json
@@ -13,6 +13,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from typing import Any
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
@@ -21,13 +23,13 @@ PHASES = ("checks", "imports", "tokenizer and base", "adapter", "examples", "tra
 
 
 def run_marked(marks_file: str, flags: list[str]) -> None:
-    """Runs sft.py in this process; writes the seconds since the epoch at which each of PHASES ended, and exits."""
+    """Runs sft.py in this process, writes the time (seconds since 1970) at which each of PHASES ended, and exits."""
     from minionerec.errors import Problems
 
     marks: list[float] = []
 
-    def marked(function, before: bool = False):
-        def call(*args, **kwargs):
+    def marked(function: Callable[..., Any], before: bool = False) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
             if before:
                 marks.append(time.time())
                 return function(*args, **kwargs)
@@ -55,10 +57,10 @@ def run_marked(marks_file: str, flags: list[str]) -> None:
         sft_trainer.SFTTrainer.train = marked(sft_trainer.SFTTrainer.train, before=True)
         step = sft_trainer.SFTTrainer.training_step
 
-        def first_step(*args, **kwargs):
+        def first_step(*args: Any, **kwargs: Any) -> None:
             step(*args, **kwargs)
             marks.append(time.time())
-            del marks[4]  # of the training examples alone; the validation examples follow
+            del marks[4]  # after the training examples; the phase ends after the validation examples
             with open(marks_file, "w", encoding="utf-8") as file:
                 json.dump(marks, file)
             os._exit(0)
@@ -93,8 +95,8 @@ def startup(
         sid_index_path: JSON of item id to SID tokens.
         item_meta_path: JSON of item id to title and description.
         category: what the items are, for the prompts.
-        use_lora: start a LoRA run; else, without use_qlora, one in full.
-        use_qlora: start a QLoRA run.
+        use_lora: run LoRA; without use_lora and use_qlora, full fine-tuning.
+        use_qlora: run QLoRA.
     """
     flags = {**locals(), "use_lora": use_lora and not use_qlora}
     from benchmarks.common import print_json, print_table
@@ -112,7 +114,7 @@ def startup(
                 stdout=subprocess.DEVNULL,
             )
             if not os.path.exists(marks_file):
-                sys.exit(run.returncode)  # sft.py has said why
+                sys.exit(run.returncode)  # sft.py has printed why
             with open(marks_file, encoding="utf-8") as file:
                 ends = json.load(file)
             seconds = [end - start for start, end in zip([started, *ends], ends, strict=False)]
