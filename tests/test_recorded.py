@@ -276,7 +276,7 @@ def test_resuming_unpickles_nothing(tmp_path, name):
     with pytest.raises(InputError) as error:
         trainer_of(tmp_path, 8, **{**settings, "max_steps": 2}).train(Checkpoint.read(str(checkpoint)))
     assert not (tmp_path / "executed").exists()
-    assert f"--resume_from_checkpoint {checkpoint}: a .pt or .pth file there holds more than tensors" in str(
+    assert f"--resume_from_checkpoint {checkpoint}: a .pt or .pth file there contains more than tensors" in str(
         error.value
     )
     torch.load(checkpoint / name, weights_only=False)

@@ -97,7 +97,7 @@ class Catalogue:
         return set(self.tokens_of)
 
     def items_with_text(self) -> list[Item]:
-        """The items that have a title or a description, for the tasks between them and SIDs."""
+        """The items with a title or a description, for the tasks that go from these texts to SIDs and back."""
         return [item for item in self.items.values() if item.title or item.description]
 
 

@@ -101,8 +101,8 @@ class Trie:
         return self.sequences.shape[1]
 
     def sid_of(self, sids: Sequence[str]) -> dict[tuple[int, ...], str]:
-        """The SID of every token sequence, its end-of-sequence token included. `sids`: what the trie was built of, as
-        text and in the same order."""
+        """The SID of every token sequence, which ends with the end-of-sequence token. `sids` are the SIDs that the trie
+        was built from, as text and in the same order."""
         rows = zip(self.sequences.tolist(), self.source.tolist(), strict=True)
         return {tuple(token for token in row if token != PAD): sids[i] for row, i in rows}
 

@@ -237,8 +237,8 @@ def _unpickling_nothing(checkpoint: str | None) -> Iterator[None]:
         yield
     except pickle.UnpicklingError:
         raise InputError(
-            f"--resume_from_checkpoint {checkpoint}: a .pt or .pth file there holds more than tensors and plain values "
-            "and is not loaded; resume from another checkpoint"
+            f"--resume_from_checkpoint {checkpoint}: a .pt or .pth file there contains more than tensors and plain "
+            "values and is not loaded; resume from another checkpoint"
         ) from None
 
 
