@@ -10,6 +10,7 @@ Dimensions: `B` rows, `L` items of a history, `S` items, `H` hidden.
 import json
 import os
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -34,7 +35,7 @@ class SASRec(nn.Module):
         length: int = 20,
     ):
         super().__init__()
-        self.settings = {
+        self.settings: dict[str, Any] = {
             "hidden_size": hidden_size,
             "layers": layers,
             "heads": heads,

@@ -104,7 +104,8 @@ def fit(embeddings: np.ndarray, levels: int, codes: int, seed: int) -> tuple[np.
     codes = min(codes, len(embeddings))
     residual = embeddings.astype(np.float32)
     sample = np.sort(np.random.default_rng(seed).permutation(len(embeddings))[: FIT_POINTS * codes])
-    codebooks, assigned = [], []
+    codebooks: list[np.ndarray] = []
+    assigned: list[np.ndarray] = []
     for level in range(levels):
         if level:
             residual = residual - codebooks[-1][assigned[-1]]
@@ -117,7 +118,8 @@ def fit(embeddings: np.ndarray, levels: int, codes: int, seed: int) -> tuple[np.
 def code_with(embeddings: np.ndarray, codebooks: np.ndarray, known: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Codes of new items from stored codebooks, the nearest of those that are `known` [L, K]; as `fit`, codes [items,
     L] and what the last level codes, [items, d]."""
-    residual, assigned = embeddings.astype(np.float32), []
+    residual = embeddings.astype(np.float32)
+    assigned: list[np.ndarray] = []
     for level, codebook in enumerate(codebooks):
         if level:
             residual = residual - codebooks[level - 1][assigned[-1]]
@@ -134,7 +136,7 @@ def resolve_collisions(
     mode: str,
     choices: np.ndarray | None = None,
     taken: Iterable[tuple[int, ...]] = (),
-) -> tuple[list[tuple[int, ...]], Counter]:
+) -> tuple[list[tuple[int, ...]], Counter[str]]:
     """The final codes of each item, and how many items were moved, extended, or share an ID.
 
     Of the items with the same codes, the one nearest to them keeps them. The others get, by mode: `move` the nearest
@@ -150,7 +152,8 @@ def resolve_collisions(
     choices = np.arange(len(codebook)) if choices is None else choices
     choice_vectors = codebook[choices]
     final = [tuple(row) for row in codes.tolist()]
-    held, done = set(taken), Counter()
+    held = set(taken)
+    done: Counter[str] = Counter()
     gap = residual - codebook[codes[:, -1]]
     others = []
     for item in np.argsort(np.einsum("nd,nd->n", gap, gap), kind="stable").tolist():
@@ -205,8 +208,8 @@ def codes_of(sid: object) -> tuple[int, ...] | None:
     """The codes of a list of SID tokens; None where `tokens` does not write it."""
     if not isinstance(sid, list) or not all(isinstance(token, str) for token in sid):
         return None
-    matches = [re.fullmatch(r"<[a-z]_(\d{1,9})>", token) for token in sid]
-    if not sid or None in matches:
+    matches = [match for token in sid if (match := re.fullmatch(r"<[a-z]_(\d{1,9})>", token))]
+    if not sid or len(matches) < len(sid):
         return None
     codes = tuple(int(match[1]) for match in matches)
     return codes if tokens(codes) == sid else None

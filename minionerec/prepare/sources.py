@@ -15,6 +15,7 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, time
+from typing import cast
 
 import numpy as np
 import pyarrow as pa
@@ -28,6 +29,7 @@ from minionerec.prepare.cleaning import INTERACTION, Spool
 BATCH_ROWS = 50_000
 BLOCK_BYTES = 16 << 20  # of delimited text; one row must fit
 HEAD_LINES = 1000  # of JSON lines, searched for keys
+BinaryFile = io.BufferedReader | gzip.GzipFile
 UNREADABLE = (OSError, EOFError, zlib.error, UnicodeDecodeError, pa.ArrowException)
 
 # Names that a column may have, in lower case without spaces, underscores and RecBole's types (`user_id:token`). The
@@ -74,7 +76,7 @@ class Source:
         line = next(iter(str(problem).strip().splitlines()), type(problem).__name__)
         return InputError(f"--{self.flag} {self.path}: {line[:300]}")
 
-    def open(self) -> io.BufferedIOBase:
+    def open(self) -> BinaryFile:
         return gzip.open(self.path) if self.gzipped else open(self.path, "rb")
 
     def batches(self, columns: Sequence[str | None]) -> Iterator[tuple[int, list[list]]]:
@@ -95,18 +97,18 @@ class Source:
         if row == 1:
             raise self.error("has no rows")
 
-    def _parquet(self, file, wanted: list[str]) -> Iterator[tuple[int, dict[str, list]]]:
+    def _parquet(self, file: BinaryFile, wanted: list[str]) -> Iterator[tuple[int, dict[str, list]]]:
         for batch in pyarrow.parquet.ParquetFile(file).iter_batches(BATCH_ROWS, columns=wanted):
             yield batch.num_rows, {name: _values(batch.column(name)) for name in wanted}
 
-    def _delimited(self, file, wanted: list[str]) -> Iterator[tuple[int, dict[str, list]]]:
+    def _delimited(self, file: BinaryFile, wanted: list[str]) -> Iterator[tuple[int, dict[str, list]]]:
         options = pyarrow.csv.ConvertOptions(include_columns=wanted, column_types=dict.fromkeys(wanted, pa.string()))
         for batch in _open_delimited(file, self.delimiter, options):
             for start in range(0, batch.num_rows, BATCH_ROWS):
                 part = batch.slice(start, BATCH_ROWS)
                 yield part.num_rows, {name: part.column(name).to_pylist() for name in wanted}
 
-    def _json(self, file, wanted: list[str]) -> Iterator[tuple[int, dict[str, list]]]:
+    def _json(self, file: BinaryFile, wanted: list[str]) -> Iterator[tuple[int, dict[str, list]]]:
         problems = FileProblems(self.path)
         values: dict[str, list] = {name: [] for name in wanted}
         size = 0
@@ -122,7 +124,9 @@ class Source:
             yield size, values
 
 
-def _open_delimited(file, delimiter: str, options: pyarrow.csv.ConvertOptions | None = None):
+def _open_delimited(
+    file: BinaryFile, delimiter: str, options: pyarrow.csv.ConvertOptions | None = None
+) -> pyarrow.csv.CSVStreamingReader:
     return pyarrow.csv.open_csv(
         file,
         read_options=pyarrow.csv.ReadOptions(use_threads=False, block_size=BLOCK_BYTES),
@@ -138,7 +142,7 @@ def _values(column: pa.Array) -> list:
     return column.to_pylist()
 
 
-def _json_objects(file, problems: FileProblems) -> Iterator[dict]:
+def _json_objects(file: BinaryFile, problems: FileProblems) -> Iterator[dict]:
     for number, line in enumerate(io.TextIOWrapper(file, "utf-8-sig", newline="\n"), 1):
         if not line.strip():
             continue
@@ -183,7 +187,7 @@ def open_source(path: str, flag: str) -> Source:
     return Source(path, flag, kind, delimiter, gzipped, names)
 
 
-def _names(source: Source, file) -> list[str]:
+def _names(source: Source, file: BinaryFile) -> list[str]:
     if source.kind == "parquet":
         return pyarrow.parquet.ParquetFile(file).schema_arrow.names
     if source.kind == "delimited":
@@ -258,11 +262,12 @@ def microseconds(value: object) -> int | None:
     the values stays. Text is such a number or an ISO 8601 date, in UTC unless it says otherwise.
     """
     if isinstance(value, str):
+        text = value.strip()
         try:
-            value = float(value)
+            value = float(text)
         except ValueError:
             try:
-                value = datetime.fromisoformat(value.strip())
+                value = datetime.fromisoformat(text)
             except ValueError:
                 return None
     if isinstance(value, date):
@@ -317,12 +322,13 @@ def read_interactions(source: Source, columns: Sequence[str], window: tuple[int,
             continue
         batch = np.zeros(len(times), INTERACTION)
         batch["time"] = times
-        read.earliest, read.latest = min(read.earliest, min(times)), max(read.latest, max(times))
+        read.earliest = min(read.earliest, int(batch["time"].min()))
+        read.latest = max(read.latest, int(batch["time"].max()))
         inside = (batch["time"] >= window[0]) & (batch["time"] < window[1])
         batch = batch[inside]
         kept = np.flatnonzero(inside).tolist()
-        batch["user"] = [users.setdefault(user_ids[i], len(users)) for i in kept]
-        batch["item"] = [items.setdefault(item_ids[i], len(items)) for i in kept]
+        batch["user"] = [users.setdefault(cast(str, user_ids[i]), len(users)) for i in kept]
+        batch["item"] = [items.setdefault(cast(str, item_ids[i]), len(items)) for i in kept]
         spool.append(batch["user"] % spool.parts, batch)
     problems.check()
     return read
@@ -353,7 +359,7 @@ def read_items(
     """
     problems = FileProblems(source.path)
     counts = {"rows": 0, "not_wanted": 0, "repeated": 0, "untitled": 0}
-    found: dict[str, RawItem | None] = {}
+    found: dict[str, RawItem] = {}
     for first, cells in source.batches(columns):
         for place, (item_cell, title, description, features, brand, categories) in enumerate(zip(*cells, strict=True)):
             row = first + place
