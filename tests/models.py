@@ -8,6 +8,8 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, TrainingArguments
 
 import lora_utils
 from minionerec.data.examples import Collator
+from minionerec.dryrun.memory import Prediction, Step, predict
+from minionerec.flags import AdapterFlags
 from minionerec.training.sft_trainer import SFTTrainer
 
 SMALL = {
@@ -65,7 +67,7 @@ def examples(count: int = 16) -> list[dict]:
 def adapted(architecture: str, tied: bool, method: str):
     model = make_model(architecture, scale=2.0, tie_word_embeddings=tied)
     if method == "lora":
-        model = lora_utils.add_lora(model, lora_utils.lora_config(model, IDS, lora_dropout=0.0))
+        model = lora_utils.add_lora(model, lora_utils.lora_config(model, IDS, AdapterFlags(lora_dropout=0.0)))
         torch.manual_seed(4)
         for parameter in model.parameters():
             if parameter.requires_grad:
@@ -103,3 +105,12 @@ def trainer_of(tmp_path, micro_batch_size: int, strategy: str = "sequential", co
             }
         ),
     )
+
+
+def predicted(
+    config, ids: list[int], step: Step, method: str = "full", on_gpu: bool = False, vocabulary: int = 96,
+    reference_copy: bool = False, **flags,
+) -> Prediction:  # fmt: skip
+    """The predicted memory of a training by a method, with other adapter flags."""
+    chosen = AdapterFlags(use_lora=method == "lora", use_qlora=method == "qlora", **flags)
+    return predict(config, vocabulary, ids, step, chosen, lora_utils.adapt, on_gpu, reference_copy)

@@ -8,6 +8,7 @@ import lora_utils
 from minionerec.data.sid_tokens import PAD
 from minionerec.decoding.beam_search import constrained_beam_search, constrained_sample
 from minionerec.decoding.trie import Trie
+from minionerec.flags import AdapterFlags
 from minionerec.training.logprobs import completion_logps
 
 EOS = 0
@@ -48,7 +49,7 @@ def one_by_one(model, prompt_ids, prompt_mask, completion_ids, completion_mask, 
 
 def with_adapter(model, dropout=0.0):
     torch.manual_seed(4)
-    model = lora_utils.add_lora(model, lora_utils.lora_config(model, IDS, lora_r=4, lora_dropout=dropout))
+    model = lora_utils.add_lora(model, lora_utils.lora_config(model, IDS, AdapterFlags(lora_r=4, lora_dropout=dropout)))
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:

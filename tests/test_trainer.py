@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from models import adapted, examples, trainer_of
 from transformers import EarlyStoppingCallback, TrainerCallback
 
+from minionerec.checkpoint import Checkpoint
 from minionerec.data.examples import Collator
 from minionerec.process_memory import forget_peak_of_loading, peak_memory_gb
 from minionerec.training.finish import save_final
@@ -131,7 +132,7 @@ def test_a_resumed_run_meets_the_same_steps(tmp_path, strategy):
         stopped.train()
     torch.manual_seed(99)
     resumed = trainer_of(tmp_path / "stopped", 2, strategy, count=16, **GROWING)
-    resumed.train(newest_checkpoint(resumed.args.output_dir))
+    resumed.train(Checkpoint.read(newest_checkpoint(resumed.args.output_dir)))
     weights = trained_weights(resumed)
     assert all(torch.equal(weights[name], weight) for name, weight in trained_weights(whole).items())
 
@@ -170,7 +171,7 @@ def test_a_moved_run_finds_its_best_checkpoint(tmp_path, monkeypatch, capfd, abs
     resumed = watched("after", losses)
     folder = resumed.args.output_dir
     assert not os.path.isabs(folder)
-    resumed.train(newest_checkpoint(os.path.abspath(folder) if absolute else folder))
+    resumed.train(Checkpoint.read(newest_checkpoint(os.path.abspath(folder) if absolute else folder)))
     assert resumed.state.best_model_checkpoint == os.path.join(folder, "checkpoint-4")
     assert resumed.best_checkpoint == "checkpoint-4"
     assert sorted(os.listdir(folder)) == ["checkpoint-12", "checkpoint-4"]  # the best is kept when others go
@@ -186,7 +187,7 @@ def test_a_best_checkpoint_that_is_gone_is_named(tmp_path, capfd):
         stopped.train()
     shutil.rmtree(stopped.state.best_model_checkpoint)
     resumed = watched(tmp_path, [1.0, 2.0, 3.0], max_steps=6)
-    resumed.train(newest_checkpoint(resumed.args.output_dir))
+    resumed.train(Checkpoint.read(newest_checkpoint(resumed.args.output_dir)))
     assert resumed.best_checkpoint is None
     assert "checkpoint-2, is not there any more" in capfd.readouterr().out
 
@@ -196,7 +197,7 @@ def test_a_run_that_stopped_early_has_nothing_left_to_train(tmp_path):
     for resume in (False, True):
         trainer = watched(tmp_path, [1.0, 2.0, 3.0, 0.5])
         trainer.add_callback(EarlyStoppingCallback(2))
-        trainer.train(newest_checkpoint(trainer.args.output_dir) if resume else None)
+        trainer.train(Checkpoint.read(newest_checkpoint(trainer.args.output_dir)) if resume else None)
         assert (trainer.state.global_step, trainer.best_checkpoint) == (6, "checkpoint-2")
         runs.append(trained_weights(trainer))
     assert all(torch.equal(runs[1][name], weight) for name, weight in runs[0].items())
