@@ -5,4 +5,4 @@ source "$(dirname "$0")/setup.sh"
 "$PYTHON" -m ruff check .
 "$PYTHON" -m ruff format --check .
 "$PYTHON" -m mypy
-OMP_NUM_THREADS=1 "$PYTHON" -m pytest -q -n 2 "$@"
+OMP_NUM_THREADS=1 "$PYTHON" -m pytest -q -n 2 --dist worksteal "$@"
