@@ -14,6 +14,7 @@ import math
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from minionerec import cli
 from minionerec.checkpoint import Checkpoint, check_base, check_model, run_record
@@ -30,7 +31,14 @@ from minionerec.flags import (
     one_of,
     zero_or_more,
 )
-from minionerec.metrics import watched_cutoff
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerFast
+    from trl import GRPOConfig
+
+    from minionerec.data.encoding import Encoder
+    from minionerec.decoding.trie import Trie
 
 REWARD_TYPES = ("rule", "ranking", "ranking_only", "semantic", "sasrec")
 LEFT_OUT = 0.2  # of the training prompts by sample_train
@@ -181,6 +189,11 @@ class RLInput:
     notes: list[str]
 
     @property
+    def cutoff_len(self) -> int:
+        """Tokens of a prompt and its completion at most, as in SFT."""
+        return self.checkpoint.flags.get("cutoff_len", 512)
+
+    @property
     def continues(self) -> bool:
         """Whether the checkpoint's own adapter trains on."""
         return self.checkpoint.adapter is not None and self.flags.adapted
@@ -283,23 +296,18 @@ def train(flags: RLFlags) -> dict:
     flags, checkpoint = files.flags, files.checkpoint
 
     from transformers import set_seed
-    from trl import GRPOConfig
 
     import lora_utils
-    from minionerec.data.encoding import Encoder
-    from minionerec.data.examples import prompt_dataset
-    from minionerec.data.sid_tokens import sid_responses
     from minionerec.decoding.probe import prove
-    from minionerec.decoding.trie import Trie
+    from minionerec.metrics import watched_cutoff
     from minionerec.model import device, loading
     from minionerec.plots import RL_PANELS
-    from minionerec.training.arguments import shared_arguments
     from minionerec.training.finish import finish
     from minionerec.training.resume import resume_point
     from minionerec.training.rewards import reward_functions
     from minionerec.training.rl_trainer import ReReTrainer
 
-    # Prove that the base can have the adapter, and that every SID becomes its own tokens, in training and validation.
+    # Prove that the base can have the adapter, and that every SID becomes its own tokens. Tokenize the prompts.
     set_seed(flags.seed)
     state = device.process_state()
     config = loading.load_config(files.base, "model_path" if checkpoint.adapter is None else "base_model")
@@ -307,39 +315,17 @@ def train(flags: RLFlags) -> dict:
     if flags.adapted:
         notes.append(lora_utils.check_adapter(config, flags, checkpoint.path if files.continues else None))
     tokenizer = loading.load_tokenizer(checkpoint.path)
-    cutoff_len = checkpoint.flags.get("cutoff_len", 512)
-    encoder = Encoder(tokenizer, files.prompts, cutoff_len)
-    eval_encoder = Encoder(tokenizer, files.validation, cutoff_len)
-    both = replace(files.prompts, tasks={**files.prompts.tasks, **files.validation.tasks})
-    sequences = sid_responses(
-        Encoder(tokenizer, both, cutoff_len),
-        files.sids,
-        files.ending,
-        files.catalogue,
-        f"--model_path {checkpoint.path}",
-        f"start from a checkpoint that sft.py made with {flags.sid_index_path}",
-    )
-    trie = Trie(sequences, tokenizer.eos_token_id)
-
-    # Tokenize the prompts; the longest SID, its end included, must fit after each.
-    train_dataset = prompt_dataset(encoder, files.train_rows, cutoff_len - trie.depth)
-    if flags.sample_train:
-        train_dataset = train_dataset.shuffle(seed=flags.seed)
-        train_dataset = train_dataset.select(range(int(LEFT_OUT * len(train_dataset)), len(train_dataset)))
-    eval_dataset = prompt_dataset(eval_encoder, files.eval_rows, cutoff_len - trie.depth)
+    encoded = encode(files, tokenizer)
+    train_dataset, trie = encoded.train_dataset, encoded.trie
     step = flags.train_batch_size * flags.gradient_accumulation_steps * state.num_processes // flags.num_generations
     steps = len(train_dataset) // step * flags.num_train_epochs
     if not steps:
         raise InputError(
             f"--train_file {flags.train_file}: {len(train_dataset)} prompts are less than the {step} of a step"
         )
+    sid_of = trie.sid_of(files.sids)
     reward_funcs = reward_functions(
-        flags.reward_type,
-        flags.num_generations,
-        trie.sid_of(files.sids),
-        files.catalogue,
-        flags.ada_path,
-        flags.cf_path,
+        flags.reward_type, flags.num_generations, sid_of, files.catalogue, flags.ada_path, flags.cf_path
     )
     for line in notes:
         state.print(line)
@@ -347,20 +333,22 @@ def train(flags: RLFlags) -> dict:
     if flags.dry_run:
         from minionerec.dryrun import report
 
-        inputs = report.Inputs(config, tokenizer, sid_token_ids, encoder, files.train_rows, lora_utils.adapt)
+        inputs = report.Inputs(config, tokenizer, sid_token_ids, encoded.encoder, files.train_rows, lora_utils.adapt)
         return report.rl(flags, inputs, list(train_dataset["prompt"]), steps, trie.depth, files.continues)
+    eval_dataset = encoded.eval_dataset
     state.print(f"prompts: {len(train_dataset):,} to train on, {len(eval_dataset):,} to validate; steps: {steps:,}")
 
     # Find the checkpoint to resume from.
     fingerprint = loading.fingerprint(files.base)
-    recorded_flags = {**flags.to_dict(), "cutoff_len": cutoff_len}
+    recorded_flags = {**flags.to_dict(), "cutoff_len": files.cutoff_len}
     run = run_record("rl", flags.method, recorded_flags, files.wording, fingerprint)
     resume = resume_point(flags, run, state.print)
 
     # Load the policy. Probed before the weights are sharded, and for the longest rows that any process can have.
     model = load_policy(files, tokenizer, fingerprint)
     beams = max(flags.test_beam, flags.num_generations * 3 // 2, flags.train_batch_size)
-    proof = prove(model, cutoff_len, cutoff_len + beams * trie.depth, f"--model_path {checkpoint.path}")
+    longest = files.cutoff_len, files.cutoff_len + beams * trie.depth
+    proof = prove(model, *longest, f"--model_path {checkpoint.path}")
     state.print(f"decoding: {proof}; completions {'share a row with' if proof.shared else 'each repeat'} their prompt")
     new_adapter = flags.adapted and not files.continues
     if new_adapter:
@@ -368,18 +356,13 @@ def train(flags: RLFlags) -> dict:
     trainable, total = lora_utils.count_parameters(model)
     state.print(lora_utils.trainable_report(model))
 
-    # Train. Evaluations and saves are counted in steps, every save after an evaluation: fractions would be rounded each
-    # for itself.
-    evaluate_every = save_every = math.ceil(flags.eval_step * steps)
-    if flags.test_during_training:
-        save_every *= round(flags.save_steps / flags.eval_step)
-    else:
-        save_every = math.ceil(flags.save_steps * steps)
+    # Train.
     watched = f"NDCG@{watched_cutoff(min(flags.test_beam, len(trie)))}"
     trainer = ReReTrainer(
         model=model,
         new_adapter=new_adapter,
         reward_funcs=reward_funcs,
+        args=grpo_config(flags, steps, trie.depth, watched, resumes=resume is not None),
         processing_class=tokenizer,
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
@@ -392,32 +375,6 @@ def train(flags: RLFlags) -> dict:
         mask_all_zero=flags.mask_all_zero,
         test_beam=flags.test_beam,
         test_batch_size=math.ceil(flags.eval_batch_size / flags.test_beam),
-        args=GRPOConfig(
-            **shared_arguments(flags),
-            per_device_train_batch_size=flags.train_batch_size,
-            per_device_eval_batch_size=flags.num_generations,  # TRL checks it; `evaluate` has its own
-            gradient_accumulation_steps=flags.gradient_accumulation_steps,
-            num_train_epochs=flags.num_train_epochs,
-            learning_rate=flags.learning_rate,
-            lr_scheduler_type="cosine",
-            warmup_steps=math.ceil(0.03 * steps),
-            max_grad_norm=0.3,
-            num_generations=flags.num_generations,
-            max_completion_length=trie.depth,
-            temperature=flags.temperature,
-            beta=flags.beta,
-            use_bias_correction_kl=False,  # the original's KL term, without TRL's ratio in front
-            sync_ref_model=flags.sync_ref_model,
-            loss_type="dapo" if flags.dapo else "grpo",
-            importance_sampling_level="sequence" if flags.gspo else "token",
-            eval_strategy="steps" if flags.test_during_training else "no",
-            eval_steps=evaluate_every,
-            eval_on_start=flags.test_during_training and resume is None,
-            save_steps=save_every,
-            load_best_model_at_end=flags.test_during_training,
-            metric_for_best_model=f"eval_{watched}",
-            greater_is_better=True,
-        ),
     )
     trainer.train(resume)
 
@@ -434,6 +391,84 @@ def train(flags: RLFlags) -> dict:
     }
     saved_dtype = None if flags.adapted else loading.saved_dtype(files.base)
     return finish(trainer, metrics, RL_PANELS, dtype=saved_dtype)
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """The input as token ids: prompts to train on and to validate, and the trie of the SIDs that complete them."""
+
+    encoder: "Encoder"
+    trie: "Trie"
+    train_dataset: "Dataset"
+    eval_dataset: "Dataset"
+
+
+def encode(files: RLInput, tokenizer: "PreTrainedTokenizerFast") -> Encoded:
+    """Tokenizes the prompts, and the SIDs, each of which must become its own tokens in all prompts and responses.
+
+    Raises InputError where one does not.
+    """
+    from minionerec.data.encoding import Encoder
+    from minionerec.data.examples import prompt_dataset
+    from minionerec.data.sid_tokens import sid_responses
+    from minionerec.decoding.trie import Trie
+
+    flags, where = files.flags, f"--model_path {files.checkpoint.path}"
+    tasks = {**files.prompts.tasks, **files.validation.tasks}
+    checked = Encoder(tokenizer, replace(files.prompts, tasks=tasks), files.cutoff_len)
+    remedy = f"start from a checkpoint that sft.py made with {flags.sid_index_path}"
+    sequences = sid_responses(checked, files.sids, files.ending, files.catalogue, where, remedy)
+    trie = Trie(sequences, tokenizer.eos_token_id)
+
+    # The longest SID, its end included, must fit after each prompt.
+    budget = files.cutoff_len - trie.depth
+    encoder = Encoder(tokenizer, files.prompts, files.cutoff_len)
+    train_dataset = prompt_dataset(encoder, files.train_rows, budget)
+    if flags.sample_train:
+        train_dataset = train_dataset.shuffle(seed=flags.seed)
+        train_dataset = train_dataset.select(range(int(LEFT_OUT * len(train_dataset)), len(train_dataset)))
+    eval_encoder = Encoder(tokenizer, files.validation, files.cutoff_len)
+    return Encoded(encoder, trie, train_dataset, prompt_dataset(eval_encoder, files.eval_rows, budget))
+
+
+def grpo_config(flags: RLFlags, steps: int, depth: int, watched: str, resumes: bool) -> "GRPOConfig":
+    """The trainer's settings: `steps` in all, completions of at most `depth` tokens, the metric that chooses the best
+    checkpoint, and whether the run resumes."""
+    from trl import GRPOConfig
+
+    from minionerec.training.arguments import shared_arguments
+
+    # Counted in steps, and every save is after an evaluation; as fractions, each would be rounded separately.
+    evaluate_every = math.ceil(flags.eval_step * steps)
+    save_every = math.ceil(flags.save_steps * steps)
+    if flags.test_during_training:
+        save_every = evaluate_every * round(flags.save_steps / flags.eval_step)
+    return GRPOConfig(
+        **shared_arguments(flags),
+        per_device_train_batch_size=flags.train_batch_size,
+        per_device_eval_batch_size=flags.num_generations,  # TRL checks it; `evaluate` has its own
+        gradient_accumulation_steps=flags.gradient_accumulation_steps,
+        num_train_epochs=flags.num_train_epochs,
+        learning_rate=flags.learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=math.ceil(0.03 * steps),
+        max_grad_norm=0.3,
+        num_generations=flags.num_generations,
+        max_completion_length=depth,
+        temperature=flags.temperature,
+        beta=flags.beta,
+        use_bias_correction_kl=False,  # the original's KL term, without TRL's ratio in front
+        sync_ref_model=flags.sync_ref_model,
+        loss_type="dapo" if flags.dapo else "grpo",
+        importance_sampling_level="sequence" if flags.gspo else "token",
+        eval_strategy="steps" if flags.test_during_training else "no",
+        eval_steps=evaluate_every,
+        eval_on_start=flags.test_during_training and not resumes,
+        save_steps=save_every,
+        load_best_model_at_end=flags.test_during_training,
+        metric_for_best_model=f"eval_{watched}",
+        greater_is_better=True,
+    )
 
 
 def load_policy(files: RLInput, tokenizer, fingerprint: str | None):

@@ -1,5 +1,5 @@
 """Runs that end badly: stopped, out of room, with a loss that is no number. Kills: test_sft.py, test_rl.py and
-scripts/kill_and_resume.py."""
+benchmarks/kill_and_resume.py."""
 
 import json
 import os

@@ -4,7 +4,8 @@ import shutil
 import pytest
 import torch
 import torch.nn.functional as F
-from models import adapted, examples, trainer_of
+import transformers
+from models import adapted, examples, make_model, trainer_of
 from transformers import EarlyStoppingCallback, TrainerCallback
 
 from minionerec.checkpoint import Checkpoint
@@ -215,6 +216,18 @@ def test_validation_takes_the_longest_rows_first_and_gives_the_same_loss(tmp_pat
         logits, targets = response_logits(trainer.model, Collator(0)([example]))
         each.append(F.cross_entropy(logits.float(), targets).item())
     assert losses == pytest.approx([sum(each) / len(each)] * 3, rel=1e-5)
+
+
+def test_a_tied_head_is_not_called_missing(tmp_path, monkeypatch):
+    trainer, warned = trainer_of(tmp_path, 4), []
+    trainer.model = make_model("qwen2", tie_word_embeddings=True)
+    monkeypatch.setattr(transformers.trainer.logger, "warning", warned.append)
+    saved = {name: tensor for name, tensor in trainer.model.state_dict().items() if name != "lm_head.weight"}
+    trainer._issue_warnings_after_load(trainer.model.load_state_dict(saved, strict=False))
+    assert not warned
+    del saved["model.norm.weight"]
+    trainer._issue_warnings_after_load(trainer.model.load_state_dict(saved, strict=False))
+    assert len(warned) == 1 and "['model.norm.weight']" in warned[0]
 
 
 def test_only_complete_checkpoints_count(tmp_path):

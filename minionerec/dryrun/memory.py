@@ -32,7 +32,7 @@ GB = 1e9
 CUDA_CONTEXT = 0.6e9  # of the driver and its libraries, about; torch.cuda.max_memory_allocated does not count it
 # Of the activations, what the C library holds back when they are freed, as measured: benchmarks/memory.py.
 HELD_BACK_ON_CPU = 0.65
-# Of the bfloat16 products that `cli.PRODUCTS_KEPT` keeps compiled on a CPU, as measured.
+# Of the bfloat16 products that `cli.KERNEL_CACHE_LIMITS` keeps compiled on a CPU, as measured.
 COMPILED_ON_CPU = 0.1e9
 
 

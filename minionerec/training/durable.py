@@ -94,6 +94,12 @@ class DurableRun:
                 self.accelerator.print(f"warning: the best checkpoint, {best}, is not there any more")
         return trained
 
+    def _issue_warnings_after_load(self, load_result) -> None:
+        """The Trainer's, without tied weights: a checkpoint holds one of their names, and loading it fills both."""
+        tied = getattr(self.model, "all_tied_weights_keys", {})
+        missing = [name for name in load_result.missing_keys if name not in tied]
+        super()._issue_warnings_after_load(load_result._replace(missing_keys=missing))
+
     def _run_epoch(self, *args, **kwargs):
         """The Trainer's, unless the run it goes on from had ended by itself: then nothing is left to train."""
         stops = (c for c in self.callback_handler.callbacks if isinstance(c, EarlyStoppingCallback))

@@ -1,6 +1,6 @@
 """Kills SFT and RL with SIGKILL at random moments, resumes them, and compares the end with a run left alone.
 
-    python scripts/kill_and_resume.py --output_dir out/kills --kills 20
+    python benchmarks/kill_and_resume.py --output_dir out/kills --kills 20
 
 Every second kill waits for a checkpoint to appear and strikes while it is being written. After each one all checkpoints
 that count as complete are loaded. Exits with 1 where a file is damaged or the final weights differ.
