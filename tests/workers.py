@@ -100,9 +100,9 @@ def watched(folder: str, script: str, *flags: str) -> None:
     of the loss how many of its completions counted. A reference that follows the policy does so every 2 steps."""
     from trl import GRPOConfig, GRPOTrainer
 
-    from minionerec.training import finish
+    from minionerec.training import finish as end
 
-    end, check, compute = finish.finish, GRPOConfig.__post_init__, GRPOTrainer._compute_loss
+    finish, check, compute = end.finish, GRPOConfig.__post_init__, GRPOTrainer._compute_loss
     counted: list[int] = []
 
     def recorded(run, *args, **kwargs):
@@ -113,7 +113,7 @@ def watched(folder: str, script: str, *flags: str) -> None:
                 digest.update(whole.detach().contiguous().view(torch.uint8).numpy().tobytes())
         Path(folder, f"rank{rank()}").write_text(digest.hexdigest())
         Path(folder, f"rank{rank()}.counted").write_text(json.dumps(counted))
-        return end(run, *args, **kwargs)
+        return finish(run, *args, **kwargs)
 
     def checked(config):
         config.ref_model_sync_steps = 2
@@ -123,7 +123,7 @@ def watched(folder: str, script: str, *flags: str) -> None:
         counted.append(int(inputs["completion_mask"].any(dim=1).sum()))
         return compute(run, model, inputs)
 
-    finish.finish, GRPOConfig.__post_init__, GRPOTrainer._compute_loss = recorded, checked, computed
+    end.finish, GRPOConfig.__post_init__, GRPOTrainer._compute_loss = recorded, checked, computed
     run(folder, script, flags)
 
 
