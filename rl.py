@@ -34,7 +34,7 @@ from minionerec.flags import (
 
 if TYPE_CHECKING:
     from datasets import Dataset
-    from transformers import PreTrainedTokenizerFast
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
     from trl import GRPOConfig
 
     from minionerec.data.encoding import Encoder
