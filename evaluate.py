@@ -87,17 +87,18 @@ def read_input(flags: EvaluateFlags) -> EvaluateInput:
             f"--base_model {flags.base_model}: is an adapter, not a model; name the base of --adapter {flags.adapter}"
         )
     checkpoint = problems.attempt(Checkpoint.read, flags.adapter or flags.base_model)
-    prompts = None
+    base = prompts = None
     if checkpoint:
         base = flags.base_model if flags.adapter else problems.attempt(checkpoint.base, WITH_BASE)
         prompts = problems.attempt(checkpoint.prompts, flags.category, flags.prompt_file, RECOMMENDATION)
     sids = problems.attempt(read_info, flags.info_file)
-    titles = bool(prompts) and prompts.need_titles
+    titles = prompts.need_titles if prompts else False
     rows = read_interactions(flags.test_data_path, "test_data_path", sids, titles)
     examples = problems.attempt(list, rows)
     if flags.train_file:
         problems.attempt(count_rows, flags.train_file, "train_file", titles=False)
     problems.check()
+    assert checkpoint and base and prompts and sids and examples  # nothing was wrong
     if flags.prompt_file:
         notes = checkpoint.differing_prompts(prompts)
     else:

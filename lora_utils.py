@@ -13,6 +13,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from operator import methodcaller
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, TaskType, TrainableTokensConfig, get_peft_model
@@ -41,7 +42,7 @@ def _in_attention(model: nn.Module, name: str) -> bool:
     )
 
 
-def _suffixes(wanted: list[str], others: Iterable[str]) -> list[str]:
+def _suffixes(wanted: Iterable[str], others: Iterable[str]) -> list[str]:
     """The shortest dotted endings that match all of `wanted` and none of `others` as PEFT matches them."""
     taken = {ending for name in others for ending in _endings(name)}
     return sorted({next((ending for ending in _endings(name) if ending not in taken), name) for name in wanted})
@@ -74,9 +75,10 @@ def _chosen(model: nn.Module, spec: str) -> tuple[list[str], list[str]]:
             f"--lora_target_modules {spec!r}: {', '.join(unmatched) or 'nothing'} matches no linear layer of "
             f"{type(model).__name__}; there are all, qkv, {', '.join(_suffixes(every, []))}"
         )
-    return tuple(
+    layers, stacks = (
         [n for n in group if any(_matches(name, n) for name in names)] for group in (found.layers, found.experts)
     )
+    return layers, stacks
 
 
 def _matches(target: str, name: str) -> bool:
@@ -256,9 +258,9 @@ def load_adapted(
     quantization: BitsAndBytesConfig | None = None,
     trainable: bool = False,
     merge_in: torch.dtype | None = None,
-    merge: Callable[[PeftModel], object] = methodcaller("merge_and_unload"),
+    merge: Callable[[PeftModel], Any] = methodcaller("merge_and_unload"),
     fingerprint: str | None = None,
-) -> PeftModel | object:
+) -> Any:
     """The model of an adapter checkpoint on its base, or, with `merge_in`, what `merge` makes of it on a base of that
     precision: one whole model.
 

@@ -93,14 +93,17 @@ def read_input(flags: MergeFlags) -> MergeInput:
     # Rankings are compared wherever the recorded files still exist; files that were named must.
     unread = problems if flags.eval_file or flags.sid_index_path else Problems()
     recorded = checkpoint.flags if checkpoint else {}
-    prompts = checkpoint and unread.attempt(checkpoint.prompts, recorded.get("category", ""), None, RECOMMENDATION)
+    prompts = None
+    if checkpoint:
+        prompts = unread.attempt(checkpoint.prompts, recorded.get("category", ""), None, RECOMMENDATION)
     catalogue = unread.attempt(read_catalogue, flags.sid_index_path or recorded.get("sid_index_path", ""))
-    titles = bool(prompts) and prompts.need_titles
+    titles = prompts.need_titles if prompts else False
     interactions = read_interactions(
-        flags.eval_file or recorded.get("eval_file", ""), "eval_file", catalogue and catalogue.sids, titles
+        flags.eval_file or recorded.get("eval_file", ""), "eval_file", catalogue.sids if catalogue else None, titles
     )
     rows = unread.attempt(lambda: list(islice(interactions, flags.sample)))
     problems.check()
+    assert checkpoint  # nothing was wrong
     return MergeInput(checkpoint, base, prompts, catalogue, rows, unread)
 
 
@@ -128,6 +131,7 @@ def merge(flags: MergeFlags) -> dict:
     dtype = loading.saved_dtype(files.base) if flags.dtype == "auto" else getattr(torch, flags.dtype)
 
     def rankings(model: torch.nn.Module) -> list[list[int]]:
+        assert files.prompts and files.catalogue and files.rows  # nothing is unread
         encoder = Encoder(tokenizer, files.prompts, checkpoint.flags.get("cutoff_len", 512))
         task, sids = files.prompts.tasks[RECOMMENDATION], sorted(files.catalogue.sids)
         remedy = "give the --sid_index_path it was trained with"
@@ -150,7 +154,12 @@ def merge(flags: MergeFlags) -> dict:
     )
     align_special_tokens(model, tokenizer)
     precision = str(dtype).removeprefix("torch.")
-    report = {"adapter": flags.adapter, "base_model": files.base, "into": flags.into, "saved": flags.output_dir}
+    report: dict[str, object] = {
+        "adapter": flags.adapter,
+        "base_model": files.base,
+        "into": flags.into,
+        "saved": flags.output_dir,
+    }
     report |= {"dtype": precision, "updated_weights": updated, "changed_weights": changed}
 
     # Save beside the output folder, compare, and put it in its place.

@@ -34,11 +34,12 @@ from minionerec.flags import (
 
 if TYPE_CHECKING:
     from datasets import Dataset
-    from transformers import PreTrainedTokenizerFast
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
     from trl import GRPOConfig
 
     from minionerec.data.encoding import Encoder
     from minionerec.decoding.trie import Trie
+    from minionerec.dryrun.memory import Prediction
 
 REWARD_TYPES = ("rule", "ranking", "ranking_only", "semantic", "sasrec")
 LEFT_OUT = 0.2  # of the training prompts by sample_train
@@ -239,8 +240,9 @@ def read_input(flags: RLFlags) -> RLInput:
             problems.add(
                 f"--tasks {flags.tasks}: {task.name} asks for a title; RL rewards items: {', '.join(RL_TASKS)}"
             )
-    endings = {task.ending for task in [*prompts.tasks.values(), *validation.tasks.values()]} if prompts else set()
-    if len(endings - {None}) > 1:
+    tasks = [*prompts.tasks.values(), *validation.tasks.values()] if prompts and validation else []
+    endings = {task.ending for task in tasks if task.ending is not None}
+    if len(endings) > 1:
         problems.add(
             f"--tasks {flags.tasks}: what follows the SID differs between the responses, of {RECOMMENDATION} too; RL "
             "writes them all alike"
@@ -257,6 +259,7 @@ def read_input(flags: RLFlags) -> RLInput:
     notes += check_interactions(problems, "eval_file", flags.eval_file, sids, validation)[1]
     notes += items_left_out(catalogue, prompts, flags.item_meta_path)
     problems.check()
+    assert checkpoint and prompts and validation and wording and catalogue and sids  # nothing was wrong
 
     # What differs from the checkpoint. The shape of an adapter stays what it was.
     if flags.prompt_file:
@@ -289,7 +292,7 @@ def _how_it_continues(checkpoint: Checkpoint, flags: RLFlags) -> list[str]:
 
 
 @command(RLFlags)
-def train(flags: RLFlags) -> dict:
+def train(flags: RLFlags) -> "dict | Prediction":
     """Trains an SFT checkpoint further on rewards for the items it recommends (GRPO). Batch sizes count completions."""
     # Check the flags, the checkpoint and every row of the files, before anything heavy is imported.
     files = read_input(flags)
@@ -471,7 +474,7 @@ def grpo_config(flags: RLFlags, steps: int, depth: int, watched: str, resumes: b
     )
 
 
-def load_policy(files: RLInput, tokenizer, fingerprint: str | None):
+def load_policy(files: RLInput, tokenizer: "PreTrainedTokenizerFast", fingerprint: str | None) -> "PreTrainedModel":
     """The model to train: the checkpoint's adapter on its base, merged into it, or a whole model."""
     import lora_utils
     from minionerec.model import architecture, device, loading

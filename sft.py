@@ -11,6 +11,7 @@ response tokens only, exact resuming, and input that is checked before anything 
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from minionerec import cli
 from minionerec.checkpoint import check_base, run_record
@@ -19,6 +20,9 @@ from minionerec.data.prompts import Prompts, load_prompts
 from minionerec.data.texts import check_interactions, items_left_out
 from minionerec.errors import Problems
 from minionerec.flags import TrainingFlags, above_zero, check_batch, command, flag, fraction_of_training
+
+if TYPE_CHECKING:
+    from minionerec.dryrun.memory import Prediction
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,11 +125,12 @@ def read_input(flags: SFTFlags) -> SFTInput:
     notes += check_interactions(problems, "eval_file", flags.eval_file, sids, eval_prompts)[1]
     notes += items_left_out(catalogue, prompts, flags.item_meta_path)
     problems.check()
+    assert prompts and eval_prompts and catalogue  # nothing was wrong
     return SFTInput(flags, prompts, eval_prompts, catalogue, num_rows, notes)
 
 
 @command(SFTFlags)
-def train(flags: SFTFlags) -> dict:
+def train(flags: SFTFlags) -> "dict | Prediction":
     """Fine-tunes a causal LM to write the semantic ID (SID) of the next item.
 
     The checkpoint with the lowest validation loss on the task sid_history_to_sid is kept.

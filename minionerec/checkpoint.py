@@ -117,7 +117,7 @@ class Checkpoint:
             recorded_none = f", and {self.path} recorded none" if self.path else ""
             raise InputError(f"--category is missing{recorded_none}; say what the items are")
         known = None if prompt_file and category.strip() else self.recorded_prompts
-        prompts = load_prompts(category or known.category, prompt_file, tasks, default)
+        prompts = load_prompts(category or (known.category if known else ""), prompt_file, tasks, default)
         if prompt_file or known is None:
             return prompts
         responses = {task.response for task in known.tasks.values() if task.ending is not None}

@@ -18,6 +18,7 @@ import types
 import typing
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 from minionerec.errors import InputError, RunError
 
@@ -44,7 +45,7 @@ THREADS_SLEEP = {"OMP_WAIT_POLICY": "PASSIVE"}
 CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
 
 
-def parse_value(text: str, annotation) -> object:
+def parse_value(text: str, annotation: Any) -> object:
     """The value of a flag from its text. Raises ValueError, naming what is expected, where the text does not fit.
 
     `annotation` is bool, int, float or str, or one of them `| None` (then the text None gives None).

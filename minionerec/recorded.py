@@ -14,7 +14,7 @@ def _is_whole(least: int):
 
 
 def _is_number(value: object) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
+    return isinstance(value, int | float) and type(value) is not bool and math.isfinite(value)
 
 
 def _is(*kinds: type):

@@ -1,6 +1,8 @@
 #!/usr/bin/env bash
-# Lints and runs the tests; arguments go to pytest: bash scripts/test.sh -k trie
+# Lints, checks the types and runs the tests; arguments go to pytest: bash scripts/test.sh -m "not slow" -k trie
+DEV=1
 source "$(dirname "$0")/setup.sh"
 "$PYTHON" -m ruff check .
 "$PYTHON" -m ruff format --check .
-OMP_NUM_THREADS=1 "$PYTHON" -m pytest -q -n 2 "$@"
+"$PYTHON" -m mypy
+OMP_NUM_THREADS=1 "$PYTHON" -m pytest -q -n 2 --dist worksteal "$@"

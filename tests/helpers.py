@@ -1,20 +1,33 @@
-"""What tests share: paths, tables of input, and commands run in this process or in a new one."""
+"""What tests share: paths, tables of input, commands run in this process, and what their runs left."""
 
 import contextlib
 import csv
+import gzip
 import io
+import json
 import os
 import random
+import resource
 import runpy
 import subprocess
 import sys
 import traceback
+from collections.abc import Iterator
 from pathlib import Path
 from unittest import mock
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from safetensors.torch import load_file
 
 ROOT = Path(__file__).resolve().parent.parent
+# The files of checkpoints, by what they are, and what those of a run that goes on hold besides.
+CHECKPOINT = {"minionerec.json", "tokenizer.json", "tokenizer_config.json"}
+ADAPTER = CHECKPOINT | {"README.md", "adapter_config.json", "adapter_model.safetensors"}
+WHOLE = CHECKPOINT | {"config.json", "generation_config.json", "model.safetensors"}
+STATE = {"optimizer.pt", "rng_state.pth", "scheduler.pt", "trainer_state.json"}
 COLUMNS = ["user_id", "history_item_title", "item_title", "history_item_id", "item_id", "history_item_sid", "item_sid"]
 
 
@@ -57,10 +70,15 @@ def run_command(script: str, *extra: str, **flags: object) -> subprocess.Complet
     return subprocess.CompletedProcess(argv, code, output.getvalue(), errors.getvalue())
 
 
-def run_in_new_process(script: str, *extra: str, **flags: object) -> subprocess.CompletedProcess:
-    """Runs a command line in a process of its own, where that is what a test is about."""
-    argv = [sys.executable, str(ROOT / script), *flag_words(flags), *extra]
-    return subprocess.run(argv, capture_output=True, text=True, cwd=ROOT, timeout=300)
+@contextlib.contextmanager
+def largest_file(size: int) -> Iterator[None]:
+    """Writing a file fails after `size` bytes, as on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def _forget_earlier_runs() -> None:
@@ -89,3 +107,59 @@ def sft_flags(files: dict[str, str], base: str, output_dir: object, **more: obje
         "eval_step": 0.25,
     }
     return {**flags, **more}
+
+
+def rl_flags(files, start, output, **more) -> dict:
+    flags = {"model_path": start, "train_file": files["train"], "eval_file": files["valid"]}
+    flags |= {"info_file": files["info"], "sid_index_path": files["index"], "item_meta_path": files["item"]}
+    flags |= {"output_dir": output, "category": "bolts", "num_generations": 4, "train_batch_size": 16}
+    flags |= {"test_beam": 10, "learning_rate": 1e-3, "eval_step": 0.5, "save_steps": 0.5, "reward_type": "ranking"}
+    return {**flags, "tasks": "sid_history_to_sid", "beam_search": True, **more}
+
+
+def evaluate_flags(files, result, **more) -> dict:
+    flags = {"info_file": files["info"], "test_data_path": files["test"], "result_json_data": result, "num_beams": 20}
+    return {**flags, **more}
+
+
+def refused(script: str, message: str, **flags) -> None:
+    result = run_command(script, **flags)
+    assert result.returncode == 2, result.stderr[-2000:]
+    lines = result.stderr.strip().splitlines()
+    assert any(message in line for line in lines), result.stderr
+    assert all(line.startswith(f"{script}: error: ") for line in lines), result.stderr
+
+
+def strings(flags: dict) -> dict:
+    """Flags as the command line gives them to a command."""
+    return {name: str(value) if isinstance(value, Path) else value for name, value in flags.items()}
+
+
+def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(next(folder.glob("*model.safetensors")))
+
+
+def newest(run: Path) -> Path:
+    return max(run.glob("checkpoint-*"), key=lambda folder: int(folder.name.rsplit("-", 1)[1]))
+
+
+def logged(run: Path, key: str) -> list[float]:
+    history = json.loads((run / "metrics.json").read_text())["history"]
+    return [entry[key] for entry in history if key in entry]
+
+
+def encoded(rows: list[dict], form: str, zipped: bool = False) -> bytes:
+    """Rows as the bytes of a file."""
+    if form == "parquet":
+        file = io.BytesIO()
+        pq.write_table(pa.Table.from_pylist(rows), file)
+        content = file.getvalue()
+    elif form == "json":
+        content = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    else:
+        text = io.StringIO()
+        writer = csv.DictWriter(text, rows[0], delimiter="\t" if form == "tsv" else ",")
+        writer.writeheader()
+        writer.writerows(rows)
+        content = text.getvalue().encode()
+    return gzip.compress(content) if zipped else content

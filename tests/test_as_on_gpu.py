@@ -7,9 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from as_on_gpu import answer
-from helpers import sft_flags
-from safetensors.torch import load_file
-from test_rl import rl_flags
+from helpers import logged, newest, rl_flags, sft_flags, strings, tensors_of
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import evaluate
@@ -59,26 +57,8 @@ def trained(files, published, tmp_path_factory):
     return folder
 
 
-def strings(flags: dict) -> dict:
-    """Flags as the command line gives them to a command."""
-    return {name: str(value) if isinstance(value, Path) else value for name, value in flags.items()}
-
-
-def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(next(folder.glob("*model.safetensors")))
-
-
 def dtypes_of(folder: Path) -> set[torch.dtype]:
     return {tensor.dtype for tensor in tensors_of(folder).values()}
-
-
-def newest(run: Path) -> Path:
-    return max(run.glob("checkpoint-*"), key=lambda folder: int(folder.name.rsplit("-", 1)[1]))
-
-
-def logged(run: Path, key: str) -> list[float]:
-    history = json.loads((run / "metrics.json").read_text())["history"]
-    return [entry[key] for entry in history if key in entry]
 
 
 @pytest.mark.parametrize("method", SFT)

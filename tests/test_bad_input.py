@@ -2,7 +2,7 @@ import json
 from pathlib import Path
 
 import pytest
-from helpers import COLUMNS, run_command, sft_flags
+from helpers import COLUMNS, refused, run_command, sft_flags
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import lora_utils
@@ -34,14 +34,6 @@ SFT = [
     ({"report_to": "carrier_pigeon"}, "--report_to 'carrier_pigeon'"),
     ({"resume_from_checkpoint": "nowhere"}, "--resume_from_checkpoint 'nowhere': no such folder"),
 ]
-
-
-def refused(script: str, message: str, **flags) -> None:
-    result = run_command(script, **flags)
-    assert result.returncode == 2, result.stderr[-2000:]
-    lines = result.stderr.strip().splitlines()
-    assert any(message in line for line in lines), result.stderr
-    assert all(line.startswith(f"{script}: error: ") for line in lines), result.stderr
 
 
 @pytest.mark.parametrize(("flags", "message"), SFT)

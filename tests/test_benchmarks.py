@@ -7,7 +7,11 @@ from helpers import run_command
 
 
 @pytest.mark.parametrize(
-    ("script", "flags"), [("startup", {}), ("padding", {"steps": 1, "batch_size": 16, "micro_batch_size": 8})]
+    ("script", "flags"),
+    [
+        pytest.param("startup", {}, marks=pytest.mark.slow),
+        ("padding", {"steps": 1, "batch_size": 16, "micro_batch_size": 8}),
+    ],
 )
 def test_a_benchmark_measures(files, base, script, flags):
     paths = {"train_file": files["train"], "sid_index_path": files["index"], "item_meta_path": files["item"]}

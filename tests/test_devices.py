@@ -2,67 +2,22 @@
 adapter on every rank, weights that are shared out, and the engines' configurations."""
 
 import json
-import os
 import re
 import shutil
-import socket
-import subprocess
-import sys
-from importlib.util import find_spec
 from pathlib import Path
 
-import psutil
+import processes
 import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
-from helpers import ROOT, run_command, sft_flags
+from helpers import ROOT, flag_words, rl_flags, run_command, sft_flags
+from processes import ENGINES, two_processes
 from safetensors.torch import load_file
-from test_rl import rl_flags
 
 import lora_utils
 from minionerec.flags import AdapterFlags
 from minionerec.model import loading
 from minionerec.training.resume import newest_checkpoint
-
-
-def launch(module: str, *argv: object, code: int = 0) -> str:
-    """Runs a module, checks its exit code and returns what it wrote to standard error. One that hangs ends with all the
-    processes it started."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "DS_ACCELERATOR": "cpu"}
-    command = [sys.executable, "-m", module, *map(str, argv)]
-    streams = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
-    with subprocess.Popen(command, cwd=ROOT, env=environment, **streams) as process:
-        try:
-            _, errors = process.communicate(timeout=300)
-        except BaseException:
-            for started in [*psutil.Process(process.pid).children(recursive=True), process]:
-                started.kill()
-            raise
-    assert process.returncode == code, errors[-3000:]
-    return errors
-
-
-def torchrun(*argv: object, **more) -> str:
-    return launch("torch.distributed.run", "--standalone", "--nproc_per_node", 2, *argv, **more)
-
-
-needs_deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="pip install deepspeed")
-ENGINES = ["fsdp", pytest.param("zero2", marks=needs_deepspeed), pytest.param("zero3", marks=needs_deepspeed)]
-
-
-def two_processes(engine: str, folder: Path, script: str, flags: dict, mode: str = "watched", code: int = 0) -> str:
-    """Runs a command in two processes, as a mode of workers.py; returns what they wrote to standard error."""
-    argv = ["tests/workers.py", mode, folder, script, *(f"--{name}={value}" for name, value in flags.items())]
-    if engine == "torchrun":
-        return torchrun(*argv, code=code)
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    config = ["--config_file", f"configs/{engine}.yaml", "--main_process_port", port]
-    errors = launch("accelerate.commands.launch", *config, *argv, code=code)
-    if mode == "watched" and engine != "zero3":  # where each process holds its shard only
-        assert (folder / "rank0").read_text() == (folder / "rank1").read_text()
-    return errors
 
 
 def assert_same_run(one: Path, two: Path, atol: float) -> None:
@@ -104,21 +59,24 @@ def trained(files, base, tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["lora", "qlora"])
 @pytest.mark.parametrize("engine", ["torchrun", *ENGINES])
 def test_two_processes_of_an_engine_train_as_one_does(files, base, trained, tmp_path, engine, method):
     flags = sft_flags(files, base, tmp_path / "two", **METHODS[method], **SMALL_STEPS)
-    two_processes(engine, tmp_path, "sft.py", flags)
+    two_processes(engine, tmp_path, "sft.py", flags, launched=method == "lora")
     # DeepSpeed keeps the adapter of a quantized base in bfloat16, beside its own float32 copy.
     assert_same_run(trained(method), tmp_path / "two", 3e-3 if method == "qlora" else 1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ENGINES)
 def test_an_engine_saves_a_tied_matrix_once(files, base, trained, tmp_path, engine):
     two_processes(engine, tmp_path, "sft.py", sft_flags(files, base, tmp_path / "two", **SMALL_STEPS))
     assert_same_run(trained("full"), tmp_path / "two", 1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ["torchrun", *ENGINES])
 def test_an_engine_goes_on_from_its_checkpoint(files, base, trained, tmp_path, engine):
     flags = sft_flags(files, base, tmp_path / "two", **METHODS["grouped lora"], **SMALL_STEPS)
@@ -132,6 +90,7 @@ def test_an_engine_goes_on_from_its_checkpoint(files, base, trained, tmp_path, e
     assert_same_checkpoint(trained("grouped lora"), tmp_path / "two")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ENGINES)
 def test_an_engine_does_the_same_rl(files, trained, tmp_path, engine):
     start = trained("lora") / "final_checkpoint"
@@ -159,8 +118,9 @@ def sparse(files, trained, tmp_path_factory):
     def run(start: str):
         if start not in runs:
             folder = tmp_path_factory.mktemp("sparse")
-            argv = [f"--{name}={value}" for name, value in flags_of(start, folder / "one", 4).items()]
-            launch("tests.workers", "watched", folder, "rl.py", *argv)
+            flags = flags_of(start, folder / "one", 4)
+            one = processes.start("watched", folder, "rl.py", *flag_words(flags))
+            assert one.wait() == [0], one.errors[-3000:]
             runs[start] = folder / "one"
         return runs[start], lambda output: flags_of(start, output, 2)
 
@@ -177,6 +137,7 @@ def assert_same_checkpoint(one: Path, two: Path) -> None:
         torch.testing.assert_close(tensors[1], tensors[0], atol=1e-4, rtol=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("start", ["lora", "full"])
 @pytest.mark.parametrize("engine", ["torchrun", *ENGINES])
 def test_a_process_without_a_group_that_counts_keeps_pace(sparse, tmp_path, engine, start):
@@ -196,6 +157,7 @@ def test_a_process_without_a_group_that_counts_keeps_pace(sparse, tmp_path, engi
     assert_same_checkpoint(one, tmp_path / "two")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ["torchrun", *ENGINES])
 def test_sid_rows_trained_alone_are_merged_from_their_shards(files, base, trained, tmp_path, engine):
     flags = sft_flags(files, base, tmp_path / "two", **METHODS["freeze_LLM"], **SMALL_STEPS)
@@ -211,6 +173,7 @@ def test_sid_rows_trained_alone_are_merged_from_their_shards(files, base, traine
     assert_same_run(one, two, 1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("mode", "said"),
     [
@@ -225,15 +188,25 @@ def test_sid_rows_trained_alone_are_merged_from_their_shards(files, base, traine
 @pytest.mark.parametrize("engine", ["torchrun", "fsdp"])
 def test_what_ends_one_process_ends_all(files, base, tmp_path, engine, mode, said):
     flags = sft_flags(files, base, tmp_path / "run", **METHODS["lora"], **SMALL_STEPS)
-    errors = two_processes(engine, tmp_path, "sft.py", flags, mode, code=1)
+    launched = engine == "torchrun" and mode == "loss_is_nan"
+    errors = two_processes(engine, tmp_path, "sft.py", flags, mode, code=1, launched=launched)
     assert [(tmp_path / f"rank{rank}.exit").read_text() for rank in (0, 1)] == ["1", "1"]
     lines = [line for line in errors.splitlines() if line.startswith("sft.py: error: ")]
     assert len(lines) == 1 and re.match(f"sft.py: error: {said}", lines[0])
     assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-4"]
 
 
+@pytest.mark.slow
 def test_weights_that_fsdp_shares_out_train_and_decode_the_same():
-    torchrun("tests/workers.py", "fsdp")
+    two = processes.start("fsdp", ranks=2)
+    assert two.wait() == [0, 0], two.errors[-3000:]
+
+
+@pytest.mark.slow
+def test_two_processes_try_and_rank_alike():
+    """Under FSDP every forward pass is a collective: all must try the same ways and run as many passes."""
+    two = processes.start("probe", ranks=2)
+    assert two.wait() == [0, 0], two.errors[-3000:]
 
 
 @pytest.mark.parametrize("name", ["zero2", "zero3", "fsdp"])

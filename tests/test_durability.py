@@ -4,37 +4,20 @@ benchmarks/kill_and_resume.py."""
 import json
 import os
 import re
-import resource
 import signal
-import subprocess
-import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from helpers import ROOT, run_command, sft_flags
-from test_bad_input import refused
-from test_trainer import trainer_of
+from helpers import largest_file, refused, run_command, sft_flags
+from models import trainer_of
+from processes import start_command
 
 from minionerec.errors import InputError, Problems, RunError
 from minionerec.flags import RunFlags, check_output_dir
 from minionerec.training.resume import resume_point
 
 FLAGS = {"use_lora": True, "num_epochs": 4, "eval_step": 0.2, "learning_rate": 1e-3}
-
-
-def start(files, base, output, **more) -> subprocess.Popen:
-    flags = sft_flags(files, base, output, **{**FLAGS, **more})
-    argv = [sys.executable, str(ROOT / "sft.py"), *(f"--{name}={value}" for name, value in flags.items())]
-    return subprocess.Popen(argv, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-
-
-def wait_for_checkpoint(process: subprocess.Popen, output: Path) -> None:
-    deadline = time.time() + 200
-    while time.time() < deadline and not list(output.glob("checkpoint-*/trainer_state.json")):
-        assert process.poll() is None
-        time.sleep(0.02)
 
 
 def adapter_bytes(output: Path) -> bytes:
@@ -49,14 +32,15 @@ def whole(files, base, tmp_path_factory) -> Path:
     return output
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_stopped_run_saves_and_says_how_to_go_on(files, base, whole, tmp_path, number):
     output = tmp_path / "run"
-    process = start(files, base, output)
-    wait_for_checkpoint(process, output)
-    process.send_signal(number)
-    _, errors = process.communicate(timeout=200)
-    assert process.returncode == 130, errors[-2000:]
+    stopped = start_command("sft.py", sft_flags(files, base, output, **FLAGS))
+    stopped.wait_for_checkpoint(output)
+    stopped.kill(number)
+    codes, errors = stopped.wait(200), stopped.errors
+    assert codes == [130], errors[-2000:]
     assert "Traceback" not in errors
     said = re.search(r"^sft.py: error: stopped at step (\d+) of \d+ and saved (\S+); .* continues", errors, re.M)
     step, saved = said.groups()
@@ -67,27 +51,21 @@ def test_a_stopped_run_saves_and_says_how_to_go_on(files, base, whole, tmp_path,
     assert adapter_bytes(output) == adapter_bytes(whole)
 
 
+@pytest.mark.slow
 def test_no_room_to_write_keeps_the_last_good_checkpoint(files, base, whole, tmp_path):
     output = tmp_path / "run"
-    process = start(files, base, output)
-    wait_for_checkpoint(process, output)
-    process.kill()
-    process.communicate()
+    killed = start_command("sft.py", sft_flags(files, base, output, **FLAGS))
+    killed.wait_for_checkpoint(output)
+    killed.kill(signal.SIGKILL)
+    killed.wait()
     good = sorted(output.glob("checkpoint-*/trainer_state.json"))[-1].parent
     before = {path.name: path.read_bytes() for path in good.iterdir()}
     limit = len(before["adapter_model.safetensors"])  # the optimizer's state is larger
     flags = sft_flags(files, base, output, **FLAGS, resume_from_checkpoint=True)
-    argv = [sys.executable, str(ROOT / "sft.py"), *(f"--{name}={value}" for name, value in flags.items())]
-    done = subprocess.run(
-        argv,
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=200,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
-    )
-    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr[-2000:]
-    assert re.search(rf"^sft.py: error: the checkpoint of step .* last good checkpoint is {good}\.", done.stderr, re.M)
+    with largest_file(limit):
+        full = run_command("sft.py", **flags)
+    assert full.returncode == 1 and "Traceback" not in full.stderr, full.stderr[-2000:]
+    assert re.search(rf"^sft.py: error: the checkpoint of step .* last good checkpoint is {good}\.", full.stderr, re.M)
     assert {path.name: path.read_bytes() for path in good.iterdir()} == before
     assert [path.name for path in output.glob("checkpoint-*")] == [good.name]
     done = run_command("sft.py", **flags)

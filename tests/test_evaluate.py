@@ -1,11 +1,9 @@
 import json
 import shutil
-import subprocess
-import sys
 
 import pytest
-from helpers import ROOT, run_command, sft_flags
-from test_bad_input import refused
+from helpers import evaluate_flags, refused, run_command
+from processes import start_command
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from minionerec.data.files import read_info
@@ -13,20 +11,12 @@ from minionerec.metrics import rank_of, ranking_metrics
 
 
 @pytest.fixture(scope="module")
-def checkpoint(files, base, tmp_path_factory) -> str:
-    output = tmp_path_factory.mktemp("evaluated") / "run"
-    result = run_command("sft.py", **sft_flags(files, base, output, use_lora=True, sample=10, learning_rate=1e-2))
-    assert result.returncode == 0, result.stderr[-3000:]
-    return str(output / "final_checkpoint")
-
-
-def flags_of(files, result, **more) -> dict:
-    flags = {"info_file": files["info"], "test_data_path": files["test"], "result_json_data": result, "num_beams": 20}
-    return {**flags, **more}
+def checkpoint(sft_run) -> str:
+    return str(sft_run("lora") / "final_checkpoint")
 
 
 def evaluated(files, result, **more) -> tuple[list, dict, str]:
-    done = run_command("evaluate.py", **flags_of(files, result, **more))
+    done = run_command("evaluate.py", **evaluate_flags(files, result, **more))
     assert done.returncode == 0, done.stderr[-3000:]
     metrics = json.loads(result.with_suffix(".metrics.json").read_text())
     return json.loads(result.read_text()), metrics, done.stdout
@@ -55,18 +45,17 @@ def test_rankings_and_metrics_of_an_adapter(files, base, checkpoint, tmp_path):
     config = json.loads((moved / "adapter_config.json").read_text())
     config["base_model_name_or_path"] = "/nowhere/base"
     (moved / "adapter_config.json").write_text(json.dumps(config))
-    lost = run_command("evaluate.py", **flags_of(files, tmp_path / "l.json", base_model=moved))
+    lost = run_command("evaluate.py", **evaluate_flags(files, tmp_path / "l.json", base_model=moved))
     assert lost.returncode == 2
     assert "its base /nowhere/base is not there; give the folder of the base as --base_model" in lost.stderr
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_same_rankings(files, checkpoint, tmp_path):
     rows, metrics, _ = evaluated(files, tmp_path / "one.json", base_model=checkpoint, batch_size=2)
-    flags = flags_of(files, tmp_path / "two.json", base_model=checkpoint, batch_size=2)
-    argv = [f"--{name}={value}" for name, value in flags.items()]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = subprocess.run([*launch, "evaluate.py", *argv], cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+    flags = evaluate_flags(files, tmp_path / "two.json", base_model=checkpoint, batch_size=2)
+    started = start_command("evaluate.py", flags, ranks=2)
+    assert started.wait() == [0, 0], started.errors[-3000:]
     assert json.loads((tmp_path / "two.json").read_text()) == rows
     two = json.loads((tmp_path / "two.metrics.json").read_text())
     assert {name: two[name] for name in RANKING} == {name: metrics[name] for name in RANKING}
@@ -83,7 +72,7 @@ def test_a_base_of_the_same_shape_with_other_weights_is_refused(files, base, che
     other.get_input_embeddings().weight.data[3] += 0.1
     other.save_pretrained(tmp_path / "other")
     AutoTokenizer.from_pretrained(base).save_pretrained(tmp_path / "other")
-    flags = flags_of(files, tmp_path / "r.json", base_model=tmp_path / "other", adapter=checkpoint)
+    flags = evaluate_flags(files, tmp_path / "r.json", base_model=tmp_path / "other", adapter=checkpoint)
     refused("evaluate.py", f"{checkpoint} does not fit the base {tmp_path}/other: these are not the weights", **flags)
 
 

@@ -6,8 +6,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 from models import make_model
-from test_logprobs import IDS, batch, gradients, one_by_one, with_adapter
-from test_sid import EOS, random_sids
+from plain import EOS, IDS, batch, gradients, one_by_one, random_sids, with_adapter
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 

@@ -1,62 +1,11 @@
 import pytest
 import torch
 from models import make_model
+from plain import batch, gradients, one_by_one, with_adapter
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-import lora_utils
 from minionerec.decoding.probe import prove
-from minionerec.flags import AdapterFlags
 from minionerec.training.logprobs import completion_logps
-
-# Two prompts of different lengths with three completions each, and one with a single completion; of 1 to 3 tokens.
-PROMPTS = [[5, 6, 7, 90, 8]] * 3 + [[9, 10, 91]] * 3 + [[11, 12, 13, 14]]
-COMPLETIONS = [[90, 5, 1], [91, 1], [90, 6, 1], [90, 5, 1], [1], [91, 6, 1], [91, 91, 1]]
-IDS = [90, 91, 5]
-
-
-def batch(rows=slice(None)):
-    """prompt_ids, prompt_mask, completion_ids, completion_mask, with more padding than they need."""
-
-    def padded(sequences, width, left):
-        ids = torch.zeros((len(sequences), width), dtype=torch.long)
-        mask = torch.zeros_like(ids)
-        for row, sequence in enumerate(sequences):
-            place = slice(width - len(sequence), None) if left else slice(len(sequence))
-            ids[row, place], mask[row, place] = torch.tensor(sequence), 1
-        return ids, mask
-
-    return *padded(PROMPTS[rows], 7, True), *padded(COMPLETIONS[rows], 4, False)
-
-
-def one_by_one(model, prompt_ids, prompt_mask, completion_ids, completion_mask, temperature=1.0):
-    """The plain way: every completion alone behind its prompt, without padding, with all logits."""
-    logps, entropies = torch.zeros(completion_ids.shape), torch.zeros(completion_ids.shape)
-    for row in range(len(prompt_ids)):
-        prompt = prompt_ids[row][prompt_mask[row].bool()]
-        answer = completion_ids[row][completion_mask[row].bool()]
-        logits = model(input_ids=torch.cat([prompt, answer])[None]).logits[0, len(prompt) - 1 : -1] / temperature
-        every = logits.log_softmax(dim=1)
-        logps[row, : len(answer)] = every[torch.arange(len(answer)), answer]
-        entropies[row, : len(answer)] = -(every.exp() * every).sum(dim=1).detach()
-    return logps, entropies
-
-
-def with_adapter(model, dropout=0.0):
-    torch.manual_seed(4)
-    model = lora_utils.add_lora(model, lora_utils.lora_config(model, IDS, AdapterFlags(lora_r=4, lora_dropout=dropout)))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.05 * torch.randn_like(parameter))
-    return model
-
-
-def gradients(model, logps):
-    weights = torch.linspace(-1, 1, logps.numel()).view_as(logps)
-    (logps * weights).sum().backward()
-    grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-    model.zero_grad()
-    return grads
 
 
 def check(model, inputs, shared, tolerance=1e-5):

@@ -7,11 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from architectures import configuration
-from helpers import run_command, sft_flags
-from models import config_of, predicted
-from test_bad_input import refused
-from test_rl import rl_flags
-from test_trainer import IDS
+from helpers import refused, rl_flags, run_command, sft_flags
+from models import IDS, config_of, predicted
 from transformers import AutoModelForCausalLM
 
 import lora_utils

@@ -1,17 +1,13 @@
 import hashlib
 import json
 import os
-import resource
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import ROOT, run_command, sft_flags
+from helpers import largest_file, refused, run_command, sft_flags
 from safetensors.torch import load_file, save_file
-from test_bad_input import refused
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lora_utils
@@ -201,15 +197,10 @@ def test_evaluation_of_the_merged_checkpoint_ranks_the_same(trained, files, tmp_
 
 
 def test_a_merge_that_cannot_finish_leaves_no_checkpoint(trained, tmp_path):
-    argv = [sys.executable, str(ROOT / "merge_lora.py"), "--adapter", trained["tied"], "--output_dir", tmp_path / "m"]
     limit = os.path.getsize(Path(trained["tied"]) / "adapter_model.safetensors")
-    done = subprocess.run(
-        argv,
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
-    )
+    flags = {"adapter": trained["tied"], "output_dir": tmp_path / "m"}
+    with largest_file(limit):
+        done = run_command("merge_lora.py", **flags)
     assert done.returncode == 1
     assert done.stderr.strip().splitlines()[-1].startswith("merge_lora.py: error: ")
     assert "cannot be written" in done.stderr and "Traceback" not in done.stderr

@@ -5,11 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 from architectures import configuration
-from helpers import sft_flags
+from helpers import rl_flags, sft_flags
 from peft import AutoPeftModelForCausalLM
+from processes import two_processes
 from safetensors.torch import load_file
-from test_devices import two_processes
-from test_rl import rl_flags
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForImageTextToText
 
 import lora_utils
@@ -81,6 +80,7 @@ def test_what_stands_beside_the_text_is_named_and_frozen():
     assert len(adapted) == 2 and all("language_model" in name for name in adapted)
 
 
+@pytest.mark.slow
 def test_two_processes_train_the_text_of_a_composite_model(files, base_of, tmp_path):
     base = base_of("gemma3")
     flags = sft_flags(files, base, tmp_path / "run", micro_batch_size=4, sample=10, eval_step=0.5, learning_rate=1e-2)

@@ -10,12 +10,9 @@ import pytest
 import torch
 from accelerate import PartialState
 from as_on_gpu import answer
-from helpers import sft_flags
-from models import config_of, make_model
-from test_as_on_gpu import logged, newest, strings, tensors_of
-from test_devices import ENGINES, two_processes
-from test_rl import rl_flags
-from test_trainer import IDS, trainer_of
+from helpers import logged, newest, rl_flags, sft_flags, strings, tensors_of
+from models import IDS, config_of, make_model, trainer_of
+from processes import ENGINES, two_processes
 from torch import nn
 from transformers import TrainingArguments
 
@@ -78,7 +75,7 @@ def test_a_frozen_base_is_loaded_in_what_the_device_computes(base, monkeypatch, 
 # --- Full runs --------------------------------------------------------------------------------------------------------
 
 
-def sft_run(files, base, output, **flags) -> Path:
+def train(files, base, output, **flags) -> Path:
     sft.train(**strings(sft_flags(files, base, output, **flags)))
     return output
 
@@ -93,16 +90,16 @@ def share_changed(before: Path, after: Path, dtype: torch.dtype = torch.float32)
 def test_a_full_run_trains_all_weights_at_a_small_rate(files, base, tmp_path, monkeypatch):
     monkeypatch.setattr(device, "compute_dtype", answer("bfloat16"))
     flags = {"learning_rate": 1e-6, "sample": 10}
-    run = sft_run(files, base, tmp_path / "masters", **flags)
+    run = train(files, base, tmp_path / "masters", **flags)
     assert share_changed(Path(base), newest(run)) > 0.95
     # What the test is about: weights in bfloat16 lose nearly every step.
     monkeypatch.setattr(device, "master_dtype", lambda: torch.bfloat16)
-    run = sft_run(files, base, tmp_path / "bfloat16", **flags)
+    run = train(files, base, tmp_path / "bfloat16", **flags)
     assert share_changed(Path(base), newest(run), torch.bfloat16) < 0.05
 
 
-def test_reinforcement_trains_all_weights_at_its_default_rate(files, base, tmp_path, monkeypatch):
-    start = sft_run(files, base, tmp_path / "sft", learning_rate=1e-2) / "final_checkpoint"
+def test_reinforcement_trains_all_weights_at_its_default_rate(files, sft_run, tmp_path, monkeypatch):
+    start = sft_run("full") / "final_checkpoint"
     monkeypatch.setattr(device, "compute_dtype", answer("bfloat16"))
     flags = rl_flags(files, start, tmp_path / "rl", add_gt=True, test_during_training=False, learning_rate=1e-6)
     rl.train(**strings(flags))
@@ -113,7 +110,7 @@ def test_a_full_run_in_16_bits_follows_the_curve_of_float32(files, base, tmp_pat
     curves = []
     for name in ("float32", "bfloat16"):
         monkeypatch.setattr(device, "compute_dtype", answer(name))
-        run = sft_run(files, base, tmp_path / name, learning_rate=1e-3)
+        run = train(files, base, tmp_path / name, learning_rate=1e-3)
         curves.append([*logged(run, "loss"), *logged(run, "eval_loss")])
     assert curves[0][-1] < curves[0][0] - 0.3
     assert curves[1] == pytest.approx(curves[0], abs=3e-3)
@@ -140,7 +137,7 @@ def test_full_runs_keep_the_precision_of_their_base(base, files, tmp_path):
     loading.load_base(base).to(torch.bfloat16).save_pretrained(folder)
     loading.load_tokenizer(base).save_pretrained(folder)
     assert loading.saved_dtype(str(folder)) == torch.bfloat16 and loading.saved_dtype(base) == torch.float32
-    run = sft_run(files, str(folder), tmp_path / "run", sample=10)
+    run = train(files, str(folder), tmp_path / "run", sample=10)
     assert {t.dtype for t in tensors_of(run / "final_checkpoint").values()} == {torch.bfloat16}
     config = json.loads((run / "final_checkpoint" / "config.json").read_text())
     assert config["dtype"] == config["torch_dtype"] == "bfloat16"
@@ -150,7 +147,7 @@ def test_full_runs_keep_the_precision_of_their_base(base, files, tmp_path):
 def test_rows_alone_leave_a_base_that_was_rounded_as_it_was(files, base, tmp_path, monkeypatch):
     """A base in float32 on a GPU that computes in bfloat16."""
     monkeypatch.setattr(device, "compute_dtype", answer("bfloat16"))
-    run = sft_run(files, base, tmp_path / "run", sample=10, freeze_LLM=True, learning_rate=1e-2)
+    run = train(files, base, tmp_path / "run", sample=10, freeze_LLM=True, learning_rate=1e-2)
     before, after = tensors_of(Path(base)), tensors_of(run / "final_checkpoint")
     assert all(torch.equal(after[name][: len(old)], old) for name, old in before.items())
     assert before.keys() == after.keys() and {t.dtype for t in after.values()} == {torch.float32}
@@ -163,21 +160,32 @@ def on_gpus(monkeypatch):
     monkeypatch.setenv("AS_ON_GPU", "bfloat16")
 
 
+IN_FULL = {"micro_batch_size": 4, "learning_rate": 1e-3}
+
+
+@pytest.fixture(scope="module")
+def one(files, base, tmp_path_factory) -> Path:
+    """A run in full on one GPU."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(device, "compute_dtype", answer("bfloat16"))
+        return train(files, base, tmp_path_factory.mktemp("full") / "one", **IN_FULL)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ["torchrun", *ENGINES])
-def test_engines_train_in_full_as_one_gpu_does(files, base, tmp_path, on_gpus, engine):
-    flags = {"micro_batch_size": 4, "learning_rate": 1e-3}
-    one = sft_run(files, base, tmp_path / "one", **flags)
+def test_engines_train_in_full_as_one_gpu_does(files, base, one, tmp_path, on_gpus, engine):
     two = tmp_path / "two"
-    two_processes(engine, tmp_path, "sft.py", sft_flags(files, base, two, **flags))
+    two_processes(engine, tmp_path, "sft.py", sft_flags(files, base, two, **IN_FULL))
     for key in ("loss", "eval_loss"):
         assert logged(two, key) == pytest.approx(logged(one, key), abs=1e-2)
     # DeepSpeed keeps float32 weights in its own files.
     assert engine.startswith("zero") or {t.dtype for t in tensors_of(newest(two)).values()} == {torch.float32}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ENGINES)
-def test_engines_start_reinforcement_in_full_at_their_reference(files, base, tmp_path, on_gpus, engine):
-    start = sft_run(files, base, tmp_path / "sft", learning_rate=1e-2) / "final_checkpoint"
+def test_engines_start_reinforcement_in_full_at_their_reference(files, sft_run, tmp_path, on_gpus, engine):
+    start = sft_run("full") / "final_checkpoint"
     flags = rl_flags(files, start, tmp_path / "rl", add_gt=True, test_during_training=False, train_batch_size=8)
     two_processes(engine, tmp_path, "rl.py", flags)
     kl = logged(tmp_path / "rl", "kl")
@@ -205,7 +213,7 @@ def float16(monkeypatch):
 
 @pytest.mark.parametrize("flags", [{}, {"use_lora": True}, {"use_qlora": True}, {"freeze_LLM": True}])
 def test_sft_in_float16_skips_steps_that_overflow_and_learns(files, base, tmp_path, float16, flags):
-    run = sft_run(files, base, tmp_path / "run", learning_rate=1e-2, **flags)
+    run = train(files, base, tmp_path / "run", learning_rate=1e-2, **flags)
     losses, norms = logged(run, "loss"), logged(run, "grad_norm")
     assert torch.tensor(norms).isinf().any() and len(losses) == 15
     assert losses[-1] < losses[0] - 0.1
@@ -214,8 +222,8 @@ def test_sft_in_float16_skips_steps_that_overflow_and_learns(files, base, tmp_pa
         assert {t.dtype for t in tensors_of(newest(run)).values()} == {torch.float32}
 
 
-def test_rl_in_float16(files, base, tmp_path, float16):
-    start = sft_run(files, base, tmp_path / "sft", learning_rate=1e-2) / "final_checkpoint"
+def test_rl_in_float16(files, sft_run, tmp_path, float16):
+    start = sft_run("full") / "final_checkpoint"
     for name, flags in (("full", {}), ("lora", {"use_lora": True})):
         rl.train(**strings(rl_flags(files, start, tmp_path / name, add_gt=True, **flags)))
         kl = logged(tmp_path / name, "kl")
@@ -237,7 +245,7 @@ def test_an_overflow_that_reaches_the_loss_ends_the_run_and_says_why(tmp_path, f
 @pytest.mark.parametrize("for_all", [True, False])
 def test_a_ranking_without_numbers_is_no_ranking(files, base, tmp_path, monkeypatch, for_all):
     """Activations beyond float16 make scores NaN, for every prompt or for some, and any order of NaNs is as good."""
-    checkpoint = sft_run(files, base, tmp_path / "sft", sample=10) / "final_checkpoint"
+    checkpoint = train(files, base, tmp_path / "sft", sample=10) / "final_checkpoint"
     load, search = loading.load_base, ranking.constrained_beam_search
 
     def overflowing(*args, **kwargs):
@@ -337,7 +345,7 @@ def two_visible(monkeypatch):
 
 @pytest.mark.parametrize("flags", [{}, {"use_qlora": True}])
 def test_two_visible_cards_train_as_one(files, base, tmp_path, two_visible, flags):
-    run = sft_run(files, base, tmp_path / "sft", learning_rate=1e-2, **flags)
+    run = train(files, base, tmp_path / "sft", learning_rate=1e-2, **flags)
     assert json.loads((run / "metrics.json").read_text())["steps"] == 15  # 240 examples in batches of 16
     rl.train(**strings(rl_flags(files, run / "final_checkpoint", tmp_path / "rl", test_during_training=False, **flags)))
     assert json.loads((tmp_path / "rl" / "metrics.json").read_text())["steps"] == 10

@@ -10,10 +10,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import ROOT, run_command
+from helpers import ROOT, encoded, run_command
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
-from test_prepare_sources import encoded
 
 import sft
 from minionerec.data import files as data_files

@@ -1,15 +1,13 @@
 """Raw files: what is valid is read the same from every format, everything else is refused in single lines."""
 
-import csv
 import gzip
-import io
-import json
 from datetime import UTC, datetime, timedelta
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from helpers import encoded
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -22,23 +20,6 @@ IDS = IDS.map(str.strip).filter(bool)
 ROWS = st.lists(st.tuples(IDS, IDS, st.integers(0, 4_000_000_000)), min_size=1, max_size=30)
 FORMATS = ["csv", "tsv", "json", "parquet"]
 ALWAYS = (0, sources.LATEST)
-
-
-def encoded(rows: list[dict], form: str, zipped: bool = False) -> bytes:
-    """Rows as the bytes of a file."""
-    if form == "parquet":
-        file = io.BytesIO()
-        pq.write_table(pa.Table.from_pylist(rows), file)
-        content = file.getvalue()
-    elif form == "json":
-        content = "".join(json.dumps(row) + "\n" for row in rows).encode()
-    else:
-        text = io.StringIO()
-        writer = csv.DictWriter(text, rows[0], delimiter="\t" if form == "tsv" else ",")
-        writer.writeheader()
-        writer.writerows(rows)
-        content = text.getvalue().encode()
-    return gzip.compress(content) if zipped else content
 
 
 def read(path, window=ALWAYS, **given) -> list[tuple[str, str, int]]:

@@ -5,13 +5,10 @@ import shutil
 
 import pytest
 import torch
-from helpers import sft_flags
+from architectures import COPIED, build
+from helpers import evaluate_flags, rl_flags, sft_flags
 from models import make_model
-from test_architectures import COPIED, SIDS, build, check_beams, check_logps, prompts
-from test_evaluate import flags_of
-from test_logprobs import with_adapter
-from test_rl import rl_flags
-from test_sid import EOS, exhaustive
+from plain import EOS, SIDS, check_beams, check_logps, exhaustive, prompts, with_adapter
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BertConfig, RwkvConfig
 from transformers.models.bamba import modeling_bamba
 
@@ -168,7 +165,7 @@ def test_commands_refuse_what_cannot_be_decoded_before_they_train(files, checkpo
     for command, flags in (
         (sft.train, sft_flags(files, bert, str(tmp_path / "sft"))),
         (rl.train, rl_flags(files, bert, str(tmp_path / "rl"))),
-        (evaluate.evaluate, flags_of(files, str(tmp_path / "r.json"), base_model=bert, category="bolts")),
+        (evaluate.evaluate, evaluate_flags(files, str(tmp_path / "r.json"), base_model=bert, category="bolts")),
     ):
         with pytest.raises(InputError, match=rf"^--(base_model|model_path) {bert}: BertLMHeadModel is not causal"):
             command(**flags)
@@ -183,7 +180,7 @@ def test_commands_say_how_they_decode(files, checkpoint_of, tmp_path, capsys):
     start = str(tmp_path / "sft" / "final_checkpoint")
     rl.train(**rl_flags(files, start, str(tmp_path / "rl"), test_during_training=False, sample_train=True))
     assert line + "; completions each repeat their prompt" in capsys.readouterr().out
-    evaluate.evaluate(**flags_of(files, str(tmp_path / "r.json"), base_model=start))
+    evaluate.evaluate(**evaluate_flags(files, str(tmp_path / "r.json"), base_model=start))
     assert line in capsys.readouterr().out
 
     qwen2 = checkpoint_of("qwen2", num_key_value_heads=2)

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from models import trainer_of
 from safetensors.torch import save_file
-from test_trainer import trainer_of
 
 import evaluate
 import merge_lora

@@ -4,16 +4,15 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, run_command, sft_flags, write_csv
+from helpers import ADAPTER, STATE, WHOLE, rl_flags, run_command, sft_flags, write_csv
 from peft import AutoPeftModelForCausalLM
+from processes import start_command
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -23,30 +22,11 @@ from minionerec.checkpoint import Checkpoint
 from minionerec.data.files import read_info
 from minionerec.data.prompts import RECOMMENDATION
 
-STATE = {"optimizer.pt", "rng_state.pth", "scheduler.pt", "trainer_state.json"}
-CHECKPOINT = {"minionerec.json", "tokenizer.json", "tokenizer_config.json"}
-ADAPTER = CHECKPOINT | {"README.md", "adapter_config.json", "adapter_model.safetensors"}
-WHOLE = CHECKPOINT | {"config.json", "generation_config.json", "model.safetensors"}
-
 
 @pytest.fixture(scope="module")
-def sft(files, base, tmp_path_factory) -> dict[str, str]:
-    """final_checkpoint of a full, a LoRA and a QLoRA run."""
-    checkpoints = {}
-    for method, flags in (("full", {}), ("lora", {"use_lora": True}), ("qlora", {"use_qlora": True})):
-        output = tmp_path_factory.mktemp(method) / "run"
-        result = run_command("sft.py", **sft_flags(files, base, output, **flags, learning_rate=1e-2))
-        assert result.returncode == 0, result.stderr[-2000:]
-        checkpoints[method] = str(output / "final_checkpoint")
-    return checkpoints
-
-
-def rl_flags(files, start, output, **more) -> dict:
-    flags = {"model_path": start, "train_file": files["train"], "eval_file": files["valid"]}
-    flags |= {"info_file": files["info"], "sid_index_path": files["index"], "item_meta_path": files["item"]}
-    flags |= {"output_dir": output, "category": "bolts", "num_generations": 4, "train_batch_size": 16}
-    flags |= {"test_beam": 10, "learning_rate": 1e-3, "eval_step": 0.5, "save_steps": 0.5, "reward_type": "ranking"}
-    return {**flags, "tasks": "sid_history_to_sid", "beam_search": True, **more}
+def sft(sft_run) -> dict[str, str]:
+    """Checkpoints of sft.py by method."""
+    return {method: str(sft_run(method) / "final_checkpoint") for method in ("full", "lora", "qlora")}
 
 
 def run_rl(files, start, output, **more):
@@ -145,22 +125,17 @@ def what_happened(metrics: dict) -> list[tuple]:
     return [(entry["step"], *(entry.get(key) for key in keys)) for entry in metrics["history"]][:-1]
 
 
+@pytest.mark.slow
 def test_a_killed_run_continues_exactly(files, sft, tmp_path):
     """Over an epoch's end, with sampling and a reference that moves."""
     flags = {"use_lora": True, "beam_search": False, "num_train_epochs": 2, "eval_step": 0.1, "save_steps": 0.1}
     flags |= {"sync_ref_model": True, "reward_type": "rule"}
     whole, _ = run_rl(files, sft["lora"], tmp_path / "whole", **flags)
     output = tmp_path / "killed"
-    argv = [f"--{name}={value}" for name, value in rl_flags(files, sft["lora"], output, **flags).items()]
-    process = subprocess.Popen(
-        [sys.executable, str(ROOT / "rl.py"), *argv], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    deadline = time.time() + 200
-    while time.time() < deadline and not list(output.glob("checkpoint-*/trainer_state.json")):
-        assert process.poll() is None
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    killed = start_command("rl.py", rl_flags(files, sft["lora"], output, **flags))
+    killed.wait_for_checkpoint(output)
+    killed.kill(signal.SIGKILL)
+    assert killed.wait() == [-signal.SIGKILL]
     assert not (output / "final_checkpoint").exists()
     resumed, result = run_rl(files, sft["lora"], output, **flags, resume_from_checkpoint=True)
     assert "resuming from" in result.stdout
@@ -214,16 +189,15 @@ def test_a_checkpoint_without_sid_tokens_is_refused(files, base, tmp_path):
     assert "its tokenizer lacks" in result.stderr and not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_two_processes_do_what_one_does(files, sft, tmp_path):
     histories = []
     for processes in (1, 2):
         output = tmp_path / str(processes)
         flags = rl_flags(files, sft["lora"], output, use_lora=True, mask_all_zero=True)
         flags["train_batch_size"] = 16 // processes
-        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-        argv = [*launch, str(ROOT / "rl.py"), *(f"--{name}={value}" for name, value in flags.items())]
-        result = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=300)
-        assert result.returncode == 0, result.stderr[-3000:]
+        started = start_command("rl.py", flags, ranks=processes)
+        assert started.wait() == [0] * processes, started.errors[-3000:]
         histories.append(what_happened(json.loads((output / "metrics.json").read_text())))
     assert len(histories[0]) == len(histories[1])
     for one, two in zip(*histories, strict=True):

@@ -271,16 +271,16 @@ def test_the_loss_is_the_formula(sft, tmp_path, mode):
 
 
 def test_accumulation_splits_groups_without_changing_the_step(sft, tmp_path):
-    adapters = []
+    trained = []
     for size, steps in ((16, 1), (8, 2), (2, 8)):
         trainer = make_trainer(
             sft, "own LoRA", tmp_path, max_steps=2, per_device_train_batch_size=size,
             gradient_accumulation_steps=steps, switches={"beam_search": True},
         )  # fmt: skip
         trainer.train()
-        adapters.append(adapters.adapter_parameters(trainer.model, "default"))
-    for other in adapters[1:]:
-        for name, parameter in adapters[0].items():
+        trained.append(adapters.adapter_parameters(trainer.model, "default"))
+    for other in trained[1:]:
+        for name, parameter in trained[0].items():
             torch.testing.assert_close(other[name], parameter, atol=2e-4, rtol=1e-3)
 
 

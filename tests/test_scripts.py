@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from helpers import ROOT
+from helpers import ROOT, run_command
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +44,7 @@ def bash(checkout, script: str, *flags: str, **settings: str) -> subprocess.Comp
     )
 
 
+@pytest.mark.slow
 def test_the_pipeline_runs_from_the_default_paths(checkout, base):
     result = bash(
         checkout, "pipeline.sh", "--seed", "7",
@@ -102,29 +103,28 @@ def test_the_preset_for_little_memory(checkout, method):
         assert ("--use_qlora True" in line) == (not method) and ("--use_lora True" in line) == (method == "lora")
 
 
-def python(checkout, line: str) -> str:
-    done = subprocess.run(
-        [sys.executable, *line.split()], cwd=checkout, capture_output=True, text=True, timeout=300, env={**os.environ}
-    )
+def run(line: str) -> str:
+    script, *words = line.split()
+    done = run_command(script, *words)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lora", ["", " --use_lora True --lora_r 8"])
-def test_the_argument_lists_of_the_original_run_unchanged(checkout, base, lora):
+def test_the_argument_lists_of_the_original_run_unchanged(checkout, base, lora, monkeypatch):
     """With the flags that MiniOneRec's own scripts pass, and sizes that fit this test given behind them."""
+    monkeypatch.chdir(checkout)
     data, out = "data/Amazon", f"out{'_lora' if lora else ''}"
     shared = f"--category Bolts --sid_index_path ./{data}/index/Bolts.index.json --item_meta_path "
     shared += f"./{data}/index/Bolts.item.json --train_file ./{data}/train/Bolts_5_2016-10-2018-11.csv --eval_file "
     shared += f"./{data}/valid/Bolts_5_2016-10-2018-11.csv"
     info = f"./{data}/info/Bolts_5_2016-10-2018-11.txt"
-    python(
-        checkout,
+    run(
         f"sft.py --base_model {base} --batch_size 1024 --micro_batch_size 16 --output_dir {out}/sft --wandb_run_name x "
         f"--train_from_scratch False --seed 42 --freeze_LLM False {shared}{lora} --batch_size 32 --num_epochs 1",
     )
-    python(
-        checkout,
+    run(
         f"rl.py --model_path {out}/sft/final_checkpoint --train_batch_size 64 --eval_batch_size 128 "
         f"--num_train_epochs 2 --gradient_accumulation_steps 2 --info_file {info} --sample_train False "
         "--eval_step 0.0999 --reward_type ranking --num_generations 16 --mask_all_zero False --dynamic_sampling False "
@@ -132,8 +132,7 @@ def test_the_argument_lists_of_the_original_run_unchanged(checkout, base, lora):
         f"--add_gt False --beta 1e-3 --dapo False --output_dir {out}/rl --wandb_run_name x {shared}{lora} "
         "--num_train_epochs 1",
     )
-    printed = python(
-        checkout,
+    printed = run(
         f"evaluate.py --base_model {out}/rl/final_checkpoint --info_file {info} --category Bolts --test_data_path "
         f"./{data}/test/Bolts_5_2016-10-2018-11.csv --result_json_data ./{out}/final.json --batch_size 8 "
         "--num_beams 50 --max_new_tokens 256 --length_penalty 0.0",

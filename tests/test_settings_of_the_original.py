@@ -1,8 +1,7 @@
 """What MiniOneRec's own commands train with, where no flag says it: the same argument list does the same here."""
 
 import pytest
-from helpers import sft_flags
-from test_rl import rl_flags
+from helpers import rl_flags, sft_flags
 
 import rl
 import sft

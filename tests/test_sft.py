@@ -1,23 +1,17 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
 import torch
-from helpers import ROOT, run_command, sft_flags
+from helpers import ADAPTER, STATE, WHOLE, run_command, sft_flags
 from peft import AutoPeftModelForCausalLM
+from processes import start_command
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from minionerec.model import adapters, loading
-
-CHECKPOINT = {"minionerec.json", "tokenizer.json", "tokenizer_config.json"}
-ADAPTER = CHECKPOINT | {"README.md", "adapter_config.json", "adapter_model.safetensors"}
-WHOLE = CHECKPOINT | {"config.json", "generation_config.json", "model.safetensors"}
-STATE = {"optimizer.pt", "rng_state.pth", "scheduler.pt", "trainer_state.json"}
 
 
 def run_sft(files, base, output, **flags) -> dict:
@@ -28,9 +22,9 @@ def run_sft(files, base, output, **flags) -> dict:
 
 
 @pytest.fixture(scope="module")
-def lora_run(files, base, tmp_path_factory):
-    output = tmp_path_factory.mktemp("lora") / "run"
-    return output, run_sft(files, base, output, use_lora=True, learning_rate=1e-2)
+def lora_run(sft_run):
+    output = sft_run("lora")
+    return output, json.loads((output / "metrics.json").read_text())
 
 
 def test_a_lora_run_writes_these_files_and_no_others(lora_run):
@@ -89,20 +83,15 @@ def losses_of(metrics: dict) -> list[tuple]:
     return [(entry["step"], *(entry.get(key) for key in keys)) for entry in metrics["history"]][:-1]
 
 
+@pytest.mark.slow
 def test_a_killed_run_continues_exactly(files, base, tmp_path):
     flags = {"use_lora": True, "num_epochs": 3, "eval_step": 0.2, "learning_rate": 1e-3}
     whole = run_sft(files, base, tmp_path / "whole", **flags)
     output = tmp_path / "killed"
-    argv = [f"--{name}={value}" for name, value in sft_flags(files, base, output, **flags).items()]
-    process = subprocess.Popen(
-        [sys.executable, str(ROOT / "sft.py"), *argv], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    deadline = time.time() + 200
-    while time.time() < deadline and not list(output.glob("checkpoint-*/trainer_state.json")):
-        assert process.poll() is None
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    killed = start_command("sft.py", sft_flags(files, base, output, **flags))
+    killed.wait_for_checkpoint(output)
+    killed.kill(signal.SIGKILL)
+    assert killed.wait() == [-signal.SIGKILL]
     assert not (output / "final_checkpoint").exists()
     resumed = run_sft(files, base, output, **flags, resume_from_checkpoint=True)
     assert losses_of(resumed) == losses_of(whole)

@@ -1,19 +1,11 @@
-import numpy as np
 import pytest
 import torch
 from models import ARCHITECTURES, make_model
+from plain import EOS, exhaustive, random_sids, sids_of
 
 from minionerec.data.sid_tokens import PAD
 from minionerec.decoding.beam_search import constrained_beam_search, constrained_sample
 from minionerec.decoding.trie import Trie
-
-EOS = 0
-
-
-def random_sids(count: int, lengths: tuple[int, ...], seed: int = 0) -> list[tuple[int, ...]]:
-    chance = np.random.default_rng(seed)
-    sids = {tuple(map(int, chance.integers(1, 9, chance.choice(lengths)))) for _ in range(count * 3)}
-    return sorted(sids)[:count]
 
 
 def prompts(rows: int = 3, width: int = 7) -> tuple[torch.Tensor, torch.Tensor]:
@@ -23,26 +15,6 @@ def prompts(rows: int = 3, width: int = 7) -> tuple[torch.Tensor, torch.Tensor]:
     for row in range(rows):
         mask[row, :row] = 0
     return torch.randint(1, 96, (rows, width)) * mask, mask
-
-
-def exhaustive(model, ids, mask, sids, length_penalty=0.0) -> list[list[tuple[tuple[int, ...], float]]]:
-    """Every SID with its teacher-forced score, best first, for every prompt: no trie, no cache."""
-    ranked = []
-    for row, row_mask in zip(ids, mask, strict=True):
-        prompt = row[row_mask.bool()]
-        scores = []
-        for sid in sids:
-            answer = torch.tensor([*sid, EOS])
-            with torch.no_grad():
-                logits = model(input_ids=torch.cat([prompt, answer])[None]).logits[0].float()
-            logps = logits.log_softmax(-1)[len(prompt) - 1 : -1].gather(1, answer[:, None])
-            scores.append((sid, logps.sum().item() / len(answer) ** length_penalty))
-        ranked.append(sorted(scores, key=lambda pair: -pair[1]))
-    return ranked
-
-
-def sids_of(trie: Trie, rows: torch.Tensor) -> list[list[tuple[int, ...]]]:
-    return [[tuple(t for t in trie.sequences[i].tolist() if t not in (PAD, EOS)) for i in row] for row in rows.tolist()]
 
 
 def test_trie_holds_each_sid_once():
@@ -150,8 +122,8 @@ def test_samples_follow_the_model_within_the_trie(tree):
     trie = Trie(sids, EOS)
     ids, mask = prompts(2)
     torch.manual_seed(2)
-    drawn = sids_of(trie, constrained_sample(model, ids, mask, trie, count, temperature, tree=tree))
-    for row, samples in enumerate(drawn):
+    parts = [constrained_sample(model, ids, mask, trie, count // 8, temperature, tree=tree) for _ in range(8)]
+    for row, samples in enumerate(sids_of(trie, torch.cat(parts, dim=1))):
         prompt = ids[row][mask[row].bool()]
         for sid in sids:
             path, probability = [*sid, EOS], 1.0

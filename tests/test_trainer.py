@@ -5,41 +5,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from datasets import Dataset
-from models import make_model
-from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArguments
+from models import adapted, examples, make_model, trainer_of
+from transformers import EarlyStoppingCallback, TrainerCallback
 
-import lora_utils
 from minionerec.checkpoint import Checkpoint
 from minionerec.data.examples import Collator
-from minionerec.flags import AdapterFlags
 from minionerec.process_memory import forget_peak_of_loading, peak_memory_gb
 from minionerec.training.finish import save_final
 from minionerec.training.resume import newest_checkpoint
 from minionerec.training.sft_trainer import SFTTrainer, StepSampler, response_logits
-
-IDS = [90, 91, 92]
-
-
-def examples(count: int = 16) -> list[dict]:
-    generator = torch.Generator().manual_seed(5)
-    rows = []
-    for i in range(count):
-        prompt, response = 3 + i % 5, 1 + i % 4
-        ids = torch.randint(1, 96, (prompt + response,), generator=generator).tolist()
-        rows.append({"input_ids": ids, "prompt_length": prompt, "length": len(ids)})
-    return rows
-
-
-def adapted(architecture: str, tied: bool, method: str):
-    model = make_model(architecture, scale=2.0, tie_word_embeddings=tied)
-    if method == "lora":
-        model = lora_utils.add_lora(model, lora_utils.lora_config(model, IDS, AdapterFlags(lora_dropout=0.0)))
-        torch.manual_seed(4)
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.data += 0.05 * torch.randn_like(parameter)
-    return model
 
 
 @pytest.mark.parametrize("architecture", ["qwen2", "qwen3", "llama", "mistral", "gemma2", "phi3", "gpt2"])
@@ -63,38 +37,6 @@ def test_label_only_loss_equals_the_ordinary_one(architecture, tied, method):
     torch.testing.assert_close(losses[0], losses[1])
     for name, gradient in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], gradient, atol=1e-6, rtol=1e-4)
-
-
-def trainer_of(tmp_path, micro_batch_size: int, strategy: str = "sequential", count: int = 8, **more) -> SFTTrainer:
-    model = adapted("qwen2", True, "lora")
-    return SFTTrainer(
-        model=model,
-        run={},
-        data_collator=Collator(0),
-        train_dataset=Dataset.from_list(examples(count)),
-        eval_dataset=Dataset.from_list(examples(count)),
-        args=TrainingArguments(
-            **{
-                "output_dir": os.path.join(tmp_path, f"{micro_batch_size}{strategy}"),
-                "per_device_train_batch_size": micro_batch_size,
-                "gradient_accumulation_steps": count // micro_batch_size,
-                "max_steps": 1,
-                "learning_rate": 1e-2,
-                "lr_scheduler_type": "constant",
-                "optim": "sgd",
-                "max_grad_norm": 0.0,
-                "train_sampling_strategy": strategy,
-                "logging_steps": 1,
-                "report_to": "none",
-                "use_cpu": True,
-                "remove_unused_columns": False,
-                "dataloader_pin_memory": False,
-                "save_strategy": "no",
-                "disable_tqdm": True,
-                **more,
-            }
-        ),
-    )
 
 
 def one_step(tmp_path, *settings):

@@ -1,13 +1,17 @@
-"""What test_devices.py starts under torchrun and accelerate.
+"""What runs in the processes that processes.py starts, one line a mode:
 
-torchrun --nproc_per_node 2 tests/workers.py watched FOLDER sft.py --base_model ...
-accelerate launch --config_file configs/zero2.yaml tests/workers.py watched FOLDER sft.py --base_model ...
-torchrun --nproc_per_node 2 tests/workers.py loss_is_nan FOLDER sft.py --base_model ...
-torchrun --nproc_per_node 2 tests/workers.py disk_is_full FOLDER sft.py --base_model ...
-torchrun --nproc_per_node 2 tests/workers.py fsdp
+command sft.py --base_model ...             a command
+watched FOLDER sft.py --base_model ...      a command, whose weights and counts are left in FOLDER
+loss_is_nan FOLDER sft.py --base_model ...  sft.py with a loss that is NaN in the last process only
+disk_is_full FOLDER sft.py --base_model ... sft.py whose first process cannot write a checkpoint
+fsdp                                        a sharded model beside a whole one
+probe                                       what processes with shards find out about models
+
+As a script it runs one of them under torchrun or `accelerate launch`.
 """
 
 import errno
+import gc
 import hashlib
 import json
 import os
@@ -66,12 +70,21 @@ def waits_end(seconds: int = 120) -> None:
     PartialState.__init__ = started
 
 
+def rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+def command(script: str, *flags: str) -> None:
+    """Runs a command line of the project."""
+    sys.argv = [script, *flags]
+    runpy.run_path(str(ROOT / script), run_name="__main__")
+
+
 def run(folder: str, script: str, flags: tuple[str, ...]) -> None:
     """Runs a command; every process leaves its exit code in `folder`."""
-    sys.argv = [script, *flags]
     code = 0
     try:
-        runpy.run_path(str(ROOT / script), run_name="__main__")
+        command(script, *flags)
     except SystemExit as error:
         code = error.code
         raise
@@ -79,7 +92,7 @@ def run(folder: str, script: str, flags: tuple[str, ...]) -> None:
         code = repr(error)
         raise
     finally:
-        Path(folder, f"rank{RANK}.exit").write_text(str(code))
+        Path(folder, f"rank{rank()}.exit").write_text(str(code))
 
 
 def watched(folder: str, script: str, *flags: str) -> None:
@@ -98,8 +111,8 @@ def watched(folder: str, script: str, *flags: str) -> None:
             if parameter.requires_grad:
                 whole = parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
                 digest.update(whole.detach().contiguous().view(torch.uint8).numpy().tobytes())
-        Path(folder, f"rank{RANK}").write_text(digest.hexdigest())
-        Path(folder, f"rank{RANK}.counted").write_text(json.dumps(counted))
+        Path(folder, f"rank{rank()}").write_text(digest.hexdigest())
+        Path(folder, f"rank{rank()}.counted").write_text(json.dumps(counted))
         return finish(run, *args, **kwargs)
 
     def checked(config):
@@ -122,7 +135,7 @@ def loss_is_nan(folder: str, script: str, *flags: str) -> None:
 
     def spoiled(run, *args, **kwargs):
         loss = compute(run, *args, **kwargs)
-        bad = int(RANK) == run.args.world_size - 1 and run.model.training and run.state.global_step == 4
+        bad = rank() == run.args.world_size - 1 and run.model.training and run.state.global_step == 4
         return loss * float("nan") if bad else loss
 
     SFTTrainer.compute_loss = spoiled
@@ -137,7 +150,7 @@ def disk_is_full(folder: str, script: str, *flags: str) -> None:
 
     def full(run, output_dir, *args, **kwargs):
         folders.add(output_dir)
-        if RANK == "0" and len(folders) > 1:
+        if rank() == 0 and len(folders) > 1:
             raise OSError(errno.ENOSPC, "No space left on device")
         save(run, output_dir, *args, **kwargs)
 
@@ -147,7 +160,7 @@ def disk_is_full(folder: str, script: str, *flags: str) -> None:
 
 def fsdp() -> None:
     """A LoRA model whose weights FSDP2 shares out, against the same model whole: loss, gradients, beams."""
-    from test_trainer import adapted, examples
+    from models import adapted, examples
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
@@ -182,13 +195,62 @@ def fsdp() -> None:
     dist.destroy_process_group()
 
 
-RANK = os.environ.get("RANK", "0")
+def probe() -> None:
+    """Ranks five prompts of different lengths, in batches of two and with weights sharded over two processes. Under
+    FSDP every forward pass is a collective: all processes must try the same ways and run as many passes."""
+    from architectures import build
+    from plain import EOS, SIDS
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from transformers.models.bamba import modeling_bamba
 
-if __name__ == "__main__":
+    from minionerec.decoding import probe
+    from minionerec.decoding.beams import CopiedBeams, RereadBeams, TreeBeams
+    from minionerec.decoding.probe import prove
+    from minionerec.decoding.ranking import rank_prompts
+    from minionerec.decoding.trie import Trie
+
+    modeling_bamba.apply_mask_to_padding_states = lambda states, _mask: states
+    dist.init_process_group("gloo")
+    mesh = init_device_mesh("cpu", (2,))
+    prompts = [list(range(1, 1 + length)) for length in (9, 4, 17, 26, 5)]
+    for architecture, beams in (("qwen2", TreeBeams), ("bamba", CopiedBeams), ("rwkv", RereadBeams)):
+        found = {}
+        for sharded in (False, True):
+            model = build(architecture)
+            if sharded:
+                fully_shard(model, mesh=mesh)
+                if dist.get_rank():  # what it finds out does not count
+                    probe._distance = lambda *_: torch.tensor(torch.nan)
+            found[sharded] = rank_prompts(model, Trie(SIDS, EOS), prompts, 0, 4, batch_size=2)
+            assert prove(model).beams is beams and prove(model).padding == (architecture == "qwen2")
+        assert found[True] == found[False]
+    dist.destroy_process_group()
+
+
+MODES = {mode.__name__: mode for mode in (command, watched, loss_is_nan, disk_is_full, fsdp, probe)}
+
+
+def main(mode: str, *argv: str) -> None:
     waits_end()
     if "true" in (os.environ.get("ACCELERATE_USE_FSDP"), os.environ.get("ACCELERATE_USE_DEEPSPEED")):
         engines_on_cpus()
     if "AS_ON_GPU" in os.environ:
         as_on_gpu.switch()
-    modes = {"watched": watched, "loss_is_nan": loss_is_nan, "disk_is_full": disk_is_full, "fsdp": fsdp}
-    modes[sys.argv[1]](*sys.argv[2:])
+    MODES[mode](*argv)
+
+
+def fork(environment: dict[str, str], log: str, mode: str, argv: list[str]) -> None:
+    """Makes this fork a process as the shell would have started it, but for what is imported, and runs a mode."""
+    gc.freeze()  # as conftest.py does
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(ROOT)
+    with open(log, "ab", buffering=0) as errors, open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), sys.stdout.fileno())
+        os.dup2(errors.fileno(), sys.stderr.fileno())
+    main(mode, *argv)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -115,7 +115,7 @@ class Encoder:
         }
         return [ids[text] for text in texts]
 
-    def encode_prompts(self, task: Task, rows: list[Interaction | Item], budgets: list[int]) -> list[list[int]]:
+    def encode_prompts(self, task: Task, rows: Sequence[Interaction | Item], budgets: list[int]) -> list[list[int]]:
         """Token ids of the prompts; that of row i has at most `budgets[i]`."""
         texts = [self.prompts.render(task, _fields(row)) for row in rows]
         encoded = [self.start + ids for ids in self._ids(texts)]

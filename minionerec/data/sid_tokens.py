@@ -59,9 +59,9 @@ def check_sids(encoder: Encoder, catalogue: Catalogue, where: str, remedy: str) 
 
 
 def sid_responses(
-    encoder: Encoder, sids: Sequence[str], ending: str, catalogue: Catalogue | None, where: str, remedy: str
+    encoder: Encoder, sids: Sequence[str], ending: str | None, catalogue: Catalogue | None, where: str, remedy: str
 ) -> np.ndarray:
-    """Token ids [S, D - 1] of what a model writes for SIDs, padded with PAD: the SID and `ending`, a fixed text.
+    """Token ids [S, D - 1] of what a model writes for SIDs, padded with PAD: the SID and `ending`, if there is one.
 
     Every SID must become its own tokens and no others, both as a response and in the prompts of the encoder's tasks.
     A million SIDs are checked in arrays, without a Python object for each token.

@@ -11,10 +11,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import chain, groupby
+from typing import Any
 from unittest import mock
 
 import torch
 from torch import nn
+from transformers import PreTrainedConfig
 
 BEFORE, FORWARD, HEAD, BACKWARD = "before the layers", "forward", "head and loss", "backward"
 
@@ -85,16 +87,16 @@ class Depth:
         return times
 
     @contextmanager
-    def watch(self, alive) -> Iterator[None]:
+    def watch(self, alive: Any) -> Iterator[None]:
         """While open, a layer that starts forward or backward starts a piece of `alive`; one that is computed again, by
         gradient checkpointing, is part of its backward piece."""
 
         def hooks(place: int):
-            def before(_module, _args):
+            def before(_module: nn.Module, _args: tuple) -> None:
                 if alive.pieces[-1].phase in (BEFORE, FORWARD):
                     alive.start(FORWARD, place)
 
-            def after(_module, _args, output):
+            def after(_module: nn.Module, _args: tuple, output: Any) -> None:
                 hidden = output if isinstance(output, torch.Tensor) else output[0]
                 if alive.pieces[-1].phase == FORWARD and hidden.requires_grad:
                     hidden.register_hook(lambda _: alive.start(BACKWARD, place))
@@ -114,8 +116,8 @@ class Depth:
     def full(self, pieces: list[Piece]) -> list[Piece]:
         """The pieces of the full depth from those of the layers that were measured."""
         result: list[Piece] = []
-        for phase, run in groupby(pieces, lambda piece: piece.phase):
-            run = list(run)
+        for phase, pieces_of_phase in groupby(pieces, lambda piece: piece.phase):
+            run = list(pieces_of_phase)
             if phase in (FORWARD, BACKWARD):
                 by_place = {piece.place: piece for piece in run}
                 if not len(run) == len(by_place) == len(self.layers):
@@ -146,16 +148,16 @@ def _configs(model: nn.Module) -> list:
     return list(found.values())
 
 
-def _of_each_layer(config, count: int) -> dict[str, list]:
+def _of_each_layer(config: PreTrainedConfig, count: int) -> dict[str, list]:
     """What a configuration says of every layer, such as its kind of attention; not a list of all their numbers."""
     return {
-        name: values
+        name: list(values)
         for name, values in vars(config).items()
         if isinstance(values, (list, tuple)) and len(values) == count and list(values) != list(range(count))
     }
 
 
-def _keep(config, count: int, kept: list[int]) -> None:
+def _keep(config: PreTrainedConfig, count: int, kept: list[int]) -> None:
     """Makes a configuration of `count` layers one of those that are kept."""
     for name, values in _of_each_layer(config, count).items():
         setattr(config, name, [values[i] for i in kept])

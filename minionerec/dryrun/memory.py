@@ -10,6 +10,7 @@ import copy
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 from unittest import mock
 
 import torch
@@ -67,14 +68,14 @@ class _Alive(TorchDispatchMode):
         self.before = [tensor.untyped_storage() for tensor in before]
         self.known: dict[int, object] = {id(storage): None for storage in self.before}
 
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+    def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         result = function(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
             if isinstance(tensor, torch.Tensor):
                 self._watch(tensor.untyped_storage())
         return result
 
-    def _watch(self, storage) -> None:
+    def _watch(self, storage: torch.UntypedStorage) -> None:
         key = id(storage)
         if key in self.known:
             return
@@ -82,7 +83,7 @@ class _Alive(TorchDispatchMode):
         size = -(-storage.nbytes() // 512) * 512
         made_in = self.pieces[-1]
 
-        def gone(_):
+        def gone(_: object) -> None:
             del self.known[key]
             self.bytes -= size
             self.pieces[-1].free(size, made_in)
@@ -227,7 +228,9 @@ def predict(
     return Prediction({name: size / GB for name, size in parts.items()}, trainable)
 
 
-def cache_gb(config, rows: int, tokens: int, beams: int, completion_tokens: int, on_gpu: bool) -> float:
+def cache_gb(
+    config: PreTrainedConfig, rows: int, tokens: int, beams: int, completion_tokens: int, on_gpu: bool
+) -> float:
     """What constrained beam search holds besides the weights, in GB: keys and values of the prompts and of the beams,
     and the widest activations of the prefill."""
     text = config.get_text_config()
@@ -291,7 +294,7 @@ def _of_one_expert(x: torch.Tensor, weight: torch.Tensor, offs: torch.Tensor) ->
 def _logits(model: nn.Module, inputs: dict[str, torch.Tensor], count: int) -> torch.Tensor:
     """The logits of `count` positions. How many a mask picks depends on its values."""
 
-    def first(_module, args):
+    def first(_module: nn.Module, args: tuple) -> tuple:
         return (args[0].flatten(0, -2)[:count], *args[1:])
 
     handle = model.get_output_embeddings().register_forward_pre_hook(first)

@@ -51,17 +51,19 @@ def build(
         window = problems.attempt(cleaning.time_window, start_date, end_date)
         bought = problems.attempt(sources.open_source, interactions, "interactions")
         sold = problems.attempt(sources.open_source, items, "items")
-        bought_columns = bought and problems.attempt(
-            sources.find_columns, bought, USER_ROLES, columns, sold.names if sold else ()
-        )
-        sold_columns = sold and problems.attempt(
-            sources.find_columns, sold, ITEM_ROLES, columns, bought.names if bought else ()
-        )
-        raw = bought_columns and problems.attempt(
-            sources.read_interactions, bought, bought_columns, window or (0, sources.LATEST), spool
-        )
-        bought_items = raw.items if raw else {}
-        described = sold_columns and problems.attempt(sources.read_items, sold, sold_columns, bought_items.__contains__)
+        bought_columns = sold_columns = raw = described = None
+        if bought:
+            other = sold.names if sold else ()
+            bought_columns = problems.attempt(sources.find_columns, bought, USER_ROLES, columns, other)
+        if sold:
+            other = bought.names if bought else ()
+            sold_columns = problems.attempt(sources.find_columns, sold, ITEM_ROLES, columns, other)
+        if bought and bought_columns:
+            window = window or (0, sources.LATEST)
+            raw = problems.attempt(sources.read_interactions, bought, bought_columns, window, spool)
+        if sold and sold_columns:
+            wanted = raw.items.__contains__ if raw else lambda item: False
+            described = problems.attempt(sources.read_items, sold, sold_columns, wanted)
         matrix = problems.attempt(item_embeddings.open_embeddings, embeddings) if embeddings else None
         given = None
         if described and matrix is not None:
@@ -73,6 +75,7 @@ def build(
                 [item.row for item in described[0]],
             )
         problems.check()
+        assert bought and bought_columns and sold and sold_columns and raw and described
         catalogue, found = described
 
         # Clean.

@@ -35,13 +35,13 @@ def add_items(
     record = problems.attempt(writing.read_record, dataset)
     if record is not None:
         _check_embeddings(problems, record["embeddings"]["kind"], encoder, embeddings)
-    old = record and problems.attempt(_read_catalogue, dataset, record)
-    source = problems.attempt(sources.open_source, items, "add_items")
-    found_columns = source and problems.attempt(sources.find_columns, source, ITEM_ROLES, columns)
+    old = problems.attempt(_read_catalogue, dataset, record) if record else None
     existing = {fields["original_id"] for fields in old["metadata"].values()} if old else set()
-    described = found_columns and problems.attempt(
-        sources.read_items, source, found_columns, lambda item: item not in existing
-    )
+    source = problems.attempt(sources.open_source, items, "add_items")
+    found_columns = problems.attempt(sources.find_columns, source, ITEM_ROLES, columns) if source else None
+    described = None
+    if source and found_columns:
+        described = problems.attempt(sources.read_items, source, found_columns, lambda item: item not in existing)
     matrix = problems.attempt(item_embeddings.open_embeddings, embeddings) if embeddings else None
     given = None
     if described and matrix is not None:
@@ -53,6 +53,7 @@ def add_items(
             [item.row for item in described[0]],
         )
     problems.check()
+    assert record and old and source and found_columns and described
     new, found = described
     if not new:
         raise InputError(f"--add_items {items}: none of its {found['rows']} rows is a new item with a title")

@@ -65,7 +65,7 @@ class StepSampler(Sampler):
     def __iter__(self) -> Iterator[int]:
         order = np.random.default_rng((self.seed, self.epoch)).permutation(len(self))
         if self.group_by_length:
-            longest = self.lengths[order].argmax()
+            longest = int(self.lengths[order].argmax())
             order[[0, longest]] = order[[longest, 0]]
         for start in range(0, len(order), self.sorted_rows):
             rows = order[start : start + self.sorted_rows]

@@ -1,0 +1,164 @@
+"""Commands in processes of their own, for what only those show: signals, several ranks, engines.
+
+The libraries take a new process 6 s to import. So one process imports them, once for all tests, and each process that a
+test asks for is a fork of it. `torchrun` and `launch` start processes as a user does.
+"""
+
+import multiprocessing
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from functools import cache
+from importlib.util import find_spec
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from unittest import mock
+
+import psutil
+import pytest
+import workers
+from accelerate.commands import launch as accelerate_launch
+from helpers import ROOT, flag_words
+
+PAUSE = 0.02  # seconds between two looks at what a process has done
+PRELOADED = ["workers", "lora_utils", "minionerec.dryrun.report", "minionerec.training.rl_trainer"]
+PRELOADED += ["minionerec.training.sft_trainer", "minionerec.training.finish", "bitsandbytes", "matplotlib.pyplot"]
+
+needs_deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="pip install deepspeed")
+ENGINES = ["fsdp", pytest.param("zero2", marks=needs_deepspeed), pytest.param("zero3", marks=needs_deepspeed)]
+
+
+@cache
+def _forks() -> multiprocessing.context.ForkServerContext:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    return context
+
+
+@cache
+def _logs() -> tempfile.TemporaryDirectory:
+    return tempfile.TemporaryDirectory(prefix="minionerec-logs-")
+
+
+@dataclass
+class Started:
+    """Processes of one command, rank by rank."""
+
+    processes: list[BaseProcess]
+    log: Path
+
+    @property
+    def errors(self) -> str:
+        """What they wrote to standard error."""
+        return self.log.read_text(encoding="utf-8", errors="replace")
+
+    def kill(self, number: int) -> None:
+        for process in self.processes:
+            os.kill(process.pid, number)
+
+    def wait(self, seconds: float = 300) -> list[int]:
+        """The exit codes; negative for a signal that ended a process."""
+        deadline = time.monotonic() + seconds
+        for process in self.processes:
+            process.join(max(0.0, deadline - time.monotonic()))
+        hung = [process for process in self.processes if process.is_alive()]
+        for process in hung:
+            process.kill()
+        assert not hung, f"still there after {seconds} s: {self.errors[-3000:]}"
+        return [process.exitcode for process in self.processes]
+
+    def wait_for_checkpoint(self, output: Path, seconds: float = 200) -> None:
+        """Returns as soon as a run that goes on has saved a checkpoint in `output`."""
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline and not list(output.glob("checkpoint-*/trainer_state.json")):
+            assert all(process.is_alive() for process in self.processes), self.errors[-3000:]
+            time.sleep(PAUSE)
+
+
+def start(mode: str, *argv: object, ranks: int = 1, engine: str = "torchrun") -> Started:
+    """Starts a mode of workers.py with these arguments in as many processes as `ranks`; several are told what torchrun,
+    or `accelerate launch` with the file of configs/ that `engine` names, would tell them."""
+    environments = [{**os.environ}]
+    if ranks > 1:
+        address = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(ranks)}
+        address |= {"LOCAL_WORLD_SIZE": str(ranks), **({} if engine == "torchrun" else engine_environment(engine))}
+        environments = [{**os.environ, **address, "RANK": str(i), "LOCAL_RANK": str(i)} for i in range(ranks)]
+    log = Path(_logs().name) / f"{len(os.listdir(_logs().name))}.log"
+    log.touch()
+    words = [str(word) for word in argv]
+    processes = [
+        _forks().Process(target=workers.fork, args=(environment, str(log), mode, words), daemon=True)
+        for environment in environments
+    ]
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    with mock.patch.dict(os.environ, PYTHONPATH=path, OMP_NUM_THREADS="1", OMP_WAIT_POLICY="PASSIVE"):
+        for process in processes:
+            process.start()
+    return Started(processes, log)
+
+
+def start_command(script: str, flags: dict[str, object], **more) -> Started:
+    """Starts a command line of the project in a process of its own."""
+    return start("command", script, *flag_words(flags), **more)
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return free.getsockname()[1]
+
+
+@cache
+def engine_environment(engine: str) -> dict[str, str]:
+    """What `accelerate launch` tells the processes it starts with a file of configs/."""
+    words = ["--config_file", str(ROOT / "configs" / f"{engine}.yaml"), "script.py"]
+    args = accelerate_launch._validate_launch_command(accelerate_launch.launch_command_parser().parse_args(words))[0]
+    before = dict(os.environ)
+    return {name: text for name, text in accelerate_launch.prepare_multi_gpu_env(args).items() if name not in before}
+
+
+def launch(module: str, *argv: object, code: int = 0) -> str:
+    """Runs a module in a new process, checks its exit code and returns what it wrote to standard error. One that hangs
+    ends with all the processes it started."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "DS_ACCELERATOR": "cpu"}
+    command = [sys.executable, "-m", module, *map(str, argv)]
+    streams = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, cwd=ROOT, env=environment, **streams) as process:
+        try:
+            _, errors = process.communicate(timeout=300)
+        except BaseException:
+            for started in [*psutil.Process(process.pid).children(recursive=True), process]:
+                started.kill()
+            raise
+    assert process.returncode == code, errors[-3000:]
+    return errors
+
+
+def torchrun(*argv: object, **more) -> str:
+    return launch("torch.distributed.run", "--standalone", "--nproc_per_node", 2, *argv, **more)
+
+
+def two_processes(
+    engine: str, folder: Path, script: str, flags: dict, mode: str = "watched", code: int = 0, launched: bool = False
+) -> str:
+    """Runs a command in two processes, as a mode of workers.py; returns what they wrote to standard error.
+
+    `launched`: by torchrun or `accelerate launch` itself, as DeepSpeed's always are.
+    """
+    argv = [mode, folder, script, *flag_words(flags)]
+    if launched and engine == "torchrun":
+        errors = torchrun("tests/workers.py", *argv, code=code)
+    elif launched or engine.startswith("zero"):
+        config = ["--config_file", f"configs/{engine}.yaml", "--main_process_port", free_port()]
+        errors = launch("accelerate.commands.launch", *config, "tests/workers.py", *argv, code=code)
+    else:
+        started = start(*argv, ranks=2, engine=engine)
+        codes, errors = started.wait(), started.errors
+        assert codes == [code, code], errors[-3000:]
+    if mode == "watched" and engine != "zero3":  # where each process holds its shard only
+        assert (folder / "rank0").read_text() == (folder / "rank1").read_text()
+    return errors

@@ -1,0 +1,58 @@
+"""The floors of the package hold: no floor imports a higher one, and the package imports no file outside itself."""
+
+import ast
+from pathlib import Path
+
+import pytest
+from helpers import ROOT
+
+# From the lowest to the highest: the rooms (folders) and files of minionerec/, and the files beside it.
+FLOORS = [
+    ["minionerec", "minionerec.errors", "minionerec.metrics", "minionerec.plots", "minionerec.process_memory"],
+    ["minionerec.cli", "minionerec.data", "minionerec.flags", "minionerec.sasrec"],
+    ["minionerec.checkpoint", "minionerec.recorded", "minionerec.saving"],
+    ["minionerec.model"],
+    ["minionerec.decoding", "minionerec.prepare"],
+    ["minionerec.training"],
+    ["minionerec.dryrun", "lora_utils"],
+    ["evaluate", "merge_lora", "rl", "sft"],
+]
+FLOOR_OF = {name: number for number, floor in enumerate(FLOORS) for name in floor}
+NEIGHBOURS = {"minionerec.decoding", "minionerec.prepare"}  # on one floor, without a door between them
+FILES = [file.relative_to(ROOT) for file in sorted([*ROOT.glob("*.py"), *(ROOT / "minionerec").rglob("*.py")])]
+OUTSIDE = {file.stem for folder in (".", "benchmarks", "scripts", "tests") for file in (ROOT / folder).glob("*.py")}
+OUTSIDE |= {"benchmarks", "scripts", "tests"}
+
+
+def room_of(name: str) -> str:
+    """`minionerec.data` for `minionerec.data.files.read_info`, `minionerec` for `minionerec.__version__`; else the
+    module at the top."""
+    top, *rest = name.split(".")
+    if top == "minionerec" and rest:
+        path = ROOT / top / rest[0]
+        return f"{top}.{rest[0]}" if path.is_dir() or path.with_suffix(".py").is_file() else top
+    return top
+
+
+def imports(file: Path) -> set[str]:
+    """The full names of what a file imports, in its functions too."""
+    names = set()
+    for node in ast.walk(ast.parse((ROOT / file).read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.module and not node.level, f"line {node.lineno}: a relative import"
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+@pytest.mark.parametrize("file", FILES, ids=str)
+def test_no_floor_imports_a_higher_one(file):
+    room = room_of(".".join(file.with_suffix("").parts).removesuffix(".__init__"))
+    assert room in FLOOR_OF, "it needs a place in FLOORS"
+    others = {name: room_of(name) for name in imports(file)}
+    higher = {name for name, other in others.items() if FLOOR_OF.get(other, 0) > FLOOR_OF[room]}
+    assert not higher
+    assert not {name for name, other in others.items() if {room, other} == NEIGHBOURS}
+    if room.startswith("minionerec"):
+        assert not {name for name, other in others.items() if other in OUTSIDE}  # the package and libraries only
