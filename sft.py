@@ -50,6 +50,7 @@ def train(
     gradient_checkpointing: bool = False,
     tasks: str = "all",
     prompt_file: str | None = None,
+    pack_rows: int = 16,
     eval_step: float = 0.05,
     report_to: str = "none",
     dry_run: bool = False,
@@ -96,6 +97,9 @@ def train(
         tasks: all (six; the original's four are sid_history_to_sid, sid_history_to_title, title_to_sid, sid_to_title),
             or task names separated by commas; the table is in minionerec/data/prompts.py.
         prompt_file: JSON that replaces the wording of the prompts.
+        pack_rows: compute the common beginnings of an optimizer step's rows once (token trees), and let up to this many
+            rows that share much, such as a user's, come in the same step; 1 leaves the steps as random as they were.
+            0: every row by itself, as for models whose attention takes no tree mask; group_by_length concerns only that.
         eval_step: how often to evaluate and save, as a share of the training.
         report_to: none, tensorboard or wandb.
         dry_run: check the input, print rows, tokens, steps and the predicted peak memory, and stop.
@@ -128,6 +132,8 @@ def train(
         learning_rate=learning_rate,
         eval_step=eval_step,
     )
+    if pack_rows < 0:
+        problems.add(f"--pack_rows {pack_rows}: must be 0 or more")
     if eval_step >= 1:
         problems.add(f"--eval_step {eval_step}: is a share of the training; give a number below 1")
     if cutoff_len < 32:
@@ -166,7 +172,7 @@ def train(
     from minionerec.plots import SFT_PANELS
     from minionerec.training.finish import finish
     from minionerec.training.resume import resume_point
-    from minionerec.training.sft_trainer import SFTTrainer
+    from minionerec.training.sft_trainer import SFTTrainer, plan_trees
 
     adapter_settings = {
         "lora_r": lora_r,
@@ -247,7 +253,9 @@ def train(
         )
     state.print(f"training examples: {len(train_dataset):,}; validation examples: {len(eval_dataset):,}")
 
-    accumulation = batch_size // (micro_batch_size * state.num_processes)
+    sizes = batch_size, micro_batch_size, num_epochs
+    trees = plan_trees(model, train_dataset, eval_dataset, pack_rows, *sizes, seed, state)
+    accumulation = trees.accumulation if trees else batch_size // (micro_batch_size * state.num_processes)
     steps = -(-len(train_dataset) // batch_size) * num_epochs
     if wandb_project:
         os.environ["WANDB_PROJECT"] = wandb_project
@@ -256,6 +264,7 @@ def train(
     sft_trainer = SFTTrainer(
         model=model,
         run=run,
+        train_batches=trees,
         processing_class=tokenizer,
         data_collator=Collator(tokenizer.pad_token_id),
         train_dataset=train_dataset,
