@@ -13,6 +13,7 @@ import os
 from minionerec import checks, cli
 from minionerec.data.files import read_catalogue, read_interactions, sample_rows
 from minionerec.data.prompts import load_prompts
+from minionerec.data.texts import check_interactions, items_left_out
 from minionerec.errors import Problems
 
 
@@ -154,9 +155,9 @@ def train(
     catalogue = problems.attempt(read_catalogue, sid_index_path, item_meta_path)
     sids = catalogue.sids if catalogue else None
     eval_prompts = prompts and prompts.for_validation()
-    train_rows, notes = checks.check_interactions(problems, "train_file", train_file, sids, prompts)
-    notes += checks.check_interactions(problems, "eval_file", eval_file, sids, eval_prompts)[1]
-    notes += checks.items_left_out(catalogue, prompts, item_meta_path)
+    train_rows, notes = check_interactions(problems, "train_file", train_file, sids, prompts)
+    notes += check_interactions(problems, "eval_file", eval_file, sids, eval_prompts)[1]
+    notes += items_left_out(catalogue, prompts, item_meta_path)
     problems.check()
 
     import torch
