@@ -100,7 +100,7 @@ def train(
         prompt_file: JSON that replaces the wording of the prompts.
         pack_rows: compute the common beginnings of an optimizer step's rows once (token trees), and let up to this many
             rows that share much, such as a user's, come in the same step; 1 leaves the steps as random as they were.
-            0: every row by itself, as for models whose attention takes no tree mask; group_by_length concerns only that.
+            0: every row by itself, as for models whose attention takes no tree mask; group_by_length is for that only.
         eval_step: how often to evaluate and save, as a share of the training.
         report_to: none, tensorboard or wandb.
         dry_run: check the input, print rows, tokens, steps and the predicted peak memory, and stop.
