@@ -11,6 +11,7 @@ from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 from transformers.utils import logging as transformers_logging
 
+from minionerec.data import sid_tokens as of_tokenizer
 from minionerec.errors import InputError
 from minionerec.model.device import compute_dtype, local_device
 
@@ -202,7 +203,7 @@ def add_sid_tokens(model, tokenizer, sid_tokens: list[str]) -> list[int]:
     `sid_tokens.add_sid_tokens` does.
     """
     had = model.get_input_embeddings().weight.shape[0]
-    sid_tokens.add_sid_tokens(tokenizer, sid_tokens)
+    of_tokenizer.add_sid_tokens(tokenizer, sid_tokens)
     fit_embeddings(model, tokenizer)
     return sorted({*tokenizer.convert_tokens_to_ids(sid_tokens), *range(had, len(tokenizer))})
 
