@@ -412,14 +412,14 @@ def curve_and_weights(trainer: SFTTrainer, resume: str | None = None):
 
 
 def test_a_run_on_trees_is_the_run_on_rows(tmp_path):
-    rows = of_users(15)[:-1]
+    rows = of_users(9)[:-1]
     step_rows = 16
     assert len(rows) % step_rows  # the last step is shorter
     order = [row for step in steps_of(plan(rows, step_rows, 1)) for row in step]
     curve, weights = curve_and_weights(trainer_of(tmp_path / "rows", [rows[i] for i in order], None, 4, 4))
     assert len(curve) == 3 * -(-len(rows) // step_rows)
     accumulations = []
-    for micro in (1, 4, 16):
+    for micro in (1, 16):
         batches = plan(rows, step_rows, micro)
         accumulations.append(batches.accumulation)
         found = curve_and_weights(trainer_of(tmp_path / str(micro), rows, batches, micro, batches.accumulation))
@@ -430,15 +430,21 @@ def test_a_run_on_trees_is_the_run_on_rows(tmp_path):
 
 
 def test_a_run_on_trees_continues_exactly_in_its_second_epoch(tmp_path):
-    rows = of_users(15)
-    settings = {"num_train_epochs": 3, "save_strategy": "steps", "save_steps": 1, "optim": "adamw_torch"}
+    rows = of_users(9)
+    settings = {
+        "num_train_epochs": 3,
+        "eval_steps": 2,
+        "save_strategy": "steps",
+        "save_steps": 1,
+        "optim": "adamw_torch",
+    }
 
     def trainer():
         batches = plan(rows, 16, 2, 3)
         return trainer_of(tmp_path / "run", rows, batches, 2, batches.accumulation, **settings)
 
     curve, weights = curve_and_weights(trainer())
-    steps = len(curve) // 9
+    steps = -(-len(rows) // 16)
     shutil.rmtree(tmp_path / "run" / f"checkpoint-{3 * steps}")
     for kept in (steps + 1, 2 * steps):  # within the second epoch, and at its end
         again, resumed = curve_and_weights(trainer(), str(tmp_path / "run" / f"checkpoint-{kept}"))
@@ -455,26 +461,35 @@ def test_layers_that_ignore_the_mask_get_rows_one_by_one(files, checkpoint_of, t
     assert way == ["token trees: off; every row is computed by itself, since conv layers ignore a tree mask"]
 
 
-@pytest.mark.parametrize("pack_rows", [16, 0])
-def test_two_processes_train_as_one_and_go_on_in_the_second_epoch(files, base, tmp_path, pack_rows):
-    flags = {"use_lora": True, "lora_dropout": 0.0, "learning_rate": 1e-3, "pack_rows": pack_rows}
+def test_two_processes_train_as_one_which_goes_on_in_the_second_epoch(files, base, tmp_path):
+    flags = {"use_lora": True, "lora_dropout": 0.0, "learning_rate": 1e-3, "num_epochs": 2}
     # 42 examples: the last step of an epoch has 2, for 2 micro-batches on each process.
     flags |= {"tasks": "sid_history_to_sid,title_to_sid", "sample": 21, "batch_size": 8, "micro_batch_size": 2}
-    flags["num_epochs"] = 2
-    one = run_command("sft.py", **sft_flags(files, base, tmp_path / "one", **flags))
-    assert one.returncode == 0, one.stderr[-3000:]
-    said = re.search(r"^token trees: .*", one.stdout, re.M)[0]
-    if pack_rows:
-        rows, tokens, nodes = (int(n.replace(",", "")) for n in re.findall(r"[\d,]*\d", said))
-        assert rows == 8 and 0 < nodes < 0.8 * tokens
-    else:
-        assert said == "token trees: off; every row is computed by itself"
-    flags = sft_flags(files, base, tmp_path / "two", **flags)
-    two_processes("torchrun", tmp_path, "sft.py", flags)
+    one, two = (sft_flags(files, base, tmp_path / name, **flags) for name in ("one", "two"))
+    done = run_command("sft.py", **one)
+    assert done.returncode == 0, done.stderr[-3000:]
+    said = re.search(r"^token trees: .*", done.stdout, re.M)[0]
+    rows, tokens, nodes = (int(n.replace(",", "")) for n in re.findall(r"[\d,]*\d", said))
+    assert rows == 8 and 0 < nodes < 0.8 * tokens
+    two_processes("torchrun", tmp_path, "sft.py", two)
     assert_same_run(tmp_path / "one", tmp_path / "two", 1e-5)
+    # One process finds the place where two of them stopped.
     shutil.rmtree(newest_checkpoint(str(tmp_path / "two")))
     shutil.rmtree(tmp_path / "two" / "final_checkpoint")
     state = json.loads((Path(newest_checkpoint(str(tmp_path / "two"))) / "trainer_state.json").read_text())
     assert 1 < state["epoch"] < 2
-    two_processes("torchrun", tmp_path, "sft.py", {**flags, "resume_from_checkpoint": True})
+    done = run_command("sft.py", **two, resume_from_checkpoint=True)
+    assert done.returncode == 0, done.stderr[-3000:]
     assert_same_run(tmp_path / "one", tmp_path / "two", 1e-5)
+
+
+def test_steps_at_random_give_the_curve_of_the_plain_way(files, base, tmp_path):
+    flags = {"use_lora": True, "lora_dropout": 0.0, "learning_rate": 1e-3, "sample": 25, "tasks": "sid_history_to_sid"}
+    for name, pack_rows in (("rows", 0), ("trees", 1)):
+        done = run_command(
+            "sft.py",
+            **sft_flags(files, base, tmp_path / name, batch_size=2, micro_batch_size=2, pack_rows=pack_rows, **flags),
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert ("token trees: off" in done.stdout) == (name == "rows")
+    assert_same_run(tmp_path / "rows", tmp_path / "trees", 1e-5)
