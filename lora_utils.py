@@ -1,11 +1,11 @@
-"""LoRA and QLoRA for any causal LM: find the layers, configure, wrap, train the SID rows, report, load.
+"""LoRA and QLoRA for any causal LM: find the layers, configure, wrap, load, report.
 
 The functions are called by `sft.py` before training and by `rl.py` before it builds its trainer:
 
-    quantization = quantization_config(use_qlora=True)
-    model = load_base(base_model, quantization)
-    ids = add_sid_tokens(model, tokenizer, catalogue.sid_tokens)
-    model = add_lora(model, lora_config(model, ids, lora_r=16, ...), gradient_checkpointing=False)
+    flags = AdapterFlags(use_qlora=True, lora_r=16)
+    model = load_base(base_model, quantization_config(flags))
+    sid_token_ids = add_sid_tokens(model, tokenizer, catalogue.sid_tokens)
+    model = adapt(model, flags, sid_token_ids)
     print(trainable_report(model))
 """
 
@@ -15,27 +15,22 @@ from collections.abc import Callable, Iterable, Iterator
 from operator import methodcaller
 
 import torch
-from peft import LoraConfig, PeftModel, TaskType, TrainableTokensConfig, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, TaskType, TrainableTokensConfig, get_peft_model
 from peft.tuners import lora
 from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from torch import nn
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import BitsAndBytesConfig, PreTrainedConfig, PreTrainedTokenizerFast
 from transformers.pytorch_utils import Conv1D
 
-from minionerec.checkpoint import read_run
+from minionerec.checkpoint import Checkpoint
 from minionerec.errors import InputError
+from minionerec.flags import AdapterFlags
 from minionerec.model import architecture, device, experts, loading
 from minionerec.model.adapters import _finish, load_adapter, prepare_quantized
 
+DEFAULTS = AdapterFlags()
+
 # --- Which layers -----------------------------------------------------------------------------------------------------
-
-
-def meta_model(config, dtype: torch.dtype | None = None):
-    """The architecture of a configuration on the meta device: every module, no weights."""
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    architecture.freeze_beside_text(model)
-    return model
 
 
 def _in_attention(model: nn.Module, name: str) -> bool:
@@ -136,23 +131,23 @@ def find_target_parameters(model: nn.Module, spec: str = "all") -> list[str]:
 # --- Configurations ---------------------------------------------------------------------------------------------------
 
 
-def quantization_config(use_qlora: bool = False, load_in_8bit: bool = False) -> BitsAndBytesConfig | None:
+def quantization_config(flags: AdapterFlags = DEFAULTS) -> BitsAndBytesConfig | None:
     """How bitsandbytes stores the frozen base: NF4 with double quantization and matmuls in the device's 16-bit dtype
     for QLoRA, LLM.int8 for `load_in_8bit`, None for neither.
 
     Source: Dettmers et al., QLoRA (2023) and LLM.int8 (2022).
     """
-    if use_qlora:
+    if flags.bits == 4:
         dtype = device.compute_dtype(quantized=True)
         return BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=dtype,
-            # FSDP and ZeRO-3 share out what has a floating type; the bits are the same.
+            # FSDP and ZeRO-3 shard tensors of a floating dtype only; the stored bits are the same.
             bnb_4bit_quant_storage=dtype if device.shares_weights_out() else torch.uint8,
         )
-    return BitsAndBytesConfig(load_in_8bit=True) if load_in_8bit else None
+    return BitsAndBytesConfig(load_in_8bit=True) if flags.bits == 8 else None
 
 
 def _embedding_names(model: nn.Module) -> list[str]:
@@ -162,68 +157,50 @@ def _embedding_names(model: nn.Module) -> list[str]:
     return [next(name for name, module in model.named_modules() if module is wanted) for wanted in modules]
 
 
-def lora_config(
-    model: nn.Module,
-    sid_token_ids: list[int],
-    lora_r: int = 16,
-    lora_alpha: int = 32,
-    lora_dropout: float = 0.05,
-    lora_target_modules: str = "all",
-    use_rslora: bool = False,
-    use_dora: bool = False,
-    init_lora_weights: str = "True",
-) -> LoraConfig:
+def lora_config(model: nn.Module, sid_token_ids: list[int], flags: AdapterFlags = DEFAULTS) -> LoraConfig:
     """The adapter of a model: low-rank updates of the target modules, and the SID rows of the embedding matrices.
 
     Args:
         model: the base the adapter is for, resized, with its weights or on the meta device.
         sid_token_ids: the rows to train, in the input embedding and, where it is not tied, in the output head.
-        init_lora_weights: "True" (B starts at zero), "gaussian" or "orthogonal".
 
+    Raises InputError for targets that match nothing, or that cannot have what the flags ask for.
     Source: Hu et al., LoRA (2021); Kalajdzievski, rsLoRA (2023); Liu et al., DoRA (2024).
     """
-    modules = find_target_modules(model, lora_target_modules)
-    parameters = find_target_parameters(model, lora_target_modules)
-    layers, stacks = _chosen(model, lora_target_modules)
-    beyond = "--use_dora True" if use_dora else "--init_lora_weights orthogonal"
-    if parameters and (use_dora or init_lora_weights == "orthogonal"):
+    modules = find_target_modules(model, flags.lora_target_modules)
+    parameters = find_target_parameters(model, flags.lora_target_modules)
+    layers, stacks = _chosen(model, flags.lora_target_modules)
+    if parameters and (flags.use_dora or flags.init_lora_weights == "orthogonal"):
+        beyond = "--use_dora True" if flags.use_dora else "--init_lora_weights orthogonal"
         raise InputError(
             f"{beyond}: PEFT cannot do this for {', '.join(parameters)} of {type(model).__name__}, which it adapts as "
             "parameters; drop it, or leave them out with --lora_target_modules qkv"
         )
+    settings = flags.lora_settings()
     # A token passes through several experts: together they have the rank of one layer. The update's scale is the same.
-    rank = max(1, lora_r // architecture.experts_per_token(model.config)) if stacks else lora_r
-    alpha = lora_alpha if rank == lora_r else lora_alpha * (rank / lora_r) ** (0.5 if use_rslora else 1)
+    r, alpha = settings["r"], settings["lora_alpha"]
+    rank = max(1, r // architecture.experts_per_token(model.config)) if stacks else r
+    if rank != r:
+        settings |= {"r": rank, "lora_alpha": alpha * (rank / r) ** (0.5 if flags.use_rslora else 1)}
     other = "|".join(re.escape(n) for n in (*modules, *parameters) if not any(_matches(n, stack) for stack in stacks))
     beside = "|".join(rf"{re.escape(name)}(\..*)?" for name in architecture.beside_text(model))
     return LoraConfig(
         task_type=TaskType.CAUSAL_LM,
-        r=rank,
-        lora_alpha=alpha,
-        rank_pattern={other: lora_r} if other and rank != lora_r else {},
-        alpha_pattern={other: lora_alpha} if other and rank != lora_r else {},
-        lora_dropout=lora_dropout,
+        **settings,
+        rank_pattern={other: r} if other and rank != r else {},
+        alpha_pattern={other: alpha} if other and rank != r else {},
         target_modules=modules,
         target_parameters=parameters or None,
         exclude_modules=beside or None,
-        use_rslora=use_rslora,
-        use_dora=use_dora,
-        init_lora_weights=True if init_lora_weights == "True" else init_lora_weights,
         fan_in_fan_out=any(isinstance(model.get_submodule(name), Conv1D) for name in layers),  # GPT-2 stores [in, out]
         trainable_token_indices=dict.fromkeys(_embedding_names(model), sid_token_ids) if sid_token_ids else None,
     )
 
 
-# --- SID rows ---------------------------------------------------------------------------------------------------------
-
-
-# --- The low-rank update ----------------------------------------------------------------------------------------------
-
-
 # --- Wrapping ---------------------------------------------------------------------------------------------------------
 
 
-def _wrap(model: nn.Module, config, gradient_checkpointing: bool) -> PeftModel:
+def _wrap(model: nn.Module, config: PeftConfig, gradient_checkpointing: bool) -> PeftModel:
     if getattr(model, "is_quantized", False):
         prepare_quantized(model)
     dropout = getattr(config, "lora_dropout", 0.0)
@@ -262,33 +239,49 @@ def train_sid_rows_only(model: nn.Module, sid_token_ids: list[int], gradient_che
     return _wrap(model, config, gradient_checkpointing)
 
 
+def adapt(model: nn.Module, flags: AdapterFlags, sid_token_ids: list[int]) -> nn.Module:
+    """The model with what `flags.method` trains: a new adapter (lora, qlora), its SID rows only (freeze_LLM), or as it
+    is (full)."""
+    if flags.adapted:
+        return add_lora(model, lora_config(model, sid_token_ids, flags), flags.gradient_checkpointing)
+    if flags.method == "freeze_LLM":
+        return train_sid_rows_only(model, sid_token_ids, flags.gradient_checkpointing)
+    return model
+
+
 def load_adapted(
-    base_model: str,
-    adapter: str,
-    tokenizer,
+    checkpoint: Checkpoint,
+    tokenizer: PreTrainedTokenizerFast,
+    base_model: str = "",
     quantization: BitsAndBytesConfig | None = None,
     trainable: bool = False,
     merge_in: torch.dtype | None = None,
     merge: Callable[[PeftModel], object] = methodcaller("merge_and_unload"),
+    fingerprint: str | None = None,
 ) -> PeftModel | object:
     """The model of an adapter checkpoint on its base, or, with `merge_in`, what `merge` makes of it on a base of that
     precision: one whole model.
 
     What was trained on a quantized base is merged into the values that its 4 or 8 bits stand for.
-    Raises InputError where the base cannot be loaded, is another one than the adapter was trained on, or has other
+
+    Args:
+        base_model: where the base is, if not where the adapter says.
+        fingerprint: of the base, where it is known already.
+
+    Raises InputError where the base cannot be loaded, is not the one that the adapter was trained on, or has other
     shapes.
     """
-    recorded = read_run(adapter).get("base_fingerprint")
-    if recorded and recorded != loading.fingerprint(base_model):
+    base_model = base_model or checkpoint.base()
+    if checkpoint.base_fingerprint and checkpoint.base_fingerprint != (fingerprint or loading.fingerprint(base_model)):
         raise InputError(
-            f"adapter {adapter} does not fit the base {base_model}: these are not the weights it was trained on; name "
-            "the base it was trained on"
+            f"adapter {checkpoint.path} does not fit the base {base_model}: these are not the weights it was trained "
+            "on; name the base it was trained on"
         )
     model = loading.load_base(base_model, quantization, dtype=None if quantization else merge_in)
     if merge_in is not None and quantization:
         model = model.dequantize(merge_in).to(merge_in)
     loading.fit_embeddings(model, tokenizer)
-    wrapped = load_adapter(model, adapter, trainable)
+    wrapped = load_adapter(model, checkpoint.path, trainable)
     return wrapped if merge_in is None else merge(wrapped)
 
 
@@ -316,24 +309,24 @@ def trainable_report(model: nn.Module) -> str:
     return f"trainable parameters: {trainable:,} of {total:,} ({100 * trainable / total:.3f}%){frozen}"
 
 
-def check_adapter(config, bits: int, adapter: str | None = None, **settings) -> str:
-    """`adapter_report` for the configuration of a base, before any weight is loaded, of the adapter in a folder or of a
-    new one with these settings of `lora_config`.
+def check_adapter(config: PreTrainedConfig, flags: AdapterFlags, adapter_path: str | None = None) -> str:
+    """`adapter_report` for the configuration of a base, before any weight is loaded: of the adapter in a folder, or of
+    a new one.
 
     Raises InputError where the architecture cannot have the adapter or the bits.
     """
-    method = (getattr(config, "quantization_config", None) or {}).get("quant_method", "bitsandbytes")
-    if method != "bitsandbytes":
+    stored_in = (getattr(config, "quantization_config", None) or {}).get("quant_method", "bitsandbytes")
+    if stored_in != "bitsandbytes":
         raise InputError(
-            f"--base_model: its weights are stored in {method}, which takes no adapter; take a bfloat16 copy"
+            f"--base_model: its weights are stored in {stored_in}, which takes no adapter; take a bfloat16 copy"
         )
-    model = meta_model(config)
-    chosen = LoraConfig.from_pretrained(adapter) if adapter else lora_config(model, [], **settings)
-    report = adapter_report(model, chosen, bits)
-    if bits < 16 and not architecture.quantized_weights(model, bits):
-        flag = "--use_qlora True" if bits == 4 else "--load_in_8bit True"
+    model = architecture.meta_model(config)
+    chosen = LoraConfig.from_pretrained(adapter_path) if adapter_path else lora_config(model, [], flags)
+    report = adapter_report(model, chosen, flags.bits)
+    if flags.bits < 16 and not architecture.quantized_weights(model, flags.bits):
+        flag = "--use_qlora True" if flags.bits == 4 else "--load_in_8bit True"
         raise InputError(
-            f"{flag}: bitsandbytes has no layer for any of {type(model).__name__}; use --use_lora True alone"
+            f"{flag}: bitsandbytes has no layer for any of {type(model).__name__}; use --use_lora True only"
         )
     return report
 

@@ -10,125 +10,154 @@ an unmodified MiniOneRec checkout, and in vLLM.
 import os
 import re
 import shutil
+from dataclasses import dataclass
 from itertools import islice
 
-from minionerec import checks, cli
-from minionerec.checkpoint import (
-    RUN_FILE,
-    base_of_adapter,
-    is_adapter,
-    make_portable,
-    read_adapter,
-    read_run,
-    write_json,
-)
-from minionerec.data.files import Interaction, read_catalogue, read_interactions
-from minionerec.data.prompts import RECOMMENDATION, recorded_prompts
+from minionerec import cli
+from minionerec.checkpoint import RUN_FILE, Checkpoint, check_base, is_adapter
+from minionerec.data.files import Catalogue, Interaction, read_catalogue, read_interactions
+from minionerec.data.prompts import RECOMMENDATION, Prompts
 from minionerec.errors import Problems
+from minionerec.flags import Flags, above_zero, check_new_folder, command, flag, one_of
+from minionerec.saving import make_portable, write_json
 
 COMPARED = 10  # the best items of a row that are compared
 
 
-def merge(
-    adapter: str = "",
-    output_dir: str = "",
-    base_model: str = "",
-    into: str = "trained",
-    dtype: str = "auto",
-    max_shard_size: str = "5GB",
-    eval_file: str = "",
-    sid_index_path: str = "",
-    sample: int = 100,
-) -> dict:
-    """Merges an adapter into its base and saves a standalone checkpoint. The adapter and the base stay as they are.
+@dataclass(frozen=True, kw_only=True)
+class MergeFlags(Flags):
+    """The flags of merge_lora.py."""
 
-    Args:
-        adapter: folder of an adapter checkpoint.
-        output_dir: folder for the standalone checkpoint; it must not exist, and appears whole or not at all.
-        base_model: where the base is, if not where the adapter says.
-        into: trained (the weights that the adapter was trained on; for a quantized base those are what its 4 or 8 bits
-            stand for) or original (the base as published, which an adapter of a quantized base fits a little less).
-        dtype: of the saved weights: auto (as the base was saved), float32, bfloat16 or float16.
-        max_shard_size: the largest file of weights.
-        eval_file: rows to compare the rankings of adapter and merged checkpoint on; the one recorded in the adapter if
-            not given.
-        sid_index_path: the catalogue to rank; the one recorded in the adapter if not given.
-        sample: rows to compare on.
-    """
+    adapter: str = flag("", "folder of an adapter checkpoint.")
+    output_dir: str = flag(
+        "", "folder for the standalone checkpoint; it must not exist, and appears whole or not at all."
+    )
+    base_model: str = flag("", "where the base is, if not where the adapter says.")
+    into: str = flag(
+        "trained",
+        "trained (the weights that the adapter was trained on; for a quantized base those are what its 4 or 8 bits "
+        "stand for) or original (the base as published, which an adapter of a quantized base fits a little less).",
+        one_of("trained", "original"),
+    )
+    dtype: str = flag(
+        "auto",
+        "of the saved weights: auto (as the base was saved), float32, bfloat16 or float16.",
+        one_of("auto", "float32", "bfloat16", "float16"),
+    )
+    max_shard_size: str = flag(
+        "5GB",
+        "the largest file of weights.",
+        lambda value: None if re.fullmatch(r"[1-9]\d*[KMG]B", value) else "must be a size such as 5GB",
+    )
+    eval_file: str = flag(
+        "",
+        "rows to compare the rankings of adapter and merged checkpoint on; the adapter's recorded file if not given.",
+    )
+    sid_index_path: str = flag("", "the catalogue to rank; the adapter's recorded file if not given.")
+    sample: int = flag(100, "rows to compare on.", above_zero)
+
+    def check(self, problems: Problems) -> None:
+        super().check(problems)
+        if not self.adapter:
+            problems.add("--adapter is missing; give the folder of an adapter checkpoint")
+        elif not is_adapter(self.adapter):
+            problems.add(
+                f"--adapter {self.adapter}: no adapter_config.json there; give the folder of an adapter checkpoint"
+            )
+        check_new_folder(problems, self.output_dir)
+
+
+@dataclass(frozen=True)
+class MergeInput:
+    """What is merged, checked. Rankings are compared where `unread` is empty; else it says what is missing for that."""
+
+    checkpoint: Checkpoint
+    base: str
+    prompts: Prompts | None
+    catalogue: Catalogue | None
+    rows: list[Interaction] | None
+    unread: list[str]
+
+
+def read_input(flags: MergeFlags) -> MergeInput:
+    """Checks the flags, the adapter and the rows to compare on. Raises InputError with everything that is wrong."""
     problems = Problems()
-    if not adapter:
-        problems.add("--adapter is missing; give the folder of an adapter checkpoint")
-    elif not is_adapter(adapter):
-        problems.add(f"--adapter {adapter}: no adapter_config.json there; give the folder of an adapter checkpoint")
-    else:
-        if base_model:
-            problems.attempt(read_adapter, adapter)
-        base_model = base_model or problems.attempt(base_of_adapter, adapter) or ""
-        if base_model:
-            checks.check_base(problems, base_model)
-    if into not in ("trained", "original"):
-        problems.add(f"--into {into!r}: must be trained or original")
-    if dtype not in ("auto", "float32", "bfloat16", "float16"):
-        problems.add(f"--dtype {dtype!r}: must be auto, float32, bfloat16 or float16")
-    if not re.fullmatch(r"[1-9]\d*[KMG]B", max_shard_size):
-        problems.add(f"--max_shard_size {max_shard_size!r}: must be a size such as 5GB")
-    checks.check_positive(problems, sample=sample)
-    checks.check_new_folder(problems, output_dir)
-    run = problems.attempt(read_run, adapter) or {}
-    flags = run.get("flags", {})
-    quantized = flags.get("use_qlora", False) or flags.get("load_in_8bit", False)
-    # Rankings are compared wherever their files are still there; files that were named must be.
-    unread = problems if eval_file or sid_index_path else Problems()
-    prompts = unread.attempt(recorded_prompts, adapter, flags.get("category", ""), None, RECOMMENDATION)
-    catalogue = unread.attempt(read_catalogue, sid_index_path or flags.get("sid_index_path", ""))
-    sids = sorted(catalogue.sids) if catalogue else None
+    flags.check(problems)
+    checkpoint, base = None, flags.base_model
+    if is_adapter(flags.adapter):
+        checkpoint = problems.attempt(Checkpoint.read, flags.adapter)
+    if checkpoint:
+        base = base or problems.attempt(checkpoint.base) or ""
+        if base:
+            check_base(problems, base)
+    # Rankings are compared wherever the recorded files still exist; files that were named must.
+    unread = problems if flags.eval_file or flags.sid_index_path else Problems()
+    recorded = checkpoint.flags if checkpoint else {}
+    prompts = checkpoint and unread.attempt(checkpoint.prompts, recorded.get("category", ""), None, RECOMMENDATION)
+    catalogue = unread.attempt(read_catalogue, flags.sid_index_path or recorded.get("sid_index_path", ""))
     titles = bool(prompts) and prompts.need_titles
-    rows = unread.attempt(_first_rows, eval_file or flags.get("eval_file", ""), sids, sample, titles)
+    interactions = read_interactions(
+        flags.eval_file or recorded.get("eval_file", ""), "eval_file", catalogue and catalogue.sids, titles
+    )
+    rows = unread.attempt(lambda: list(islice(interactions, flags.sample)))
     problems.check()
+    return MergeInput(checkpoint, base, prompts, catalogue, rows, unread)
+
+
+@command(MergeFlags)
+def merge(flags: MergeFlags) -> dict:
+    """Merges an adapter into its base and saves a standalone checkpoint. The adapter and the base stay as they are."""
+    # Check the flags, the adapter and the rows to compare on, before anything heavy is imported.
+    files = read_input(flags)
+    checkpoint = files.checkpoint
 
     import torch
     from transformers.trainer_utils import align_special_tokens
 
     import lora_utils
-    from minionerec.data import sid_tokens
     from minionerec.data.encoding import Encoder
+    from minionerec.data.sid_tokens import sid_responses
     from minionerec.decoding.ranking import rank_prompts
     from minionerec.decoding.trie import Trie
     from minionerec.model import loading
     from minionerec.model.merging import merge_and_count
     from minionerec.training.durable import writing
 
-    tokenizer = loading.load_tokenizer(adapter)
-    quantization = lora_utils.quantization_config(flags.get("use_qlora", False), flags.get("load_in_8bit", False))
-    wanted = loading.saved_dtype(base_model) if dtype == "auto" else getattr(torch, dtype)
+    tokenizer = loading.load_tokenizer(checkpoint.path)
+    quantization = lora_utils.quantization_config(checkpoint.adapter_flags)
+    dtype = loading.saved_dtype(files.base) if flags.dtype == "auto" else getattr(torch, flags.dtype)
 
-    def rankings(model) -> list[list[int]]:
-        encoder, task = Encoder(tokenizer, prompts, flags.get("cutoff_len", 512)), prompts.tasks[RECOMMENDATION]
+    def rankings(model: torch.nn.Module) -> list[list[int]]:
+        encoder = Encoder(tokenizer, files.prompts, checkpoint.flags.get("cutoff_len", 512))
+        task, sids = files.prompts.tasks[RECOMMENDATION], sorted(files.catalogue.sids)
         remedy = "give the --sid_index_path it was trained with"
-        sequences = sid_tokens.sid_responses(encoder, sids, task.ending, catalogue, f"--adapter {adapter}", remedy)
+        sequences = sid_responses(encoder, sids, task.ending, files.catalogue, f"--adapter {flags.adapter}", remedy)
         trie = Trie(sequences, tokenizer.eos_token_id).to(model.device)
-        encoded = encoder.encode_prompts(task, rows, [encoder.cutoff_len - trie.depth] * len(rows))
-        return rank_prompts(model.eval(), trie, encoded, tokenizer.pad_token_id, COMPARED, batch_size=8)
+        prompts = encoder.encode_prompts(task, files.rows, [encoder.cutoff_len - trie.depth] * len(files.rows))
+        return rank_prompts(model.eval(), trie, prompts, tokenizer.pad_token_id, COMPARED, batch_size=8)
 
-    # One model at a time: the adapter on its base, the merged one, what was saved of it.
-    before = None if unread else rankings(lora_utils.load_adapted(base_model, adapter, tokenizer, quantization))
+    # Merge. One model at a time: the adapter on its base, the merged one, what was saved of it.
+    before = None
+    if not files.unread:
+        before = rankings(lora_utils.load_adapted(checkpoint, tokenizer, files.base, quantization))
     model, changed, updated = lora_utils.load_adapted(
-        base_model,
-        adapter,
+        checkpoint,
         tokenizer,
-        None if into == "original" else quantization,
-        merge_in=wanted,
+        files.base,
+        None if flags.into == "original" else quantization,
+        merge_in=dtype,
         merge=merge_and_count,
     )
     align_special_tokens(model, tokenizer)
-    precision = str(wanted).removeprefix("torch.")
-    report = {"adapter": adapter, "base_model": base_model, "into": into, "saved": output_dir, "dtype": precision}
-    report |= {"updated_weights": updated, "changed_weights": changed}
+    precision = str(dtype).removeprefix("torch.")
+    report = {"adapter": flags.adapter, "base_model": files.base, "into": flags.into, "saved": flags.output_dir}
+    report |= {"dtype": precision, "updated_weights": updated, "changed_weights": changed}
 
-    partial = f"{output_dir.rstrip(os.sep)}.partial"
-    with writing(output_dir):
+    # Save beside the output folder, compare, and put it in its place.
+    partial = f"{flags.output_dir.rstrip(os.sep)}.partial"
+    with writing(flags.output_dir):
         shutil.rmtree(partial, ignore_errors=True)
-        model.save_pretrained(partial, max_shard_size=max_shard_size)
+        model.save_pretrained(partial, max_shard_size=flags.max_shard_size)
         tokenizer.save_pretrained(partial)
         make_portable(partial)
     del model
@@ -137,28 +166,25 @@ def merge(
         report["compared_rows"] = len(pairs)
         report["same_first"] = sum(old[0] == new[0] for old, new in pairs) / len(pairs)
         report["same_of_10"] = sum(len({*old} & {*new}) / len(old) for old, new in pairs) / len(pairs)
-    with writing(output_dir):
-        write_json(os.path.join(partial, RUN_FILE), {**run, "method": "full", "merged": report})
-        os.replace(partial, output_dir)
+    with writing(flags.output_dir):
+        write_json(os.path.join(partial, RUN_FILE), {**checkpoint.run, "method": "full", "merged": report})
+        os.replace(partial, flags.output_dir)
 
+    # Say how well the merged model stands for the adapter.
     if before is None:
-        print(f"rankings are not compared with the adapter's: {'; '.join(unread)}")
+        print(f"rankings are not compared with the adapter's: {'; '.join(files.unread)}")
     else:
-        base = "quantized base" if quantized else "base"
+        base = "quantized base" if quantization else "base"
         print(
             f"against the adapter on its {base}, {len(pairs)} rows: the same first item in "
             f"{report['same_first']:.1%}, and {report['same_of_10']:.1%} of the first {COMPARED} items shared"
         )
     if updated:
         print(f"of {updated:,} weights that the adapter updates, {changed / updated:.1%} changed in {precision}")
-    if changed < updated / 2 and wanted != torch.float32:
+    if changed < updated / 2 and dtype != torch.float32:
         print(f"the other updates are lost, smaller than a step of {precision}; recommended: --dtype float32")
-    print(f"saved {output_dir}")
+    print(f"saved {flags.output_dir}")
     return report
-
-
-def _first_rows(path: str, sids: list[str] | None, count: int, titles: bool) -> list[Interaction]:
-    return list(islice(read_interactions(path, "eval_file", sids, titles), count))
 
 
 if __name__ == "__main__":

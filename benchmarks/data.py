@@ -28,10 +28,11 @@ from benchmarks.common import (
     print_table,
     quiet,
 )
-from minionerec import checks, cli
+from minionerec import cli
 from minionerec.data.files import count_rows, read_catalogue, read_interactions
 from minionerec.data.prompts import SEPARATOR, load_prompts
 from minionerec.errors import Problems
+from minionerec.flags import check_positive
 from minionerec.process_memory import peak_rss_gb, reset_peak_rss, rss_gb
 
 SIZES = (10_000, 100_000)
@@ -189,7 +190,7 @@ def data(
         repeats: timed rounds; the median counts.
     """
     problems = Problems()
-    checks.check_positive(problems, rows=rows, compared_rows=compared_rows, items=items, repeats=repeats)
+    check_positive(problems, rows=rows, compared_rows=compared_rows, items=items, repeats=repeats)
     prompts = problems.attempt(load_prompts, "", None, tasks)
     if prompts and not any(task.rows == "interaction" for task in prompts.tasks.values()):
         problems.add(f"--tasks {tasks}: none of them is on interactions")

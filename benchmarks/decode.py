@@ -24,8 +24,9 @@ from benchmarks.common import (
     print_table,
     quiet,
 )
-from minionerec import checks, cli
+from minionerec import cli
 from minionerec.errors import Problems
+from minionerec.flags import check_positive
 from minionerec.process_memory import peak_rss_gb, reset_peak_rss, rss_gb
 
 LEVELS = "abc"
@@ -125,7 +126,7 @@ def decode(
         repeats: timed rounds; the median counts.
     """
     problems = Problems()
-    checks.check_positive(problems, prompts=prompts, sids=sids, small_catalogue=small_catalogue, repeats=repeats)
+    check_positive(problems, prompts=prompts, sids=sids, small_catalogue=small_catalogue, repeats=repeats)
     sizes = (sids, small_catalogue, large_catalogue)
     if min(sizes) < 50 or max(sizes) > CODES ** len(LEVELS):
         problems.add("--sids, --small_catalogue and --large_catalogue must be between 50 and 16777216")

@@ -20,8 +20,9 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from benchmarks.common import in_fresh_process, in_turn, print_json, print_table
 from benchmarks.sft_step import METHODS, SPARE_ROWS, save_base, train
-from minionerec import checks, cli
+from minionerec import cli
 from minionerec.errors import Problems
+from minionerec.flags import check_positive
 
 # From the configurations of Qwen2-0.5B, Qwen2-1.5B, Qwen2.5-3B, Qwen2-7B and Qwen2.5-14B: hidden size, layers, heads,
 # key and value heads, feed-forward size, vocabulary, whether the head shares the embedding.
@@ -66,26 +67,32 @@ def predicted(
     what a process holds that has loaded the tokenizer in `folder` and the libraries, as a dry run has."""
     from transformers import Qwen2Config
 
+    import lora_utils
     from minionerec.dryrun.memory import Step, predict
+    from minionerec.flags import AdapterFlags
     from minionerec.model import loading
 
     tokenizer = None if on_gpu else loading.load_tokenizer(folder)
     *numbers, tied = SHAPES[size]
     config = Qwen2Config(**dict(zip(NAMES, numbers, strict=True)), tie_word_embeddings=tied)
     entries = numbers[-1] - SPARE_ROWS + sids
-    parts = predict(
+    found = predict(
         config,
         entries,
         list(range(entries - sids, entries)),
         Step(rows, tokens, rows * response, accumulate=False),
-        "full" if method == "full_response" else "lora",
+        AdapterFlags(
+            use_lora=method in ("lora", "lora8"),
+            use_qlora=method == "qlora",
+            load_in_8bit=method == "lora8",
+            gradient_checkpointing=checkpointing,
+            **adapter_flags,
+        ),
+        lora_utils.adapt,
         on_gpu,
-        adapter_flags,
-        bits=BITS[method],
-        gradient_checkpointing=checkpointing,
     )
     del tokenizer
-    return parts["total"] - (parts["runtime"] if on_gpu else 0)
+    return found.total - (found.parts["runtime"] if on_gpu else 0)
 
 
 def memory(
@@ -116,8 +123,8 @@ def memory(
     """
     chosen_sizes, chosen_methods = ([name.strip() for name in names.split(",")] for names in (sizes, methods))
     problems = Problems()
-    checks.check_positive(problems, tokens=tokens, response_tokens=response_tokens, sids=sids, repeats=repeats)
-    checks.check_positive(problems, lora_r=lora_r)
+    check_positive(problems, tokens=tokens, response_tokens=response_tokens, sids=sids, repeats=repeats)
+    check_positive(problems, lora_r=lora_r)
     problems += [f"--sizes {size!r}: there are {', '.join(SHAPES)}" for size in chosen_sizes if size not in SHAPES]
     problems += [f"--methods {m!r}: there are {', '.join(TARGETS)}" for m in chosen_methods if m not in TARGETS]
     if rows < 0:

@@ -8,13 +8,17 @@
 import os
 import sys
 
+from minionerec.flags import AdapterFlags
+
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from benchmarks.common import print_json, print_table, quiet, seconds_of
-from minionerec import checks, cli
+from minionerec import cli
+from minionerec.checkpoint import check_base
 from minionerec.data.files import count_rows, read_catalogue, read_interactions
 from minionerec.data.prompts import load_prompts
 from minionerec.errors import InputError, Problems
+from minionerec.flags import check_batch, check_positive
 
 
 def padding(
@@ -46,9 +50,9 @@ def padding(
         steps: timed steps of each order.
     """
     problems = Problems()
-    checks.check_base(problems, base_model)
-    checks.check_positive(problems, batch_size=batch_size, micro_batch_size=micro_batch_size, steps=steps)
-    checks.check_batch(problems, batch_size, micro_batch_size)
+    check_base(problems, base_model)
+    check_positive(problems, batch_size=batch_size, micro_batch_size=micro_batch_size, steps=steps)
+    check_batch(problems, batch_size, micro_batch_size)
     prompts = problems.attempt(load_prompts, category, None, tasks)
     catalogue = problems.attempt(read_catalogue, sid_index_path, item_meta_path)
     sids = catalogue.sids if catalogue else None
@@ -60,7 +64,7 @@ def padding(
 
     import lora_utils
     from minionerec.data.encoding import Encoder
-    from minionerec.data.examples import Collator, item_rows, tokenized_dataset
+    from minionerec.data.examples import Collator, tokenized_dataset
     from minionerec.model import loading
     from minionerec.model.device import compute_dtype, local_device
     from minionerec.training.sft_trainer import StepSampler, response_logits
@@ -69,15 +73,15 @@ def padding(
 
     def rows_of(kind: str):
         if kind == "item":
-            return item_rows(catalogue)
+            return catalogue.items_with_text()
         return read_interactions(train_file, "train_file", sids, prompts.need_titles)
 
     torch.manual_seed(0)
     tokenizer = loading.load_tokenizer(base_model)
-    model = loading.load_base(base_model, lora_utils.quantization_config(use_qlora))
+    model = loading.load_base(base_model, lora_utils.quantization_config(AdapterFlags(use_qlora=use_qlora)))
     ids = loading.add_sid_tokens(model, tokenizer, catalogue.sid_tokens)
     # Without dropout, whose masks depend on the shape of a micro-batch, both orders have the same gradients.
-    model = lora_utils.add_lora(model, lora_utils.lora_config(model, ids, lora_dropout=0.0)).train()
+    model = lora_utils.add_lora(model, lora_utils.lora_config(model, ids, AdapterFlags(lora_dropout=0.0))).train()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     examples = tokenized_dataset(
         Encoder(tokenizer, prompts, cutoff_len), rows_of, [train_file, sid_index_path, item_meta_path]

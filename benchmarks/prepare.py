@@ -23,8 +23,9 @@ from pathlib import Path
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from benchmarks.common import in_fresh_process, print_json, print_table
-from minionerec import checks, cli
+from minionerec import cli
 from minionerec.errors import Problems
+from minionerec.flags import check_new_folder, check_positive
 from minionerec.process_memory import peak_rss_gb
 from scripts.prepare_data import prepare_data
 
@@ -135,11 +136,11 @@ def benchmark(
         codes: as of prepare_data.py.
     """
     problems = Problems()
-    checks.check_positive(problems, items=items, interactions=interactions, users=users)
+    check_positive(problems, items=items, interactions=interactions, users=users)
     if release_dir and not all((Path(release_dir) / name).is_file() for name in ("train.csv", "valid.csv", "test.csv")):
         problems.add(f"--release_dir {release_dir}: needs train.csv, valid.csv, test.csv and *.item.json")
     if raw_dir:
-        checks.check_new_folder(problems, raw_dir)
+        check_new_folder(problems, raw_dir)
     problems.check()
     flags = {"min_interactions": min_interactions, "levels": levels, "codes": codes}
     with tempfile.TemporaryDirectory() as folder:

@@ -20,12 +20,15 @@ import time
 from contextlib import contextmanager
 from statistics import median
 
+from minionerec.flags import AdapterFlags
+
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from benchmarks.common import answer, in_turn, peak_memory_gb, print_json, print_table, quiet, reset_peak_memory
 from benchmarks.decode import LEVELS, prefix_table, random_sids, sid_tokenizer
-from minionerec import checks, cli
+from minionerec import cli
 from minionerec.errors import Problems
+from minionerec.flags import check_positive
 
 WAYS = {
     "plain": "plain",
@@ -76,7 +79,7 @@ def setting(shape: dict, sids: int, prompts: int, prompt_tokens: int, silent_sha
     catalogue = random_sids(sids)
     sequences = sid_tokens.sid_sequences(tokenizer, catalogue)
     ids = sorted(set(sequences.flatten().tolist()))
-    adapter = lora_utils.lora_config(model, ids, lora_r=16, lora_dropout=0.0)
+    adapter = lora_utils.lora_config(model, ids, AdapterFlags(lora_dropout=0.0))
     rows = torch.randint(2, shape["vocab_size"], (prompts, prompt_tokens)).tolist()
     silent = {tuple(row) for row in rows[: round(silent_share * prompts)]}
     return tokenizer, model, adapter, catalogue, sequences, rows, silent
@@ -92,6 +95,7 @@ def ours(connection, way: str, generations: int, micro_batch: int, *settings) ->
     from datasets import Dataset
     from trl import GRPOConfig
 
+    import lora_utils
     from minionerec.decoding.trie import Trie
     from minionerec.model import device
     from minionerec.training.rl_trainer import ReReTrainer
@@ -105,7 +109,7 @@ def ours(connection, way: str, generations: int, micro_batch: int, *settings) ->
     rows = {"prompt": prompts, "target": catalogue[: len(prompts)]}
     with tempfile.TemporaryDirectory() as folder:
         trainer = ReReTrainer(
-            model,
+            lora_utils.add_lora(model, adapter),
             [reward],
             GRPOConfig(
                 output_dir=folder,
@@ -125,7 +129,7 @@ def ours(connection, way: str, generations: int, micro_batch: int, *settings) ->
             ),
             Dataset.from_dict(rows),
             processing_class=tokenizer,
-            peft_config=adapter,
+            new_adapter=True,
             trie=Trie(sequences, tokenizer.eos_token_id),
             sids=catalogue,
             mask_all_zero=way == "masked",
@@ -268,7 +272,7 @@ def rl_step(
         repeats: timed steps of each way; medians count.
     """
     problems = Problems()
-    checks.check_positive(problems, prompts=prompts, prompt_tokens=prompt_tokens, sids=sids, repeats=repeats)
+    check_positive(problems, prompts=prompts, prompt_tokens=prompt_tokens, sids=sids, repeats=repeats)
     if num_generations < 2:
         problems.add(f"--num_generations {num_generations}: must be 2 or more")
     elif micro_batch_size % num_generations or prompts * num_generations % micro_batch_size:

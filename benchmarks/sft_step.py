@@ -16,6 +16,8 @@ import sys
 import tempfile
 from statistics import median
 
+from minionerec.flags import AdapterFlags
+
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from benchmarks.common import (
@@ -29,8 +31,9 @@ from benchmarks.common import (
     reset_peak_memory,
     seconds_of,
 )
-from minionerec import checks, cli
+from minionerec import cli
 from minionerec.errors import Problems
+from minionerec.flags import check_positive
 
 METHODS = {
     "full": "full, all logits",
@@ -82,14 +85,16 @@ def train(
 
     torch.manual_seed(0)
     tokenizer = loading.load_tokenizer(folder)
-    quantization = lora_utils.quantization_config(method == "qlora", method == "lora8")
+    quantization = lora_utils.quantization_config(
+        AdapterFlags(use_qlora=method == "qlora", load_in_8bit=method == "lora8")
+    )
     full = method in ("full", "full_response")
     model = loading.load_base(folder, quantization, dtype=master_dtype() if full else None)
     ids = loading.add_sid_tokens(model, tokenizer, [f"<a_{i}>" for i in range(sids)])
     if method == "peft":
         model = get_peft_model(model, lora_utils.lora_config(model, ids))
     elif method in ("lora", "lora8", "qlora"):
-        config = lora_utils.lora_config(model, ids, **(adapter_flags or {}))
+        config = lora_utils.lora_config(model, ids, AdapterFlags(**(adapter_flags or {})))
         model = lora_utils.add_lora(model, config, gradient_checkpointing)
     if gradient_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
@@ -153,8 +158,8 @@ def sft_step(
         repeats: timed steps of a process; medians count.
     """
     problems = Problems()
-    checks.check_positive(problems, rows=rows, tokens=tokens, response_tokens=response_tokens, repeats=repeats)
-    checks.check_positive(problems, sids=sids, vocab_size=vocab_size)
+    check_positive(problems, rows=rows, tokens=tokens, response_tokens=response_tokens, repeats=repeats)
+    check_positive(problems, sids=sids, vocab_size=vocab_size)
     chosen = [name.strip() for name in methods.split(",")]
     known = [method for method in METHODS if method != "full"]
     problems += [f"--methods {name!r}: there are {', '.join(known)}" for name in chosen if name not in known]

@@ -29,10 +29,11 @@ from benchmarks.common import (
     reset_peak_memory,
     seconds_of,
 )
-from minionerec import checks, cli
+from minionerec import cli
 from minionerec.data.files import count_rows, read_catalogue, read_interactions
 from minionerec.data.prompts import load_prompts
 from minionerec.errors import Problems
+from minionerec.flags import AdapterFlags, check_batch, check_positive
 
 
 def save_base(folder: str, item_file: str, shape: dict[str, int]) -> None:
@@ -67,7 +68,7 @@ def train(
 
     import lora_utils
     from minionerec.data.encoding import Encoder
-    from minionerec.data.examples import Collator, item_rows, tokenized_dataset
+    from minionerec.data.examples import Collator, tokenized_dataset
     from minionerec.model import loading
     from minionerec.model.device import compute_dtype, local_device, master_dtype
     from minionerec.model.token_trees import TreeCollator
@@ -80,17 +81,16 @@ def train(
 
     def rows_of(kind: str):
         if kind == "item":
-            return item_rows(catalogue)
+            return catalogue.items_with_text()
         return read_interactions(train_file, "train_file", catalogue.sids, prompts.need_titles)
 
     torch.manual_seed(0)
     tokenizer = loading.load_tokenizer(base)
-    quantization = lora_utils.quantization_config(method == "qlora")
+    flags = AdapterFlags(use_lora=method == "lora", use_qlora=method == "qlora", lora_dropout=0.0)
+    quantization = lora_utils.quantization_config(flags)
     model = loading.load_base(base, quantization, dtype=master_dtype() if method == "full" else None)
     ids = loading.add_sid_tokens(model, tokenizer, catalogue.sid_tokens)
-    if method != "full":
-        model = lora_utils.add_lora(model, lora_utils.lora_config(model, ids, lora_dropout=0.0))
-    model.train()
+    model = lora_utils.adapt(model, flags, ids).train()
     device, dtype = local_device(), compute_dtype(method == "qlora")
     dataset = tokenized_dataset(Encoder(tokenizer, prompts, cutoff_len), rows_of, list(files))
     prefixes = Prefixes(dataset)
@@ -179,8 +179,8 @@ def trees(
         repeats: timed steps of a process; medians count.
     """
     problems = Problems()
-    checks.check_positive(problems, rows=rows, micro_batch_size=micro_batch_size, repeats=repeats)
-    checks.check_batch(problems, rows, micro_batch_size)
+    check_positive(problems, rows=rows, micro_batch_size=micro_batch_size, repeats=repeats)
+    check_batch(problems, rows, micro_batch_size)
     chosen = [name.strip() for name in methods.split(",")]
     problems += [
         f"--methods {name!r}: there are lora, full, qlora" for name in chosen if name not in ("lora", "full", "qlora")

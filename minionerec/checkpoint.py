@@ -1,14 +1,20 @@
-"""What a checkpoint folder says about itself, to us and to older releases. Only the standard library is imported."""
+"""What a checkpoint folder says about itself, read once. Only the standard library is imported."""
 
 import json
 import os
+from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
 
+from minionerec import __version__
 from minionerec.data.files import shorten
-from minionerec.errors import InputError
+from minionerec.data.prompts import Prompts, load_prompts
+from minionerec.errors import InputError, Problems
+from minionerec.flags import AdapterFlags
 from minionerec.recorded import ADAPTER, FLAGS, RUN, TRAINER_STATE, check_values
 
 RUN_FILE = "minionerec.json"  # the resolved configuration of the run that wrote the checkpoint
 ADAPTER_FILE = "adapter_config.json"
+NAME_BASE = "name it with --base_model"
 
 
 def is_adapter(path: str) -> bool:
@@ -16,11 +22,147 @@ def is_adapter(path: str) -> bool:
     return os.path.isfile(os.path.join(path, ADAPTER_FILE))
 
 
-def read_adapter(path: str) -> dict:
+def run_record(command: str, method: str, flags: dict, prompts: Prompts, base_fingerprint: str | None) -> dict:
+    """What a run writes into each of its checkpoints, as `Checkpoint.run`."""
+    return {
+        "command": command,
+        "method": method,
+        "version": __version__,
+        "flags": flags,
+        "prompts": prompts.to_json(),
+        "base_fingerprint": base_fingerprint,
+    }
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint of this project, a model of another one, or the name of a hub model, which says nothing.
+
+    Attributes:
+        path: the folder or name.
+        adapter: the configuration of a PEFT adapter; None for a whole model.
+        run: the resolved configuration of the run that wrote it (command, method, flags, prompts, fingerprint of the
+            base, seconds of training); empty where there is none.
+    """
+
+    path: str
+    adapter: dict | None = None
+    run: dict = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, path: str) -> "Checkpoint":
+        """Raises InputError where a value that a command would use is of another type or range."""
+        problems = Problems()
+        adapter = problems.attempt(_read_adapter, path) if is_adapter(path) else None
+        run = problems.attempt(_read_run, path)
+        problems.check()
+        return cls(path, adapter, run or {})
+
+    @property
+    def flags(self) -> dict:
+        """The flags of the run that wrote it, as far as they are recorded."""
+        return self.run.get("flags", {})
+
+    @property
+    def adapter_flags(self) -> AdapterFlags:
+        """Those of its adapter: method, storage of the base, shape. Defaults where nothing is recorded."""
+        known = {f.name for f in fields(AdapterFlags)}
+        return AdapterFlags(**{name: value for name, value in self.flags.items() if name in known})
+
+    @property
+    def adapter_shape(self) -> dict:
+        """The recorded flags that its adapter keeps when it is continued."""
+        return {name: self.flags[name] for name in AdapterFlags.SHAPE if name in self.flags}
+
+    @property
+    def base_fingerprint(self) -> str | None:
+        """`model.loading.fingerprint` of the base it was trained on, where that is recorded."""
+        return self.run.get("base_fingerprint")
+
+    @property
+    def sid_rows_only(self) -> bool:
+        """Whether its adapter is a checkpoint from the middle of a --freeze_LLM run."""
+        return self.adapter is not None and self.adapter.get("peft_type") != "LORA"
+
+    def base(self, remedy: str = NAME_BASE) -> str:
+        """The base model that an adapter names; a whole model is its own. Raises InputError where the adapter names
+        none, or a folder that is gone."""
+        if self.adapter is None:
+            return self.path
+        base = self.adapter.get("base_model_name_or_path")
+        if not base:
+            raise InputError(f"{self.path}: the adapter names no base; {remedy}")
+        if os.path.isabs(base) and not os.path.isdir(base):
+            raise InputError(f"{self.path}: its base {base} is not there; {remedy}")
+        return base
+
+    @cached_property
+    def recorded_prompts(self) -> Prompts | None:
+        """The wording it was trained with. Raises InputError where that would not do as a prompt file."""
+        if self.run.get("prompts") is None:
+            return None
+        try:
+            return Prompts.from_json(self.run["prompts"], f"{os.path.join(self.path, RUN_FILE)}, prompts")
+        except InputError as error:
+            remedy = "correct it there, or give rl.py and evaluate.py --category and a --prompt_file"
+            raise InputError([f"{problem}; {remedy}" for problem in error.problems]) from None
+
+    def prompts(
+        self, category: str, prompt_file: str | None = None, tasks: str = "all", default: tuple[str, ...] = ()
+    ) -> Prompts:
+        """The wording that a later command uses with it: of `prompt_file` where one is given, else what it recorded,
+        else the built-in one. Tasks it was not trained on come in the built-in wording, but in its own template and
+        category, and with what it writes after a SID. Arguments as in `load_prompts`."""
+        if not category.strip() and self.run.get("prompts") is None:
+            recorded_none = f", and {self.path} recorded none" if self.path else ""
+            raise InputError(f"--category is missing{recorded_none}; say what the items are")
+        known = None if prompt_file and category.strip() else self.recorded_prompts
+        prompts = load_prompts(category or known.category, prompt_file, tasks, default)
+        if prompt_file or known is None:
+            return prompts
+        responses = {task.response for task in known.tasks.values() if task.ending is not None}
+        wordings = {}
+        for name, task in prompts.tasks.items():
+            if task.ending is not None and len(responses) == 1:
+                task = replace(task, response=next(iter(responses)))
+            wordings[name] = known.tasks.get(name, task)
+        return replace(known, tasks=wordings)
+
+    def differing_prompts(self, prompts: Prompts) -> list[str]:
+        """A warning, or none, where it was trained with another wording of the tasks that it shares with `prompts`."""
+        try:
+            known = self.recorded_prompts or prompts
+        except InputError as error:
+            return [f"warning: {problem}" for problem in error.problems]
+        differ = [name for name, task in prompts.tasks.items() if known.tasks.get(name, task) != task]
+        if not differ and known.template == prompts.template:
+            return []
+        what = f"tasks {', '.join(differ)}" if differ else "template"
+        return [f"warning: the wording of --prompt_file differs from the one {self.path} was trained with: {what}"]
+
+    def differing_flags(self, flags: dict, names: tuple[str, ...]) -> list[str]:
+        """A warning for each flag of these names that had another value in the run that wrote it."""
+        return [
+            f"warning: --{name} is {flags[name]} here and was {self.flags[name]} for {self.path}, which stays"
+            for name in names
+            if flags.get(name) not in ("", None) and self.flags.get(name, flags[name]) != flags[name]
+        ]
+
+    def check_trainer_state(self, names: set[str]) -> None:
+        """Raises InputError where a run cannot resume from its trainer state: a value has another type, or its name is
+        not one of `names`."""
+        file, remedy = os.path.join(self.path, "trainer_state.json"), "resume from another checkpoint"
+        state = check_values(file, read_json(file), TRAINER_STATE, remedy)
+        unknown = sorted(set(state) - names)
+        if unknown:
+            raise InputError(f"{file}: {shorten(unknown, 60)} are not values of a trainer state; {remedy}")
+
+
+def _read_adapter(path: str) -> dict:
     """The configuration of a PEFT adapter. Raises InputError where it cannot be used, or where a rank is higher than
     those of the saved weights: PEFT would allocate it before it compares the two."""
     file = os.path.join(path, ADAPTER_FILE)
-    config = check_values(file, _read_json(file), ADAPTER, "save the adapter again with PEFT, or train it again")
+    config = check_values(file, read_json(file), ADAPTER, "save the adapter again with PEFT, or train it again")
     found = [shape[0] for name, shape in _shapes(path) if ".lora_A" in name and shape]
     rank = max([config.get("r") or 0, *(config.get("rank_pattern") or {}).values()])
     if found and rank > max(found):
@@ -39,12 +181,18 @@ def _shapes(path: str) -> list[tuple[str, list[int]]]:
         return []  # loading it says what is wrong
 
 
-def adapter_type(path: str) -> str:
-    """The kind of adapter in a folder, as PEFT calls it: LORA, or TRAINABLE_TOKENS for SID rows alone."""
-    return read_adapter(path).get("peft_type", "")
+def _read_run(path: str) -> dict:
+    """The record of a run, empty where there is none. Its prompts are checked when they are asked for."""
+    file = os.path.join(path, RUN_FILE)
+    if not os.path.isfile(file):
+        return {}
+    remedy = "correct it there, or remove the file and give the flags"
+    run = check_values(file, read_json(file), RUN, remedy)
+    check_values(f"{file}, flags", run.get("flags", {}), FLAGS, remedy)
+    return run
 
 
-def _read_json(path: str) -> dict:
+def read_json(path: str) -> dict:
     try:
         with open(path, encoding="utf-8") as file:
             return json.load(file)
@@ -52,94 +200,43 @@ def _read_json(path: str) -> dict:
         raise InputError(f"{path}: cannot be read as JSON: {error}") from None
 
 
-def read_run(path: str) -> dict:
-    """The resolved configuration in a checkpoint: command, method, flags, prompts. Empty where there is none.
-
-    Raises InputError where a value that later commands use is of another type or range; `minionerec.prompts` checks
-    the prompts.
-    """
-    file = os.path.join(path, RUN_FILE)
-    if not os.path.isfile(file):
-        return {}
-    remedy = "correct it there, or remove the file and give the flags"
-    run = check_values(file, _read_json(file), RUN, remedy)
-    check_values(f"{file}, flags", run.get("flags", {}), FLAGS, remedy)
-    return run
+# --- Which folders are checkpoints ------------------------------------------------------------------------------------
 
 
-def check_trainer_state(path: str, names: set[str]) -> None:
-    """Raises InputError where a run cannot resume from the trainer state of a checkpoint: a value has another type, or
-    its name is not one of `names`."""
-    file, remedy = os.path.join(path, "trainer_state.json"), "resume from another checkpoint"
-    state = check_values(file, _read_json(file), TRAINER_STATE, remedy)
-    unknown = sorted(set(state) - names)
-    if unknown:
-        raise InputError(f"{file}: {shorten(unknown, 60)} are not values of a trainer state; {remedy}")
+def check_model(problems: Problems, name: str, path: str) -> None:
+    """A folder that holds a model, or something that can be the name of a hub model."""
+    if not path:
+        problems.add(f"--{name} is missing; give a folder with a model, or the name of a hub model")
+    elif os.path.isdir(path):
+        if not any(os.path.isfile(os.path.join(path, file)) for file in ("config.json", ADAPTER_FILE)):
+            final = os.path.join(path, "final_checkpoint")
+            meant = f"did you mean {final}?" if os.path.isdir(final) else "is it a model?"
+            problems.add(f"--{name} {path}: the folder has no config.json; {meant}")
+    elif path.startswith((".", "/", "~")) or path.count("/") > 1 or os.path.exists(path):
+        problems.add(f"--{name} {path}: no such folder")
 
 
-def mismatches(path: str, flags: dict, names: tuple[str, ...]) -> list[str]:
-    """Where the run behind a checkpoint had other values for the flags of these names; one line each."""
-    recorded = read_run(path).get("flags", {})
-    return [
-        f"warning: --{name} is {flags[name]} here and was {recorded[name]} for {path}, which stays"
-        for name in names
-        if flags.get(name) not in ("", None) and recorded.get(name, flags[name]) != flags[name]
-    ]
+def check_base(problems: Problems, base_model: str) -> None:
+    """A model that an adapter can stand on."""
+    check_model(problems, "base_model", base_model)
+    if is_adapter(base_model):
+        problems.add(f"--base_model {base_model}: is an adapter, not a model; name the base it was trained on")
 
 
-def base_of_adapter(path: str, remedy: str = "name it with --base_model") -> str:
-    """The base model that an adapter names. Raises InputError where it names none, or a folder that is gone."""
-    base = read_adapter(path).get("base_model_name_or_path")
-    if not base:
-        raise InputError(f"{path}: the adapter names no base; {remedy}")
-    if os.path.isabs(base) and not os.path.isdir(base):
-        raise InputError(f"{path}: its base {base} is not there; {remedy}")
-    return base
+def is_complete(checkpoint: str) -> bool:
+    """Whether a checkpoint was written to its end: it has a whole trainer state, which comes last."""
+    try:
+        with open(os.path.join(checkpoint, "trainer_state.json"), encoding="utf-8") as file:
+            return isinstance(json.load(file), dict)
+    except (OSError, ValueError):
+        return False
 
 
-def make_portable(path: str) -> None:
-    """Rewrites the JSON files of a checkpoint, in place, so that transformers 4 and vLLM read them too.
-
-    transformers 5 renamed what they look for, and some of it fails silently: without `rope_theta` a model is rotated by
-    the default of its architecture.
-    """
-    file = os.path.join(path, "config.json")
-    if os.path.isfile(file):
-        config = _read_json(file)
-        rope = config.get("rope_parameters") or {}
-        if "rope_theta" in rope:  # else there is none, or one for each kind of layer, which has no older form
-            config["rope_theta"] = rope["rope_theta"]
-            scaled = rope.get("rope_type", "default") != "default"
-            config["rope_scaling"] = {k: v for k, v in rope.items() if k != "rope_theta"} if scaled else None
-        if "dtype" in config:
-            config["torch_dtype"] = config["dtype"]
-        write_json(file, config)
-    file = os.path.join(path, "tokenizer_config.json")
-    if os.path.isfile(file):
-        config = _read_json(file)
-        if config.get("tokenizer_class") == "TokenizersBackend":
-            config["tokenizer_class"] = "PreTrainedTokenizerFast"
-        if isinstance(config.get("extra_special_tokens"), list):
-            config["additional_special_tokens"] = config.pop("extra_special_tokens")
-        for name in ("backend", "is_local", "local_files_only"):  # where it was loaded from says nothing about it
-            config.pop(name, None)
-        write_json(file, config)
-
-
-def record_dtype(path: str, dtype: str) -> None:
-    """Writes the precision of the weights in a folder into its config.json, in place."""
-    file = os.path.join(path, "config.json")
-    config = _read_json(file)
-    for part in (config, *config.values()):  # a composite model has a configuration for each of its parts
-        if isinstance(part, dict) and "dtype" in part:
-            part["dtype"] = dtype
-    write_json(file, config)
-
-
-def write_json(path: str, data: object) -> None:
-    """Writes JSON whole or not at all."""
-    partial = f"{path}.{os.getpid()}.partial"
-    with open(partial, "w", encoding="utf-8") as file:
-        json.dump(data, file, indent=2, ensure_ascii=False)
-        file.write("\n")
-    os.replace(partial, path)
+def newest_checkpoint(output_dir: str) -> str | None:
+    """The complete checkpoint of the latest step under `output_dir`, or None."""
+    found = []
+    for name in os.listdir(output_dir) if os.path.isdir(output_dir) else []:
+        step = name.removeprefix("checkpoint-")
+        if name != step and step.isdigit() and is_complete(os.path.join(output_dir, name)):
+            found.append((int(step), os.path.join(output_dir, name)))
+    return max(found)[1] if found else None

@@ -21,9 +21,9 @@ from collections.abc import Callable
 
 from minionerec.errors import InputError, RunError
 
-# On a CPU, PyTorch and oneDNN each keep 1024 compiled products, one for every width a batch has had: 1.2 GB of a QLoRA
-# run on a small base, and no time saved by the older ones. Read when torch is imported.
-PRODUCTS_KEPT = {"LRU_CACHE_CAPACITY": "64", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64"}
+# On a CPU, PyTorch and oneDNN each keep 1024 compiled kernels, one for every width a batch has had: 1.2 GB of a QLoRA
+# run on a small base, and the older ones save no time. Read when torch is imported.
+KERNEL_CACHE_LIMITS = {"LRU_CACHE_CAPACITY": "64", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64"}
 # Flags that save memory and what to say of them, what costs least first.
 SAVES_MEMORY = {
     "micro_batch_size": "a smaller --micro_batch_size",
@@ -39,7 +39,7 @@ SAVES_MEMORY = {
 }
 # OpenMP threads wait for each other at the end of every kernel, by default in a busy loop. On a CPU that other
 # processes use too, a thread then spins while the one it waits for has no core: a step takes ten times as long.
-# libgomp, which PyTorch's CPU and CUDA wheels bundle, reads it when torch is imported.
+# libgomp, which is part of PyTorch's CPU and CUDA wheels, reads it when torch is imported.
 THREADS_SLEEP = {"OMP_WAIT_POLICY": "PASSIVE"}
 CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
 
@@ -130,39 +130,39 @@ def _what_saves_memory(parameters: dict, values: dict[str, str]) -> str:
     if "micro_batch_size" in names:
         names.remove("batch_size")  # there the size of an optimizer step, which accumulates
     advice = ", ".join(SAVES_MEMORY[name] for name in names)
-    if not advice:  # it loads a model, and that is all
+    if not advice:  # the command only loads a model
         return "out of memory. On a GPU, CUDA_VISIBLE_DEVICES= before the command runs it on the CPU"
     return f"out of memory. What helps, in this order: {advice}"
 
 
 def set_environment() -> None:
     """Sets what torch reads when it is imported, here and in child processes; what the user has set stays."""
-    for variable, value in {**PRODUCTS_KEPT, **THREADS_SLEEP}.items():
+    for variable, value in {**KERNEL_CACHE_LIMITS, **THREADS_SLEEP}.items():
         os.environ.setdefault(variable, value)
 
 
 def run(command: Callable[..., object]) -> None:
     """Runs `command` as a Fire command line built from `sys.argv` and exits.
 
-    Exit codes: 0 done, 1 failed, 2 bad input, 130 stopped by Ctrl-C. Problems go to standard error, one line each, from
+    Exit codes: 0 done, 1 failed, 2 bad input, 130 stopped by Ctrl-C, 141 nobody reads standard output any more. Problems go to standard error, one line each, from
     the first process of a distributed run only.
     """
     import fire
 
     set_environment()
-    # What two packages say of themselves and nobody can act on: bitsandbytes of an optional kernel on a hub, PEFT of
-    # a property it reads while it wraps a model, TRL of methods it calls around generation.
+    # Warnings of three packages that a user can do nothing about: bitsandbytes lacks an optional kernel of a hub, PEFT
+    # reads a deprecated property while it wraps a model, TRL calls deprecated methods around generation.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
     warnings.filterwarnings("ignore", "`gradient_checkpointing_(en|dis)able` is deprecated", FutureWarning)
     script = os.path.basename(sys.argv[0])
     parameters = dict(inspect.signature(command).parameters)
     argv = sys.argv[1:]
-    if "--help" in argv or "-h" in argv:
-        text = fire.helptext.HelpText(command, trace=fire.trace.FireTrace(command, name=script))
-        print(re.sub(r"-\w, (?=--)", "", text))  # single letters are no flags here
-        return
     try:
+        if "--help" in argv or "-h" in argv:
+            text = fire.helptext.HelpText(command, trace=fire.trace.FireTrace(command, name=script))
+            print(re.sub(r"-\w, (?=--)", "", text), flush=True)  # single letters are not flags here
+            return
         values = parse_flags(argv, parameters)
         parsers = {
             name: (lambda text, annotation=parameter.annotation: parse_value(text, annotation))
@@ -185,6 +185,9 @@ def run(command: Callable[..., object]) -> None:
     except KeyboardInterrupt:
         _complain(script, "stopped", everywhere=True)
         sys.exit(130)
+    except BrokenPipeError:  # the reader, such as `head`, has seen enough; what Python flushes at its exit goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
     except Exception as error:
         if isinstance(error, OSError) and error.errno in CANNOT_WRITE:
             _complain(script, f"cannot write: {error}")

@@ -7,6 +7,11 @@ from collections.abc import Iterable, Sequence
 CUTOFFS = (1, 3, 5, 10, 20, 50)
 
 
+def watched_cutoff(length: int) -> int:
+    """The K that trainings choose their best checkpoint by, for rankings of this length: 10, or the largest below."""
+    return max(k for k in CUTOFFS if k <= min(length, 10))
+
+
 def rank_of(target: str, ranking: Sequence[str]) -> int | None:
     """The position of `target` in `ranking`, counted from 0, or None where it is absent."""
     try:

@@ -1,9 +1,7 @@
 """The memory of this process in GB (1e9 bytes): resident, as Linux counts it, with the pages of mapped files; or on the
-GPU."""
+GPU. Commands import it before torch."""
 
 from contextlib import suppress
-
-import torch
 
 
 def rss_gb() -> float:
@@ -31,6 +29,8 @@ def _status_gb(field: str) -> float:
 def forget_peak_of_loading() -> None:
     """Starts the count of `peak_memory_gb` anew, for the peak of training: loading may hold a weight twice, and on a
     CPU Linux counts the pages of the weight files as resident until they are wanted elsewhere."""
+    import torch
+
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     with suppress(OSError):  # where it is forbidden, or no Linux, the peak is that of the whole process
@@ -40,6 +40,8 @@ def forget_peak_of_loading() -> None:
 def peak_memory_gb() -> float:
     """The most memory this process has held, in GB (1e9 bytes): on the GPU where there is one, else resident, since it
     started or `forget_peak_of_loading`."""
+    import torch
+
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 1e9
     try:

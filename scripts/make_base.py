@@ -10,10 +10,11 @@ import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from minionerec import checks, cli
+from minionerec import cli
 from minionerec.data.files import read_titles_and_descriptions
 from minionerec.data.prompts import TASKS
 from minionerec.errors import Problems
+from minionerec.flags import check_positive, check_writable
 
 
 def make_base(
@@ -44,7 +45,7 @@ def make_base(
     """
     problems = Problems()
     texts = problems.attempt(read_titles_and_descriptions, item_meta_path)
-    checks.check_positive(
+    check_positive(
         problems,
         vocab_size=vocab_size,
         hidden_size=hidden_size,
@@ -62,7 +63,7 @@ def make_base(
     elif os.path.exists(os.path.join(output_dir, "config.json")):
         problems.add(f"--output_dir {output_dir}: holds a model already; name another folder")
     else:
-        checks.check_writable(problems, "output_dir", output_dir)
+        check_writable(problems, "output_dir", output_dir)
     problems.check()
 
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers

@@ -15,8 +15,10 @@ import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from minionerec import checks, cli
+from minionerec import cli
+from minionerec.checkpoint import check_model
 from minionerec.errors import Problems
+from minionerec.flags import check_new_folder, check_positive
 
 LEVELS, CODES = 8, 65_536  # at most
 FOR_ADDING = (
@@ -85,9 +87,9 @@ def prepare_data(
     """
     flags = dict(locals())
     problems = Problems()
-    checks.check_new_folder(problems, output_dir)
+    check_new_folder(problems, output_dir)
     if encoder:
-        checks.check_model(problems, "encoder", encoder)
+        check_model(problems, "encoder", encoder)
     if encoder and embeddings:
         problems.add("--encoder and --embeddings exclude each other; keep one")
     columns = {role: flags[f"{role}_column"] for role in ("user", "item", "time", "title", "description")}
@@ -107,7 +109,7 @@ def prepare_data(
     from minionerec.prepare.writing import check_category
 
     problems.attempt(check_category, category)
-    checks.check_positive(problems, min_interactions=min_interactions, max_history=max_history)
+    check_positive(problems, min_interactions=min_interactions, max_history=max_history)
     if not 1 <= levels <= LEVELS:
         problems.add(f"--levels {levels}: must be between 1 and {LEVELS}")
     if not 2 <= codes <= CODES:

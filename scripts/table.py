@@ -10,9 +10,10 @@ import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from minionerec import checks, cli
+from minionerec import cli
 from minionerec.data.files import count_rows, read_interactions
 from minionerec.errors import InputError, Problems
+from minionerec.flags import check_writable
 from minionerec.metrics import popularity, rank_of, ranking_metrics
 
 RANKING = ("HR@1", "HR@5", "HR@10", "NDCG@5", "NDCG@10", "MRR")
@@ -56,7 +57,7 @@ def table(
     if not folders:
         problems.add(f"--runs {runs!r}: give name=folder pairs, separated by commas")
     if figure:
-        checks.check_writable(problems, "figure", os.path.dirname(figure) or ".")
+        check_writable(problems, "figure", os.path.dirname(figure) or ".")
     references = [word for word in against.split(",") if word]
     for word in references:
         if not any(name.split(" ")[0] == word for name in folders):

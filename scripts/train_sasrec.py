@@ -10,10 +10,11 @@ import time
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from minionerec import checks, cli
+from minionerec import cli
 from minionerec.data.files import count_rows, read_info, read_interactions
 from minionerec.errors import Problems
-from minionerec.metrics import format_metrics, rank_of, ranking_metrics
+from minionerec.flags import check_new_folder, check_positive
+from minionerec.metrics import format_metrics, rank_of, ranking_metrics, watched_cutoff
 
 LENGTH = 50  # items of a ranking
 PATIENCE = 5  # epochs without a gain on the validation file that end the training
@@ -48,14 +49,14 @@ def train_sasrec(
         seed: seed of every random choice.
     """
     problems = Problems()
-    checks.check_positive(
+    check_positive(
         problems, hidden_size=hidden_size, num_epochs=num_epochs, batch_size=batch_size, learning_rate=learning_rate
     )
     if hidden_size % 2:
         problems.add(f"--hidden_size {hidden_size}: must be even, for two heads")
     if not 0 <= dropout < 1:
         problems.add(f"--dropout {dropout}: must be at least 0 and below 1")
-    checks.check_new_folder(problems, output_dir)
+    check_new_folder(problems, output_dir)
     sids = problems.attempt(read_info, info_file)
     for flag, path in (("train_file", train_file), ("eval_file", eval_file), ("test_data_path", test_data_path)):
         if path or flag != "test_data_path":
@@ -67,9 +68,9 @@ def train_sasrec(
     import torch
 
     from minionerec import sasrec
-    from minionerec.checkpoint import write_json
     from minionerec.model import device
     from minionerec.process_memory import peak_memory_gb
+    from minionerec.saving import write_json
     from minionerec.training.finish import folder_size_mb
 
     def events(path: str, flag: str) -> tuple[list[list[str]], list[str]]:
@@ -91,7 +92,7 @@ def train_sasrec(
     histories, targets = events(train_file, "train_file")
     model = sasrec.SASRec(sids, hidden_size, dropout=dropout).to(device.local_device())
     optimizer = torch.optim.Adam(model.parameters(), lr=learning_rate)
-    watched = f"NDCG@{max(k for k in (1, 3, 5, 10) if k <= len(sids))}"
+    watched = f"NDCG@{watched_cutoff(len(sids))}"
     started, best, waited = time.perf_counter(), None, 0
     for epoch in range(num_epochs):
         model.train()

@@ -3,6 +3,10 @@
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
+import lora_utils
+from minionerec.dryrun.memory import Prediction, Step, predict
+from minionerec.flags import AdapterFlags
+
 SMALL = {
     "vocab_size": 96,
     "hidden_size": 64,
@@ -40,3 +44,12 @@ def make_model(architecture: str = "qwen2", scale: float = 8.0, **changes):
             if parameter.ndim == 2:
                 parameter.mul_(scale)
     return model
+
+
+def predicted(
+    config, ids: list[int], step: Step, method: str = "full", on_gpu: bool = False, vocabulary: int = 96,
+    reference_copy: bool = False, **flags,
+) -> Prediction:  # fmt: skip
+    """The predicted memory of a training by a method, with other adapter flags."""
+    chosen = AdapterFlags(use_lora=method == "lora", use_qlora=method == "qlora", **flags)
+    return predict(config, vocabulary, ids, step, chosen, lora_utils.adapt, on_gpu, reference_copy)

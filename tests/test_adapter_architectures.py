@@ -7,12 +7,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from architectures import CHANGES, build, configuration
+from models import predicted
 from peft import AutoPeftModelForCausalLM
 from transformers import AutoModelForCausalLM
 
 import lora_utils
-from minionerec.dryrun.memory import Step, predict
+from minionerec.dryrun.memory import Step
 from minionerec.errors import InputError
+from minionerec.flags import AdapterFlags
 from minionerec.model import adapters, architecture, loading
 
 IDS = [90, 91, 5]  # of SID rows
@@ -77,7 +79,7 @@ def logits(model) -> torch.Tensor:
 
 def adapted(model, **settings):
     """The model with an adapter that has moved."""
-    config = lora_utils.lora_config(model, IDS, **{"lora_r": 8, **settings})
+    config = lora_utils.lora_config(model, IDS, AdapterFlags(**{"lora_r": 8, **settings}))
     model = lora_utils.add_lora(model, config)
     torch.manual_seed(1)
     for parameter in model.parameters():
@@ -96,24 +98,24 @@ def untrained(model) -> list[str]:
 
 @pytest.mark.parametrize("name", CHANGES)
 def test_all_says_what_it_leaves_out(name):
-    model = lora_utils.meta_model(configuration(name))
+    model = architecture.meta_model(configuration(name))
     found = architecture.matrices(model)
     assert {kind(full): reason for full, reason in found.left_out.items()} == LEFT_OUT.get(name, {})
     assert bool(found.experts) == (name in EXPERTS)
-    report = lora_utils.check_adapter(model.config, 16)
+    report = lora_utils.check_adapter(model.config, AdapterFlags())
     assert f"adapters on {len(found.layers)} of {len(found.layers)} linear layers" in report
     assert (f"and {len(found.experts)} of {len(found.experts)} weights of experts" in report) == (name in EXPERTS)
     for left, reason in LEFT_OUT.get(name, {}).items():
         assert f"x {left} ({reason})" in report
     if name in NO_ATTENTION:
         with pytest.raises(InputError, match="no attention layers"):
-            lora_utils.check_adapter(model.config, 16, lora_target_modules="qkv")
+            lora_utils.check_adapter(model.config, AdapterFlags(lora_target_modules="qkv"))
     else:
-        report = lora_utils.check_adapter(model.config, 16, lora_target_modules="qkv")
+        report = lora_utils.check_adapter(model.config, AdapterFlags(lora_target_modules="qkv"))
         assert (f"and 0 of {len(found.experts)} weights of experts" in report) == (name in EXPERTS)
     if name in NO_BITS:
         with pytest.raises(InputError, match="--use_qlora True: bitsandbytes has no layer for any of Falcon"):
-            lora_utils.check_adapter(model.config, 4)
+            lora_utils.check_adapter(model.config, AdapterFlags(use_qlora=True))
 
 
 @pytest.mark.parametrize("name", CHANGES)
@@ -167,20 +169,20 @@ STRUCTURES = {
 @pytest.mark.parametrize("name", STRUCTURES.values(), ids=STRUCTURES.keys())
 def test_qlora_trains_loads_and_merges(tmp_path, name):
     build(name).save_pretrained(tmp_path / "base")
-    quantization = lora_utils.quantization_config(use_qlora=True)
+    quantization = lora_utils.quantization_config(AdapterFlags(use_qlora=True))
 
     def base():
         return loading.load_base(str(tmp_path / "base"), quantization)
 
     model = base()
-    skeleton = lora_utils.meta_model(configuration(name))
+    skeleton = architecture.meta_model(configuration(name))
     planned = architecture.quantized_weights(skeleton, 4)
     assert {n for n, p in model.named_parameters() if getattr(p, "quant_state", None)} == set(planned)
     assert set(architecture.matrices(skeleton).experts) <= set(planned)
     assert not any(LEFT_OUT.get(name, {}).get(kind(n.removesuffix(".weight"))) for n in planned)
     assert lora_utils.count_parameters(model)[1] == lora_utils.count_parameters(skeleton)[1]
     if name in ("mixtral", "bamba"):
-        parts = predict(configuration(name), 0, IDS, Step(1, 8, 1), "qlora", False, bits=4)
+        parts = predicted(configuration(name), IDS, Step(1, 8, 1), "qlora", vocabulary=0).parts
         assert parts["weights"] * 1e9 == pytest.approx(sum(map(_bytes, model.parameters())), rel=0.03)
 
     model = adapted(model)
@@ -209,11 +211,11 @@ def _bytes(parameter: torch.Tensor) -> int:
 def test_experts_have_no_8_bits(tmp_path):
     build("mixtral").save_pretrained(tmp_path / "base")
     config = configuration("mixtral")
-    report = lora_utils.check_adapter(config, 8)
+    report = lora_utils.check_adapter(config, AdapterFlags(use_lora=True, load_in_8bit=True))
     assert "2 x mlp.experts.gate_up_proj (bitsandbytes has no 8 bits for it)" in report
-    model = loading.load_base(str(tmp_path / "base"), lora_utils.quantization_config(load_in_8bit=True))
+    model = loading.load_base(str(tmp_path / "base"), lora_utils.quantization_config(AdapterFlags(load_in_8bit=True)))
     stored = {f"{n}.weight" for n, m in model.named_modules() if type(m).__name__ == "Linear8bitLt"}
-    assert stored == set(architecture.quantized_weights(lora_utils.meta_model(config), 8))
+    assert stored == set(architecture.quantized_weights(architecture.meta_model(config), 8))
     assert not untrained(adapted(model))
 
 
@@ -221,16 +223,16 @@ def test_experts_have_no_8_bits(tmp_path):
 def test_the_prediction_counts_experts_and_no_vision_tower(name):
     config = configuration(name)
     step = Step(2, 40, 6)
-    full, lora = (predict(config, 96, IDS, step, method, False) for method in ("full", "lora"))
+    full, lora = (predicted(config, IDS, step, method) for method in ("full", "lora"))
     model = build(name)
     architecture.freeze_beside_text(model)
-    assert full["trainable"] == lora_utils.count_parameters(model)[0]
-    assert full["trainable"] < sum(p.numel() for p in model.parameters()) or name == "mixtral"
+    assert full.trainable == lora_utils.count_parameters(model)[0]
+    assert full.trainable < sum(p.numel() for p in model.parameters()) or name == "mixtral"
     wrapped = lora_utils.add_lora(model, lora_utils.lora_config(model, IDS))
-    assert lora["trainable"] == lora_utils.count_parameters(wrapped)[0]
+    assert lora.trainable == lora_utils.count_parameters(wrapped)[0]
 
 
 @pytest.mark.parametrize("name", sorted(NO_PREDICTION))
 def test_what_cannot_be_predicted_is_refused(name):
     with pytest.raises(InputError, match=f"--dry_run True: the memory of {name} cannot be predicted"):
-        predict(configuration(name), 96, IDS, Step(2, 40, 6), "lora", False)
+        predicted(configuration(name), IDS, Step(2, 40, 6), "lora")

@@ -18,7 +18,7 @@ SFT = [
     ({"load_in_8bit": True}, "--load_in_8bit"),
     ({"use_lora": True, "freeze_LLM": True}, "--freeze_LLM"),
     ({"use_lora": True, "train_from_scratch": True}, "train without an adapter"),
-    ({"batch_size": 10, "micro_batch_size": 4}, "--batch_size 10 is no multiple of --micro_batch_size 4"),
+    ({"batch_size": 10, "micro_batch_size": 4}, "--batch_size 10 is not a multiple of --micro_batch_size 4"),
     ({"learning_rate": 0}, "--learning_rate 0.0: must be above 0"),
     ({"cutoff_len": 5}, "--cutoff_len 5"),
     ({"cutoff_len": 40}, "--cutoff_len 40: the instruction of task sid_history_to_sid alone has"),
@@ -32,7 +32,7 @@ SFT = [
     ({"prompt_file": "nowhere.json"}, "--prompt_file nowhere.json"),
     ({"tasks": "nope"}, "--tasks 'nope'"),
     ({"report_to": "carrier_pigeon"}, "--report_to 'carrier_pigeon'"),
-    ({"resume_from_checkpoint": "nowhere"}, "--resume_from_checkpoint nowhere: no such folder"),
+    ({"resume_from_checkpoint": "nowhere"}, "--resume_from_checkpoint 'nowhere': no such folder"),
 ]
 
 
@@ -166,5 +166,5 @@ def test_evaluate_refuses_an_adapter_of_another_base(files, base, tmp_path):
 
 def test_the_batch_must_divide_over_all_processes(files, base, tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "3")
-    message = "--batch_size 16 is no multiple of --micro_batch_size 8 x 3 processes; try --batch_size 24"
+    message = "--batch_size 16 is not a multiple of --micro_batch_size 8 x 3 processes; try --batch_size 24"
     refused("sft.py", message, **sft_flags(files, base, tmp_path / "run"))

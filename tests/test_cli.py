@@ -118,6 +118,17 @@ def test_nothing_heavy_is_imported_before_the_checks(script):
     assert result.stdout.strip() == "[]", result.stderr
 
 
+def test_help_into_a_pipe_that_is_closed_ends_quietly():
+    """As `python sft.py --help | head`."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    try:
+        result = subprocess.run([sys.executable, "sft.py", "--help"], stdout=writer, stderr=subprocess.PIPE, cwd=ROOT)
+    finally:
+        os.close(writer)
+    assert (result.returncode, result.stderr) == (141, b"")
+
+
 @pytest.mark.parametrize("error", ["torch.OutOfMemoryError('CUDA out of memory')", "MemoryError()"])
 def test_running_out_of_memory_ends_with_what_to_try(tmp_path, error):
     script = tmp_path / "hungry.py"
@@ -178,7 +189,7 @@ def test_few_compiled_products_are_kept(tmp_path):
         "    print(rss_gb() - before)\n"
         "cli.run(multiply)\n"
     )
-    environment = {name: value for name, value in os.environ.items() if name not in cli.PRODUCTS_KEPT}
+    environment = {name: value for name, value in os.environ.items() if name not in cli.KERNEL_CACHE_LIMITS}
     environment["PYTHONPATH"] = str(ROOT)
     result = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, env=environment)
     assert result.returncode == 0, result.stderr

@@ -9,7 +9,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_to
 
 from minionerec.data import encoding, examples
 from minionerec.data.encoding import Encoder, Pieces, left_padded
-from minionerec.data.examples import IGNORE, Collator, item_rows, tokenized_dataset
+from minionerec.data.examples import IGNORE, Collator, tokenized_dataset
 from minionerec.data.files import Interaction, Item, read_catalogue, read_interactions
 from minionerec.data.prompts import RECOMMENDATION, load_prompts
 from minionerec.model.loading import load_tokenizer
@@ -23,7 +23,7 @@ def tokenizer(base, files):
 
 
 def rows_of_files(files):
-    items = item_rows(read_catalogue(files["index"], files["item"]))
+    items = read_catalogue(files["index"], files["item"]).items_with_text()
     return lambda kind: items if kind == "item" else read_interactions(files["train"], "train_file")
 
 

@@ -6,15 +6,17 @@ from unittest import mock
 
 import pytest
 from helpers import ROOT
-from models import SMALL
+from models import SMALL, predicted
 from torch.nn.modules.module import register_module_forward_pre_hook
 from transformers import CONFIG_MAPPING
 
 import lora_utils
 from minionerec.dryrun import depth, memory
 from minionerec.dryrun.depth import Depth
-from minionerec.dryrun.memory import Step, predict
+from minionerec.dryrun.memory import Prediction, Step, predict
 from minionerec.dryrun.report import suggestion
+from minionerec.model import architecture
+from sft import SFTFlags
 
 ARCHITECTURES = json.loads((ROOT / "tests" / "architectures.json").read_text())
 # Changes to the small configurations, and how many of 8 layers are measured.
@@ -38,7 +40,11 @@ def deep(architecture: str, layers: int = 8, **changes):
 def test_few_layers_predict_what_all_do(architecture, method, checkpointing):
     changes, measured = DEEP[architecture]
     config = deep(architecture, **changes)
-    arguments = (config, 96, [90, 91], Step(2, 40, 6), method, True, {"lora_dropout": 0.0}, 16, checkpointing)
+
+    def prediction() -> Prediction:
+        flags = {"lora_dropout": 0.0, "gradient_checkpointing": checkpointing}
+        return predicted(config, [90, 91], Step(2, 40, 6), method, True, **flags)
+
     found, run = [], memory._run
 
     def watched(model, step, dtype, depth, **more):
@@ -46,57 +52,55 @@ def test_few_layers_predict_what_all_do(architecture, method, checkpointing):
         return run(model, step, dtype, depth, **more)
 
     with mock.patch.object(memory, "_run", side_effect=watched):
-        few = predict(*arguments)
+        few = prediction()
     assert len(found[0].layers) == measured and len(found) == 1
     with mock.patch.object(Depth, "shortens", False):
-        every = predict(*arguments)
-    assert few == pytest.approx(every, rel=1e-3)
+        every = prediction()
+    assert few.parts == pytest.approx(every.parts, rel=1e-3) and few.total == pytest.approx(every.total, rel=1e-3)
     assert config.num_hidden_layers == 8
-    for part in ("weights", "adapter", "gradients", "optimizer", "trainable"):
-        assert few[part] == pytest.approx(every[part], rel=1e-12)
+    assert few.trainable == every.trainable
+    for part in ("weights", "adapter", "gradients", "optimizer"):
+        assert few.parts[part] == pytest.approx(every.parts[part], rel=1e-12)
 
 
 @pytest.mark.parametrize("bits", [4, 8])
 def test_few_layers_weigh_what_all_do_in_fewer_bits(bits):
     step = Step(4, 8, 4, shared=True, accumulate=False, rewarded=True)
-    arguments = (deep("qwen2", 20), 96, [90, 91], step, "qlora", False, {}, bits)
-    few = predict(*arguments)
+    arguments = (deep("qwen2", 20), [90, 91], step, "qlora" if bits == 4 else "lora")
+    few = predicted(*arguments, load_in_8bit=bits == 8)
     with mock.patch.object(Depth, "shortens", False):
-        every = predict(*arguments)
-    few.pop("runtime"), every.pop("runtime"), few.pop("total"), every.pop("total")  # of this process, which grows
-    assert few == pytest.approx(every, rel=1e-9)
+        every = predicted(*arguments, load_in_8bit=bits == 8)
+    few.parts.pop("runtime"), every.parts.pop("runtime")  # of this process, which grows
+    assert few.parts == pytest.approx(every.parts, rel=1e-9) and few.trainable == every.trainable
 
 
 def test_a_model_that_runs_one_layer_twice_is_measured_whole():
-    model = lora_utils.meta_model(deep("qwen2"))
+    model = architecture.meta_model(deep("qwen2"))
     model.model.layers[6] = model.model.layers[1]
     trainable = sum(p.numel() for p in model.parameters())
-    with mock.patch.object(lora_utils, "meta_model", lambda *_: copy.deepcopy(model)):
-        parts = predict(model.config, 96, [90], Step(2, 8, 4), "full", False)
-    assert parts["trainable"] == trainable
+    with mock.patch.object(architecture, "meta_model", lambda *_: copy.deepcopy(model)):
+        found = predicted(model.config, [90], Step(2, 8, 4))
+    assert found.trainable == trainable
 
 
 def test_a_model_that_cannot_do_with_few_layers_is_measured_whole():
-    arguments = (deep("qwen2"), 96, [90, 91], Step(2, 40, 6), "full", True)
-    few = predict(*arguments)
+    arguments = (deep("qwen2"), [90, 91], Step(2, 40, 6), "full", True)
+    few = predicted(*arguments)
     with mock.patch.object(depth, "_keep", lambda *_: None):  # it then looks for eight layers
-        assert predict(*arguments) == pytest.approx(few)
+        every = predicted(*arguments)
+    assert every.parts == pytest.approx(few.parts) and every.trainable == few.trainable
 
 
 def test_a_search_on_a_deep_model_takes_few_passes_through_few_layers():
     """48 layers of 128 experts that fit nowhere: each of six ways to train is tried once."""
     config = deep("qwen3_moe", 48, num_experts=128)
-    flags = {"use_lora": False, "use_qlora": False, "load_in_8bit": False, "gradient_checkpointing": False}
-    flags |= {"micro_batch_size": 64}
+    flags = SFTFlags(lora_dropout=0.0, micro_batch_size=64)
     tried, ran = [], []
-    layer = type(lora_utils.meta_model(config).model.layers[0])
+    layer = type(architecture.meta_model(config).model.layers[0])
 
     def total_of(flags):
         tried.append(flags)
-        method = "qlora" if flags["use_qlora"] else "lora" if flags["use_lora"] else "full"
-        step, bits = Step(flags["micro_batch_size"], 16, 8), 4 if method == "qlora" else 16
-        checkpointing = flags["gradient_checkpointing"]
-        return predict(config, 96, [90], step, method, True, {"lora_dropout": 0.0}, bits, checkpointing)["total"]
+        return predict(config, 96, [90], Step(flags.micro_batch_size, 16, 8), flags, lora_utils.adapt, True).total
 
     counting = register_module_forward_pre_hook(lambda module, _: ran.append(module) if type(module) is layer else None)
     with counting:
@@ -105,14 +109,14 @@ def test_a_search_on_a_deep_model_takes_few_passes_through_few_layers():
 
 
 def test_a_search_halves_what_is_left():
-    flags = {"use_lora": True, "use_qlora": False, "load_in_8bit": False, "gradient_checkpointing": True}
+    flags = SFTFlags(use_lora=True, gradient_checkpointing=True, micro_batch_size=128)
     for largest in range(1, 128):
         tried = []
         said = suggestion(
-            {**flags, "micro_batch_size": 128},
+            flags,
             "micro_batch_size",
             largest,
-            lambda changed, tried=tried: tried.append(changed) or changed["micro_batch_size"],
+            lambda changed, tried=tried: tried.append(changed) or changed.micro_batch_size,
         )
         fits = max(2**power for power in range(8) if 2**power <= largest)
         assert said == f"this does: --micro_batch_size {fits}"

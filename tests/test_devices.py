@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from test_rl import rl_flags
 
 import lora_utils
+from minionerec.flags import AdapterFlags
 from minionerec.model import loading
 from minionerec.training.resume import newest_checkpoint
 
@@ -246,18 +247,22 @@ def test_accelerate_takes_the_configurations(name, monkeypatch):
 
 def test_four_bits_are_stored_as_a_type_that_the_engine_can_share_out(base, monkeypatch):
     def storage() -> torch.dtype:
-        return lora_utils.quantization_config(use_qlora=True).bnb_4bit_quant_storage
+        return lora_utils.quantization_config(AdapterFlags(use_qlora=True)).bnb_4bit_quant_storage
 
     assert storage() == torch.uint8
     ids = torch.arange(20).unsqueeze(0)
     with torch.no_grad():
-        plain = loading.load_base(base, lora_utils.quantization_config(use_qlora=True))(input_ids=ids).logits
+        plain = loading.load_base(base, lora_utils.quantization_config(AdapterFlags(use_qlora=True)))(
+            input_ids=ids
+        ).logits
     monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")
     assert storage() == torch.uint8
     monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", "3")
     assert storage() == torch.bfloat16
     with torch.no_grad():
-        stored = loading.load_base(base, lora_utils.quantization_config(use_qlora=True))(input_ids=ids).logits
+        stored = loading.load_base(base, lora_utils.quantization_config(AdapterFlags(use_qlora=True)))(
+            input_ids=ids
+        ).logits
     assert torch.equal(stored, plain)
     monkeypatch.delenv("ACCELERATE_DEEPSPEED_ZERO_STAGE")
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")

@@ -1,5 +1,5 @@
 """Runs that end badly: stopped, out of room, with a loss that is no number. Kills: test_sft.py, test_rl.py and
-scripts/kill_and_resume.py."""
+benchmarks/kill_and_resume.py."""
 
 import json
 import os
@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,8 +17,8 @@ from helpers import ROOT, run_command, sft_flags
 from test_bad_input import refused
 from test_trainer import trainer_of
 
-from minionerec.checks import check_output_dir
 from minionerec.errors import InputError, Problems, RunError
+from minionerec.flags import RunFlags, check_output_dir
 from minionerec.training.resume import resume_point
 
 FLAGS = {"use_lora": True, "num_epochs": 4, "eval_step": 0.2, "learning_rate": 1e-3}
@@ -149,10 +150,10 @@ RUN["flags"] |= {"lora_alpha": 16, "lora_target_modules": "all", "use_rslora": F
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"command": "rl"}, "the command was sft there and is rl here"),
-        ({"method": "full"}, "the method was lora there and is full here"),
-        ({"base_fingerprint": "g"}, "the base was f there and is g here"),
-        ({"flags": {**RUN["flags"], "lora_r": 4}}, "--lora_r was 8 there and is 4 here"),
+        ({"command": "rl"}, "the command is sft there, rl here"),
+        ({"method": "full"}, "the method is lora there, full here"),
+        ({"base_fingerprint": "g"}, "the base is f there, g here"),
+        ({"flags": {**RUN["flags"], "lora_r": 4}}, "--lora_r is 8 there, 4 here"),
     ],
 )
 def test_a_checkpoint_of_another_run_is_refused(tmp_path, changed, message):
@@ -160,19 +161,19 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path, changed, message):
     folder.mkdir()
     (folder / "trainer_state.json").write_text('{"global_step": 5}')
     (folder / "minionerec.json").write_text(json.dumps(RUN))
-    said = []
-    assert resume_point(str(tmp_path), "True", {**RUN, "flags": {**RUN["flags"], "seed": 2}}, said.append)
+    said, flags = [], RunFlags(output_dir=str(tmp_path), resume_from_checkpoint="True")
+    assert resume_point(flags, {**RUN, "flags": {**RUN["flags"], "seed": 2}}, said.append)
     assert said[-1].startswith("warning: --seed is 2 here and was 1 up to ")
     with pytest.raises(InputError, match=message):
-        resume_point(str(tmp_path), "True", {**RUN, **changed}, said.append)
+        resume_point(flags, {**RUN, **changed}, said.append)
 
 
 def test_a_truncated_checkpoint_is_never_resumed(tmp_path):
     for step, state in ((5, '{"global_step": 5}'), (10, '{"global_step": 10, "log_his')):
         (tmp_path / f"checkpoint-{step}").mkdir()
         (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(state)
-    said = []
-    assert resume_point(str(tmp_path), "True", RUN, said.append) == str(tmp_path / "checkpoint-5")
-    with pytest.raises(InputError, match="is no complete checkpoint"):
-        resume_point(str(tmp_path), str(tmp_path / "checkpoint-10"), RUN, said.append)
+    said, flags = [], RunFlags(output_dir=str(tmp_path), resume_from_checkpoint="True")
+    assert resume_point(flags, RUN, said.append).path == str(tmp_path / "checkpoint-5")
+    with pytest.raises(InputError, match="is not a complete checkpoint"):
+        resume_point(replace(flags, resume_from_checkpoint=str(tmp_path / "checkpoint-10")), RUN, said.append)
     assert json.loads((tmp_path / "checkpoint-5" / "trainer_state.json").read_text())["global_step"] == 5

@@ -10,6 +10,7 @@ from peft import AutoPeftModelForCausalLM, get_peft_model
 
 import lora_utils
 from minionerec.errors import InputError
+from minionerec.flags import AdapterFlags
 from minionerec.model import adapters, architecture, experts, loading
 
 IDS = [90, 91, 5]
@@ -32,7 +33,7 @@ def moved(model, by: float = 0.05):
 
 @pytest.mark.parametrize("name", KINDS)
 def test_lean_experts_are_pefts(name):
-    config = lora_utils.lora_config(build(name), IDS, lora_r=8, lora_dropout=0.0)
+    config = lora_utils.lora_config(build(name), IDS, AdapterFlags(lora_r=8, lora_dropout=0.0))
     plain = moved(get_peft_model(build(name), copy.deepcopy(config)))
     lean = moved(lora_utils.add_lora(build(name), config))
     assert stacks_of(lean) and not stacks_of(plain)
@@ -63,7 +64,7 @@ def saved(tmp_path_factory):
 
 
 def in_4_bits(path: str):
-    return loading.load_base(path, lora_utils.quantization_config(use_qlora=True))
+    return loading.load_base(path, lora_utils.quantization_config(AdapterFlags(use_qlora=True)))
 
 
 @pytest.mark.parametrize("multiplies_right", [True, False])
@@ -90,7 +91,7 @@ def test_a_weight_in_4_bits_multiplies_as_what_it_stands_for(saved, multiplies_r
 @pytest.mark.parametrize("targets", ["all", "qkv"])
 def test_no_weight_that_is_written_out_is_kept(saved, targets):
     model = in_4_bits(saved("mixtral"))
-    model = lora_utils.add_lora(model, lora_utils.lora_config(model, IDS, lora_target_modules=targets))
+    model = lora_utils.add_lora(model, lora_utils.lora_config(model, IDS, AdapterFlags(lora_target_modules=targets)))
     smallest = min(state.shape.numel() for module in stacks_of(model) for state in module.states.values())
     kept: list[int] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
@@ -122,7 +123,7 @@ def test_checkpointing_gives_the_same_gradients(saved, bits):
 def test_dropout_is_on_in_training_also_for_experts(tmp_path):
     model = build("deepseek_v3")
     config = lora_utils.lora_config(
-        model, [], lora_dropout=0.5, lora_target_modules="gate_up_proj,shared_experts.up_proj"
+        model, [], AdapterFlags(lora_dropout=0.5, lora_target_modules="gate_up_proj,shared_experts.up_proj")
     )
     model = moved(lora_utils.add_lora(model, config))
     layers = [m for m in model.modules() if isinstance(m, lora_utils.lora.LoraLayer)]
@@ -146,7 +147,7 @@ def test_dropout_is_on_in_training_also_for_experts(tmp_path):
 @pytest.mark.parametrize("use_rslora", [False, True])
 def test_the_rank_is_divided_among_the_experts_of_a_token(use_rslora):
     model = build("deepseek_v3")  # 2 of 4 experts a token, a dense layer and a shared expert
-    config = lora_utils.lora_config(model, [], lora_r=8, lora_alpha=16, use_rslora=use_rslora)
+    config = lora_utils.lora_config(model, [], AdapterFlags(lora_r=8, lora_alpha=16, use_rslora=use_rslora))
     model = lora_utils.add_lora(model, config)
     ranks = {}
     for module in model.modules():
@@ -155,12 +156,12 @@ def test_the_rank_is_divided_among_the_experts_of_a_token(use_rslora):
             ranks.setdefault(stack, set()).add((module.r["default"], round(module.scaling["default"], 6)))
     scale = round(16 / math.sqrt(8), 6) if use_rslora else 2.0
     assert ranks == {True: {(4, scale)}, False: {(8, scale)}}
-    many = lora_utils.lora_config(lora_utils.meta_model(configuration("llama4_text")), [], lora_r=8)
+    many = lora_utils.lora_config(architecture.meta_model(configuration("llama4_text")), [], AdapterFlags(lora_r=8))
     assert many.r == 8 and not many.rank_pattern  # one expert a token
 
 
 def test_names_reach_experts_and_what_stands_beside_them():
-    model = lora_utils.meta_model(configuration("deepseek_v3"))
+    model = architecture.meta_model(configuration("deepseek_v3"))
 
     def targets(spec: str) -> tuple[list[str], list[str]]:
         return lora_utils.find_target_modules(model, spec), lora_utils.find_target_parameters(model, spec)
@@ -171,7 +172,7 @@ def test_names_reach_experts_and_what_stands_beside_them():
     assert targets("down_proj") == ([], ["down_proj", "down_proj.weight"])
     with pytest.raises(InputError, match=r"gate matches no linear layer of .*gate_up_proj"):
         targets("gate")
-    mixed = lora_utils.meta_model(configuration("qwen2_moe"))
+    mixed = architecture.meta_model(configuration("qwen2_moe"))
     assert lora_utils.find_target_modules(mixed, "down_proj") == ["shared_expert.down_proj"]
     assert lora_utils.find_target_parameters(mixed, "down_proj") == ["down_proj"]
 
@@ -180,15 +181,17 @@ def test_names_reach_experts_and_what_stands_beside_them():
 def test_what_experts_cannot_have_is_refused(settings):
     config = configuration("mixtral")
     with pytest.raises(InputError, match=f"--{next(iter(settings))} .*down_proj, gate_up_proj of Mixtral.*qkv"):
-        lora_utils.check_adapter(config, 16, **settings)
-    assert "0 of 4 weights of experts" in lora_utils.check_adapter(config, 16, lora_target_modules="qkv", **settings)
+        lora_utils.check_adapter(config, AdapterFlags(**settings))
+    assert "0 of 4 weights of experts" in lora_utils.check_adapter(
+        config, AdapterFlags(lora_target_modules="qkv", **settings)
+    )
 
 
 @pytest.mark.parametrize("bits", [4, 16])
 @pytest.mark.parametrize("name", ["gpt_oss", "deepseek_v3"])
 def test_a_copy_of_an_adapter_gives_the_same(saved, name, bits):
     model = in_4_bits(saved(name)) if bits == 4 else build(name)
-    model = moved(lora_utils.add_lora(model, lora_utils.lora_config(model, IDS, lora_r=8))).eval()
+    model = moved(lora_utils.add_lora(model, lora_utils.lora_config(model, IDS, AdapterFlags(lora_r=8)))).eval()
     with torch.no_grad():
         before = model(input_ids=TOKENS, use_cache=False).logits
         adapters.copy_adapter(model, "default", "ref")
@@ -201,9 +204,9 @@ def test_a_copy_of_an_adapter_gives_the_same(saved, name, bits):
 
 def test_peft_alone_loads_a_qlora_adapter_on_4_bits(saved, tmp_path):
     model = in_4_bits(saved("deepseek_v3"))
-    model = moved(lora_utils.add_lora(model, lora_utils.lora_config(model, IDS, lora_r=8))).eval()
+    model = moved(lora_utils.add_lora(model, lora_utils.lora_config(model, IDS, AdapterFlags(lora_r=8)))).eval()
     model.save_pretrained(tmp_path)
-    quantization = lora_utils.quantization_config(use_qlora=True)
+    quantization = lora_utils.quantization_config(AdapterFlags(use_qlora=True))
     plain = AutoPeftModelForCausalLM.from_pretrained(tmp_path, quantization_config=quantization).eval()
     loading._keep_training_layout(plain)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
@@ -218,7 +221,7 @@ def test_a_base_that_is_stored_quantized_takes_no_adapter():
     config = configuration("gpt_oss")
     config.quantization_config = {"quant_method": "mxfp4"}
     with pytest.raises(InputError, match="are stored in mxfp4, which takes no adapter"):
-        lora_utils.check_adapter(config, 16)
+        lora_utils.check_adapter(config, AdapterFlags())
 
 
 def test_no_loss_of_the_routers_is_computed(saved, tmp_path):

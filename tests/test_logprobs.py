@@ -5,6 +5,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import lora_utils
 from minionerec.decoding.probe import prove
+from minionerec.flags import AdapterFlags
 from minionerec.training.logprobs import completion_logps
 
 # Two prompts of different lengths with three completions each, and one with a single completion; of 1 to 3 tokens.
@@ -42,7 +43,7 @@ def one_by_one(model, prompt_ids, prompt_mask, completion_ids, completion_mask, 
 
 def with_adapter(model, dropout=0.0):
     torch.manual_seed(4)
-    model = lora_utils.add_lora(model, lora_utils.lora_config(model, IDS, lora_r=4, lora_dropout=dropout))
+    model = lora_utils.add_lora(model, lora_utils.lora_config(model, IDS, AdapterFlags(lora_r=4, lora_dropout=dropout)))
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:

@@ -13,7 +13,8 @@ from transformers import CONFIG_MAPPING
 
 import lora_utils
 from minionerec.errors import InputError
-from minionerec.model import adapters, low_rank, sid_rows
+from minionerec.flags import AdapterFlags
+from minionerec.model import adapters, architecture, low_rank, sid_rows
 from minionerec.model.loading import load_base
 
 IDS = [90, 91, 5]  # SID rows need not be the last ones
@@ -32,7 +33,9 @@ TARGETS = {
 
 
 def adapted(model, ids=IDS, **settings):
-    return lora_utils.add_lora(model, lora_utils.lora_config(model, ids, **{"lora_dropout": 0.0, **settings}))
+    return lora_utils.add_lora(
+        model, lora_utils.lora_config(model, ids, AdapterFlags(**{"lora_dropout": 0.0, **settings}))
+    )
 
 
 def train(model, steps: int = 3) -> None:
@@ -62,7 +65,7 @@ def saved_base(tmp_path_factory):
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_target_modules_are_found_without_weights(architecture):
-    model = lora_utils.meta_model(config_of(architecture))
+    model = architecture.meta_model(config_of(architecture))
     assert all(parameter.is_meta for parameter in model.parameters())
     every, attention = TARGETS[architecture]
     assert lora_utils.find_target_modules(model, "all") == every
@@ -86,7 +89,19 @@ def test_exactly_the_found_layers_are_adapted(architecture, spec):
 
 def test_lora_config_takes_every_setting():
     model = make_model()
-    config = lora_utils.lora_config(model, IDS, 8, 16, 0.1, "qkv", True, True, "gaussian")
+    config = lora_utils.lora_config(
+        model,
+        IDS,
+        AdapterFlags(
+            lora_r=8,
+            lora_alpha=16,
+            lora_dropout=0.1,
+            lora_target_modules="qkv",
+            use_rslora=True,
+            use_dora=True,
+            init_lora_weights="gaussian",
+        ),
+    )
     assert (config.r, config.lora_alpha, config.lora_dropout) == (8, 16, 0.1)
     assert config.use_rslora and config.use_dora and config.init_lora_weights == "gaussian"
     assert config.trainable_token_indices == {"model.embed_tokens": IDS, "lm_head": IDS}
@@ -97,10 +112,10 @@ def test_lora_config_takes_every_setting():
 
 
 def test_quantization_configs():
-    config = lora_utils.quantization_config(use_qlora=True)
+    config = lora_utils.quantization_config(AdapterFlags(use_qlora=True))
     assert (config.load_in_4bit, config.bnb_4bit_quant_type, config.bnb_4bit_use_double_quant) == (True, "nf4", True)
     assert config.bnb_4bit_compute_dtype == torch.bfloat16
-    assert lora_utils.quantization_config(load_in_8bit=True).load_in_8bit
+    assert lora_utils.quantization_config(AdapterFlags(load_in_8bit=True)).load_in_8bit
     assert lora_utils.quantization_config() is None
 
 
@@ -108,7 +123,7 @@ def test_quantization_configs():
 @pytest.mark.parametrize("tied", [True, False])
 def test_row_only_forward_equals_pefts_layer(architecture, tied):
     model = make_model(architecture, scale=2.0, tie_word_embeddings=tied)
-    config = lora_utils.lora_config(model, IDS, lora_dropout=0.0)
+    config = lora_utils.lora_config(model, IDS, AdapterFlags(lora_dropout=0.0))
     plain = get_peft_model(copy.deepcopy(model), copy.deepcopy(config))
     fast = lora_utils.add_lora(model, config)
     torch.manual_seed(2)
@@ -136,7 +151,7 @@ def test_row_only_forward_equals_pefts_layer(architecture, tied):
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("method", ["lora", "qlora", "freeze_LLM"])
 def test_the_adapter_moves_and_nothing_else(saved_base, method, tied):
-    quantization = lora_utils.quantization_config(use_qlora=method == "qlora")
+    quantization = lora_utils.quantization_config(AdapterFlags(use_qlora=method == "qlora"))
     model = load_base(saved_base[tied], quantization)
     model = lora_utils.train_sid_rows_only(model, IDS) if method == "freeze_LLM" else adapted(model)
     before = state_of(model)
@@ -150,7 +165,7 @@ def test_the_adapter_moves_and_nothing_else(saved_base, method, tied):
 
 
 def test_evaluation_does_not_cut_the_gradients_of_4_bit_layers(saved_base):
-    model = adapted(load_base(saved_base[True], lora_utils.quantization_config(use_qlora=True)))
+    model = adapted(load_base(saved_base[True], lora_utils.quantization_config(AdapterFlags(use_qlora=True))))
     before = state_of(model)
     model.eval()
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
@@ -165,7 +180,7 @@ def test_evaluation_does_not_cut_the_gradients_of_4_bit_layers(saved_base):
 
 
 def test_norms_alone_are_in_float32(saved_base):
-    model = load_base(saved_base[False], lora_utils.quantization_config(use_qlora=True))
+    model = load_base(saved_base[False], lora_utils.quantization_config(AdapterFlags(use_qlora=True)))
     adapters.prepare_quantized(model)
     for name, parameter in model.named_parameters():
         if parameter.is_floating_point():
@@ -179,7 +194,7 @@ def test_checkpointing_gives_the_same_gradients(use_reentrant):
     gradients = []
     for checkpointing in (False, True):
         base = make_model(scale=2.0)
-        config = lora_utils.lora_config(base, [], lora_dropout=0.0)
+        config = lora_utils.lora_config(base, [], AdapterFlags(lora_dropout=0.0))
         model = lora_utils.add_lora(base, config, gradient_checkpointing=checkpointing)
         if checkpointing:
             base.activation_checkpointing_enable({"use_reentrant": use_reentrant})
@@ -197,7 +212,9 @@ def test_parameters_are_counted_once_and_as_what_they_stand_for(saved_base):
     expected = 2 * 4 * (64 + 64) + len(IDS) * 64
     assert lora_utils.count_parameters(wrapped) == (expected, total + expected)
     assert lora_utils.trainable_report(wrapped).startswith(f"trainable parameters: {expected:,} of")
-    plain, quantized = (load_base(saved_base[True], q) for q in (None, lora_utils.quantization_config(use_qlora=True)))
+    plain, quantized = (
+        load_base(saved_base[True], q) for q in (None, lora_utils.quantization_config(AdapterFlags(use_qlora=True)))
+    )
     assert lora_utils.count_parameters(quantized)[1] == lora_utils.count_parameters(plain)[1]
 
 
@@ -270,7 +287,7 @@ def test_the_adapter_of_a_7b_model_is_small():
         vocab_size=152064, hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28,
         num_key_value_heads=4, tie_word_embeddings=False,
     )  # fmt: skip
-    model = lora_utils.meta_model(config)
+    model = architecture.meta_model(config)
     with torch.device("meta"):
         wrapped = lora_utils.add_lora(model, lora_utils.lora_config(model, list(range(151_665, 151_665 + 560))))
     trainable, _ = lora_utils.count_parameters(wrapped)
@@ -284,7 +301,7 @@ def test_the_adapter_of_a_7b_model_is_small():
 @pytest.mark.parametrize("architecture", ["qwen2", "phi3", "gpt2"])
 def test_the_lean_update_is_pefts(architecture):
     plain, lean = make_model(architecture, scale=2.0), make_model(architecture, scale=2.0)
-    config = lora_utils.lora_config(plain, IDS, lora_dropout=0.0)
+    config = lora_utils.lora_config(plain, IDS, AdapterFlags(lora_dropout=0.0))
     plain, lean = get_peft_model(plain, config), lora_utils.add_lora(lean, copy.deepcopy(config))
     torch.manual_seed(5)
     values = {name: 0.1 * torch.randn_like(p) for name, p in plain.named_parameters() if p.requires_grad}
@@ -306,8 +323,8 @@ def test_the_lean_update_is_pefts(architecture):
 def test_the_lean_update_on_4_bits_is_pefts(saved_base):
     results = []
     for lean in (False, True):
-        model = load_base(saved_base[True], lora_utils.quantization_config(use_qlora=True))
-        config = lora_utils.lora_config(model, IDS, lora_dropout=0.0)
+        model = load_base(saved_base[True], lora_utils.quantization_config(AdapterFlags(use_qlora=True)))
+        config = lora_utils.lora_config(model, IDS, AdapterFlags(lora_dropout=0.0))
         model = lora_utils.add_lora(model, config) if lean else get_peft_model(model, config)
         torch.manual_seed(5)
         for _, parameter in sorted((n, p) for n, p in model.named_parameters() if p.requires_grad):

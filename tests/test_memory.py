@@ -8,20 +8,21 @@ import torch
 import torch.nn.functional as F
 from architectures import configuration
 from helpers import run_command, sft_flags
-from models import config_of
+from models import config_of, predicted
 from test_bad_input import refused
 from test_rl import rl_flags
 from test_trainer import IDS
 from transformers import AutoModelForCausalLM
 
 import lora_utils
-from minionerec.checks import memory_gb
 from minionerec.dryrun import report
 from minionerec.dryrun.memory import GB, Step, _Alive, cache_gb, predict
+from minionerec.flags import AdapterFlags, memory_gb
 from minionerec.model import adapters
 from minionerec.process_memory import rss_gb
 from minionerec.training.logprobs import completion_logps
 from minionerec.training.sft_trainer import response_logits
+from rl import RLFlags
 
 ROWS, TOKENS, RESPONSE = 4, 120, 3
 
@@ -57,12 +58,13 @@ def really_held(config, method: str, checkpointing: bool, half: bool = False) ->
 def test_the_prediction_is_what_training_holds(architecture, method, checkpointing):
     config = config_of(architecture)
     step = Step(ROWS, TOKENS, ROWS * RESPONSE)
-    parts = predict(config, 96, IDS, step, method, False, gradient_checkpointing=checkpointing)
+    found = predicted(config, IDS, step, method, gradient_checkpointing=checkpointing)
+    parts = found.parts
     peak, weights = really_held(config, method, checkpointing)
-    predicted = (parts["gradients"] + parts["activations"] + parts["logits"]) * GB
-    assert predicted == pytest.approx(peak, rel=0.1)
+    bytes_predicted = (parts["gradients"] + parts["activations"] + parts["logits"]) * GB
+    assert bytes_predicted == pytest.approx(peak, rel=0.1)
     assert (parts["weights"] + parts["adapter"]) * GB == pytest.approx(weights)
-    assert parts["total"] == pytest.approx(sum(v for k, v in parts.items() if k not in ("total", "trainable")))
+    assert found.total == pytest.approx(sum(parts.values()))
 
 
 @pytest.mark.parametrize("architecture", ["qwen2", "gemma2", "gpt2"])
@@ -72,17 +74,18 @@ def test_full_fine_tuning_on_a_gpu_takes_16_bytes_a_parameter(architecture, chec
     for the backward pass, but not where activations are recomputed."""
     config = config_of(architecture, hidden_size=128) if architecture != "gpt2" else config_of(architecture, n_embd=128)
     step = Step(ROWS, TOKENS, ROWS * RESPONSE)
-    parts = predict(config, 96, IDS, step, "full", True, gradient_checkpointing=checkpointing)
+    found = predicted(config, IDS, step, on_gpu=True, gradient_checkpointing=checkpointing)
+    parts = found.parts
     model = parts["weights"] + parts["gradients"] + parts["optimizer"]
-    assert model * GB == pytest.approx(16 * parts["trainable"])
+    assert model * GB == pytest.approx(16 * found.trainable)
     peak, weights = really_held(config, "full", checkpointing, half=True)
-    predicted = (parts["gradients"] + parts["activations"] + parts["logits"]) * GB
-    assert predicted == pytest.approx(peak, rel=0.1) and parts["weights"] * GB == pytest.approx(weights)
+    bytes_predicted = (parts["gradients"] + parts["activations"] + parts["logits"]) * GB
+    assert bytes_predicted == pytest.approx(peak, rel=0.1) and parts["weights"] * GB == pytest.approx(weights)
 
 
 def test_the_reference_of_a_full_run_on_a_gpu_is_rounded():
     config, step = config_of("qwen2"), Step(1, 20, 4)
-    one, two = (predict(config, 96, IDS, step, "full", True, reference_copy=copy) for copy in (False, True))
+    one, two = (predicted(config, IDS, step, on_gpu=True, reference_copy=copy).parts for copy in (False, True))
     model = AutoModelForCausalLM.from_config(config)
     adapters.round_weights(model, torch.bfloat16)
     reference = sum(p.numel() * p.element_size() for p in model.parameters())
@@ -106,9 +109,9 @@ def test_the_prediction_of_rl_is_what_its_loss_holds(method, shape):
         for _ in range(2):
             completion_logps(model.train(), *inputs)[0].sum().backward()
     step = Step(groups, width + 3 * size, groups + 3 * groups * size, shared=True, rewarded=True)
-    parts = predict(config, 96, IDS, step, method, False)
-    predicted = (parts["gradients"] + parts["activations"] + parts["logits"]) * GB
-    assert predicted == pytest.approx(alive.peak, rel=0.1)
+    parts = predicted(config, IDS, step, method).parts
+    bytes_predicted = (parts["gradients"] + parts["activations"] + parts["logits"]) * GB
+    assert bytes_predicted == pytest.approx(alive.peak, rel=0.1)
 
 
 def test_a_step_of_rl_on_plain_rows_is_predicted():
@@ -123,9 +126,9 @@ def test_a_step_of_rl_on_plain_rows_is_predicted():
     with alive:
         for _ in range(2):
             completion_logps(model.train(), *inputs, shared=False)[0].sum().backward()
-    parts = predict(config, 96, [], Step(4, 34, 16, rewarded=True), "full", False)
-    predicted = (parts["gradients"] + parts["activations"] + parts["logits"]) * GB
-    assert predicted == pytest.approx(alive.peak, rel=0.1)
+    parts = predicted(config, [], Step(4, 34, 16, rewarded=True)).parts
+    bytes_predicted = (parts["gradients"] + parts["activations"] + parts["logits"]) * GB
+    assert bytes_predicted == pytest.approx(alive.peak, rel=0.1)
 
 
 @pytest.mark.parametrize("architecture", ["bloom", "mamba", "gpt_neo", "mpt", "lfm2", "qwen3_5_text"])
@@ -134,19 +137,16 @@ def test_a_dry_run_of_rl_takes_plain_rows_where_rl_does(architecture, monkeypatc
     monkeypatch.setattr(report, "say_flags", lambda flags: None)
     monkeypatch.setattr(report, "say_tasks", lambda *_: None)
     monkeypatch.setattr(report, "predict", lambda *a, **k: steps.append(a[3]) or predict(*a, **k))
-    flags = {
-        "use_lora": False, "use_qlora": False, "load_in_8bit": False, "gradient_checkpointing": False, "beta": 0.0,
-        "gpu_memory": "12GB", "train_batch_size": 4, "gradient_accumulation_steps": 1, "num_generations": 2,
-        "dynamic_sampling": False, "test_during_training": False, **dict.fromkeys(report.ADAPTER_FLAGS),
-    }  # fmt: skip
-    parts = report.rl(flags, configuration(architecture), range(96), [], None, None, [[1] * 20], 1, 4, own=False)
-    assert steps[0] == Step(4, 24, 16, False, False, rewarded=True) and parts["total"] > 0
+    flags = RLFlags(beta=0.0, gpu_memory="12GB", train_batch_size=4, num_generations=2, test_during_training=False)
+    inputs = report.Inputs(configuration(architecture), range(96), [], None, None, lora_utils.adapt)
+    found = report.rl(flags, inputs, [[1] * 20], 1, 4, continues=False)
+    assert steps[0] == Step(4, 24, 16, False, False, rewarded=True) and found.total > 0
     assert "each repeat their prompt" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("bits", [4, 8])
 def test_what_a_quantized_base_weighs(base, bits):
-    quantization = lora_utils.quantization_config(use_qlora=bits == 4, load_in_8bit=bits == 8)
+    quantization = lora_utils.quantization_config(AdapterFlags(use_qlora=bits == 4, load_in_8bit=bits == 8))
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16, quantization_config=quantization)
     weights = 0
     for parameter in model.parameters():
@@ -157,13 +157,15 @@ def test_what_a_quantized_base_weighs(base, bits):
     if bits == 8:  # and the scale of every row
         layers = [layer for layer in model.modules() if type(layer).__name__ == "Linear8bitLt"]
         weights += 4 * sum(layer.out_features for layer in layers)
-    parts = predict(model.config, 0, [5], Step(2, 20, 2), "qlora", True, bits=bits)
+    method = "qlora" if bits == 4 else "lora"
+    flags = {"vocabulary": 0, "load_in_8bit": bits == 8}
+    parts = predicted(model.config, [5], Step(2, 20, 2), method, True, **flags).parts
     assert parts["weights"] * GB == pytest.approx(weights, rel=0.02)
 
 
 def test_a_gpu_computes_in_bfloat16():
     config, step = config_of("qwen2"), Step(ROWS, TOKENS, ROWS * RESPONSE)
-    on_cpu, on_gpu = (predict(config, 96, IDS, step, "lora", on_gpu) for on_gpu in (False, True))
+    on_cpu, on_gpu = (predicted(config, IDS, step, "lora", on_gpu).parts for on_gpu in (False, True))
     assert on_gpu["weights"] == on_cpu["weights"] / 2 and on_gpu["adapter"] == on_cpu["adapter"]
     assert on_gpu["activations"] < 0.7 * on_cpu["activations"]
 

@@ -17,8 +17,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import lora_utils
 import sft
 from merge_lora import merge
-from minionerec.checkpoint import make_portable, read_run
+from minionerec.checkpoint import Checkpoint
+from minionerec.flags import AdapterFlags
 from minionerec.model import adapters, loading
+from minionerec.saving import make_portable
 
 
 def digests(folder: Path) -> dict[str, str]:
@@ -72,9 +74,11 @@ def test_a_merged_checkpoint_equals_its_adapter(trained, base, untied_base, tmp_
     assert merged.get_input_embeddings().weight.shape[0] == len(tokenizer) == merged.config.vocab_size
     assert merged.config.tie_word_embeddings == (name != "untied")
     assert merged.dtype == torch.float32  # as the base was saved
-    flags = read_run(adapter)["flags"]
-    quantization = lora_utils.quantization_config(flags["use_qlora"], flags["load_in_8bit"])
-    adapted = lora_utils.load_adapted(on, adapter, tokenizer, quantization)
+    flags = Checkpoint.read(adapter).run["flags"]
+    quantization = lora_utils.quantization_config(
+        AdapterFlags(use_qlora=flags["use_qlora"], load_in_8bit=flags["load_in_8bit"])
+    )
+    adapted = lora_utils.load_adapted(Checkpoint.read(adapter), tokenizer, on, quantization)
     ids = tokenizer("Purchases: <a_0><b_0><c_0>, <a_1><b_0><c_1>\nAnswer:\n<a_2>", return_tensors="pt").input_ids
     ours, theirs = logits_of(merged, ids), logits_of(adapted, ids)
     with adapted.disable_adapter():
@@ -85,14 +89,16 @@ def test_a_merged_checkpoint_equals_its_adapter(trained, base, untied_base, tmp_
         torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-5)
     else:  # the adapter's own products are in 16 or 8 bits
         assert (ours - theirs).abs().mean() < 0.02 * far
-        original = lora_utils.load_adapted(on, adapter, tokenizer, merge_in=torch.float32)
+        original = lora_utils.load_adapted(Checkpoint.read(adapter), tokenizer, on, merge_in=torch.float32)
         assert (ours - theirs).abs().mean() < (logits_of(original, ids) - theirs).abs().mean()
 
 
 def test_four_bit_weights_are_merged_as_what_they_stand_for(trained, base):
     tokenizer = loading.load_tokenizer(trained["4 bits"])
-    quantization = lora_utils.quantization_config(use_qlora=True)
-    merged = lora_utils.load_adapted(base, trained["4 bits"], tokenizer, quantization, merge_in=torch.float32)
+    quantization = lora_utils.quantization_config(AdapterFlags(use_qlora=True))
+    merged = lora_utils.load_adapted(
+        Checkpoint.read(trained["4 bits"]), tokenizer, base, quantization, merge_in=torch.float32
+    )
     plain = loading.load_base(base, quantization).dequantize(torch.float32).to(torch.float32)
     loading.fit_embeddings(plain, tokenizer)
     adapted = adapters.load_adapter(plain, trained["4 bits"])
@@ -104,12 +110,14 @@ def test_into_the_original_base_says_how_the_rankings_differ(trained, files, tmp
     done = run_command("merge_lora.py", adapter=trained["4 bits"], output_dir=tmp_path / "m", into="original", sample=5)
     assert done.returncode == 0, done.stderr
     assert "5 rows: the same first item in" in done.stdout
-    report = read_run(str(tmp_path / "m"))["merged"]
+    report = Checkpoint.read(str(tmp_path / "m")).run["merged"]
     assert report["compared_rows"] == 5 and 0 < report["same_of_10"] <= 1
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "m")
     tokenizer = loading.load_tokenizer(trained["4 bits"])
-    base_model = read_run(trained["4 bits"])["flags"]["base_model"]
-    expected = lora_utils.load_adapted(base_model, trained["4 bits"], tokenizer, merge_in=torch.float32)
+    base_model = Checkpoint.read(trained["4 bits"]).run["flags"]["base_model"]
+    expected = lora_utils.load_adapted(
+        Checkpoint.read(trained["4 bits"]), tokenizer, base_model, merge_in=torch.float32
+    )
     ids = torch.arange(30).unsqueeze(0)
     torch.testing.assert_close(logits_of(merged, ids), logits_of(expected, ids), atol=1e-5, rtol=1e-5)
 
@@ -123,7 +131,7 @@ def test_every_merge_says_how_it_ranks_and_what_changed(trained, tmp_path, capsy
     assert f"of {report['updated_weights']:,} weights that the adapter updates, " in printed
     assert "changed in float32" in printed and "recommended" not in printed
     assert report["changed_weights"] > 0.99 * report["updated_weights"] > 0
-    assert read_run(str(tmp_path / "m"))["merged"] == report
+    assert Checkpoint.read(str(tmp_path / "m")).run["merged"] == report
 
 
 def test_updates_that_the_saved_precision_loses(trained, untied_base, tmp_path, capsys):

@@ -20,7 +20,7 @@ import evaluate
 import lora_utils
 import rl
 import sft
-from minionerec.checkpoint import base_of_adapter
+from minionerec.checkpoint import Checkpoint
 from minionerec.data import files as data_files
 from minionerec.data import texts
 from minionerec.data.encoding import Encoder
@@ -264,7 +264,7 @@ def test_the_ranking_equals_scoring_every_sid_and_its_ending(files, trained, tmp
     )
     results = json.loads((tmp_path / "r.json").read_text())
     tokenizer = loading.load_tokenizer(checkpoint)
-    model = lora_utils.load_adapted(base_of_adapter(checkpoint), checkpoint, tokenizer).eval()
+    model = lora_utils.load_adapted(Checkpoint.read(checkpoint), tokenizer, Checkpoint.read(checkpoint).base()).eval()
     prompts = load_prompts("bolts", files["prompts"], RECOMMENDATION)
     sids = data_files.read_info(files["info"])
     for row, result in zip(data_files.read_interactions(files["test"], "test_data_path"), results, strict=True):

@@ -16,7 +16,9 @@ import lora_utils
 import rl
 import sft
 from merge_lora import merge
+from minionerec.checkpoint import Checkpoint
 from minionerec.errors import InputError
+from minionerec.flags import AdapterFlags
 from minionerec.model import architecture, loading
 
 TOKENS = torch.arange(20).unsqueeze(0)
@@ -64,14 +66,14 @@ def assert_only_text_moved(checkpoint: str, base: str) -> None:
 
 
 def test_what_stands_beside_the_text_is_named_and_frozen():
-    model = lora_utils.meta_model(configuration("gemma3"))
+    model = architecture.meta_model(configuration("gemma3"))
     assert architecture.beside_text(model) == ["model.vision_tower", "model.multi_modal_projector"]
     frozen = {name.split(".")[1] for name, p in model.named_parameters() if not p.requires_grad}
     assert frozen == {"vision_tower", "multi_modal_projector"}
     assert lora_utils.trainable_report(model).endswith(
         "; frozen, not used for text: model.vision_tower, model.multi_modal_projector"
     )
-    config = lora_utils.lora_config(model, [], lora_target_modules="q_proj")
+    config = lora_utils.lora_config(model, [], AdapterFlags(lora_target_modules="q_proj"))
     assert config.target_modules == {"q_proj"}
     with torch.device("meta"):
         wrapped = lora_utils.add_lora(model, config)
@@ -105,7 +107,7 @@ def test_a_checkpoint_with_a_vision_tower_that_loads_without_it(files, base_of, 
     checkpoint = train(files, base, tmp_path / "run", use_lora=True)
     plain = AutoPeftModelForCausalLM.from_pretrained(checkpoint)
     assert type(plain.get_base_model()).__name__ == "Qwen3_5ForCausalLM"
-    ours = lora_utils.load_adapted(base, checkpoint, loading.load_tokenizer(checkpoint))
+    ours = lora_utils.load_adapted(Checkpoint.read(checkpoint), loading.load_tokenizer(checkpoint), base)
     torch.testing.assert_close(logits(ours), logits(plain), atol=1e-5, rtol=1e-5)
     with ours.disable_adapter():
         assert not torch.allclose(logits(ours), logits(plain), atol=1e-2)
@@ -130,8 +132,11 @@ def test_experts_go_through_all_commands(files, base_of, tmp_path, capsys):
     assert all(not torch.equal(moved[0][name], moved[1][name]) for name in moved[0] if "experts.lora_A" in name)
 
     merge(adapter=trained, output_dir=str(tmp_path / "merged"))
-    tokenizer, quantization = loading.load_tokenizer(trained), lora_utils.quantization_config(use_qlora=True)
-    adapted = lora_utils.load_adapted(base, trained, tokenizer, quantization)
+    tokenizer, quantization = (
+        loading.load_tokenizer(trained),
+        lora_utils.quantization_config(AdapterFlags(use_qlora=True)),
+    )
+    adapted = lora_utils.load_adapted(Checkpoint.read(trained), tokenizer, base, quantization)
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     with adapted.disable_adapter():
         far = (logits(adapted) - logits(merged)).abs().mean()

@@ -26,6 +26,7 @@ import sft
 from minionerec import process_memory
 from minionerec.decoding import ranking
 from minionerec.errors import RunError
+from minionerec.flags import AdapterFlags
 from minionerec.model import adapters, device, loading
 
 # --- Which dtype ------------------------------------------------------------------------------------------------------
@@ -50,7 +51,7 @@ def cards(monkeypatch):
 def test_a_card_that_emulates_bfloat16_computes_in_float16(cards, capability, dtype):
     cards(capability)
     assert device.compute_dtype() == device.compute_dtype(quantized=True) == dtype
-    assert lora_utils.quantization_config(use_qlora=True).bnb_4bit_compute_dtype == dtype
+    assert lora_utils.quantization_config(AdapterFlags(use_qlora=True)).bnb_4bit_compute_dtype == dtype
     half = device.mixed_precision(False)
     assert half == {"bf16": dtype == torch.bfloat16, "fp16": dtype == torch.float16}
     assert device.master_dtype() == torch.float32
@@ -66,7 +67,7 @@ def test_a_frozen_base_is_loaded_in_what_the_device_computes(base, monkeypatch, 
     monkeypatch.setattr(device, "compute_dtype", answer(name))
     dtype = getattr(torch, name)
     assert loading.load_base(base).dtype == dtype
-    quantized = loading.load_base(base, lora_utils.quantization_config(use_qlora=True))
+    quantized = loading.load_base(base, lora_utils.quantization_config(AdapterFlags(use_qlora=True)))
     assert quantized.get_input_embeddings().weight.dtype == dtype
     adapted = lora_utils.add_lora(quantized, lora_utils.lora_config(quantized, IDS))
     assert {p.dtype for p in adapted.parameters() if p.requires_grad} == {torch.float32}

@@ -27,6 +27,7 @@ from minionerec.decoding.probe import prove
 from minionerec.decoding.ranking import rank_prompts
 from minionerec.decoding.trie import Trie
 from minionerec.errors import InputError
+from minionerec.flags import AdapterFlags
 from minionerec.model import loading
 
 KINDS = ["qwen2", "llama", "gemma2", "mixtral", "qwen3_5_text", "lfm2", "mpt", "minimax"]
@@ -75,7 +76,7 @@ def make_untrained(architecture):
 @pytest.mark.parametrize("architecture", ["qwen2", "qwen3_5_text"])
 def test_quantized_bases(architecture, bits, tmp_path):
     build(architecture).save_pretrained(tmp_path)
-    quantization = lora_utils.quantization_config(use_qlora=bits == 4, load_in_8bit=bits == 8)
+    quantization = lora_utils.quantization_config(AdapterFlags(use_qlora=bits == 4, load_in_8bit=bits == 8))
     proof = prove(loading.load_base(str(tmp_path), quantization))
     assert proof.beams is (CopiedBeams if architecture in COPIED else TreeBeams) and proof.padding
 

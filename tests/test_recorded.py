@@ -13,9 +13,10 @@ import evaluate
 import merge_lora
 import rl
 from minionerec import sasrec
-from minionerec.checkpoint import read_run
-from minionerec.data.prompts import RECOMMENDATION, Prompts, load_prompts, recorded_prompts
+from minionerec.checkpoint import Checkpoint
+from minionerec.data.prompts import RECOMMENDATION, Prompts, load_prompts
 from minionerec.errors import InputError
+from minionerec.flags import RunFlags
 from minionerec.training import resume
 
 GOOD = load_prompts("tools").to_json()
@@ -99,7 +100,7 @@ def test_recorded_prompts_pass_the_checks_of_a_prompt_file(files, tmp_path, prom
     assert problem.endswith("; correct it there, or give rl.py and evaluate.py --category and a --prompt_file")
     # And the remedy is one: what is recorded then plays no part.
     (tmp_path / "prompts.json").write_text("{}")
-    assert recorded_prompts(str(checkpoint), "bolts", str(tmp_path / "prompts.json")).category == "bolts"
+    assert Checkpoint.read(str(checkpoint)).prompts("bolts", str(tmp_path / "prompts.json")).category == "bolts"
 
 
 def test_every_command_checks_them(files, tmp_path):
@@ -118,7 +119,9 @@ def test_every_command_checks_them(files, tmp_path):
 
 def test_tasks_that_were_not_trained_end_as_those_that_were(tmp_path):
     checkpoint = str(record(tmp_path / "c", {**GOOD, "tasks": [task(response="{sid}\n")]}))
-    tasks = recorded_prompts(checkpoint, "", default=("description_to_sid", "sid_to_title", RECOMMENDATION)).tasks
+    tasks = (
+        Checkpoint.read(checkpoint).prompts("", default=("description_to_sid", "sid_to_title", RECOMMENDATION)).tasks
+    )
     assert [task.response for task in tasks.values()] == ["{sid}\n", "{sid}\n", "{title}"]
 
 
@@ -212,11 +215,10 @@ def test_a_trainer_state_that_cannot_be_resumed(tmp_path, changes, message):
     state = {"global_step": 2, "max_steps": 4, "epoch": 0.5, "best_metric": float("inf"), "log_history": []}
     (checkpoint / "trainer_state.json").write_text(json.dumps(state))
     run = {"command": "sft", "method": "full", "base_fingerprint": None, "flags": {}}
-    assert resume.resume_point(str(tmp_path), "True", run, print) == str(checkpoint)
+    flags = RunFlags(output_dir=str(tmp_path), resume_from_checkpoint="True")
+    assert resume.resume_point(flags, run, print).path == str(checkpoint)
     (checkpoint / "trainer_state.json").write_text(json.dumps({**state, **changes}))
-    (problem,) = problems_of(
-        resume.resume_point, output_dir=tmp_path, resume_from_checkpoint="True", run=run, say=print
-    )
+    (problem,) = problems_of(resume.resume_point, flags=flags, run=run, say=print)
     assert message in problem and "resume from another checkpoint" in problem
 
 
@@ -224,10 +226,11 @@ def test_a_record_that_lacks_values_is_of_another_run(tmp_path):
     checkpoint = record(tmp_path / "checkpoint-2")
     (checkpoint / "minionerec.json").write_text('{"seconds": 3}')
     (checkpoint / "trainer_state.json").write_text('{"global_step": 2}')
-    assert read_run(str(checkpoint)) == {"seconds": 3}
+    assert Checkpoint.read(str(checkpoint)).run == {"seconds": 3}
     run = {"command": "sft", "method": "full", "base_fingerprint": None, "flags": {}}
-    with pytest.raises(InputError, match="the command was None there and is sft here"):
-        resume.resume_point(str(tmp_path), "True", run, print)
+    flags = RunFlags(output_dir=str(tmp_path), resume_from_checkpoint="True")
+    with pytest.raises(InputError, match="belongs to a different run: the command is None there, sft here"):
+        resume.resume_point(flags, run, print)
 
 
 @pytest.mark.parametrize(
@@ -271,7 +274,7 @@ def test_resuming_unpickles_nothing(tmp_path, name):
     (checkpoint,) = tmp_path.glob("*/checkpoint-1")
     torch.save({"state": Attack(tmp_path / "executed")}, checkpoint / name)
     with pytest.raises(InputError) as error:
-        trainer_of(tmp_path, 8, **{**settings, "max_steps": 2}).train(str(checkpoint))
+        trainer_of(tmp_path, 8, **{**settings, "max_steps": 2}).train(Checkpoint.read(str(checkpoint)))
     assert not (tmp_path / "executed").exists()
     assert f"--resume_from_checkpoint {checkpoint}: a .pt or .pth file there holds more than tensors" in str(
         error.value

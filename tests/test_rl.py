@@ -19,9 +19,9 @@ from transformers import AutoModelForCausalLM
 
 import rl
 from minionerec import sasrec
-from minionerec.checkpoint import read_run
+from minionerec.checkpoint import Checkpoint
 from minionerec.data.files import read_info
-from minionerec.data.prompts import RECOMMENDATION, recorded_prompts
+from minionerec.data.prompts import RECOMMENDATION
 
 STATE = {"optimizer.pt", "rng_state.pth", "scheduler.pt", "trainer_state.json"}
 CHECKPOINT = {"minionerec.json", "tokenizer.json", "tokenizer_config.json"}
@@ -95,13 +95,13 @@ def test_a_lora_run_continues_its_own_adapter(files, sft, base, tmp_path):
             "lora",
             {"use_qlora": True},
             ADAPTER,
-            "goes on here on a base in 4 bits",
+            "continues on a 4-bit base here",
         ),
         (
             "qlora",
             {"use_lora": True},
             ADAPTER,
-            "goes on here on an unquantized base",
+            "continues on an unquantized base here",
         ),
         ("lora", {}, WHOLE, "merging the adapter"),
     ],
@@ -255,9 +255,9 @@ def test_a_checkpoint_keeps_its_wording_and_its_cut(files, base, tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     flags = {"use_lora": True, "tasks": "title_history_to_sid", "category": "", "test_during_training": False}
     run_rl(files, tmp_path / "sft" / "final_checkpoint", tmp_path / "rl", **flags)
-    recorded = read_run(tmp_path / "rl" / "final_checkpoint")
+    recorded = Checkpoint.read(tmp_path / "rl" / "final_checkpoint").run
     assert recorded["flags"]["cutoff_len"] == 300 and recorded["prompts"]["category"] == "bolts"
-    prompts = recorded_prompts(str(tmp_path / "rl" / "final_checkpoint"), "", None, RECOMMENDATION)
+    prompts = Checkpoint.read(str(tmp_path / "rl" / "final_checkpoint")).prompts("", None, RECOMMENDATION)
     assert prompts.tasks[RECOMMENDATION].instruction == "What next?"
 
 
@@ -289,19 +289,19 @@ def test_another_run_is_not_continued(files, sft, tmp_path):
     folder = Path(sft["lora"]).parent
     before = sorted(os.listdir(folder))
     result = run_command("rl.py", **rl_flags(files, sft["lora"], folder, use_lora=True, resume_from_checkpoint=True))
-    assert result.returncode == 2 and "the command was sft there and is rl here" in result.stderr
+    assert result.returncode == 2 and "the command is sft there, rl here" in result.stderr
     assert sorted(os.listdir(folder)) == before
 
 
-def test_what_differs_from_the_sft_run_is_named(sft):
-    recorded = read_run(sft["lora"])
-    flags = {**recorded["flags"], "lora_r": 99, "use_lora": False, "use_qlora": True}
-    lines = rl._how_it_continues(sft["lora"], recorded, flags, adapter=True)
-    r = recorded["flags"]["lora_r"]
-    assert lines == [
+def test_what_differs_from_the_sft_run_is_named(files, sft, tmp_path):
+    checkpoint = Checkpoint.read(sft["lora"])
+    flags = rl.RLFlags(**rl_flags(files, sft["lora"], str(tmp_path / "rl"), use_qlora=True, lora_r=99))
+    start = rl.read_input(flags)
+    r = checkpoint.flags["lora_r"]
+    assert start.notes[-3:] == [
         f"continuing the adapter of {sft['lora']}",
-        "warning: it was trained on an unquantized base, and goes on here on a base in 4 bits, which it fits a little "
-        "less exactly",
+        "warning: it was trained on an unquantized base, and it continues on a 4-bit base here; expect a small "
+        "mismatch",
         f"warning: --lora_r is 99 here and was {r} for {sft['lora']}, which stays",
     ]
-    assert flags["lora_r"] == r  # what the run then records
+    assert start.flags.lora_r == r  # what the run then records

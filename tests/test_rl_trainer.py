@@ -13,6 +13,7 @@ from minionerec.data import sid_tokens
 from minionerec.data.files import read_catalogue, read_info
 from minionerec.decoding import beam_search
 from minionerec.decoding.trie import Trie
+from minionerec.flags import AdapterFlags
 from minionerec.model import adapters, device, loading
 from minionerec.training import rewards
 from minionerec.training.logprobs import completion_logps
@@ -38,27 +39,27 @@ def sft(files, base, tmp_path_factory):
 
 
 def start_from(sft, start: str):
-    """The model and, for a new adapter, its configuration."""
+    """The model and whether its adapter is new."""
     folder, _, _, ids = sft
     kind = start.split()[-1]
     torch.manual_seed(1)
-    model = loading.load_base(folder, lora_utils.quantization_config(use_qlora=kind == "QLoRA"))
+    model = loading.load_base(folder, lora_utils.quantization_config(AdapterFlags(use_qlora=kind == "QLoRA")))
     if kind == "full":
-        return model, None
-    config = lora_utils.lora_config(model, ids, lora_r=4, lora_dropout=0.5, use_dora=kind == "DoRA")
-    if start.startswith("new"):
-        return model, config
+        return model, False
+    config = lora_utils.lora_config(model, ids, AdapterFlags(lora_r=4, lora_dropout=0.5, use_dora=kind == "DoRA"))
     model = lora_utils.add_lora(model, config)
+    if start.startswith("new"):
+        return model, True
     with torch.no_grad():  # an adapter that has learnt something
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.add_(0.02 * torch.randn_like(parameter))
-    return model, None
+    return model, False
 
 
 def make_trainer(sft, start: str, output_dir, rows=8, switches=None, reward=None, **settings):
     _, tokenizer, sids, _ = sft
-    model, peft_config = start_from(sft, start)
+    model, new_adapter = start_from(sft, start)
     sequences = sid_tokens.sid_sequences(tokenizer, sids)
     prompts = [tokenizer(f"Purchases: {sids[i]}, {sids[(i * 3) % len(sids)]}").input_ids for i in range(rows)]
     targets = [sids[(i * 5) % len(sids)] for i in range(rows)]
@@ -78,7 +79,7 @@ def make_trainer(sft, start: str, output_dir, rows=8, switches=None, reward=None
         Dataset.from_dict({"prompt": prompts, "target": targets}),
         processing_class=tokenizer,
         eval_dataset=Dataset.from_dict({"prompt": prompts, "target": targets}),
-        peft_config=peft_config,
+        new_adapter=new_adapter,
         trie=Trie(sequences, tokenizer.eos_token_id),
         sids=sids,
         **{"test_beam": 10, **(switches or {})},
@@ -94,7 +95,8 @@ def generated(trainer):
 
 def sids_of(trainer, outputs) -> list[str]:
     pairs = zip(outputs["completion_ids"].tolist(), outputs["completion_mask"].tolist(), strict=True)
-    return [trainer.sid_of[tuple(t for t, m in zip(ids, mask, strict=True) if m)] for ids, mask in pairs]
+    sid_of = trainer.trie.sid_of(trainer.sids)
+    return [sid_of[tuple(t for t, m in zip(ids, mask, strict=True) if m)] for ids, mask in pairs]
 
 
 # --- The reference ----------------------------------------------------------------------------------------------------

@@ -4,12 +4,15 @@ import shutil
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from datasets import Dataset
 from models import make_model
 from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArguments
 
 import lora_utils
+from minionerec.checkpoint import Checkpoint
 from minionerec.data.examples import Collator
+from minionerec.flags import AdapterFlags
 from minionerec.process_memory import forget_peak_of_loading, peak_memory_gb
 from minionerec.training.finish import save_final
 from minionerec.training.resume import newest_checkpoint
@@ -31,7 +34,7 @@ def examples(count: int = 16) -> list[dict]:
 def adapted(architecture: str, tied: bool, method: str):
     model = make_model(architecture, scale=2.0, tie_word_embeddings=tied)
     if method == "lora":
-        model = lora_utils.add_lora(model, lora_utils.lora_config(model, IDS, lora_dropout=0.0))
+        model = lora_utils.add_lora(model, lora_utils.lora_config(model, IDS, AdapterFlags(lora_dropout=0.0)))
         torch.manual_seed(4)
         for parameter in model.parameters():
             if parameter.requires_grad:
@@ -188,7 +191,7 @@ def test_a_resumed_run_meets_the_same_steps(tmp_path, strategy):
         stopped.train()
     torch.manual_seed(99)
     resumed = trainer_of(tmp_path / "stopped", 2, strategy, count=16, **GROWING)
-    resumed.train(newest_checkpoint(resumed.args.output_dir))
+    resumed.train(Checkpoint.read(newest_checkpoint(resumed.args.output_dir)))
     weights = trained_weights(resumed)
     assert all(torch.equal(weights[name], weight) for name, weight in trained_weights(whole).items())
 
@@ -227,7 +230,7 @@ def test_a_moved_run_finds_its_best_checkpoint(tmp_path, monkeypatch, capfd, abs
     resumed = watched("after", losses)
     folder = resumed.args.output_dir
     assert not os.path.isabs(folder)
-    resumed.train(newest_checkpoint(os.path.abspath(folder) if absolute else folder))
+    resumed.train(Checkpoint.read(newest_checkpoint(os.path.abspath(folder) if absolute else folder)))
     assert resumed.state.best_model_checkpoint == os.path.join(folder, "checkpoint-4")
     assert resumed.best_checkpoint == "checkpoint-4"
     assert sorted(os.listdir(folder)) == ["checkpoint-12", "checkpoint-4"]  # the best is kept when others go
@@ -243,7 +246,7 @@ def test_a_best_checkpoint_that_is_gone_is_named(tmp_path, capfd):
         stopped.train()
     shutil.rmtree(stopped.state.best_model_checkpoint)
     resumed = watched(tmp_path, [1.0, 2.0, 3.0], max_steps=6)
-    resumed.train(newest_checkpoint(resumed.args.output_dir))
+    resumed.train(Checkpoint.read(newest_checkpoint(resumed.args.output_dir)))
     assert resumed.best_checkpoint is None
     assert "checkpoint-2, is not there any more" in capfd.readouterr().out
 
@@ -253,7 +256,7 @@ def test_a_run_that_stopped_early_has_nothing_left_to_train(tmp_path):
     for resume in (False, True):
         trainer = watched(tmp_path, [1.0, 2.0, 3.0, 0.5])
         trainer.add_callback(EarlyStoppingCallback(2))
-        trainer.train(newest_checkpoint(trainer.args.output_dir) if resume else None)
+        trainer.train(Checkpoint.read(newest_checkpoint(trainer.args.output_dir)) if resume else None)
         assert (trainer.state.global_step, trainer.best_checkpoint) == (6, "checkpoint-2")
         runs.append(trained_weights(trainer))
     assert all(torch.equal(runs[1][name], weight) for name, weight in runs[0].items())
@@ -271,6 +274,18 @@ def test_validation_takes_the_longest_rows_first_and_gives_the_same_loss(tmp_pat
         logits, targets = response_logits(trainer.model, Collator(0)([example]))
         each.append(F.cross_entropy(logits.float(), targets).item())
     assert losses == pytest.approx([sum(each) / len(each)] * 3, rel=1e-5)
+
+
+def test_a_tied_head_is_not_called_missing(tmp_path, monkeypatch):
+    trainer, warned = trainer_of(tmp_path, 4), []
+    trainer.model = make_model("qwen2", tie_word_embeddings=True)
+    monkeypatch.setattr(transformers.trainer.logger, "warning", warned.append)
+    saved = {name: tensor for name, tensor in trainer.model.state_dict().items() if name != "lm_head.weight"}
+    trainer._issue_warnings_after_load(trainer.model.load_state_dict(saved, strict=False))
+    assert not warned
+    del saved["model.norm.weight"]
+    trainer._issue_warnings_after_load(trainer.model.load_state_dict(saved, strict=False))
+    assert len(warned) == 1 and "['model.norm.weight']" in warned[0]
 
 
 def test_only_complete_checkpoints_count(tmp_path):

@@ -20,7 +20,7 @@ import tokenizers
 import torch
 
 from minionerec.data.encoding import Encoder, batches
-from minionerec.data.files import Catalogue, Interaction, Item
+from minionerec.data.files import Interaction, Item
 
 IGNORE = -100  # the label of a token that carries no loss
 
@@ -161,11 +161,6 @@ def prompt_dataset(
     text = datasets.Value("string")
     features = {"prompt": datasets.List(datasets.Value("int32")), "target": text, "history": datasets.List(text)}
     return datasets.Dataset.from_dict(columns, features=datasets.Features(features))
-
-
-def item_rows(catalogue: Catalogue) -> list[Item]:
-    """The items that have a title or a description, for the tasks between them and SIDs."""
-    return [item for item in catalogue.items.values() if item.title or item.description]
 
 
 class Collator:

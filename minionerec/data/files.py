@@ -89,6 +89,10 @@ class Catalogue:
     def sids(self) -> set[str]:
         return set(self.tokens_of)
 
+    def items_with_text(self) -> list[Item]:
+        """The items that have a title or a description, for the tasks between them and SIDs."""
+        return [item for item in self.items.values() if item.title or item.description]
+
 
 @dataclass(frozen=True, slots=True)
 class Interaction:

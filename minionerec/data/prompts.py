@@ -9,12 +9,10 @@ What a checkpoint recorded passes the checks of a prompt file.
 """
 
 import json
-import os
 import string
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 
-from minionerec.checkpoint import RUN_FILE, read_run
 from minionerec.data.files import Interaction, Item, is_text, shorten
 from minionerec.errors import InputError, Problems
 
@@ -318,48 +316,3 @@ def load_prompts(
     return Prompts(
         template, {name: task for name, task in table.items() if name in chosen}, CATEGORIES.get(category, category)
     )
-
-
-def recorded_prompts(
-    checkpoint: str, category: str, prompt_file: str | None = None, tasks: str = "all", default: tuple[str, ...] = ()
-) -> Prompts:
-    """The wording a later command uses with a checkpoint: of `prompt_file` where one is given, else what the checkpoint
-    recorded, else the table above. Tasks it was not trained on come in the built-in wording, but in its own template
-    and category, and with what it writes after a SID."""
-    recorded = read_run(checkpoint).get("prompts")
-    if not category.strip() and recorded is None:
-        recorded_none = f", and {checkpoint} recorded none" if checkpoint else ""
-        raise InputError(f"--category is missing{recorded_none}; say what the items are")
-    known = None if recorded is None or (prompt_file and category.strip()) else _read_recorded(recorded, checkpoint)
-    prompts = load_prompts(category or known.category, prompt_file, tasks, default)
-    if prompt_file or known is None:
-        return prompts
-    responses = {task.response for task in known.tasks.values() if task.ending is not None}
-    tasks = {}
-    for name, task in prompts.tasks.items():
-        if task.ending is not None and len(responses) == 1:
-            task = replace(task, response=next(iter(responses)))
-        tasks[name] = known.tasks.get(name, task)
-    return replace(known, tasks=tasks)
-
-
-def _read_recorded(recorded: object, checkpoint: str) -> Prompts:
-    try:
-        return Prompts.from_json(recorded, f"{os.path.join(checkpoint, RUN_FILE)}, prompts")
-    except InputError as error:
-        remedy = "correct it there, or give rl.py and evaluate.py --category and a --prompt_file"
-        raise InputError([f"{problem}; {remedy}" for problem in error.problems]) from None
-
-
-def differing_prompts(checkpoint: str, prompts: Prompts) -> list[str]:
-    """A warning, or none, where a checkpoint was trained with another wording of the tasks that it shares."""
-    recorded = read_run(checkpoint).get("prompts")
-    try:
-        known = _read_recorded(recorded, checkpoint) if recorded else prompts
-    except InputError as error:
-        return [f"warning: {problem}" for problem in error.problems]
-    differ = [name for name, task in prompts.tasks.items() if known.tasks.get(name, task) != task]
-    if not differ and known.template == prompts.template:
-        return []
-    what = f"tasks {', '.join(differ)}" if differ else "template"
-    return [f"warning: the wording of --prompt_file differs from the one {checkpoint} was trained with: {what}"]

@@ -79,6 +79,12 @@ class Trie:
     def depth(self) -> int:
         return self.sequences.shape[1]
 
+    def sid_of(self, sids: Sequence[str]) -> dict[tuple[int, ...], str]:
+        """The SID of every token sequence, its end-of-sequence token included. `sids`: what the trie was built of, as
+        text and in the same order."""
+        rows = zip(self.sequences.tolist(), self.source.tolist(), strict=True)
+        return {tuple(token for token in row if token != PAD): sids[i] for row, i in rows}
+
     def children(self, node: torch.Tensor, width: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The children of nodes [...] as [..., width], and which of them exist; the rest point at the root."""
         first = self.first_child[node].unsqueeze(-1)

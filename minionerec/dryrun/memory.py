@@ -3,11 +3,12 @@
 One forward and backward pass of the very model that would train (its adapter, its checkpointing, its label-only loss)
 runs on fake tensors, which have shapes and no storage, while every storage that would be alive is counted. What an
 architecture keeps for the backward pass is so measured and not guessed, on a few layers of each kind
-(`minionerec.depth`); what a quantized base weighs is arithmetic.
+(`minionerec.dryrun.depth`); what a quantized base weighs is arithmetic.
 """
 
 import copy
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
 from unittest import mock
 
@@ -17,12 +18,12 @@ from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import masking_utils
+from transformers import PreTrainedConfig, masking_utils
 from transformers.integrations import moe
 
-import lora_utils
 from minionerec.dryrun.depth import BEFORE, HEAD, Depth, Piece, whole_where_needed
 from minionerec.errors import InputError
+from minionerec.flags import AdapterFlags
 from minionerec.model import adapters, architecture, low_rank
 from minionerec.process_memory import rss_gb
 from minionerec.training.logprobs import token_logps
@@ -31,7 +32,7 @@ GB = 1e9
 CUDA_CONTEXT = 0.6e9  # of the driver and its libraries, about; torch.cuda.max_memory_allocated does not count it
 # Of the activations, what the C library holds back when they are freed, as measured: benchmarks/memory.py.
 HELD_BACK_ON_CPU = 0.65
-# Of the bfloat16 products that `cli.PRODUCTS_KEPT` keeps compiled on a CPU, as measured.
+# Of the bfloat16 products that `cli.KERNEL_CACHE_LIMITS` keeps compiled on a CPU, as measured.
 COMPILED_ON_CPU = 0.1e9
 
 
@@ -118,38 +119,50 @@ def _quantized_bytes(weight: torch.Tensor, bits: int) -> int:
     return count // 2 + count // 64 + 4 * (count // 16384) if bits == 4 else count + 4 * weight.shape[0]
 
 
+@dataclass
+class Prediction:
+    """The peak memory of a training on one device by part, in GB (1e9 bytes), and how many parameters train."""
+
+    parts: dict[str, float]
+    trainable: int
+
+    @property
+    def total(self) -> float:
+        return sum(self.parts.values())
+
+
+Adapt = Callable[[nn.Module, AdapterFlags, list[int]], nn.Module]
+
+
 @whole_where_needed
 def predict(
-    config,
+    config: PreTrainedConfig,
     vocabulary: int,
     sid_token_ids: list[int],
     step: Step,
-    method: str,
+    flags: AdapterFlags,
+    adapt: Adapt,
     on_gpu: bool,
-    adapter_flags: dict | None = None,
-    bits: int = 16,
-    gradient_checkpointing: bool = False,
     reference_copy: bool = False,
-) -> dict[str, float]:
-    """The peak memory of a training on one device by part, in GB (1e9 bytes), and the number of trainable parameters.
+) -> Prediction:
+    """Predicts the memory of a training from the configuration of its base.
 
     Args:
-        config: of the base model.
         vocabulary: entries of the tokenizer with the SID tokens.
         sid_token_ids: the rows that train beside a low-rank update.
-        method: full, freeze_LLM, lora or qlora.
+        flags: what trains, on how many bits, with which checkpointing.
+        adapt: gives the model what trains, as in the run itself: `lora_utils.adapt`.
         on_gpu: 16-bit matmuls, as on a GPU; else float32, as on a CPU. What trains is float32 in both, so a model that
             trains in full on a GPU takes 16 bytes a parameter (weights, gradients, two moments), and its activations
             hold autocast's 16-bit copy of the weights.
-        adapter_flags: the arguments of `lora_utils.lora_config` behind its first two.
-        bits: of the base: 4, 8 or 16 (as it is).
         reference_copy: a second, frozen model stands beside the one that trains; its linear layers are in 16 bits.
 
     Returns:
-        weights, adapter, gradients, optimizer, logits, activations, runtime, total, and trainable (a count).
+        the parts weights, adapter, gradients, optimizer, logits, activations and runtime.
     """
+    method, bits = flags.method, flags.bits
     dtype = torch.bfloat16 if on_gpu or bits < 16 else torch.float32
-    model = lora_utils.meta_model(copy.deepcopy(config), torch.float32 if method == "full" else dtype)
+    model = architecture.meta_model(copy.deepcopy(config), torch.float32 if method == "full" else dtype)
     depth = Depth(model)
     config_rows, hidden = model.get_input_embeddings().weight.shape
     if vocabulary > model.get_input_embeddings().weight.shape[0]:
@@ -174,14 +187,9 @@ def predict(
     if bits < 16:
         adapters.prepare_quantized(model)
     with torch.device("meta"):
-        if method in ("lora", "qlora"):
-            model = lora_utils.add_lora(model, lora_utils.lora_config(model, sid_token_ids, **(adapter_flags or {})))
-        elif method == "freeze_LLM":
-            model = lora_utils.train_sid_rows_only(model, sid_token_ids)
-    if gradient_checkpointing:
+        model = adapt(model, flags, sid_token_ids)
+    if flags.gradient_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
-        if method != "full":
-            model.enable_input_require_grads()
     times = depth.times(model)
     sizes = {id(p): times[id(p)] * p.numel() * p.element_size() for p in model.parameters()}
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -189,7 +197,9 @@ def predict(
     adapter = sum(size for key, size in sizes.items() if key not in base_weights)
     try:
         # As the trainers have it: SFT keeps none of autocast's copies of weights where it recomputes activations.
-        peak, kept, loss = _run(model, step, dtype, depth, cache_enabled=step.rewarded or not gradient_checkpointing)
+        peak, kept, loss = _run(
+            model, step, dtype, depth, cache_enabled=step.rewarded or not flags.gradient_checkpointing
+        )
     except (DynamicOutputShapeException, DataDependentOutputException):
         raise InputError(
             f"--dry_run True: the memory of {config.model_type} cannot be predicted without its weights: its shapes "
@@ -213,8 +223,8 @@ def predict(
         "activations": max(peak - trained_bytes - loss, 0) + dequantized,
         "runtime": runtime,
     }
-    parts = {name: size / GB for name, size in parts.items()}
-    return {**parts, "total": sum(parts.values()), "trainable": sum(times[id(p)] * p.numel() for p in trained)}
+    trainable = sum(times[id(p)] * p.numel() for p in trained)
+    return Prediction({name: size / GB for name, size in parts.items()}, trainable)
 
 
 def cache_gb(config, rows: int, tokens: int, beams: int, completion_tokens: int, on_gpu: bool) -> float:

@@ -2,29 +2,47 @@
 fits the device."""
 
 import json
+import math
 import os
 from bisect import bisect_left
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from statistics import median
+from typing import Any
 
 import torch
+from transformers import PreTrainedConfig, PreTrainedTokenizerFast
 
-from minionerec.checks import memory_gb
 from minionerec.data.encoding import Encoder, batches
 from minionerec.data.examples import BATCH_ROWS
 from minionerec.decoding.probe import may_share_rows
-from minionerec.dryrun.memory import GB, Step, cache_gb, predict
+from minionerec.dryrun.memory import GB, Adapt, Prediction, Step, cache_gb, predict
+from minionerec.flags import AdapterFlags, memory_gb
 from minionerec.model import device
 
-ADAPTER_FLAGS = (
-    "lora_r",
-    "lora_alpha",
-    "lora_dropout",
-    "lora_target_modules",
-    "use_rslora",
-    "use_dora",
-    "init_lora_weights",
-)
+
+@dataclass
+class Inputs:
+    """What a training would start from: the very objects that it would use.
+
+    Attributes:
+        config: of the base.
+        tokenizer: with the SID tokens.
+        sid_token_ids: the rows that would train beside a low-rank update.
+        encoder, rows_of: of the training examples, as in `write_examples`.
+        adapt: as in `predict`.
+    """
+
+    config: PreTrainedConfig
+    tokenizer: PreTrainedTokenizerFast
+    sid_token_ids: list[int]
+    encoder: Encoder
+    rows_of: Callable[[str], Iterable]
+    adapt: Adapt
+
+    def predict(self, step: Step, flags: AdapterFlags, on_gpu: bool, reference_copy: bool = False) -> Prediction:
+        vocabulary = len(self.tokenizer)
+        return predict(self.config, vocabulary, self.sid_token_ids, step, flags, self.adapt, on_gpu, reference_copy)
 
 
 def say_tasks(encoder: Encoder, rows_of: Callable[[str], Iterable]) -> tuple[int, int, int]:
@@ -50,9 +68,9 @@ def say_tasks(encoder: Encoder, rows_of: Callable[[str], Iterable]) -> tuple[int
     return examples, longest, longest_response
 
 
-def say_flags(flags: dict) -> None:
+def say_flags(flags: AdapterFlags) -> None:
     """Prints the resolved configuration."""
-    print(json.dumps({name: value for name, value in flags.items() if value not in ("", None)}, indent=2))
+    print(json.dumps({name: value for name, value in flags.to_dict().items() if value not in ("", None)}, indent=2))
 
 
 def device_of(gpu_memory: str) -> tuple[bool, float, str]:
@@ -65,151 +83,115 @@ def device_of(gpu_memory: str) -> tuple[bool, float, str]:
     return False, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / GB, "the CPU of this machine"
 
 
-def say_memory(parts: dict[str, float], size: float, name: str, suggest: Callable[[], str]) -> dict[str, float]:
+def say_memory(predicted: Prediction, size: float, name: str, suggest: Callable[[], str]) -> Prediction:
     """Prints the prediction, and where it does not fit what would; returns it."""
-    print(f"\ntrainable parameters: {parts['trainable']:,}")
+    print(f"\ntrainable parameters: {predicted.trainable:,}")
     print("predicted peak memory of one device, in GB:")
-    for part, value in parts.items():
-        if part != "trainable":
-            print(f"  {part:<12}{value:8.2f}")
-    if parts["total"] <= size:
-        print(f"fits {name}: {parts['total']:.1f} of {size:.1f} GB")
+    for part, value in {**predicted.parts, "total": predicted.total}.items():
+        print(f"  {part:<12}{value:8.2f}")
+    if predicted.total <= size:
+        print(f"fits {name}: {predicted.total:.1f} of {size:.1f} GB")
     else:
-        print(f"does not fit {name}: {parts['total']:.1f} of {size:.1f} GB; {suggest()}")
-    return parts
+        print(f"does not fit {name}: {predicted.total:.1f} of {size:.1f} GB; {suggest()}")
+    return predicted
 
 
-def _bits(flags: dict) -> int:
-    return 4 if flags["use_qlora"] else 8 if flags["load_in_8bit"] else 16
-
-
-def _method(flags: dict) -> str:
-    lora = "qlora" if flags["use_qlora"] else "lora" if flags["use_lora"] else "full"
-    return "freeze_LLM" if flags.get("freeze_LLM") else lora
-
-
-def _settings_to_try(flags: dict) -> Iterable[dict]:
+def _settings_to_try(flags: AdapterFlags) -> Iterable[dict[str, Any]]:
     """Settings to try, what costs least first: checkpointing, an adapter, a smaller base."""
+    frozen = {"freeze_LLM": False} if flags.method == "freeze_LLM" else {}
     methods: list[dict] = [{}]
-    if not (flags["use_lora"] or flags["use_qlora"]):
-        methods.append({"use_lora": True, "freeze_LLM": False})
-    if not flags["use_qlora"]:
-        methods.append({"use_qlora": True, "use_lora": False, "load_in_8bit": False, "freeze_LLM": False})
+    if not flags.adapted:
+        methods.append({"use_lora": True, **frozen})
+    if not flags.use_qlora:
+        methods.append({"use_qlora": True, "use_lora": False, "load_in_8bit": False, **frozen})
     for method in methods:
-        for checkpointing in sorted({flags["gradient_checkpointing"], True}):
+        for checkpointing in sorted({flags.gradient_checkpointing, True}):
             yield {**method, "gradient_checkpointing": checkpointing}
 
 
-def suggestion(flags: dict, batch: str, size: float, total_of: Callable[[dict], float], least: int = 1) -> str:
+def suggestion(flags: Any, batch: str, size: float, total_of: Callable[[Any], float], least: int = 1) -> str:
     """The first settings that fit `size` GB, as flags, each with the largest micro-batch that does, but not below
     `least` rows. `total_of(flags)` is the predicted total, in GB, which grows with the micro-batch."""
-    halves = [flags[batch] >> times for times in range(flags[batch].bit_length())]
-    batches = [rows for rows in halves if rows >= least] or halves[:1]
+    most = getattr(flags, batch)
+    halves = [most >> times for times in range(most.bit_length())]
+    sizes = [rows for rows in halves if rows >= least] or halves[:1]
     for changes in _settings_to_try(flags):
 
-        def fits(rows: int, changes=changes) -> bool:
-            return total_of({**flags, **changes, batch: rows}) <= size
+        def fits(rows: int, changes: dict = changes) -> bool:
+            return total_of(replace(flags, **changes, **{batch: rows})) <= size
 
-        if fits(batches[-1]):
-            rows = batches[bisect_left(batches, True, hi=len(batches) - 1, key=fits)]
-            said = {name: value for name, value in {**changes, batch: rows}.items() if value != flags.get(name, False)}
+        if fits(sizes[-1]):
+            rows = sizes[bisect_left(sizes, True, hi=len(sizes) - 1, key=fits)]
+            said = {name: value for name, value in {**changes, batch: rows}.items() if value != getattr(flags, name)}
             return "this does: " + " ".join(f"--{name} {value}" for name, value in said.items())
     return "nor does anything else here: take a smaller model, or a smaller --cutoff_len"
 
 
-def sft(flags: dict, config, tokenizer, sid_token_ids: list[int], encoder: Encoder, rows_of) -> dict[str, float]:
-    """The dry run of sft.py."""
+def sft(flags: Any, inputs: Inputs) -> Prediction:
+    """The dry run of sft.py, of its flags."""
     say_flags(flags)
-    examples, tokens, response = say_tasks(encoder, rows_of)
-    steps = -(-examples // flags["batch_size"])
+    examples, tokens, response = say_tasks(inputs.encoder, inputs.rows_of)
+    steps = math.ceil(examples / flags.batch_size)
     processes = int(os.environ.get("WORLD_SIZE", "1"))
-    print(f"\n{examples:,} examples; {steps:,} steps an epoch, at most {steps * flags['num_epochs']:,} in all")
-    on_gpu, size, name = device_of(flags["gpu_memory"])
+    print(f"\n{examples:,} examples; {steps:,} steps an epoch, at most {steps * flags.num_epochs:,} in all")
+    on_gpu, size, name = device_of(flags.gpu_memory)
 
-    def parts_of(flags: dict) -> dict[str, float]:
-        rows = flags["micro_batch_size"]
-        step = Step(rows, tokens, rows * response, accumulate=flags["batch_size"] > rows * processes)
-        return predict(
-            config,
-            len(tokenizer),
-            sid_token_ids,
-            step,
-            _method(flags),
-            on_gpu,
-            {name: flags[name] for name in ADAPTER_FLAGS},
-            _bits(flags),
-            flags["gradient_checkpointing"],
-        )
+    def predicted(flags: Any) -> Prediction:
+        rows = flags.micro_batch_size
+        step = Step(rows, tokens, rows * response, accumulate=flags.batch_size > rows * processes)
+        return inputs.predict(step, flags, on_gpu)
 
     def suggest() -> str:
-        return suggestion(flags, "micro_batch_size", size, lambda flags: parts_of(flags)["total"])
+        return suggestion(flags, "micro_batch_size", size, lambda flags: predicted(flags).total)
 
-    return say_memory(parts_of(flags), size, name, suggest)
+    return say_memory(predicted(flags), size, name, suggest)
 
 
-def rl(
-    flags: dict,
-    config,
-    tokenizer,
-    sid_token_ids: list[int],
-    encoder: Encoder,
-    rows_of,
-    prompts: list[list[int]],
-    steps: int,
-    depth: int,
-    own: bool,
-) -> dict[str, float]:
-    """The dry run of rl.py, for completions of at most `depth` tokens. `own`: the checkpoint's adapter trains on."""
+def rl(flags: Any, inputs: Inputs, prompts: list[list[int]], steps: int, depth: int, continues: bool) -> Prediction:
+    """The dry run of rl.py, of its flags, for completions of at most `depth` tokens.
+
+    Args:
+        prompts: token ids of all training prompts.
+        continues: the checkpoint's own adapter trains on.
+    """
     say_flags(flags)
-    say_tasks(encoder, rows_of)
+    say_tasks(inputs.encoder, inputs.rows_of)
     lengths = sorted(map(len, prompts))
     print(
         f"\n{len(lengths):,} prompts of {median(lengths):.0f} tokens (median), {lengths[-1]} at most; {steps:,} steps"
     )
-    on_gpu, size, name = device_of(flags["gpu_memory"])
-    group, tokens = flags["num_generations"], lengths[-1]
+    on_gpu, size, name = device_of(flags.gpu_memory)
+    group, tokens, config = flags.num_generations, lengths[-1], inputs.config
     shares_rows = may_share_rows(config)
     if not shares_rows:
         print(f"predicted for completions that each repeat their prompt: {config.model_type} ignores 4-D masks")
 
-    def parts_of(flags: dict) -> dict[str, float]:
-        completions, method = flags["train_batch_size"], _method(flags)
-        accumulate = flags["gradient_accumulation_steps"] > 1
+    def predicted(flags: Any) -> Prediction:
+        # The training step.
+        completions, accumulate = flags.train_batch_size, flags.gradient_accumulation_steps > 1
         if shares_rows:
             # A group whose completions are spread over several micro-batches takes its prompt along into each.
-            rows, in_row = -(-completions // group), min(group, completions)
+            rows, in_row = math.ceil(completions / group), min(group, completions)
             # A completion's last token is predicted and predicts nothing; its first is predicted by the prompt.
             width, predicting = tokens + in_row * (depth - 1), rows + completions * (depth - 1)
             step = Step(rows, width, predicting, True, accumulate, rewarded=True)
         else:
             step = Step(completions, tokens + depth, completions * depth, False, accumulate, rewarded=True)
-        parts = predict(
-            config,
-            len(tokenizer),
-            sid_token_ids,
-            step,
-            method,
-            on_gpu,
-            {name: flags[name] for name in ADAPTER_FLAGS},
-            _bits(flags),
-            flags["gradient_checkpointing"],
-            reference_copy=method == "full" and flags["beta"] > 0,
-        )
-        if own and flags["beta"]:
+        result = inputs.predict(step, flags, on_gpu, reference_copy=flags.method == "full" and flags.beta > 0)
+        parts = dict(result.parts)
+        if continues and flags.beta:
             parts["adapter"] *= 2  # the reference's
-        drawn = group * 3 // 2 if flags["dynamic_sampling"] else group
-        asked = min(completions, completions * flags["gradient_accumulation_steps"] // group)
-        cache = cache_gb(config, asked, tokens, drawn, depth, on_gpu)
-        if flags["test_during_training"]:
-            asked = -(-flags["eval_batch_size"] // flags["test_beam"])
-            cache = max(cache, cache_gb(config, asked, tokens, flags["test_beam"], depth, on_gpu))
         # Completions are drawn before a step, in the place of its activations.
-        trainable = parts.pop("trainable")
-        parts.pop("total")
+        drawn = group * 3 // 2 if flags.dynamic_sampling else group
+        asked = min(completions, completions * flags.gradient_accumulation_steps // group)
+        cache = cache_gb(config, asked, tokens, drawn, depth, on_gpu)
+        if flags.test_during_training:
+            asked = math.ceil(flags.eval_batch_size / flags.test_beam)
+            cache = max(cache, cache_gb(config, asked, tokens, flags.test_beam, depth, on_gpu))
         parts["cache"] = max(cache - parts["activations"] - parts["logits"], 0.0)
-        return {**parts, "total": sum(parts.values()), "trainable": trainable}
+        return Prediction(parts, result.trainable)
 
     def suggest() -> str:
-        return suggestion(flags, "train_batch_size", size, lambda flags: parts_of(flags)["total"], least=group)
+        return suggestion(flags, "train_batch_size", size, lambda flags: predicted(flags).total, least=group)
 
-    return say_memory(parts_of(flags), size, name, suggest)
+    return say_memory(predicted(flags), size, name, suggest)

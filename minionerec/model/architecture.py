@@ -9,10 +9,11 @@ import re
 from dataclasses import dataclass
 from functools import cache
 
+import torch
 from peft import LoraConfig
 from peft.tuners.lora import LoraModel
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
@@ -158,3 +159,11 @@ def quantized_weights(model: PreTrainedModel, bits: int) -> dict[str, nn.Paramet
         if type(module) in (nn.Linear, Conv1D) and should_convert_module(name, skipped)
     }
     return {**layers, **(matrices(model).experts if bits == 4 else {})}
+
+
+def meta_model(config: PreTrainedConfig, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """The architecture of a configuration on the meta device: every module, no weights."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    freeze_beside_text(model)
+    return model

@@ -11,9 +11,9 @@ from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 from transformers.utils import logging as transformers_logging
 
-from minionerec.data import sid_tokens as of_tokenizer
+from minionerec.data.sid_tokens import add_sid_tokens as add_to_tokenizer
 from minionerec.errors import InputError
-from minionerec.model.device import compute_dtype, local_device
+from minionerec.model import device
 
 
 def load_tokenizer(path: str):
@@ -109,20 +109,24 @@ def load_base(path: str, quantization=None, from_scratch: bool = False, dtype: t
         # For a loss of the routers that no training here adds, and that fails at RL's 4-D masks.
         config.get_text_config().output_router_logits = False
     transformers_logging.disable_progress_bar()
-    overflows = compute_dtype() == torch.float16 and config.model_type.startswith(OVERFLOW_FLOAT16)
+    overflows = device.compute_dtype() == torch.float16 and config.model_type.startswith(OVERFLOW_FLOAT16)
     if overflows and os.environ.get("RANK", "0") == "0":
         print(f"warning: {config.model_type} models often overflow float16, which this GPU computes in")
     if from_scratch:
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).to(local_device())
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).to(device.local_device())
         architecture.freeze_beside_text(model)
         forget_sampling_defaults(model)
         return model
     if dtype is None:
-        dtype = compute_dtype(quantization is not None)
+        dtype = device.compute_dtype(quantization is not None)
     try:
         with experts.quantizers():
             model = AutoModelForCausalLM.from_pretrained(
-                path, config=config, dtype=dtype, quantization_config=quantization, device_map={"": local_device()}
+                path,
+                config=config,
+                dtype=dtype,
+                quantization_config=quantization,
+                device_map={"": device.local_device()},
             )
     except (OSError, SafetensorError) as error:
         raise InputError(f"--base_model {path}: the weights cannot be loaded: {_first_line(error)}") from None
@@ -203,7 +207,7 @@ def add_sid_tokens(model, tokenizer, sid_tokens: list[str]) -> list[int]:
     `sid_tokens.add_sid_tokens` does.
     """
     had = model.get_input_embeddings().weight.shape[0]
-    of_tokenizer.add_sid_tokens(tokenizer, sid_tokens)
+    add_to_tokenizer(tokenizer, sid_tokens)
     fit_embeddings(model, tokenizer)
     return sorted({*tokenizer.convert_tokens_to_ids(sid_tokens), *range(had, len(tokenizer))})
 

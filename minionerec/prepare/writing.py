@@ -23,12 +23,12 @@ from typing import Any
 
 import numpy as np
 
-from minionerec.checkpoint import write_json
 from minionerec.errors import InputError
 from minionerec.prepare.cleaning import SPLITS
 from minionerec.prepare.item_embeddings import TextModel
 from minionerec.prepare.semantic_ids import COLLISIONS, save_codebooks, tokens
 from minionerec.prepare.sources import RawItem
+from minionerec.saving import write_json
 
 COLUMNS = ("user_id", "history_item_title", "item_title", "history_item_id", "item_id", "history_item_sid", "item_sid")
 RECORD = "dataset.json"

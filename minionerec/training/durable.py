@@ -17,17 +17,12 @@ from accelerate.utils import gather_object
 from safetensors import SafetensorError
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
 
-from minionerec.checkpoint import (
-    RUN_FILE,
-    read_run,
-    record_dtype,
-    write_json,
-)
+from minionerec.checkpoint import RUN_FILE, Checkpoint, is_complete, newest_checkpoint
 from minionerec.errors import InputError, RunError
 from minionerec.model import adapters
 from minionerec.model.sharding import local_shard
 from minionerec.process_memory import forget_peak_of_loading
-from minionerec.training.resume import is_complete, newest_checkpoint
+from minionerec.saving import record_dtype, write_json
 
 
 class DurableRun:
@@ -60,12 +55,14 @@ class DurableRun:
         args["kwargs_handlers"][0].gradient_as_bucket_view = True
         return args
 
-    def train(self, resume_from_checkpoint: str | None = None, **kwargs):
-        self._seconds_before = read_run(resume_from_checkpoint).get("seconds", 0.0) if resume_from_checkpoint else 0.0
+    def train(self, resume: Checkpoint | None = None, **kwargs):
+        """The Trainer's, from a checkpoint where one is given (`training.resume`)."""
+        path = resume.path if resume else None
+        self._seconds_before = resume.run.get("seconds", 0.0) if resume else 0.0
         self._started = time.perf_counter()
         forget_peak_of_loading()
-        with _stop_on_signals(self) as stop, _unpickling_nothing(resume_from_checkpoint):
-            result = super().train(resume_from_checkpoint, **kwargs)
+        with _stop_on_signals(self) as stop, _unpickling_nothing(path):
+            result = super().train(path, **kwargs)
         if stop.stopped:
             raise RunError(
                 f"stopped at step {self.state.global_step} of {self.state.max_steps} and saved {self._last_good()}; "
@@ -96,6 +93,12 @@ class DurableRun:
             if not is_complete(best):
                 self.accelerator.print(f"warning: the best checkpoint, {best}, is not there any more")
         return trained
+
+    def _issue_warnings_after_load(self, load_result) -> None:
+        """The Trainer's, without tied weights: a checkpoint holds one of their names, and loading it fills both."""
+        tied = getattr(self.model, "all_tied_weights_keys", {})
+        missing = [name for name in load_result.missing_keys if name not in tied]
+        super()._issue_warnings_after_load(load_result._replace(missing_keys=missing))
 
     def _run_epoch(self, *args, **kwargs):
         """The Trainer's, unless the run it goes on from had ended by itself: then nothing is left to train."""

@@ -6,13 +6,10 @@ import shutil
 import torch
 from transformers import Trainer
 
-from minionerec.checkpoint import (
-    make_portable,
-    write_json,
-)
 from minionerec.model import device, loading
 from minionerec.model.sharding import with_sid_rows_merged
 from minionerec.process_memory import peak_memory_gb
+from minionerec.saving import make_portable, write_json
 from minionerec.training.durable import writing
 
 
@@ -66,17 +63,17 @@ def _merge(trainer: Trainer) -> dict[str, torch.Tensor] | None:
 
 def finish(
     trainer: Trainer,
-    output_dir: str,
     metrics: dict,
     panels: dict,
     merge: bool = False,
     dtype: torch.dtype | None = None,
 ) -> dict:
-    """Saves final_checkpoint, metrics.json and curves.png under `output_dir`; returns the metrics with what they cost.
+    """Saves final_checkpoint, metrics.json and curves.png in the run's folder; returns the metrics with what they cost.
 
     Every process must call it; `merge` and `dtype` as in `save_final`.
     """
     metrics = {**metrics, "peak_memory_gb": peak_memory_gb()}
+    output_dir = trainer.args.output_dir
     final = os.path.join(output_dir, "final_checkpoint")
     with writing(final):
         save_final(trainer, final, merge, dtype)

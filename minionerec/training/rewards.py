@@ -10,6 +10,8 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
+from minionerec import sasrec
+from minionerec.data.files import Catalogue
 from minionerec.errors import InputError
 
 
@@ -94,3 +96,54 @@ def read_embeddings(path: str, sid_of_item: Mapping[str, str]) -> dict[str, np.n
             raise InputError(f"--ada_path {path}: has {len(matrix)} rows and none for item {item!r}")
         embeddings.setdefault(sid, matrix[int(item)].astype(np.float32))
     return embeddings
+
+
+def reward_functions(
+    reward_type: str,
+    num_generations: int,
+    sid_of: Mapping[tuple[int, ...], str],
+    catalogue: Catalogue,
+    ada_path: str,
+    cf_path: str,
+) -> list[Callable[..., list[float]]]:
+    """Rewards as TRL calls them: token ids and dataset columns in, a float for every completion out.
+
+    Args:
+        reward_type: a name of `--reward_type`.
+        num_generations: completions of a group.
+        sid_of: the SID of every completion.
+        ada_path, cf_path: what `semantic` and `sasrec` read.
+
+    Raises InputError where those files do not fit the catalogue.
+    """
+
+    def predicted(completion_ids: list[list[int]]) -> list[str]:
+        return [sid_of[tuple(ids)] for ids in completion_ids]
+
+    def rule_reward(completion_ids: list, target: list, **_: object) -> list[float]:
+        return rule(predicted(completion_ids), target)
+
+    def rank_reward(completion_ids: list, target: list, **_: object) -> list[float]:
+        return rank_penalty(predicted(completion_ids), target, num_generations)
+
+    rule_reward.__name__, rank_reward.__name__ = "rule", "rank_penalty"  # as the logs name them
+    if reward_type == "semantic":
+        embeddings = read_embeddings(ada_path, {id_: item.sid for id_, item in catalogue.items.items()})
+
+        def semantic_reward(completion_ids: list, target: list, **_: object) -> list[float]:
+            return semantic(predicted(completion_ids), target, embeddings)
+
+        semantic_reward.__name__ = "semantic"
+        return [semantic_reward]
+    if reward_type == "sasrec":
+        recommender = sasrec.load(cf_path)
+        lacking = [sid for sid in sid_of.values() if sid not in recommender.number]
+        if lacking:
+            raise InputError(f"--cf_path {cf_path}: the model does not know {len(lacking)} SIDs, such as {lacking[0]}")
+
+        def collaborative_reward(completion_ids: list, target: list, history: list, **_: object) -> list[float]:
+            return collaborative(predicted(completion_ids), target, history, recommender.scores)
+
+        collaborative_reward.__name__ = "collaborative"
+        return [collaborative_reward]
+    return {"rule": [rule_reward], "ranking": [rule_reward, rank_reward], "ranking_only": [rank_reward]}[reward_type]

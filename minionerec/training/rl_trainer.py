@@ -24,13 +24,12 @@ from trl.models.utils import prepare_deepspeed, prepare_fsdp
 from trl.trainer.callbacks import SyncRefModelCallback
 from trl.trainer.utils import RepeatSampler, disable_dropout_in_model, split_tensor_dict, use_adapter
 
-import lora_utils
 from minionerec.data.encoding import left_padded
 from minionerec.decoding.beam_search import constrained_beam_search, constrained_sample
 from minionerec.decoding.ranking import rank_prompts
 from minionerec.decoding.trie import Trie
 from minionerec.metrics import rank_of, ranking_metrics
-from minionerec.model import adapters, device, loading
+from minionerec.model import adapters, device
 from minionerec.model.sharding import gathered, overwrite, whole_tensors
 from minionerec.training.durable import DurableRun
 from minionerec.training.logprobs import completion_logps
@@ -56,7 +55,7 @@ class ReReTrainer(DurableRun, GRPOTrainer):
 
     | start | reference |
     |---|---|
-    | a whole model and `peft_config` | the model with the new adapter off |
+    | a model with a new adapter | the model with that adapter off |
     | a model that has a trained adapter | a frozen copy of the adapter, `ref` |
     | a whole model, trained in full | a frozen copy of the model, rounded as autocast rounds the policy |
     """
@@ -71,8 +70,7 @@ class ReReTrainer(DurableRun, GRPOTrainer):
         trie: Trie,
         sids: Sequence[str],
         run: dict | None = None,
-        quantization_config=None,
-        peft_config=None,
+        new_adapter: bool = False,
         beam_search: bool = True,
         add_gt: bool = False,
         dynamic_sampling: bool = False,
@@ -86,17 +84,13 @@ class ReReTrainer(DurableRun, GRPOTrainer):
         Args:
             trie, sids: the catalogue; `sids` is what the trie was built of, in the same order.
             run: the resolved configuration that every checkpoint records.
+            new_adapter: the adapter of `model` is new, so that the model without it can be the reference.
             beam_search: the G best items by beam search; False samples them at `args.temperature`.
             add_gt: the last completion of a group is the target.
             dynamic_sampling: draw 1.5 G completions, keep the target, if drawn, and the most frequent.
             mask_all_zero: groups without any advantage add nothing to the loss, not even KL, and cost nothing.
             test_beam, test_batch_size: beams and prompts of a forward pass in `evaluate`.
         """
-        if isinstance(model, str):
-            model = loading.load_base(model, quantization_config)
-        fresh = peft_config is not None
-        if fresh:
-            model = lora_utils.add_lora(model, peft_config)
         adapted = is_peft_model(model)
         adapter = {name: p.detach().clone() for name, p in model.named_parameters() if adapted and p.requires_grad}
         beta, sync = args.beta, args.sync_ref_model
@@ -111,16 +105,12 @@ class ReReTrainer(DurableRun, GRPOTrainer):
             self.model.get_parameter(name).data = values
         self.run = run or {}
         self.trie, self.sids = trie.to(self.accelerator.device), sids
-        self.sid_of = {
-            tuple(t for t in row if t >= 0): sids[i]
-            for row, i in zip(trie.sequences.tolist(), trie.source.tolist(), strict=True)
-        }
-        self.tokens_of = {sid: tokens for tokens, sid in self.sid_of.items()}
+        self.tokens_of = {sid: tokens for tokens, sid in trie.sid_of(sids).items()}
         self.beam_search, self.add_gt, self.dynamic_sampling = beam_search, add_gt, dynamic_sampling
         self.mask_all_zero = mask_all_zero
         self.test_beam, self.test_batch_size = test_beam, test_batch_size
         self.reference_adapter = None
-        if beta and adapted and (sync or not fresh):
+        if beta and adapted and (sync or not new_adapter):
             self.reference_adapter = "ref"
             adapters.copy_adapter(self.model, "default", "ref")
             disable_dropout_in_model(self.model)

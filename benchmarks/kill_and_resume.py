@@ -1,6 +1,6 @@
 """Kills SFT and RL with SIGKILL at random moments, resumes them, and compares the end with a run left alone.
 
-    python scripts/kill_and_resume.py --output_dir out/kills --kills 20
+    python benchmarks/kill_and_resume.py --output_dir out/kills --kills 20
 
 Every second kill waits for a checkpoint to appear and strikes while it is being written. After each one all checkpoints
 that count as complete are loaded. Exits with 1 where a file is damaged or the final weights differ.
@@ -17,8 +17,9 @@ import zipfile
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from minionerec import checks, cli
+from minionerec import cli
 from minionerec.errors import Problems
+from minionerec.flags import check_new_folder, check_positive
 
 ROOT = sys.path[0]
 DEMO = os.path.join(ROOT, "examples", "demo")
@@ -33,8 +34,8 @@ def kill_and_resume(output_dir: str = "", kills: int = 20, seed: int = 0) -> Non
         seed: seed of the moments.
     """
     problems = Problems()
-    checks.check_new_folder(problems, output_dir)
-    checks.check_positive(problems, kills=kills)
+    check_new_folder(problems, output_dir)
+    check_positive(problems, kills=kills)
     problems.check()
     rng = random.Random(seed)
     base = os.path.join(output_dir, "base")

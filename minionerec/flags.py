@@ -1,0 +1,316 @@
+"""The flags that commands share: each is defined, explained, checked and turned into settings here, once.
+
+The flags of a command are a frozen dataclass made of groups; those of one command stand in its own file. `command`
+gives the function that takes them the flat keyword signature and the `Args` that Fire, `--help` and Python callers see:
+
+    @dataclass(frozen=True, kw_only=True)
+    class SFTFlags(TrainingFlags):
+        base_model: str = flag("", "folder or hub name of the model to start from.")
+
+    @command(SFTFlags)
+    def train(flags: SFTFlags) -> dict:
+        "Fine-tunes a causal LM."
+
+    train(base_model="out/base", use_lora=True)
+
+Only the standard library is imported.
+"""
+
+import inspect
+import math
+import os
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, fields
+from importlib.util import find_spec
+from typing import Any
+
+from minionerec.errors import Problems
+
+# --- What flags are made of -------------------------------------------------------------------------------------------
+
+Check = Callable[[Any], str | None]  # what is wrong with a value, or None
+
+
+def flag(default: object, help: str, check: Check | None = None) -> Any:
+    """A field of a `Flags` class: its default, its line of help, and what is wrong with a value taken by itself."""
+    return field(default=default, metadata={"help": help, "check": check})
+
+
+def above_zero(value: float) -> str | None:
+    return None if value > 0 else "must be above 0"
+
+
+def one_or_more(value: int) -> str | None:
+    return None if value >= 1 else "must be 1 or more"
+
+
+def zero_or_more(value: float) -> str | None:
+    return None if value >= 0 else "must be 0 or more"
+
+
+def fraction_of_training(value: float) -> str | None:
+    return above_zero(value) or (None if value < 1 else "is a fraction of the training; give a number below 1")
+
+
+def one_of(*choices: str, why: str = "") -> Check:
+    """A check that a text is one of `choices`; `why` ends the message."""
+    return lambda value: None if value in choices else f"must be one of {', '.join(choices)}{why}"
+
+
+class Flags:
+    """A group of flags. Subclasses are frozen, keyword-only dataclasses whose fields come from `flag`."""
+
+    def check(self, problems: Problems) -> None:
+        """Adds what is wrong with each value. Groups extend it by what does not fit together."""
+        for f in fields(self):  # type: ignore[arg-type]
+            value = getattr(self, f.name)
+            wrong = f.metadata["check"] and f.metadata["check"](value)
+            if wrong:
+                problems.add(f"--{f.name} {repr(value) if isinstance(value, str) else value}: {wrong}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The flags by name, as a checkpoint records them."""
+        return asdict(self)  # type: ignore[call-overload]
+
+
+def command(kind: type[Flags]) -> Callable[[Callable], Callable]:
+    """Gives a function of one `kind` object the keyword signature and the documented `Args` of its flags: those of the
+    command itself first, then group by group."""
+    by_name = {f.name: f for f in fields(kind)}  # type: ignore[arg-type]
+    order = dict.fromkeys(name for group in kind.__mro__ for name in inspect.get_annotations(group))
+    ordered = [by_name[name] for name in order]
+    signature = inspect.Signature(
+        [
+            inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=f.default, annotation=f.type)
+            for f in ordered
+        ]
+    )
+    args = "\n".join(f"    {f.name}: {f.metadata['help']}" for f in ordered)
+
+    def decorate(function: Callable) -> Callable:
+        def called(*args: object, **values: object) -> object:
+            return function(kind(**signature.bind(*args, **values).arguments))
+
+        called.__name__ = called.__qualname__ = function.__name__
+        called.__module__ = function.__module__
+        called.__doc__ = f"{inspect.getdoc(function)}\n\nArgs:\n{args}\n"
+        called.__signature__ = signature  # type: ignore[attr-defined]
+        return called
+
+    return decorate
+
+
+# --- Groups -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptFlags(Flags):
+    """How prompts are worded."""
+
+    category: str = flag(
+        "",
+        "what the items are, for the prompts; known Amazon categories are spelled out, other text is kept. With a "
+        "checkpoint that recorded its prompts it can be left out.",
+    )
+    prompt_file: str | None = flag(None, "JSON that replaces the wording of the prompts, also that of a checkpoint.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataFlags(PromptFlags):
+    """The files that a training reads."""
+
+    train_file: str = flag("", "CSV of training interactions.")
+    eval_file: str = flag("", "CSV of validation interactions; the best checkpoint on them is kept.")
+    sid_index_path: str = flag("", "JSON of item id to SID tokens.")
+    item_meta_path: str = flag("", "JSON of item id to title and description.")
+    tasks: str = flag(
+        "all",
+        "tasks of the table in minionerec/data/prompts.py: all, or names separated by commas. The original's SFT has "
+        "sid_history_to_sid, sid_history_to_title, title_to_sid and sid_to_title; its RL takes at most 10,000 rows of "
+        "title_history_to_sid.",
+    )
+
+
+def _report_to(value: str) -> str | None:
+    if value not in ("none", "tensorboard", "wandb"):
+        return "must be none, tensorboard or wandb"
+    return None if value == "none" or find_spec(value) else f"{value} is not installed; pip install {value}"
+
+
+def _existing_checkpoint(value: str | None) -> str | None:
+    exists = value in (None, "True", "true") or os.path.isdir(str(value))
+    return None if exists else "no such folder; True takes the newest one"
+
+
+def memory_gb(text: str) -> float:
+    """A size such as 12GB (1e9 bytes) or 12GiB (2^30 bytes), in GB. Raises ValueError for anything else."""
+    text = text.upper()
+    return float(text.removesuffix("GIB")) * 2**30 / 1e9 if text.endswith("GIB") else float(text.removesuffix("GB"))
+
+
+def _memory_size(value: str) -> str | None:
+    try:
+        good = not value or memory_gb(value) > 0
+    except ValueError:
+        good = False
+    return None if good else "must be a size such as 12GB or 12GiB"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunFlags(Flags):
+    """A training run: where it writes, how it resumes, who follows it. Resuming ignores changes of most of these."""
+
+    output_dir: str = flag("", "folder for checkpoints, final_checkpoint, metrics.json and curves.png.")
+    seed: int = flag(42, "seed of every random choice.")
+    resume_from_checkpoint: str | None = flag(
+        None, "a checkpoint folder, or True for the newest one in output_dir.", _existing_checkpoint
+    )
+    wandb_project: str = flag("", "Weights & Biases project; given, the run reports there.")
+    wandb_run_name: str = flag("", "name of the run in the trackers.")
+    report_to: str = flag("none", "none, tensorboard or wandb.", _report_to)
+    dry_run: bool = flag(False, "check the input, print examples, steps and the predicted peak memory, and stop.")
+    gpu_memory: str = flag(
+        "",
+        "with dry_run, the memory of the card that is meant, such as 12GB or 12GiB; otherwise the one found.",
+        _memory_size,
+    )
+
+    @property
+    def tracker(self) -> str:
+        """Where the run reports."""
+        return "wandb" if self.wandb_project else self.report_to
+
+    def check(self, problems: Problems) -> None:
+        super().check(problems)
+        if self.wandb_project and (wrong := _report_to("wandb")):
+            problems.add(f"--wandb_project {self.wandb_project}: {wrong}")
+        check_output_dir(problems, self.output_dir, resume=self.resume_from_checkpoint is not None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterFlags(Flags):
+    """What trains: all weights, or a LoRA adapter on a frozen base that is stored in 16, 8 or 4 bits."""
+
+    use_lora: bool = flag(False, "train a LoRA adapter and the SID rows; the base stays frozen.")
+    use_qlora: bool = flag(False, "LoRA on a base stored in 4 bits (NF4).")
+    lora_r: int = flag(16, "rank of a new adapter; in an expert, lora_r / experts per token.", one_or_more)
+    lora_alpha: int = flag(32, "scale of a new adapter; its output is multiplied by lora_alpha / lora_r.", one_or_more)
+    lora_dropout: float = flag(
+        0.05,
+        "dropout on the input of a new adapter in SFT; RL runs without dropout and only records it.",
+        lambda value: None if 0 <= value < 1 else "must be at least 0 and below 1",
+    )
+    lora_target_modules: str = flag(
+        "all",
+        "all (linear layers and experts), qkv (attention projections q, k, v, o), or names separated by commas.",
+        lambda value: None if value.strip() else "give all, qkv, or layer names separated by commas",
+    )
+    use_rslora: bool = flag(False, "scale by lora_alpha / sqrt(lora_r) instead.")
+    use_dora: bool = flag(False, "weight-decomposed adapter (DoRA).")
+    init_lora_weights: str = flag(
+        "True",
+        "True (zero B), gaussian or orthogonal.",
+        one_of(
+            *("True", "gaussian", "orthogonal"),
+            why="; the others of PEFT change the base weights, and the adapter would no longer fit the published base",
+        ),
+    )
+    load_in_8bit: bool = flag(False, "store the base of use_lora in 8 bits.")
+    gradient_checkpointing: bool = flag(False, "recompute activations in the backward pass: less memory, more time.")
+
+    # What an adapter is from its first step to its last: a checkpoint's own values win over a later command's.
+    SHAPE = ("lora_r", "lora_alpha", "lora_target_modules", "use_rslora", "use_dora")
+
+    @property
+    def adapted(self) -> bool:
+        """Whether an adapter trains."""
+        return self.use_lora or self.use_qlora
+
+    @property
+    def method(self) -> str:
+        """full, lora or qlora."""
+        return "qlora" if self.use_qlora else "lora" if self.use_lora else "full"
+
+    @property
+    def bits(self) -> int:
+        """Bits of a stored weight of the base: 4, 8, or 16 for a base that is not quantized."""
+        return 4 if self.use_qlora else 8 if self.load_in_8bit else 16
+
+    def lora_settings(self) -> dict[str, Any]:
+        """The arguments of `peft.LoraConfig` that do not depend on the model."""
+        return {
+            "r": self.lora_r,
+            "lora_alpha": self.lora_alpha,
+            "lora_dropout": self.lora_dropout,
+            "use_rslora": self.use_rslora,
+            "use_dora": self.use_dora,
+            "init_lora_weights": True if self.init_lora_weights == "True" else self.init_lora_weights,
+        }
+
+    def check(self, problems: Problems) -> None:
+        super().check(problems)
+        if self.use_lora and self.use_qlora:
+            problems.add("--use_lora and --use_qlora exclude each other; keep one (QLoRA is LoRA on a 4-bit base)")
+        if self.load_in_8bit and not self.use_lora:
+            problems.add("--load_in_8bit stores the base of --use_lora True in 8 bits; QLoRA's base has 4 bits already")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingFlags(DataFlags, RunFlags, AdapterFlags):
+    """What sft.py and rl.py share."""
+
+
+# --- Checks that other commands make too ------------------------------------------------------------------------------
+
+
+def check_positive(problems: Problems, **values: float) -> None:
+    """Values that must be above 0, by the names of their flags."""
+    for name, value in values.items():
+        if wrong := above_zero(value):
+            problems.add(f"--{name} {value}: {wrong}")
+
+
+def check_batch(problems: Problems, batch_size: int, micro_batch_size: int) -> None:
+    """The global batch must be a whole number of micro-batches on every process."""
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    rows = micro_batch_size * processes
+    if batch_size > 0 and rows > 0 and batch_size % rows:
+        of_processes = f" x {processes} processes" if processes > 1 else ""
+        problems.add(
+            f"--batch_size {batch_size} is not a multiple of --micro_batch_size {micro_batch_size}{of_processes}; try "
+            f"--batch_size {math.ceil(batch_size / rows) * rows}"
+        )
+
+
+def check_output_dir(problems: Problems, output_dir: str, resume: bool) -> None:
+    """A run never overwrites another one."""
+    if not output_dir:
+        problems.add("--output_dir is missing; give a folder for the checkpoints")
+    elif os.path.isdir(output_dir) and not resume:
+        held = [name for name in os.listdir(output_dir) if name.startswith(("checkpoint-", "final_checkpoint"))]
+        if held:
+            problems.add(
+                f"--output_dir {output_dir}: holds another run ({sorted(held)[0]}); name another folder, remove this "
+                "one, or continue it with --resume_from_checkpoint True"
+            )
+    if output_dir:
+        check_writable(problems, "output_dir", output_dir)
+
+
+def check_new_folder(problems: Problems, output_dir: str) -> None:
+    """A folder that a command makes as a whole: it must not exist yet."""
+    if not output_dir:
+        problems.add("--output_dir is missing; give a folder for the checkpoint")
+    elif os.path.exists(output_dir):
+        problems.add(f"--output_dir {output_dir}: exists already; name another folder, or remove it")
+    else:
+        check_writable(problems, "output_dir", output_dir)
+
+
+def check_writable(problems: Problems, name: str, path: str) -> None:
+    """A path that can be made, or written where it exists."""
+    above = os.path.abspath(path)
+    while not os.path.exists(above):
+        above = os.path.dirname(above)
+    if not os.path.isdir(above) or not os.access(above, os.W_OK | os.X_OK):
+        problems.add(f"--{name} {path}: {above} cannot be written to")

@@ -1,0 +1,54 @@
+"""Writing the JSON files of a checkpoint: whole or not at all, and readable by older releases of transformers."""
+
+import json
+import os
+
+from minionerec.checkpoint import read_json
+
+
+def write_json(path: str, data: object) -> None:
+    """Writes JSON whole or not at all."""
+    partial = f"{path}.{os.getpid()}.partial"
+    with open(partial, "w", encoding="utf-8") as file:
+        json.dump(data, file, indent=2, ensure_ascii=False)
+        file.write("\n")
+    os.replace(partial, path)
+
+
+def make_portable(path: str) -> None:
+    """Rewrites the JSON files of a checkpoint, in place, so that transformers 4 and vLLM read them too.
+
+    transformers 5 renamed what they look for, and some of it fails silently: without `rope_theta` a model is rotated by
+    the default of its architecture.
+    """
+    file = os.path.join(path, "config.json")
+    if os.path.isfile(file):
+        config = read_json(file)
+        rope = config.get("rope_parameters") or {}
+        if "rope_theta" in rope:  # else there is none, or one for each kind of layer, which has no older form
+            config["rope_theta"] = rope["rope_theta"]
+            scaled = rope.get("rope_type", "default") != "default"
+            config["rope_scaling"] = {k: v for k, v in rope.items() if k != "rope_theta"} if scaled else None
+        if "dtype" in config:
+            config["torch_dtype"] = config["dtype"]
+        write_json(file, config)
+    file = os.path.join(path, "tokenizer_config.json")
+    if os.path.isfile(file):
+        config = read_json(file)
+        if config.get("tokenizer_class") == "TokenizersBackend":
+            config["tokenizer_class"] = "PreTrainedTokenizerFast"
+        if isinstance(config.get("extra_special_tokens"), list):
+            config["additional_special_tokens"] = config.pop("extra_special_tokens")
+        for name in ("backend", "is_local", "local_files_only"):  # where it was loaded from says nothing about it
+            config.pop(name, None)
+        write_json(file, config)
+
+
+def record_dtype(path: str, dtype: str) -> None:
+    """Writes the precision of the weights in a folder into its config.json, in place."""
+    file = os.path.join(path, "config.json")
+    config = read_json(file)
+    for part in (config, *config.values()):  # a composite model has a configuration for each of its parts
+        if isinstance(part, dict) and "dtype" in part:
+            part["dtype"] = dtype
+    write_json(file, config)
