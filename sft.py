@@ -140,6 +140,7 @@ def train(flags: SFTFlags) -> dict:
     # Check the flags and every row of the files, before anything heavy is imported.
     files = read_input(flags)
 
+    from datasets import Dataset
     from transformers import EarlyStoppingCallback, TrainingArguments, set_seed
 
     import lora_utils
@@ -163,12 +164,18 @@ def train(flags: SFTFlags) -> dict:
     encoder = Encoder(tokenizer, files.prompts, flags.cutoff_len)
     remedy = f"rename the SID tokens in --sid_index_path {flags.sid_index_path}, or take another base"
     check_sids(encoder, files.catalogue, f"--base_model {flags.base_model}", remedy)
+    sources = [flags.train_file, flags.sid_index_path, flags.item_meta_path]
+
+    def training_examples() -> Dataset:
+        return tokenized_dataset(encoder, files.train_rows, sources, sample=flags.sample, seed=flags.seed)
+
     if flags.dry_run:
         from minionerec.dryrun import report
 
         print(*notes, sep="\n", end="\n" if notes else "")
         ids = sorted(tokenizer.convert_tokens_to_ids(sid_tokens))
-        return report.sft(flags, report.Inputs(config, tokenizer, ids, encoder, files.train_rows, lora_utils.adapt))
+        inputs = report.Inputs(config, tokenizer, ids, encoder, files.train_rows, lora_utils.adapt)
+        return report.sft(flags, inputs, training_examples)
 
     # Find the checkpoint to resume from.
     set_seed(flags.seed)
@@ -196,10 +203,9 @@ def train(flags: SFTFlags) -> dict:
     state.print(lora_utils.trainable_report(model))
 
     # Tokenize the rows, or find them in the cache.
-    sources = [flags.train_file, flags.sid_index_path, flags.item_meta_path]
     eval_encoder = Encoder(tokenizer, files.eval_prompts, flags.cutoff_len)
     with state.local_main_process_first():
-        train_dataset = tokenized_dataset(encoder, files.train_rows, sources, sample=flags.sample, seed=flags.seed)
+        train_dataset = training_examples()
         eval_dataset = tokenized_dataset(eval_encoder, files.eval_rows, [flags.eval_file])
     state.print(f"training examples: {len(train_dataset):,}; validation examples: {len(eval_dataset):,}")
 
