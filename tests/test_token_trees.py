@@ -24,10 +24,10 @@ from test_probe import checkpoint_of  # noqa: F401, a fixture
 from test_trainer import adapted
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TrainingArguments
 
+from minionerec.checkpoint import Checkpoint, newest_checkpoint
 from minionerec.data.examples import Collator
 from minionerec.model import token_trees
 from minionerec.model.token_trees import TreeCollator, split
-from minionerec.training.resume import newest_checkpoint
 from minionerec.training.sft_trainer import SFTTrainer, StepSampler, plan_trees, row_losses, step_order, tree_losses
 from minionerec.training.tree_batches import Prefixes, Size, TreeBatches
 
@@ -405,7 +405,7 @@ def trainer_of(folder, rows: list[dict], batches: TreeBatches | None, micro: int
 
 
 def curve_and_weights(trainer: SFTTrainer, resume: str | None = None):
-    trainer.train(resume)
+    trainer.train(Checkpoint(resume) if resume else None)
     keys = ("loss", "grad_norm", "eval_loss")
     curve = [entry[key] for entry in trainer.state.log_history for key in keys if key in entry]
     return curve, {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
@@ -459,6 +459,8 @@ def test_layers_that_ignore_the_mask_get_rows_one_by_one(files, checkpoint_of, t
     assert done.returncode == 0, done.stderr[-3000:]
     way = [line for line in done.stdout.splitlines() if line.startswith("token trees: ")]
     assert way == ["token trees: off; every row is computed by itself, since conv layers ignore a tree mask"]
+    dry = run_command("sft.py", **{**flags, "output_dir": tmp_path / "dry"}, dry_run=True)
+    assert dry.returncode == 0 and "token trees: off; " in dry.stdout, dry.stderr[-3000:]
 
 
 def test_two_processes_train_as_one_which_goes_on_in_the_second_epoch(files, base, tmp_path):
@@ -471,6 +473,8 @@ def test_two_processes_train_as_one_which_goes_on_in_the_second_epoch(files, bas
     said = re.search(r"^token trees: .*", done.stdout, re.M)[0]
     rows, tokens, nodes = (int(n.replace(",", "")) for n in re.findall(r"[\d,]*\d", said))
     assert rows == 8 and 0 < nodes < 0.8 * tokens
+    dry = run_command("sft.py", **{**one, "output_dir": tmp_path / "dry"}, dry_run=True)
+    assert dry.returncode == 0 and said in dry.stdout.splitlines(), dry.stderr[-3000:]
     two_processes("torchrun", tmp_path, "sft.py", two)
     assert_same_run(tmp_path / "one", tmp_path / "two", 1e-5)
     # One process finds the place where two of them stopped.
