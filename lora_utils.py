@@ -80,19 +80,19 @@ def _chosen(model: nn.Module, spec: str) -> tuple[list[str], list[str]]:
 
 
 def _matches(target: str, name: str) -> bool:
-    """Whether PEFT takes a full name for a target."""
+    """Whether PEFT matches a target to the full name of a module or parameter."""
     return f".{name}".endswith(f".{target}")
 
 
 def _taken_for_experts(model: nn.Module, layers: list[str]) -> set[str]:
-    """The linear layers that PEFT, asked for them as modules, would take for experts: it maps the names that experts'
-    layers had in transformers 4 to the weights of today, also those of shared experts and of dense layers."""
+    """The linear layers that PEFT would treat as experts if they were target modules: it maps the names that experts
+    had in transformers 4 to today's parameters, and shared experts and dense layers have the same names."""
     taken = set()
     for leaf in {name.rpartition(".")[2] for name in layers}:
         config = LoraConfig(target_modules=[leaf])
         try:
             convert_peft_config_for_transformers(config, model, None)
-        except ValueError:  # it wants all of the layers that became one weight
+        except ValueError:  # it insists on all the layers that are one parameter today
             taken.add(leaf)
         if config.target_parameters:
             taken.add(leaf)
@@ -103,26 +103,26 @@ def find_target_modules(model: nn.Module, spec: str = "all") -> list[str]:
     """The names to give LoRA as target modules.
 
     Args:
-        model: a causal LM; one on the meta device will do.
+        model: a causal LM, with its weights or on the meta device.
         spec: "all" for every linear layer of the text decoder and its experts, "qkv" for the attention projections q,
-            k, v and o (whatever the architecture calls them, fused or not), or names separated by commas. Left out are
-            routers, and layers whose weight the model reads directly.
+            k, v and o (under any name, fused or not), or names separated by commas. Routers are left out, and so are
+            layers whose weight the model reads directly.
 
     Returns:
         names as PEFT matches them: the end of a module's dotted path, sorted.
 
-    Raises InputError for a name that matches nothing, listing what there is.
+    Raises InputError for a name that matches nothing; the message lists the names there are.
     """
     layers, _ = _chosen(model, spec)
     wanted = set(layers) - _taken_for_experts(model, layers)
-    beside = tuple(f"{name}." for name in architecture.beside_text(model))  # excluded as a whole, see `lora_config`
+    beside = tuple(f"{name}." for name in architecture.beside_text(model))  # `lora_config` excludes all of it
     names = [name for name, _ in (*model.named_modules(), *model.named_parameters())]
     return _suffixes(wanted, (name for name in names if name not in wanted and not f"{name}.".startswith(beside)))
 
 
 def find_target_parameters(model: nn.Module, spec: str = "all") -> list[str]:
-    """The names to give LoRA as target parameters, as `find_target_modules` does: weights [E, ...] that hold one matrix
-    for each of E experts, and those of linear layers that PEFT would take for experts."""
+    """The names to give LoRA as target parameters, like `find_target_modules`: weights [E, ...] that hold one matrix
+    for each of E experts, and the weights of linear layers that PEFT would treat as experts."""
     layers, stacks = _chosen(model, spec)
     wanted = {*stacks, *(f"{name}.weight" for name in _taken_for_experts(model, layers))}
     return _suffixes(wanted, (name for name, _ in model.named_parameters() if name not in wanted))
@@ -206,7 +206,7 @@ def _wrap(model: nn.Module, config: PeftConfig, gradient_checkpointing: bool) ->
     dropout = getattr(config, "lora_dropout", 0.0)
     on_parameters = bool(getattr(config, "target_parameters", None))
     if on_parameters:
-        config.lora_dropout = 0.0  # PEFT refuses any other for parameters, also when it loads the adapter
+        config.lora_dropout = 0.0  # PEFT accepts no other for parameters, not even when it loads the adapter
     try:
         with experts.shapes_shown(model):
             wrapped = _finish(get_peft_model(model, config))
@@ -216,23 +216,23 @@ def _wrap(model: nn.Module, config: PeftConfig, gradient_checkpointing: bool) ->
     if on_parameters and dropout:
         for module in wrapped.modules():
             if isinstance(module, lora.LoraLayer):
-                module.lora_dropout["default"] = nn.Dropout(dropout)  # which our forwards apply
+                module.lora_dropout["default"] = nn.Dropout(dropout)  # our forward applies it
     if gradient_checkpointing:
         wrapped.enable_input_require_grads()
     return wrapped
 
 
 def add_lora(model: nn.Module, config: LoraConfig, gradient_checkpointing: bool = False) -> PeftModel:
-    """The model with a new adapter; the base is frozen, and nothing but the adapter trains.
+    """The model with a new adapter. The base is frozen, only the adapter trains.
 
-    With `gradient_checkpointing` the embedding output requires gradients, without which no checkpointed layer would
+    With `gradient_checkpointing` the output of the embedding requires gradients; otherwise no checkpointed layer would
     receive any.
     """
     return _wrap(model, config, gradient_checkpointing)
 
 
 def train_sid_rows_only(model: nn.Module, sid_token_ids: list[int], gradient_checkpointing: bool = False) -> PeftModel:
-    """The model with everything frozen but the SID rows, input and output side (`freeze_LLM`)."""
+    """The model with only its SID rows trainable, in the embedding and in the output head (`freeze_LLM`)."""
     config = TrainableTokensConfig(
         task_type=TaskType.CAUSAL_LM, token_indices=sid_token_ids, target_modules=_embedding_names(model)
     )
@@ -289,7 +289,7 @@ def load_adapted(
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
-    """(trainable, all) parameters; tied ones count once, 4-bit ones as the values they stand for."""
+    """(trainable, all) parameters. Tied parameters count once, 4-bit ones as the values they store."""
     trainable = total = 0
     for parameter in model.parameters():
         count = parameter.numel()
@@ -302,7 +302,7 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
 
 
 def trainable_report(model: nn.Module) -> str:
-    """One line: how many parameters train, of how many, in percent; and what is frozen since no text uses it."""
+    """One line: how many parameters train, of how many, in percent; and what is frozen because text does not use it."""
     trainable, total = count_parameters(model)
     beside = architecture.beside_text(model.get_base_model() if isinstance(model, PeftModel) else model)
     frozen = f"; frozen, not used for text: {', '.join(beside)}" if beside else ""
@@ -332,12 +332,12 @@ def check_adapter(config: PreTrainedConfig, flags: AdapterFlags, adapter_path: s
 
 
 def adapter_report(model: nn.Module, config: LoraConfig, bits: int = 16) -> str:
-    """One line: what an adapter reaches in its base, what it leaves out and why, and what is not stored in `bits`.
+    """One line: which layers get an adapter, which are left out and why, and which are not stored in `bits`.
 
     Args:
         model: the bare base, with its weights or on the meta device.
         config: of the adapter.
-        bits: of the base: 4, 8 or 16 (as it is).
+        bits: of the base: 4, 8, or 16 where it is not quantized.
     """
     found = architecture.matrices(model)
     modules, parameters = config.target_modules or (), config.target_parameters or ()
@@ -369,6 +369,6 @@ def adapter_report(model: nn.Module, config: LoraConfig, bits: int = 16) -> str:
 
 
 def _counted(reasons: dict[str, str]) -> str:
-    """Names and their reasons as `2 x mlp.gate (a router), ...`: what stands before a layer's number is left away."""
+    """Names and their reasons as `2 x mlp.gate (a router), ...`, without the path up to a layer's number."""
     kinds = Counter((re.sub(r"^.*\.\d+\.", "", name), reason) for name, reason in reasons.items())
     return ", ".join(f"{count} x {name} ({reason})" for (name, reason), count in kinds.items())

@@ -52,7 +52,7 @@ def run_marked(marks_file: str, flags: list[str]) -> None:
         loading.add_sid_tokens = marked(loading.add_sid_tokens, before=True)
         lora_utils.trainable_report = marked(lora_utils.trainable_report)
         examples.tokenized_dataset = marked(examples.tokenized_dataset)
-        sft_trainer.SFTTrainer.train = marked(sft.SFTTrainer.train, before=True)
+        sft_trainer.SFTTrainer.train = marked(sft_trainer.SFTTrainer.train, before=True)
         step = sft_trainer.SFTTrainer.training_step
 
         def first_step(*args, **kwargs):

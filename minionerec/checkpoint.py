@@ -36,7 +36,7 @@ def run_record(command: str, method: str, flags: dict, prompts: Prompts, base_fi
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint of this project, a model of another one, or the name of a hub model, which says nothing.
+    """A checkpoint of this project, any other model folder, or the name of a hub model, which says nothing.
 
     Attributes:
         path: the folder or name.

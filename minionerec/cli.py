@@ -144,8 +144,8 @@ def set_environment() -> None:
 def run(command: Callable[..., object]) -> None:
     """Runs `command` as a Fire command line built from `sys.argv` and exits.
 
-    Exit codes: 0 done, 1 failed, 2 bad input, 130 stopped by Ctrl-C, 141 nobody reads standard output any more. Problems go to standard error, one line each, from
-    the first process of a distributed run only.
+    Exit codes: 0 done, 1 failed, 2 bad input, 130 stopped by Ctrl-C, 141 standard output was closed. Problems go to
+    standard error, one line each, from the first process of a distributed run only.
     """
     import fire
 

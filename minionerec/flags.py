@@ -171,7 +171,7 @@ class RunFlags(Flags):
     dry_run: bool = flag(False, "check the input, print examples, steps and the predicted peak memory, and stop.")
     gpu_memory: str = flag(
         "",
-        "with dry_run, the memory of the card that is meant, such as 12GB or 12GiB; otherwise the one found.",
+        "with dry_run, the memory of the card in question, such as 12GB or 12GiB; otherwise of the one found.",
         _memory_size,
     )
 

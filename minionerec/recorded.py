@@ -1,6 +1,6 @@
-"""What the JSON files of a checkpoint must hold before a command uses it: they are input like any other.
+"""Checks of the values in a checkpoint's JSON files, which are input like any other.
 
-Each table names the values that later commands read: the check of one, and what it must be.
+Each table has the values that later commands read, by name: a check, and what the value must be, for messages.
 """
 
 import math

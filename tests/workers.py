@@ -87,9 +87,9 @@ def watched(folder: str, script: str, *flags: str) -> None:
     of the loss how many of its completions counted. A reference that follows the policy does so every 2 steps."""
     from trl import GRPOConfig, GRPOTrainer
 
-    from minionerec.training import finish
+    from minionerec.training import finish as end
 
-    finish, check, compute = finish.finish, GRPOConfig.__post_init__, GRPOTrainer._compute_loss
+    finish, check, compute = end.finish, GRPOConfig.__post_init__, GRPOTrainer._compute_loss
     counted: list[int] = []
 
     def recorded(run, *args, **kwargs):
@@ -110,7 +110,7 @@ def watched(folder: str, script: str, *flags: str) -> None:
         counted.append(int(inputs["completion_mask"].any(dim=1).sum()))
         return compute(run, model, inputs)
 
-    finish.finish, GRPOConfig.__post_init__, GRPOTrainer._compute_loss = recorded, checked, computed
+    end.finish, GRPOConfig.__post_init__, GRPOTrainer._compute_loss = recorded, checked, computed
     run(folder, script, flags)
 
 

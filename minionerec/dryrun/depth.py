@@ -1,9 +1,8 @@
 """Measures a deep model by a few of its layers.
 
-Decoder layers of one kind hold the same parameters and do the same work, so a model of 80 layers is measured with the
-first two of each kind and the last of all. Every measured layer stands for a number of layers of the full depth: its
-parameters are counted that often, and the course of memory over a training step is put together from the pieces that
-the measured layers left.
+Decoder layers of one kind have the same shapes and do the same work, so a model of 80 layers is measured with the first
+two layers of each kind and the last one. Each measured layer stands for some layers of the full depth: its parameters
+are counted that often, and memory over a training step is put together from the pieces that were measured.
 """
 
 import functools

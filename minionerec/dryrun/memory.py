@@ -1,9 +1,9 @@
 """Predicts the peak memory of a training step without its weights.
 
-One forward and backward pass of the very model that would train (its adapter, its checkpointing, its label-only loss)
-runs on fake tensors, which have shapes and no storage, while every storage that would be alive is counted. What an
-architecture keeps for the backward pass is so measured and not guessed, on a few layers of each kind
-(`minionerec.dryrun.depth`); what a quantized base weighs is arithmetic.
+Forward and backward passes of the model that would train (its adapter, its checkpointing, its label-only loss) run on
+fake tensors, which have shapes but no storage, and every storage that would be alive is counted. So what an
+architecture keeps for the backward pass is measured, on a few layers of each kind (`minionerec.dryrun.depth`). What a
+quantized base takes is arithmetic.
 """
 
 import copy
@@ -30,10 +30,10 @@ from minionerec.process_memory import rss_gb
 from minionerec.training.logprobs import token_logps
 
 GB = 1e9
-CUDA_CONTEXT = 0.6e9  # of the driver and its libraries, about; torch.cuda.max_memory_allocated does not count it
-# Of the activations, what the C library holds back when they are freed, as measured: benchmarks/memory.py.
+CUDA_CONTEXT = 0.6e9  # the driver and its libraries, roughly; torch.cuda.max_memory_allocated does not count it
+# The fraction of freed activations that the C library keeps, as measured: benchmarks/memory.py.
 HELD_BACK_ON_CPU = 0.65
-# Of the bfloat16 products that `cli.KERNEL_CACHE_LIMITS` keeps compiled on a CPU, as measured.
+# The compiled bfloat16 matmuls that `cli.KERNEL_CACHE_LIMITS` keeps on a CPU, as measured.
 COMPILED_ON_CPU = 0.1e9
 
 
@@ -42,8 +42,8 @@ class Step:
     """What a training step is made of.
 
     Attributes:
-        rows, tokens: of the largest micro-batch; `tokens` is the width after padding.
-        response_tokens: positions of it that the output head runs on.
+        rows, tokens: shape of the largest micro-batch, padding included.
+        response_tokens: its positions that the output head runs on.
         shared: the rows hold token trees, such as several completions after one prompt, under a mask of [tokens,
             tokens] for each.
         accumulate: whether gradients of an earlier micro-batch are there already.
@@ -61,8 +61,8 @@ class Step:
 
 
 class _Alive(TorchDispatchMode):
-    """Counts the bytes of the storages that operations make, for as long as anything holds them; not those of `before`,
-    whose views are no new memory."""
+    """Counts the bytes of the storages that operations make, for as long as anything holds them. Storages of `before`
+    do not count, since their views take no new memory."""
 
     def __init__(self, before: list[torch.Tensor]):
         super().__init__()
@@ -97,7 +97,7 @@ class _Alive(TorchDispatchMode):
         made_in.add(size)
 
     def start(self, phase: str, place: int = -1) -> None:
-        """Starts another piece of the step, of a layer or around the layers."""
+        """Starts another piece of the step: a layer, or what runs around the layers."""
         self.pieces.append(Piece(phase, place))
 
 
@@ -153,13 +153,13 @@ def predict(
 
     Args:
         vocabulary: entries of the tokenizer with the SID tokens.
-        sid_token_ids: the rows that train beside a low-rank update.
+        sid_token_ids: the trained rows of an adapter.
         flags: what trains, on how many bits, with which checkpointing.
         adapt: gives the model what trains, as in the run itself: `lora_utils.adapt`.
-        on_gpu: 16-bit matmuls, as on a GPU; else float32, as on a CPU. What trains is float32 in both, so a model that
-            trains in full on a GPU takes 16 bytes a parameter (weights, gradients, two moments), and its activations
-            hold autocast's 16-bit copy of the weights.
-        reference_copy: a second, frozen model stands beside the one that trains; its linear layers are in 16 bits.
+        on_gpu: 16-bit matmuls, as on a GPU; else float32, as on a CPU. What trains is float32 in both, so full
+            fine-tuning on a GPU takes 16 bytes per parameter (weight, gradient, two moments), and autocast's 16-bit
+            copy of the weights counts as activations.
+        reference_copy: a second, frozen model is held too, with its linear layers in 16 bits.
 
     Returns:
         the parts weights, adapter, gradients, optimizer, logits, activations and runtime.
@@ -185,7 +185,7 @@ def predict(
         times[key] * (_quantized_bytes(p, bits) if key in stored else p.numel() * p.element_size())
         for key, p in base_weights.items()
     )
-    # A product with a quantized weight first writes it out; one in 8 bits on a CPU in float32.
+    # A matmul dequantizes its weight first; an 8-bit one on a CPU to float32.
     width = 4 if bits == 8 and not on_gpu else 2
     dequantized = max((weight.numel() * width for weight in quantized), default=0)
     if bits < 16:
@@ -200,7 +200,7 @@ def predict(
     trained_bytes = sum(sizes[id(p)] for p in trained)
     adapter = sum(size for key, size in sizes.items() if key not in base_weights)
     try:
-        # As the trainers have it: SFT keeps none of autocast's copies of weights where it recomputes activations.
+        # As in the trainers: SFT with recomputed activations keeps none of autocast's copies of weights.
         peak, kept, loss = _run(
             model, step, dtype, depth, cache_enabled=step.rewarded or not flags.gradient_checkpointing
         )
@@ -212,7 +212,7 @@ def predict(
     if on_gpu:
         runtime = CUDA_CONTEXT
     else:
-        # A resized embedding stands beside the file it was read from, of which the other weights are a view.
+        # A resized embedding is a copy; the other weights are views of the mapped file.
         resized = config_rows < vocabulary and bits == 16
         runtime = rss_gb() * GB + HELD_BACK_ON_CPU * kept + resized * config_rows * hidden * dtype.itemsize
         runtime += COMPILED_ON_CPU * (dtype == torch.bfloat16)
@@ -232,8 +232,8 @@ def predict(
 
 
 def cache_gb(config, rows: int, tokens: int, beams: int, completion_tokens: int, on_gpu: bool) -> float:
-    """What constrained beam search holds beside the weights, in GB: keys and values of the prompts and of the beams,
-    and the widest activations of reading the prompts."""
+    """What constrained beam search holds besides the weights, in GB: keys and values of the prompts and of the beams,
+    and the widest activations of the prefill."""
     text = config.get_text_config()
     width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
@@ -244,14 +244,14 @@ def cache_gb(config, rows: int, tokens: int, beams: int, completion_tokens: int,
 
 
 def _run(model: nn.Module, step: Step, dtype: torch.dtype, depth: Depth, cache_enabled: bool) -> tuple[int, int, int]:
-    """The most bytes that live during forward and backward passes, gradients included; those the first forward pass
-    keeps up to the output head; and what the head and the loss add. All of the full depth that `model` was cut from."""
+    """(peak bytes of forward and backward passes, gradients included; bytes that the first forward pass keeps up to the
+    output head; bytes that the head and the loss add), all for the full depth that `model` was cut from."""
     model.train()
-    # What depends on values, which fakes have none of: the seed of a dropout mask; whether rows hold packed sequences.
+    # Replaces what depends on values, which fake tensors lack: the seed of a dropout mask, the search for packed rows.
     with (
         mock.patch.object(low_rank, "_draw_seed", lambda: 0),
         mock.patch.object(masking_utils, "find_packed_sequence_indices", lambda _: None),
-        mock.patch.object(moe, "_grouped_mm", _of_one_expert),  # which fakes have in bfloat16 alone
+        mock.patch.object(moe, "_grouped_mm", _of_one_expert),  # fake tensors support it only in bfloat16
         FakeTensorMode(allow_non_fake_inputs=True),
     ):
         _without_storage(model)
@@ -289,7 +289,7 @@ def _run(model: nn.Module, step: Step, dtype: torch.dtype, depth: Depth, cache_e
 
 
 def _of_one_expert(x: torch.Tensor, weight: torch.Tensor, offs: torch.Tensor) -> torch.Tensor:
-    """All rows [S, I] with the first of the weights [E, I, O]: what the product of every row with its own costs."""
+    """All rows [S, I] times the first of the weights [E, I, O]: costs what each row times its own expert costs."""
     with torch.autocast("cpu", enabled=False):
         return x.to(weight.dtype) @ weight[0]
 

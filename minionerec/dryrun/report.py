@@ -1,4 +1,4 @@
-"""What a training would do, said without loading a weight: rows and tokens of every task, steps, memory, and whether it
+"""What a training would do, without loading a weight: rows and tokens of every task, steps, peak memory, and whether it
 fits the device."""
 
 import json
@@ -27,12 +27,12 @@ from minionerec.training.tree_batches import Prefixes, TreeBatches
 
 @dataclass
 class Inputs:
-    """What a training would start from: the very objects that it would use.
+    """The objects that the training itself would use.
 
     Attributes:
         config: of the base.
         tokenizer: with the SID tokens.
-        sid_token_ids: the rows that would train beside a low-rank update.
+        sid_token_ids: the rows that an adapter would train.
         encoder, rows_of: of the training examples, as in `write_examples`.
         adapt: as in `predict`.
     """
@@ -59,7 +59,7 @@ def say_tasks(encoder: Encoder, rows_of: Callable[[str], Iterable]) -> tuple[int
             for prompt, response in encoder.encode(task, list(filter(task.suits, rows))):
                 lengths.append(len(prompt) + len(response))
                 responses.append(len(response))
-        if not lengths:  # every row lacks a text of the task
+        if not lengths:  # every row lacks a text that the task needs
             print(f"{task.name:<32}{0:>10}{task.weight:>8}")
             continue
         lengths.sort()
@@ -101,7 +101,7 @@ def say_memory(predicted: Prediction, size: float, name: str, suggest: Callable[
 
 
 def _settings_to_try(flags: AdapterFlags) -> Iterable[dict[str, Any]]:
-    """Settings to try, what costs least first: checkpointing, an adapter, a smaller base."""
+    """Settings to try, cheapest first: checkpointing, an adapter, a quantized base."""
     frozen = {"freeze_LLM": False} if flags.method == "freeze_LLM" else {}
     methods: list[dict] = [{}]
     if not flags.adapted:

@@ -21,9 +21,9 @@ def folder_size_mb(path: str) -> float:
 def save_final(trainer: Trainer, path: str, merge: bool = False, dtype: torch.dtype | None = None) -> None:
     """Saves the trainer's model, tokenizer and resolved configuration as a folder that appears whole or not at all.
 
-    With `merge` trained rows are written into the base and a standalone model is saved. `dtype` is that of the saved
-    weights, where it is not that of training: the float32 weights of full fine-tuning stay in the checkpoints that a
-    run resumes from. Every process must call it.
+    With `merge`, trained rows are written into the base and a standalone model is saved. `dtype` is the precision of
+    the saved weights if it differs from that of training: the float32 weights of full fine-tuning stay in the
+    checkpoints that a run resumes from. Every process must call it.
     """
     partial = f"{path}.partial"
     if trainer.args.should_save:
@@ -31,11 +31,11 @@ def save_final(trainer: Trainer, path: str, merge: bool = False, dtype: torch.dt
     trainer.save_dtype = dtype
     if merge:
         state = _merge(trainer)
-        if trainer.args.should_save and dtype not in (None, trainer.model.dtype):  # the base was rounded when loaded
+        if trainer.args.should_save and dtype not in (None, trainer.model.dtype):  # loading had rounded the base
             state = state if state is not None else trainer.model.state_dict()
             state = loading.unrounded(state, trainer.model.config._name_or_path, dtype)
         trainer.model.config.use_cache = True
-        trainer._save(partial, state)  # not by the engine: it knows the model that was
+        trainer._save(partial, state)  # not by the engine, which still holds the adapted model
     else:
         trainer.model.config.use_cache = True
         trainer.save_model(partial)
@@ -47,8 +47,8 @@ def save_final(trainer: Trainer, path: str, merge: bool = False, dtype: torch.dt
 
 
 def _merge(trainer: Trainer) -> dict[str, torch.Tensor] | None:
-    """Puts a plain model with the trained rows in the trainer's place of the adapted one. Where weights are sharded, it
-    has no weights itself: its whole state is returned, in the first process."""
+    """Replaces the trainer's adapted model by a plain one with the trained rows. Where weights are sharded, that model
+    is without weights, and its whole state is returned in the first process."""
     if not device.shares_weights_out():
         trainer.model = trainer.model.merge_and_unload()
         return None
