@@ -1,20 +1,26 @@
-"""The SFT trainer: a Hugging Face `Trainer` whose loss runs the output head on response positions only.
+"""The SFT trainer: a Hugging Face `Trainer` whose loss runs the output head on response positions only. Where the model
+allows it, what rows have in common is computed once.
 
 Dimensions: `B` rows, `L` tokens, `N` response tokens in the batch, `H` hidden, `V` vocabulary.
 """
 
 from collections.abc import Iterator, Sequence
 
+import datasets
 import numpy as np
 import torch
 import torch.nn.functional as F
+from accelerate.data_loader import prepare_data_loader
 from accelerate.utils import AutocastKwargs
-from torch.utils.data import Sampler
+from torch.utils.data import DataLoader, Sampler
 from transformers import Trainer
 
 from minionerec.data.examples import IGNORE
+from minionerec.decoding.probe import prove
 from minionerec.model.head import head_on
+from minionerec.model.token_trees import TreeCollator, best_width, edge_losses, model_inputs
 from minionerec.training.durable import DurableRun
+from minionerec.training.tree_batches import GroupSampler, Prefixes, TreeBatches
 
 
 def response_logits(model, inputs: dict[str, torch.Tensor], unwrapped=None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -33,6 +39,69 @@ def response_logits(model, inputs: dict[str, torch.Tensor], unwrapped=None) -> t
     with head_on(unwrapped if unwrapped is not None else model, predicts):
         logits = model(input_ids=inputs["input_ids"], use_cache=False).logits
     return logits, targets[targets != IGNORE]
+
+
+def row_losses(model, inputs: dict[str, torch.Tensor], unwrapped=None) -> tuple[torch.Tensor, torch.Tensor]:
+    """The cross-entropy (nats) of every response token of a batch, as for `response_logits`, and its row: [N] each."""
+    logits, targets = response_logits(model, inputs, unwrapped)
+    row = (inputs["labels"][:, 1:] != IGNORE).nonzero()[:, 0]
+    return F.cross_entropy(logits.float(), targets, reduction="none"), row
+
+
+def tree_losses(
+    model, inputs: dict[str, torch.Tensor], unwrapped=None, dtype: torch.dtype | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same for a batch of `TreeCollator`. `dtype` is the one that attention computes in, None for the model's."""
+    unwrapped = unwrapped if unwrapped is not None else model
+    tree, wanted, predicted_by = model_inputs(unwrapped, inputs, dtype)
+    with head_on(unwrapped, wanted):
+        logits = model(**tree, use_cache=False).logits
+    return edge_losses(logits, predicted_by, inputs["labels"]), inputs["row"]
+
+
+def step_order(prefixes: Prefixes, pack_rows: int, batch_size: int, seed: int) -> Sampler:
+    """The order of the rows where they are merged: in one optimizer step at most `pack_rows` of those that share much,
+    such as a user's; with 1 the steps are those of `StepSampler`."""
+    if pack_rows == 1:
+        return StepSampler(prefixes.length, batch_size, seed)
+    return GroupSampler(prefixes.groups(batch_size, pack_rows), seed)
+
+
+def plan_trees(
+    model,
+    train_dataset: datasets.Dataset,
+    eval_dataset: datasets.Dataset,
+    pack_rows: int,
+    batch_size: int,
+    micro_batch_size: int,
+    num_epochs: int,
+    seed: int,
+    state,
+) -> TreeBatches | None:
+    """The micro-batches of a training on token trees; None where `pack_rows` is 0, or where the model does not keep to
+    a tree mask, which is tried. Prints which way the run takes. All processes must ask.
+
+    `state` is accelerate's `PartialState`; the rest is as in `sft.train`. Raises what `prove` does.
+    """
+    if not pack_rows:
+        state.print("token trees: off; every row is computed by itself")
+        return None
+    longest = max(max(dataset["length"][:]) for dataset in (train_dataset, eval_dataset))
+    width = 2 * max(best_width(model.config.get_text_config().hidden_size), longest)
+    # A window counts positions; whether it does is tried in rows as long as there may be.
+    proof = prove(model, longest, max(min(width, micro_batch_size * longest), longest + 2))
+    if not proof.shared:
+        state.print(f"token trees: off; every row is computed by itself, since {proof.why or NO_SHARING}")
+        return None
+    prefixes = Prefixes(train_dataset)
+    order = step_order(prefixes, pack_rows, batch_size, seed)
+    sizes = num_epochs, micro_batch_size, batch_size
+    batches = TreeBatches(prefixes, order, *sizes, state.num_processes, state.process_index)
+    state.print(batches.summary())
+    return batches
+
+
+NO_SHARING = "rows that share a beginning get other scores"
 
 
 class StepSampler(Sampler):
@@ -72,16 +141,36 @@ class StepSampler(Sampler):
             yield from rows[np.argsort(-self.lengths[rows], kind="stable")].tolist()
 
 
+class _FixedOrder(Sampler):
+    """Rows in the order given."""
+
+    def __init__(self, order: np.ndarray):
+        self.order = order
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def __iter__(self) -> Iterator[int]:
+        yield from self.order.tolist()
+
+
 class SFTTrainer(DurableRun, Trainer):
     """Supervised fine-tuning on prompts and responses.
 
     The loss of an optimizer step is the mean cross-entropy over its response tokens, however they are spread over
     micro-batches and processes.
+
+    With `train_batches` the rows of every micro-batch, also of evaluations, are merged into token trees. The arguments
+    must then have `gradient_accumulation_steps=train_batches.accumulation`.
     """
 
-    def __init__(self, *args, run: dict, **kwargs):
+    def __init__(self, *args, run: dict, train_batches: TreeBatches | None = None, **kwargs):
         super().__init__(*args, **kwargs)
-        self.run = run
+        self.run, self.train_batches = run, train_batches
+        if train_batches is not None:
+            hidden_size = self.accelerator.unwrap_model(self.model).config.get_text_config().hidden_size
+            multiple = 16 if self.args.device.type == "cuda" else 1
+            self.data_collator = TreeCollator(self.data_collator.pad_token_id, hidden_size, multiple)
         # The Trainer then counts the response tokens of an accumulated batch and leaves the division to compute_loss.
         self.model_accepts_loss_kwargs = True
 
@@ -100,19 +189,38 @@ class SFTTrainer(DurableRun, Trainer):
         grouped = args.train_sampling_strategy == "group_by_length"
         return StepSampler(self.train_dataset["length"][:], step_rows, args.seed, grouped)
 
+    def get_train_dataloader(self) -> DataLoader:
+        if self.train_batches is None:
+            return super().get_train_dataloader()
+        args = self.args
+        loader = DataLoader(
+            self.train_dataset,
+            batch_sampler=self.train_batches,
+            collate_fn=self.data_collator,
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory,
+        )
+        # These are the batches of this process already; accelerate's own `prepare` would deal them out once more.
+        return prepare_data_loader(loader, args.device, num_processes=1, process_index=0, put_on_device=True)
+
     def _get_eval_sampler(self, eval_dataset) -> Sampler:
-        """From the longest to the shortest: little padding, and rows that do not fit are met first."""
+        """In token trees, neighbours share most in lexicographic order. Otherwise from the longest to the shortest:
+        little padding, and rows that do not fit are met first."""
+        if self.train_batches is not None:
+            return _FixedOrder(Prefixes(eval_dataset).order)
         return StepSampler(eval_dataset["length"][:], len(eval_dataset), self.args.seed)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         unwrapped = self.accelerator.unwrap_model(model)
-        logits, targets = response_logits(model, inputs, unwrapped)
-        losses = F.cross_entropy(logits.float(), targets, reduction="none")
+        if self.train_batches is not None:
+            dtype = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else None
+            losses, row = tree_losses(model, inputs, unwrapped, dtype)
+        else:
+            losses, row = row_losses(model, inputs, unwrapped)
         if not unwrapped.training:
             # The mean over rows of each one's mean: it does not depend on which rows share a batch.
-            answered = inputs["labels"][:, 1:] != IGNORE
-            weights = 1 / answered.sum(dim=1, keepdim=True).expand_as(answered)[answered]
-            loss = (losses * weights).sum() / len(answered)
+            tokens = row.bincount()
+            loss = (losses / tokens[row]).sum() / len(tokens)
         else:
             # Gradients are averaged over processes; the count is that of all of them.
             loss = losses.sum() / num_items_in_batch * self.accelerator.num_processes
