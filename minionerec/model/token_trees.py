@@ -17,11 +17,14 @@ Dimensions: `n` rows, `D` tokens of the longest row, `R` tensor rows of a micro-
 padding, `N` response tokens, `P` nodes that predict any of them, `V` vocabulary.
 """
 
+import math
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from minionerec.model.packed_rows import attention_masks
 
@@ -153,7 +156,7 @@ class TreeCollator:
         cuts = [slice(start, end) for start, end in pairwise(starts)]
         trees = [merge(tokens[cut], size[cut] - 1, shared[cut]) for cut in cuts]
         widest = max([len(tree.token) for tree in trees], default=1)
-        shape = max(len(trees), 1), -(-widest // self.multiple) * self.multiple
+        shape = max(len(trees), 1), math.ceil(widest / self.multiple) * self.multiple
         input_ids = np.full(shape, self.pad_token_id)
         position_ids = np.zeros(shape, dtype=np.int64)
         subtree_end = np.broadcast_to(np.arange(1, shape[1] + 1), shape).copy()  # padding sees itself
@@ -163,8 +166,8 @@ class TreeCollator:
 
         # A row's token at depth d is predicted by its node at depth d - 1.
         predicted = (column >= np.maximum(prompt, 1)[:, None]) & (column < size[:, None])
-        node = [tree.node + row * shape[1] for row, tree in enumerate(trees)]
-        node = np.concatenate(node) if node else np.zeros(tokens.shape, dtype=np.int64)
+        nodes = [tree.node + row * shape[1] for row, tree in enumerate(trees)]
+        node = np.concatenate(nodes) if nodes else np.zeros(tokens.shape, dtype=np.int64)
         labels = torch.from_numpy(tokens[predicted])
         return {
             "input_ids": torch.from_numpy(input_ids),
@@ -193,7 +196,7 @@ class TreeCollator:
 
 
 def model_inputs(
-    model, batch: dict[str, torch.Tensor], dtype: torch.dtype | None = None
+    model: nn.Module, batch: dict[str, torch.Tensor], dtype: torch.dtype | None = None
 ) -> tuple[dict[str, torch.Tensor], torch.Tensor, torch.Tensor]:
     """What a model takes for a batch of `TreeCollator`, the nodes [R, L] (bool) whose logits are wanted, and for every
     label which row of these logits [P, V] predicts it, [N].
@@ -233,13 +236,13 @@ def edge_losses(logits: torch.Tensor, predicted_by: torch.Tensor, labels: torch.
 
 class _EdgeLosses(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, logits: torch.Tensor, predicted_by: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: Any, logits: torch.Tensor, predicted_by: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         total = logits.float().logsumexp(dim=1)
         ctx.save_for_backward(logits, total, predicted_by, labels)
         return total[predicted_by] - logits[predicted_by, labels].float()
 
     @staticmethod
-    def backward(ctx, gradient: torch.Tensor):
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         logits, total, predicted_by, labels = ctx.saved_tensors
         weight = torch.zeros_like(total).index_add_(0, predicted_by, gradient)
         result = torch.sub(logits, total.unsqueeze(1)).exp_().mul_(weight.unsqueeze(1))

@@ -1,17 +1,20 @@
-"""The SFT trainer: a Hugging Face `Trainer` whose loss runs the output head on response positions only. Where the model
-allows it, what rows have in common is computed once.
+"""The SFT trainer: a Hugging Face `Trainer` whose loss runs the output head on response positions only. If the model
+allows it, the common beginnings of rows are computed once.
 
 Dimensions: `B` rows, `L` tokens, `N` response tokens in the batch, `H` hidden, `V` vocabulary.
 """
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import datasets
 import numpy as np
 import torch
 import torch.nn.functional as F
+from accelerate import PartialState
 from accelerate.data_loader import prepare_data_loader
 from accelerate.utils import AutocastKwargs
+from torch import nn
 from torch.utils.data import DataLoader, Sampler
 from transformers import Trainer
 
@@ -23,11 +26,13 @@ from minionerec.training.durable import DurableRun
 from minionerec.training.tree_batches import GroupSampler, Prefixes, TreeBatches
 
 
-def response_logits(model, inputs: dict[str, torch.Tensor], unwrapped=None) -> tuple[torch.Tensor, torch.Tensor]:
+def response_logits(
+    model: nn.Module, inputs: dict[str, torch.Tensor], unwrapped: nn.Module | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits [N, V] that predict the response tokens of a batch, and those tokens [N].
 
-    No token sees what stands behind it, so none sees the padding, and attention needs no mask for it: it runs in the
-    kernels that know the causal one alone.
+    No token sees the tokens after it, and the padding comes last. So attention needs no padding mask and can use the
+    kernels that support only the causal mask.
 
     Args:
         model: a causal LM, wrapped for distributed training or not.
@@ -41,7 +46,9 @@ def response_logits(model, inputs: dict[str, torch.Tensor], unwrapped=None) -> t
     return logits, targets[targets != IGNORE]
 
 
-def row_losses(model, inputs: dict[str, torch.Tensor], unwrapped=None) -> tuple[torch.Tensor, torch.Tensor]:
+def row_losses(
+    model: nn.Module, inputs: dict[str, torch.Tensor], unwrapped: nn.Module | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The cross-entropy (nats) of every response token of a batch, as for `response_logits`, and its row: [N] each."""
     logits, targets = response_logits(model, inputs, unwrapped)
     row = (inputs["labels"][:, 1:] != IGNORE).nonzero()[:, 0]
@@ -49,9 +56,12 @@ def row_losses(model, inputs: dict[str, torch.Tensor], unwrapped=None) -> tuple[
 
 
 def tree_losses(
-    model, inputs: dict[str, torch.Tensor], unwrapped=None, dtype: torch.dtype | None = None
+    model: nn.Module,
+    inputs: dict[str, torch.Tensor],
+    unwrapped: nn.Module | None = None,
+    dtype: torch.dtype | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same for a batch of `TreeCollator`. `dtype` is the one that attention computes in, None for the model's."""
+    """The same for a batch of `TreeCollator`. `dtype`: what attention computes in, None for the model's own dtype."""
     unwrapped = unwrapped if unwrapped is not None else model
     tree, wanted, predicted_by = model_inputs(unwrapped, inputs, dtype)
     with head_on(unwrapped, wanted):
@@ -60,15 +70,15 @@ def tree_losses(
 
 
 def step_order(prefixes: Prefixes, pack_rows: int, batch_size: int, seed: int) -> Sampler:
-    """The order of the rows where they are merged: in one optimizer step at most `pack_rows` of those that share much,
-    such as a user's; with 1 the steps are those of `StepSampler`."""
+    """The order of the rows of token trees: at most `pack_rows` rows that share much, such as a user's, are in the same
+    optimizer step; with 1 the steps are those of `StepSampler`."""
     if pack_rows == 1:
         return StepSampler(prefixes.length, batch_size, seed)
     return GroupSampler(prefixes.groups(batch_size, pack_rows), seed)
 
 
 def plan_trees(
-    model,
+    model: nn.Module,
     train_dataset: datasets.Dataset,
     eval_dataset: datasets.Dataset,
     pack_rows: int,
@@ -76,12 +86,12 @@ def plan_trees(
     micro_batch_size: int,
     num_epochs: int,
     seed: int,
-    state,
+    state: PartialState,
 ) -> TreeBatches | None:
-    """The micro-batches of a training on token trees; None where `pack_rows` is 0, or where the model does not keep to
-    a tree mask, which is tried. Prints which way the run takes. All processes must ask.
+    """The micro-batches of a training on token trees; None if `pack_rows` is 0, or if the probe finds that the model
+    does not follow a tree mask. Prints which way the run takes. Every process must call it.
 
-    `state` is accelerate's `PartialState`; the rest is as in `sft.train`. Raises what `prove` does.
+    Arguments are as in `sft.train`. Raises what `prove` does.
     """
     if not pack_rows:
         state.print("token trees: off; every row is computed by itself")
@@ -105,21 +115,21 @@ NO_SHARING = "rows that share a beginning get other scores"
 
 
 class StepSampler(Sampler):
-    """A random order of the examples, in which those of an optimizer step stand from the longest to the shortest.
+    """A random order of the examples, in which those of an optimizer step are sorted, the longest first.
 
-    A step's gradient does not depend on how its examples are spread over micro-batches; its padding does, and so does
-    the time it takes. What needs the most memory comes first. The order follows from the seed and the epoch only, so
-    that a resumed run meets the same steps.
+    A step's gradient does not depend on how its examples are split into micro-batches, but its padding and time do.
+    The micro-batch that needs the most memory comes first. The order follows from the seed and the epoch only, so a
+    resumed run gets the same steps.
 
     Args:
         lengths: tokens of every example.
         step_rows: examples of an optimizer step, over all processes.
-        seed: of the order, which is another one every epoch.
-        group_by_length: sort the examples of up to 50 steps, but at most a quarter of all, together: those of a step
-            are then of similar length. The longest example comes first of all.
+        seed: of the order, which is different in every epoch.
+        group_by_length: sort the examples of up to 50 steps together, but at most a quarter of all: the examples of a
+            step then have similar lengths. The longest example comes first of all.
     """
 
-    def __init__(self, lengths: Sequence[int], step_rows: int, seed: int, group_by_length: bool = False):
+    def __init__(self, lengths: Sequence[int] | np.ndarray, step_rows: int, seed: int, group_by_length: bool = False):
         self.lengths, self.seed = np.asarray(lengths), seed
         steps = min(50, len(self.lengths) // (4 * step_rows)) if group_by_length else 1
         self.sorted_rows, self.group_by_length = step_rows * max(steps, 1), group_by_length
@@ -164,7 +174,9 @@ class SFTTrainer(DurableRun, Trainer):
     must then have `gradient_accumulation_steps=train_batches.accumulation`.
     """
 
-    def __init__(self, *args, run: dict, train_batches: TreeBatches | None = None, **kwargs):
+    data_collator: Any
+
+    def __init__(self, *args: Any, run: dict, train_batches: TreeBatches | None = None, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.run, self.train_batches = run, train_batches
         if train_batches is not None:
@@ -174,14 +186,14 @@ class SFTTrainer(DurableRun, Trainer):
         # The Trainer then counts the response tokens of an accumulated batch and leaves the division to compute_loss.
         self.model_accepts_loss_kwargs = True
 
-    def _build_accelerator_args(self, **kwargs) -> dict:
+    def _build_accelerator_args(self, **kwargs: Any) -> dict:
         args = super()._build_accelerator_args(**kwargs)
-        # Autocast would keep its 16-bit copy of all weights to the end of a forward pass, which uses each once.
+        # Autocast would keep its 16-bit copies of all weights until the forward pass ends, which uses each only once.
         if self.args.activation_checkpointing:
             args["kwargs_handlers"].append(AutocastKwargs(cache_enabled=False))
         return args
 
-    def _get_train_sampler(self, train_dataset=None) -> Sampler:
+    def _get_train_sampler(self, train_dataset: datasets.Dataset | None = None) -> Sampler:
         args = self.args
         if args.train_sampling_strategy not in ("random", "group_by_length"):
             return super()._get_train_sampler(train_dataset)
@@ -200,17 +212,23 @@ class SFTTrainer(DurableRun, Trainer):
             num_workers=args.dataloader_num_workers,
             pin_memory=args.dataloader_pin_memory,
         )
-        # These are the batches of this process already; accelerate's own `prepare` would deal them out once more.
+        # These are this process's batches already; accelerate's `prepare` would shard them once more.
         return prepare_data_loader(loader, args.device, num_processes=1, process_index=0, put_on_device=True)
 
-    def _get_eval_sampler(self, eval_dataset) -> Sampler:
+    def _get_eval_sampler(self, eval_dataset: datasets.Dataset) -> Sampler:
         """In token trees, neighbours share most in lexicographic order. Otherwise from the longest to the shortest:
         little padding, and rows that do not fit are met first."""
         if self.train_batches is not None:
             return _FixedOrder(Prefixes(eval_dataset).order)
         return StepSampler(eval_dataset["length"][:], len(eval_dataset), self.args.seed)
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, torch.Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
         unwrapped = self.accelerator.unwrap_model(model)
         if self.train_batches is not None:
             dtype = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else None

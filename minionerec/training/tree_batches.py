@@ -243,11 +243,11 @@ class TreeBatches(Sampler):
     def survey(self, steps: int = 100) -> tuple[float, float, np.ndarray]:
         """Of the first steps: the tokens and the nodes of one on average, and the rows of the largest micro-batch."""
         parts = [part for parts in islice(self.steps(), steps) for part in parts]
-        steps = len(parts) / (self.accumulation * self.processes)
+        surveyed = len(parts) / (self.accumulation * self.processes)
         sizes = [self.prefixes.size(part) for part in parts]
         tokens = sum(int(self.prefixes.length[part].sum()) for part in parts)
         filled = [max(s.nodes / self.longest.nodes, s.responses / self.longest.responses) for s in sizes]
-        return tokens / steps, sum(size.nodes for size in sizes) / steps, parts[int(np.argmax(filled))]
+        return tokens / surveyed, sum(size.nodes for size in sizes) / surveyed, parts[int(np.argmax(filled))]
 
     def summary(self) -> str:
         """One line: what a step computes."""
