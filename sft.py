@@ -57,9 +57,9 @@ class SFTFlags(TrainingFlags):
     )
     pack_rows: int = flag(
         16,
-        "compute the common beginnings of the rows of an optimizer step once (token trees), and let up to this many "
-        "rows that share much, such as a user's, come in the same step; 1: steps as random as without. 0: every row by "
-        "itself, as for models whose attention takes no tree mask; group_by_length is for that only.",
+        "compute the common beginnings of the rows of an optimizer step once (token trees), and put up to this many "
+        "rows that share much, such as a user's, into the same step; 1 keeps the steps random. 0 computes every row by "
+        "itself, as is done for models whose attention takes no tree mask; only then group_by_length has an effect.",
         zero_or_more,
     )
     freeze_LLM: bool = flag(
@@ -219,6 +219,8 @@ def train(flags: SFTFlags) -> "dict | Prediction":
     # Plan the micro-batches: as token trees, where the model takes them.
     sizes = flags.batch_size, flags.micro_batch_size, flags.num_epochs
     trees = plan_trees(model, train_dataset, eval_dataset, flags.pack_rows, *sizes, flags.seed, state)
+    if trees and flags.group_by_length:
+        state.print("--group_by_length changes nothing for token trees; with --pack_rows 0 it sorts steps by length")
     accumulation = trees.accumulation if trees else flags.batch_size // (flags.micro_batch_size * state.num_processes)
 
     # Train.
