@@ -14,7 +14,8 @@ from transformers import CONFIG_MAPPING
 import lora_utils
 from minionerec.errors import InputError
 from minionerec.flags import AdapterFlags
-from minionerec.model import adapters, architecture, low_rank, sid_rows
+from minionerec.model import adapters, low_rank, sid_rows
+from minionerec.model.architecture import meta_model
 from minionerec.model.loading import load_base
 
 IDS = [90, 91, 5]  # SID rows need not be the last ones
@@ -65,7 +66,7 @@ def saved_base(tmp_path_factory):
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_target_modules_are_found_without_weights(architecture):
-    model = architecture.meta_model(config_of(architecture))
+    model = meta_model(config_of(architecture))
     assert all(parameter.is_meta for parameter in model.parameters())
     every, attention = TARGETS[architecture]
     assert lora_utils.find_target_modules(model, "all") == every
@@ -287,7 +288,7 @@ def test_the_adapter_of_a_7b_model_is_small():
         vocab_size=152064, hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28,
         num_key_value_heads=4, tie_word_embeddings=False,
     )  # fmt: skip
-    model = architecture.meta_model(config)
+    model = meta_model(config)
     with torch.device("meta"):
         wrapped = lora_utils.add_lora(model, lora_utils.lora_config(model, list(range(151_665, 151_665 + 560))))
     trainable, _ = lora_utils.count_parameters(wrapped)
