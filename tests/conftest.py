@@ -9,8 +9,11 @@ from pathlib import Path
 import pytest
 from helpers import run_command, sft_flags, write_csv
 
+from minionerec.data.files import read_catalogue
+
 os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="minionerec-cache-")
 os.environ["HF_HUB_OFFLINE"] = "1"
+pytest.register_assert_rewrite("plain", "processes")
 
 
 def pytest_configure(config) -> None:
@@ -88,3 +91,22 @@ def sft_run(files, base, tmp_path_factory):
         return runs[method]
 
     return folder
+
+
+@pytest.fixture(scope="session")
+def checkpoint_of(files, base, tmp_path_factory):
+    """Makes a whole checkpoint of any architecture with the tests' tokenizer and SID tokens."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    def make(model_type: str, **changes) -> str:
+        folder = str(tmp_path_factory.mktemp(model_type))
+        tokenizer = AutoTokenizer.from_pretrained(base)
+        tokenizer.add_tokens(read_catalogue(files["index"], files["item"]).sid_tokens)
+        sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+        config = AutoConfig.for_model(model_type, **{**sizes, "vocab_size": len(tokenizer), **changes})
+        config.eos_token_id = config.pad_token_id = tokenizer.eos_token_id
+        AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        return folder
+
+    return make

@@ -4,6 +4,7 @@ The libraries take a new process 6 s to import. So one process imports them, onc
 test asks for is a fork of it. `torchrun` and `launch` start processes as a user does.
 """
 
+import json
 import multiprocessing
 import os
 import socket
@@ -20,9 +21,11 @@ from unittest import mock
 
 import psutil
 import pytest
+import torch
 import workers
 from accelerate.commands import launch as accelerate_launch
 from helpers import ROOT, flag_words
+from safetensors.torch import load_file
 
 PAUSE = 0.02  # seconds between two looks at what a process has done
 PRELOADED = ["workers", "lora_utils", "minionerec.dryrun.report", "minionerec.training.rl_trainer"]
@@ -162,3 +165,16 @@ def two_processes(
     if mode == "watched" and engine != "zero3":  # where each process holds its shard only
         assert (folder / "rank0").read_text() == (folder / "rank1").read_text()
     return errors
+
+
+def assert_same_run(one: Path, two: Path, atol: float) -> None:
+    """The same curve, and the same weights in final_checkpoint up to `atol`."""
+    curves = []
+    for run in (one, two):
+        history = json.loads((run / "metrics.json").read_text())["history"]
+        curves.append([entry[key] for entry in history for key in ("loss", "eval_loss", "eval_HR@10") if key in entry])
+    assert len(curves[0]) > 10 and curves[1] == pytest.approx(curves[0], rel=1e-3, abs=1e-4)
+    weights = [load_file(next((run / "final_checkpoint").glob("*model.safetensors"))) for run in (one, two)]
+    assert weights[0].keys() == weights[1].keys()
+    for name, tensor in weights[0].items():
+        torch.testing.assert_close(weights[1][name].to(tensor.dtype), tensor, atol=atol, rtol=1e-3)

@@ -56,3 +56,9 @@ def test_no_floor_imports_a_higher_one(file):
     assert not {name for name, other in others.items() if {room, other} == NEIGHBOURS}
     if room.startswith("minionerec"):
         assert not {name for name, other in others.items() if other in OUTSIDE}  # the package and libraries only
+
+
+def test_test_files_do_not_import_each_other():
+    """What they share is in the files beside them that have no tests."""
+    for file in (ROOT / "tests").glob("*.py"):
+        assert not {name for name in imports(file) if name.split(".")[0].startswith("test_")}, file

@@ -11,27 +11,13 @@ import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from helpers import ROOT, flag_words, rl_flags, run_command, sft_flags
-from processes import ENGINES, two_processes
+from processes import ENGINES, assert_same_run, two_processes
 from safetensors.torch import load_file
 
 import lora_utils
 from minionerec.flags import AdapterFlags
 from minionerec.model import loading
 from minionerec.training.resume import newest_checkpoint
-
-
-def assert_same_run(one: Path, two: Path, atol: float) -> None:
-    """The same curve, and the same weights in final_checkpoint up to `atol`."""
-    curves = []
-    for run in (one, two):
-        history = json.loads((run / "metrics.json").read_text())["history"]
-        curves.append([entry[key] for entry in history for key in ("loss", "eval_loss", "eval_HR@10") if key in entry])
-    assert len(curves[0]) > 10 and curves[1] == pytest.approx(curves[0], rel=1e-3, abs=1e-4)
-    weights = [load_file(next((run / "final_checkpoint").glob("*model.safetensors"))) for run in (one, two)]
-    assert weights[0].keys() == weights[1].keys()
-    for name, tensor in weights[0].items():
-        torch.testing.assert_close(weights[1][name].to(tensor.dtype), tensor, atol=atol, rtol=1e-3)
-
 
 METHODS = {
     "full": {},

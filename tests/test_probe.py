@@ -9,14 +9,13 @@ from architectures import COPIED, build
 from helpers import evaluate_flags, rl_flags, sft_flags
 from models import make_model
 from plain import EOS, SIDS, check_beams, check_logps, exhaustive, prompts, with_adapter
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BertConfig, RwkvConfig
+from transformers import AutoModelForCausalLM, BertConfig, RwkvConfig
 from transformers.models.bamba import modeling_bamba
 
 import evaluate
 import lora_utils
 import rl
 import sft
-from minionerec.data.files import read_catalogue
 from minionerec.decoding import probe
 from minionerec.decoding.beam_search import constrained_beam_search
 from minionerec.decoding.beams import CopiedBeams, RereadBeams, TreeBeams
@@ -140,24 +139,6 @@ def test_weights_of_rwkv_stay_as_they_are(tmp_path):
     weights = copy.deepcopy(model.state_dict())
     assert prove(model.eval()).beams is RereadBeams
     assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())
-
-
-@pytest.fixture(scope="module")
-def checkpoint_of(files, base, tmp_path_factory):
-    """Makes a whole checkpoint of any architecture with the tests' tokenizer and SID tokens."""
-
-    def make(model_type: str, **changes) -> str:
-        folder = str(tmp_path_factory.mktemp(model_type))
-        tokenizer = AutoTokenizer.from_pretrained(base)
-        tokenizer.add_tokens(read_catalogue(files["index"], files["item"]).sid_tokens)
-        sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
-        config = AutoConfig.for_model(model_type, **{**sizes, "vocab_size": len(tokenizer), **changes})
-        config.eos_token_id = config.pad_token_id = tokenizer.eos_token_id
-        AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-        return folder
-
-    return make
 
 
 def test_commands_refuse_what_cannot_be_decoded_before_they_train(files, checkpoint_of, tmp_path):

@@ -414,7 +414,7 @@ def test_rewards_see_each_row_its_own_target(sft, tmp_path):
     """Two rows with the same prompt and different targets."""
     trainer = make_trainer(sft, "new LoRA", tmp_path)
     batch, outputs = generated(trainer)
-    first = sids_of(trainer, outputs)[:4]
+    sid_of, first = trainer.trie.sid_of(trainer.sids), sids_of(trainer, outputs)[:4]
     rows = [{**copy.deepcopy(batch[0]), "target": first[0]}] * 4 + [{**copy.deepcopy(batch[0]), "target": first[2]}] * 4
 
     sid_of = trainer.trie.sid_of(trainer.sids)

@@ -17,11 +17,9 @@ from datasets import Dataset
 from helpers import run_command, sft_flags
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import ARCHITECTURES, make_model
-from test_devices import assert_same_run, two_processes
-from test_logprobs import with_adapter
-from test_probe import checkpoint_of  # noqa: F401, a fixture
-from test_trainer import adapted
+from models import ARCHITECTURES, adapted, make_model
+from plain import with_adapter
+from processes import assert_same_run, two_processes
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TrainingArguments
 
 from minionerec.checkpoint import Checkpoint, newest_checkpoint
@@ -452,7 +450,7 @@ def test_a_run_on_trees_continues_exactly_in_its_second_epoch(tmp_path):
         assert all(torch.equal(weight, resumed[name]) for name, weight in weights.items())
 
 
-def test_layers_that_ignore_the_mask_get_rows_one_by_one(files, checkpoint_of, tmp_path):  # noqa: F811
+def test_layers_that_ignore_the_mask_get_rows_one_by_one(files, checkpoint_of, tmp_path):
     lfm2 = checkpoint_of("lfm2", num_key_value_heads=2, block_ff_dim=64, layer_types=["conv", "full_attention"])
     flags = sft_flags(files, lfm2, tmp_path / "run", sample=8, tasks="sid_history_to_sid")
     done = run_command("sft.py", **flags)
@@ -463,6 +461,7 @@ def test_layers_that_ignore_the_mask_get_rows_one_by_one(files, checkpoint_of, t
     assert dry.returncode == 0 and "token trees: off; " in dry.stdout, dry.stderr[-3000:]
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one_which_goes_on_in_the_second_epoch(files, base, tmp_path):
     flags = {"use_lora": True, "lora_dropout": 0.0, "learning_rate": 1e-3, "num_epochs": 2}
     # 42 examples: the last step of an epoch has 2, for 2 micro-batches on each process.
