@@ -19,7 +19,7 @@ from minionerec.data.files import Catalogue, Interaction, Item, read_catalogue, 
 from minionerec.data.prompts import Prompts, load_prompts
 from minionerec.data.texts import check_interactions, items_left_out
 from minionerec.errors import Problems
-from minionerec.flags import TrainingFlags, above_zero, check_batch, command, flag, fraction_of_training
+from minionerec.flags import TrainingFlags, above_zero, check_batch, command, flag, fraction_of_training, zero_or_more
 
 if TYPE_CHECKING:
     from minionerec.dryrun.memory import Prediction
@@ -54,6 +54,13 @@ class SFTFlags(TrainingFlags):
     )
     group_by_length: bool = flag(
         False, "put rows of similar length into the same optimizer step; those of a step always go by length."
+    )
+    pack_rows: int = flag(
+        16,
+        "compute the common beginnings of the rows of an optimizer step once (token trees), and let up to this many "
+        "rows that share much, such as a user's, come in the same step; 1: steps as random as without. 0: every row by "
+        "itself, as for models whose attention takes no tree mask; group_by_length is for that only.",
+        zero_or_more,
     )
     freeze_LLM: bool = flag(
         False,
@@ -138,6 +145,7 @@ def train(flags: SFTFlags) -> "dict | Prediction":
     # Check the flags and every row of the files, before anything heavy is imported.
     files = read_input(flags)
 
+    from datasets import Dataset
     from transformers import EarlyStoppingCallback, TrainingArguments, set_seed
 
     import lora_utils
@@ -150,7 +158,7 @@ def train(flags: SFTFlags) -> "dict | Prediction":
     from minionerec.training.arguments import shared_arguments
     from minionerec.training.finish import finish
     from minionerec.training.resume import resume_point
-    from minionerec.training.sft_trainer import SFTTrainer
+    from minionerec.training.sft_trainer import SFTTrainer, plan_trees
 
     # Prove that the base can have the adapter, and that every SID becomes its own tokens.
     config = loading.load_config(flags.base_model)
@@ -161,12 +169,18 @@ def train(flags: SFTFlags) -> "dict | Prediction":
     encoder = Encoder(tokenizer, files.prompts, flags.cutoff_len)
     remedy = f"rename the SID tokens in --sid_index_path {flags.sid_index_path}, or take another base"
     check_sids(encoder, files.catalogue, f"--base_model {flags.base_model}", remedy)
+    sources = [flags.train_file, flags.sid_index_path, flags.item_meta_path]
+
+    def training_examples() -> Dataset:
+        return tokenized_dataset(encoder, files.train_rows, sources, sample=flags.sample, seed=flags.seed)
+
     if flags.dry_run:
         from minionerec.dryrun import report
 
         print(*notes, sep="\n", end="\n" if notes else "")
         ids = sorted(tokenizer.convert_tokens_to_ids(sid_tokens))
-        return report.sft(flags, report.Inputs(config, tokenizer, ids, encoder, files.train_rows, lora_utils.adapt))
+        inputs = report.Inputs(config, tokenizer, ids, encoder, files.train_rows, lora_utils.adapt)
+        return report.sft(flags, inputs, training_examples)
 
     # Find the checkpoint to resume from.
     set_seed(flags.seed)
@@ -194,18 +208,23 @@ def train(flags: SFTFlags) -> "dict | Prediction":
     state.print(lora_utils.trainable_report(model))
 
     # Tokenize the rows, or find them in the cache.
-    sources = [flags.train_file, flags.sid_index_path, flags.item_meta_path]
     eval_encoder = Encoder(tokenizer, files.eval_prompts, flags.cutoff_len)
     with state.local_main_process_first():
-        train_dataset = tokenized_dataset(encoder, files.train_rows, sources, sample=flags.sample, seed=flags.seed)
+        train_dataset = training_examples()
         eval_dataset = tokenized_dataset(eval_encoder, files.eval_rows, [flags.eval_file])
     state.print(f"training examples: {len(train_dataset):,}; validation examples: {len(eval_dataset):,}")
+
+    # Plan the micro-batches: as token trees, where the model takes them.
+    sizes = flags.batch_size, flags.micro_batch_size, flags.num_epochs
+    trees = plan_trees(model, train_dataset, eval_dataset, flags.pack_rows, *sizes, flags.seed, state)
+    accumulation = trees.accumulation if trees else flags.batch_size // (flags.micro_batch_size * state.num_processes)
 
     # Train.
     steps = math.ceil(len(train_dataset) / flags.batch_size) * flags.num_epochs
     trainer = SFTTrainer(
         model=model,
         run=run,
+        train_batches=trees,
         processing_class=tokenizer,
         data_collator=Collator(tokenizer.pad_token_id),
         train_dataset=train_dataset,
@@ -215,7 +234,7 @@ def train(flags: SFTFlags) -> "dict | Prediction":
             **shared_arguments(flags),
             per_device_train_batch_size=flags.micro_batch_size,
             per_device_eval_batch_size=flags.micro_batch_size,
-            gradient_accumulation_steps=flags.batch_size // (flags.micro_batch_size * state.num_processes),
+            gradient_accumulation_steps=accumulation,
             num_train_epochs=flags.num_epochs,
             learning_rate=flags.learning_rate,
             lr_scheduler_type="linear",

@@ -25,6 +25,7 @@ from benchmarks.common import (
     print_json,
     print_table,
     quiet,
+    small_qwen2,
 )
 from minionerec import cli
 from minionerec.errors import Problems
@@ -147,7 +148,7 @@ def decode(
     build = in_fresh_process(build_cost, large_catalogue, vocab_size)
 
     import torch
-    from transformers import AutoModelForCausalLM, Qwen2Config, set_seed
+    from transformers import AutoModelForCausalLM, set_seed
 
     from minionerec.data import sid_tokens
     from minionerec.decoding import beam_search
@@ -157,19 +158,7 @@ def decode(
     quiet()
     set_seed(0)
     tokenizer = sid_tokenizer(vocab_size)
-    config = Qwen2Config(
-        vocab_size=len(tokenizer),
-        hidden_size=hidden_size,
-        num_hidden_layers=num_hidden_layers,
-        num_attention_heads=num_attention_heads,
-        num_key_value_heads=max(num_attention_heads // 2, 1),
-        intermediate_size=4 * hidden_size,
-        tie_word_embeddings=True,
-        initializer_range=0.1,  # so that scores differ by more than rounding
-        bos_token_id=0,
-        eos_token_id=0,
-        pad_token_id=0,
-    )
+    config = small_qwen2(len(tokenizer), hidden_size, num_hidden_layers, num_attention_heads)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).to(device.local_device()).eval()
     input_ids = torch.randint(2, vocab_size, (prompts, prompt_tokens))
     attention_mask = torch.ones_like(input_ids)

@@ -26,7 +26,16 @@ from typing import Any
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from benchmarks.common import answer, in_turn, peak_memory_gb, print_json, print_table, quiet, reset_peak_memory
+from benchmarks.common import (
+    answer,
+    in_turn,
+    peak_memory_gb,
+    print_json,
+    print_table,
+    quiet,
+    reset_peak_memory,
+    small_qwen2,
+)
 from benchmarks.decode import LEVELS, prefix_table, random_sids, sid_tokenizer
 from minionerec import cli
 from minionerec.errors import Problems
@@ -62,7 +71,7 @@ def setting(shape: dict[str, int], sids: int, prompts: int, prompt_tokens: int, 
     """What a step needs: tokenizer, model, adapter configuration, SIDs, their token ids [S, D], prompts, and the
     prompts whose groups have equal rewards."""
     import torch
-    from transformers import AutoModelForCausalLM, Qwen2Config, set_seed
+    from transformers import AutoModelForCausalLM, set_seed
 
     import lora_utils
     from minionerec.data import sid_tokens
@@ -70,14 +79,7 @@ def setting(shape: dict[str, int], sids: int, prompts: int, prompt_tokens: int, 
 
     set_seed(0)
     tokenizer = sid_tokenizer(shape["vocab_size"])
-    config = Qwen2Config(
-        **{**shape, "vocab_size": len(tokenizer)},
-        tie_word_embeddings=True,
-        initializer_range=0.1,
-        bos_token_id=0,
-        eos_token_id=0,
-        pad_token_id=0,
-    )
+    config = small_qwen2(**{**shape, "vocab_size": len(tokenizer)})
     dtype = device.compute_dtype()
     model = AutoModelForCausalLM.from_config(config, dtype=dtype).to(device.local_device())
     catalogue = random_sids(sids)
@@ -294,8 +296,6 @@ def rl_step(
         "hidden_size": hidden_size,
         "num_hidden_layers": num_hidden_layers,
         "num_attention_heads": num_attention_heads,
-        "num_key_value_heads": max(num_attention_heads // 2, 1),
-        "intermediate_size": 4 * hidden_size,
         "vocab_size": vocab_size,
     }
     settings = (num_generations, micro_batch_size, shape, sids, prompts, prompt_tokens, silent_share)

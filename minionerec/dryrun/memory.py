@@ -26,6 +26,7 @@ from minionerec.dryrun.depth import BEFORE, HEAD, Depth, Piece, whole_where_need
 from minionerec.errors import InputError
 from minionerec.flags import AdapterFlags
 from minionerec.model import adapters, architecture, low_rank
+from minionerec.model.token_trees import edge_losses
 from minionerec.process_memory import rss_gb
 from minionerec.training.logprobs import token_logps
 
@@ -44,9 +45,11 @@ class Step:
     Attributes:
         rows, tokens: shape of the largest micro-batch, padding included.
         response_tokens: its positions that the output head runs on.
-        shared: the rows hold several completions after one prompt, under a mask of [tokens, tokens] for each.
+        shared: the rows hold token trees, such as several completions after one prompt, under a mask of [tokens,
+            tokens] for each.
         accumulate: whether gradients of an earlier micro-batch are there already.
         rewarded: the loss is RL's, on log-probabilities.
+        trees: the loss is SFT's on token trees.
     """
 
     rows: int
@@ -55,6 +58,7 @@ class Step:
     shared: bool = False
     accumulate: bool = True
     rewarded: bool = False
+    trees: bool = False
 
 
 class _Alive(TorchDispatchMode):
@@ -270,6 +274,8 @@ def _run(model: nn.Module, step: Step, dtype: torch.dtype, depth: Depth, cache_e
                     first = ids.new_zeros(len(logits))
                     if step.rewarded:
                         loss = token_logps(logits.float() / 1.0, first, first, first.bool())[0].sum()
+                    elif step.trees:
+                        loss = edge_losses(logits, first, first).sum()
                     else:
                         loss = F.cross_entropy(logits.float(), first)
                     of_loss = alive.pieces[-1].growth

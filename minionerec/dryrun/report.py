@@ -11,6 +11,7 @@ from statistics import median
 from typing import Any
 
 import torch
+from datasets import Dataset
 from transformers import PreTrainedConfig, PreTrainedTokenizerFast
 
 from minionerec.data.encoding import Encoder, batches
@@ -19,6 +20,9 @@ from minionerec.decoding.probe import may_share_rows
 from minionerec.dryrun.memory import GB, Adapt, Prediction, Step, cache_gb, predict
 from minionerec.flags import AdapterFlags, memory_gb
 from minionerec.model import device
+from minionerec.model.token_trees import TreeCollator
+from minionerec.training.sft_trainer import step_order
+from minionerec.training.tree_batches import Prefixes, TreeBatches
 
 
 @dataclass
@@ -127,24 +131,45 @@ def suggestion(flags: Any, batch: str, size: float, total_of: Callable[[Any], fl
     return "nor does anything else here: take a smaller model, or a smaller --cutoff_len"
 
 
-def sft(flags: Any, inputs: Inputs) -> Prediction:
-    """The dry run of sft.py, of its flags."""
+def sft(flags: Any, inputs: Inputs, training_examples: Callable[[], Dataset]) -> Prediction:
+    """The dry run of sft.py, of its flags; `training_examples()` tokenizes them, or finds them in the cache."""
     say_flags(flags)
     examples, tokens, response = say_tasks(inputs.encoder, inputs.rows_of)
     steps = math.ceil(examples / flags.batch_size)
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     print(f"\n{examples:,} examples; {steps:,} steps an epoch, at most {steps * flags.num_epochs:,} in all")
     on_gpu, size, name = device_of(flags.gpu_memory)
+    merges = flags.pack_rows > 0 and may_share_rows(inputs.config)
+    if merges:
+        dataset = training_examples()
+        prefixes = Prefixes(dataset)
+        collate = TreeCollator(0, inputs.config.get_text_config().hidden_size, 16 if on_gpu else 1)
+        print(_tree_batches(flags, prefixes, processes).summary())
+    elif flags.pack_rows:
+        print(f"token trees: off; every row is computed by itself, since {inputs.config.model_type} ignores 4-D masks")
+
+    def step_of(flags: Any) -> Step:
+        rows = flags.micro_batch_size
+        if not merges:
+            return Step(rows, tokens, rows * response, accumulate=flags.batch_size > rows * processes)
+        plan = _tree_batches(flags, prefixes, processes)
+        largest = collate(dataset.__getitems__(plan.survey()[2].tolist()))
+        rows, width = largest["input_ids"].shape
+        predicting = len(largest["predicted_by"].unique())
+        return Step(rows, width, predicting, shared=True, accumulate=plan.accumulation > 1, trees=True)
 
     def predicted(flags: Any) -> Prediction:
-        rows = flags.micro_batch_size
-        step = Step(rows, tokens, rows * response, accumulate=flags.batch_size > rows * processes)
-        return inputs.predict(step, flags, on_gpu)
+        return inputs.predict(step_of(flags), flags, on_gpu)
 
     def suggest() -> str:
         return suggestion(flags, "micro_batch_size", size, lambda flags: predicted(flags).total)
 
     return say_memory(predicted(flags), size, name, suggest)
+
+
+def _tree_batches(flags: Any, prefixes: Prefixes, processes: int) -> TreeBatches:
+    order = step_order(prefixes, flags.pack_rows, flags.batch_size, flags.seed)
+    return TreeBatches(prefixes, order, flags.num_epochs, flags.micro_batch_size, flags.batch_size, processes)
 
 
 def rl(flags: Any, inputs: Inputs, prompts: list[list[int]], steps: int, depth: int, continues: bool) -> Prediction:

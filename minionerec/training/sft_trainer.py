@@ -1,27 +1,38 @@
-"""The SFT trainer: a Hugging Face `Trainer` whose loss runs the output head on response positions only.
+"""The SFT trainer: a Hugging Face `Trainer` whose loss runs the output head on response positions only. If the model
+allows it, the common beginnings of rows are computed once.
 
 Dimensions: `B` rows, `L` tokens, `N` response tokens in the batch, `H` hidden, `V` vocabulary.
 """
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
+import datasets
 import numpy as np
 import torch
 import torch.nn.functional as F
+from accelerate import PartialState
+from accelerate.data_loader import prepare_data_loader
 from accelerate.utils import AutocastKwargs
-from torch.utils.data import Sampler
+from torch import nn
+from torch.utils.data import DataLoader, Sampler
 from transformers import Trainer
 
 from minionerec.data.examples import IGNORE
+from minionerec.decoding.probe import prove
 from minionerec.model.head import head_on
+from minionerec.model.token_trees import TreeCollator, best_width, edge_losses, model_inputs
 from minionerec.training.durable import DurableRun
+from minionerec.training.tree_batches import GroupSampler, Prefixes, TreeBatches
 
 
-def response_logits(model, inputs: dict[str, torch.Tensor], unwrapped=None) -> tuple[torch.Tensor, torch.Tensor]:
+def response_logits(
+    model: nn.Module, inputs: dict[str, torch.Tensor], unwrapped: nn.Module | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits [N, V] that predict the response tokens of a batch, and those tokens [N].
 
-    No token sees what stands behind it, so none sees the padding, and attention needs no mask for it: it runs in the
-    kernels that know the causal one alone.
+    No token sees the tokens after it, and the padding comes last. So attention needs no padding mask and can use the
+    kernels that support only the causal mask.
 
     Args:
         model: a causal LM, wrapped for distributed training or not.
@@ -35,22 +46,90 @@ def response_logits(model, inputs: dict[str, torch.Tensor], unwrapped=None) -> t
     return logits, targets[targets != IGNORE]
 
 
-class StepSampler(Sampler):
-    """A random order of the examples, in which those of an optimizer step stand from the longest to the shortest.
+def row_losses(
+    model: nn.Module, inputs: dict[str, torch.Tensor], unwrapped: nn.Module | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The cross-entropy (nats) of every response token of a batch, as for `response_logits`, and its row: [N] each."""
+    logits, targets = response_logits(model, inputs, unwrapped)
+    row = (inputs["labels"][:, 1:] != IGNORE).nonzero()[:, 0]
+    return F.cross_entropy(logits.float(), targets, reduction="none"), row
 
-    A step's gradient does not depend on how its examples are spread over micro-batches; its padding does, and so does
-    the time it takes. What needs the most memory comes first. The order follows from the seed and the epoch only, so
-    that a resumed run meets the same steps.
+
+def tree_losses(
+    model: nn.Module,
+    inputs: dict[str, torch.Tensor],
+    unwrapped: nn.Module | None = None,
+    dtype: torch.dtype | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same for a batch of `TreeCollator`. `dtype`: what attention computes in, None for the model's own dtype."""
+    unwrapped = unwrapped if unwrapped is not None else model
+    tree, wanted, predicted_by = model_inputs(unwrapped, inputs, dtype)
+    with head_on(unwrapped, wanted):
+        logits = model(**tree, use_cache=False).logits
+    return edge_losses(logits, predicted_by, inputs["labels"]), inputs["row"]
+
+
+def step_order(prefixes: Prefixes, pack_rows: int, batch_size: int, seed: int) -> Sampler:
+    """The order of the rows of token trees: at most `pack_rows` rows that share much, such as a user's, are in the same
+    optimizer step; with 1 the steps are those of `StepSampler`."""
+    if pack_rows == 1:
+        return StepSampler(prefixes.length, batch_size, seed)
+    return GroupSampler(prefixes.groups(batch_size, pack_rows), seed)
+
+
+def plan_trees(
+    model: nn.Module,
+    train_dataset: datasets.Dataset,
+    eval_dataset: datasets.Dataset,
+    pack_rows: int,
+    batch_size: int,
+    micro_batch_size: int,
+    num_epochs: int,
+    seed: int,
+    state: PartialState,
+) -> TreeBatches | None:
+    """The micro-batches of a training on token trees; None if `pack_rows` is 0, or if the probe finds that the model
+    does not follow a tree mask. Prints which way the run takes. Every process must call it.
+
+    Arguments are as in `sft.train`. Raises what `prove` does.
+    """
+    if not pack_rows:
+        state.print("token trees: off; every row is computed by itself")
+        return None
+    longest = max(max(dataset["length"][:]) for dataset in (train_dataset, eval_dataset))
+    width = 2 * max(best_width(model.config.get_text_config().hidden_size), longest)
+    # A window counts positions; whether it does is tried in rows as long as there may be.
+    proof = prove(model, longest, max(min(width, micro_batch_size * longest), longest + 2))
+    if not proof.shared:
+        state.print(f"token trees: off; every row is computed by itself, since {proof.why or NO_SHARING}")
+        return None
+    prefixes = Prefixes(train_dataset)
+    order = step_order(prefixes, pack_rows, batch_size, seed)
+    sizes = num_epochs, micro_batch_size, batch_size
+    batches = TreeBatches(prefixes, order, *sizes, state.num_processes, state.process_index)
+    state.print(batches.summary())
+    return batches
+
+
+NO_SHARING = "rows that share a beginning get other scores"
+
+
+class StepSampler(Sampler):
+    """A random order of the examples, in which those of an optimizer step are sorted, the longest first.
+
+    A step's gradient does not depend on how its examples are split into micro-batches, but its padding and time do.
+    The micro-batch that needs the most memory comes first. The order follows from the seed and the epoch only, so a
+    resumed run gets the same steps.
 
     Args:
         lengths: tokens of every example.
         step_rows: examples of an optimizer step, over all processes.
-        seed: of the order, which is another one every epoch.
-        group_by_length: sort the examples of up to 50 steps, but at most a quarter of all, together: those of a step
-            are then of similar length. The longest example comes first of all.
+        seed: of the order, which is different in every epoch.
+        group_by_length: sort the examples of up to 50 steps together, but at most a quarter of all: the examples of a
+            step then have similar lengths. The longest example comes first of all.
     """
 
-    def __init__(self, lengths: Sequence[int], step_rows: int, seed: int, group_by_length: bool = False):
+    def __init__(self, lengths: Sequence[int] | np.ndarray, step_rows: int, seed: int, group_by_length: bool = False):
         self.lengths, self.seed = np.asarray(lengths), seed
         steps = min(50, len(self.lengths) // (4 * step_rows)) if group_by_length else 1
         self.sorted_rows, self.group_by_length = step_rows * max(steps, 1), group_by_length
@@ -72,27 +151,49 @@ class StepSampler(Sampler):
             yield from rows[np.argsort(-self.lengths[rows], kind="stable")].tolist()
 
 
+class _FixedOrder(Sampler):
+    """Rows in the order given."""
+
+    def __init__(self, order: np.ndarray):
+        self.order = order
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def __iter__(self) -> Iterator[int]:
+        yield from self.order.tolist()
+
+
 class SFTTrainer(DurableRun, Trainer):
     """Supervised fine-tuning on prompts and responses.
 
     The loss of an optimizer step is the mean cross-entropy over its response tokens, however they are spread over
     micro-batches and processes.
+
+    With `train_batches` the rows of every micro-batch, also of evaluations, are merged into token trees. The arguments
+    must then have `gradient_accumulation_steps=train_batches.accumulation`.
     """
 
-    def __init__(self, *args, run: dict, **kwargs):
+    data_collator: Any
+
+    def __init__(self, *args: Any, run: dict, train_batches: TreeBatches | None = None, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        self.run = run
+        self.run, self.train_batches = run, train_batches
+        if train_batches is not None:
+            hidden_size = self.accelerator.unwrap_model(self.model).config.get_text_config().hidden_size
+            multiple = 16 if self.args.device.type == "cuda" else 1
+            self.data_collator = TreeCollator(self.data_collator.pad_token_id, hidden_size, multiple)
         # The Trainer then counts the response tokens of an accumulated batch and leaves the division to compute_loss.
         self.model_accepts_loss_kwargs = True
 
-    def _build_accelerator_args(self, **kwargs) -> dict:
+    def _build_accelerator_args(self, **kwargs: Any) -> dict:
         args = super()._build_accelerator_args(**kwargs)
-        # Autocast would keep its 16-bit copy of all weights to the end of a forward pass, which uses each once.
+        # Autocast would keep its 16-bit copies of all weights until the forward pass ends, which uses each only once.
         if self.args.activation_checkpointing:
             args["kwargs_handlers"].append(AutocastKwargs(cache_enabled=False))
         return args
 
-    def _get_train_sampler(self, train_dataset=None) -> Sampler:
+    def _get_train_sampler(self, train_dataset: datasets.Dataset | None = None) -> Sampler:
         args = self.args
         if args.train_sampling_strategy not in ("random", "group_by_length"):
             return super()._get_train_sampler(train_dataset)
@@ -100,19 +201,44 @@ class SFTTrainer(DurableRun, Trainer):
         grouped = args.train_sampling_strategy == "group_by_length"
         return StepSampler(self.train_dataset["length"][:], step_rows, args.seed, grouped)
 
-    def _get_eval_sampler(self, eval_dataset) -> Sampler:
-        """From the longest to the shortest: little padding, and rows that do not fit are met first."""
+    def get_train_dataloader(self) -> DataLoader:
+        if self.train_batches is None:
+            return super().get_train_dataloader()
+        args = self.args
+        loader = DataLoader(
+            self.train_dataset,
+            batch_sampler=self.train_batches,
+            collate_fn=self.data_collator,
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory,
+        )
+        # These are this process's batches already; accelerate's `prepare` would shard them once more.
+        return prepare_data_loader(loader, args.device, num_processes=1, process_index=0, put_on_device=True)
+
+    def _get_eval_sampler(self, eval_dataset: datasets.Dataset) -> Sampler:
+        """In token trees, neighbours share most in lexicographic order. Otherwise from the longest to the shortest:
+        little padding, and rows that do not fit are met first."""
+        if self.train_batches is not None:
+            return _FixedOrder(Prefixes(eval_dataset).order)
         return StepSampler(eval_dataset["length"][:], len(eval_dataset), self.args.seed)
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, torch.Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
         unwrapped = self.accelerator.unwrap_model(model)
-        logits, targets = response_logits(model, inputs, unwrapped)
-        losses = F.cross_entropy(logits.float(), targets, reduction="none")
+        if self.train_batches is not None:
+            dtype = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else None
+            losses, row = tree_losses(model, inputs, unwrapped, dtype)
+        else:
+            losses, row = row_losses(model, inputs, unwrapped)
         if not unwrapped.training:
             # The mean over rows of each one's mean: it does not depend on which rows share a batch.
-            answered = inputs["labels"][:, 1:] != IGNORE
-            weights = 1 / answered.sum(dim=1, keepdim=True).expand_as(answered)[answered]
-            loss = (losses * weights).sum() / len(answered)
+            tokens = row.bincount()
+            loss = (losses / tokens[row]).sum() / len(tokens)
         else:
             # Gradients are averaged over processes; the count is that of all of them.
             loss = losses.sum() / num_items_in_batch * self.accelerator.num_processes

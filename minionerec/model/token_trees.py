@@ -1,0 +1,250 @@
+"""Token trees: rows that begin alike go through the model together, each common beginning once.
+
+The rows of an optimizer step share the instruction of their task, and a user's history is the beginning of that user's
+next row. Merged into a tree, each token is computed once, sees only its ancestors and has its depth as position. Where
+rows part, one hidden state predicts the next token of each. Three rows, with a bar where the response begins, and their
+tree, with positions:
+
+    A B C | D E
+    A B C | D F        A0 - B1 - C2 - D3
+    A B | G H                  \\ G2
+
+B1 predicts G; C2 predicts D, for two rows; D3 predicts E and F; G2 predicts H: five nodes for eleven tokens. A row's
+last token is predicted and predicts nothing, so the model never reads it: the input of a row is all but that token.
+Loss and gradients are those of the rows one by one.
+
+Dimensions: `n` rows, `D` tokens of the longest row, `R` tensor rows of a micro-batch, `L` nodes of a tensor row after
+padding, `N` response tokens, `P` nodes that predict any of them, `V` vocabulary.
+"""
+
+import math
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from minionerec.model.packed_rows import attention_masks
+
+# --- Merging ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Tree:
+    """Rows merged into one tree, its nodes in depth-first order.
+
+    Attributes:
+        token, depth: [nodes].
+        end: [nodes], one past the last descendant: node j is node i itself or an ancestor of it where j <= i < end[j].
+        node: [n, D], the node of every token of a row; arbitrary past the row's end.
+    """
+
+    token: np.ndarray
+    depth: np.ndarray
+    end: np.ndarray
+    node: np.ndarray
+
+
+def shared_with_previous(tokens: np.ndarray, length: np.ndarray) -> np.ndarray:
+    """[n], how many of the first `length` [n] tokens of every row of `tokens` [n, D] equal those of the row before it;
+    0 for the first row. No row may be longer than D - 1."""
+    shared = np.zeros(len(tokens), dtype=np.int64)
+    common = np.minimum(length[1:], length[:-1])[:, None]
+    shared[1:] = ((tokens[1:] != tokens[:-1]) | (np.arange(tokens.shape[1]) >= common)).argmax(axis=1)
+    return shared
+
+
+def merge(tokens: np.ndarray, length: np.ndarray, shared: np.ndarray) -> Tree:
+    """The tree of sorted rows: of the first `length` [n] tokens of `tokens` [n, D]; `shared` as above."""
+    depth = np.arange(tokens.shape[1])
+    made = (depth >= shared[:, None]) & (depth < length[:, None])  # the nodes that a row adds
+    before = np.concatenate([[0], np.cumsum(length - shared)])  # how many nodes the rows before it have
+    maker = np.maximum.accumulate(np.where(made, np.arange(len(length))[:, None], 0), axis=0)
+    # A subtree ends with the nodes made before the first later row that leaves it.
+    left_at = np.where(depth >= shared[:, None], before[:-1, None], before[-1])
+    end = np.full_like(left_at, before[-1])
+    end[:-1] = np.minimum.accumulate(left_at[:0:-1], axis=0)[::-1]
+    return Tree(
+        token=tokens[made],
+        depth=np.broadcast_to(depth, made.shape)[made],
+        end=end[made],
+        node=before[maker] + depth - shared[maker],
+    )
+
+
+def split(cost: np.ndarray, extra: np.ndarray, parts: int) -> np.ndarray:
+    """Cuts rows into `parts` contiguous parts, no more than there are rows, of which the most expensive costs as little
+    as possible.
+
+    Args:
+        cost: [kinds, n], whole numbers; a part costs the largest of its sums over each kind.
+        extra: [kinds, n], what a row costs in addition where it is the first of a part.
+
+    Returns:
+        [parts + 1], where each part begins; the last entry is n.
+    """
+    n = cost.shape[1]
+    total = np.cumsum(cost, axis=1)
+    before = total - cost - extra  # what to subtract where a part begins at a row
+
+    def cut(most: int) -> list[int] | None:
+        """The beginnings of parts that cost `most` or less, or None where there are not enough parts."""
+        starts = [0]
+        for part in range(1, parts + 1):
+            start = starts[-1]
+            end = min(
+                int(np.searchsorted(row, row_before[start] + most, side="right"))
+                for row, row_before in zip(total, before, strict=True)
+            )
+            starts.append(min(end, n - (parts - part)))  # every later part needs a row
+        return starts if starts[-1] == n else None
+
+    low, high = int((cost + extra).max()), int((cost + extra).sum(axis=1).max())
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if cut(middle) else (middle + 1, high)
+    return np.array(cut(low))
+
+
+# --- A micro-batch ----------------------------------------------------------------------------------------------------
+
+
+def best_width(hidden_size: int) -> int:
+    """About how many nodes a tensor row should have: attention costs a node in proportion to them, the other layers in
+    proportion to `hidden_size`, and every tensor row computes again what it shares with the one before it."""
+    return round(32 * hidden_size**0.5)
+
+
+class TreeCollator:
+    """Merges a batch of examples into token trees.
+
+    Returns:
+        input_ids, position_ids: [R, L], nodes in depth-first order, padded on the right.
+        subtree_end: [R, L], for every node one past its last descendant, in its tensor row.
+        labels, shift_labels: [N], the response tokens of all rows; the Trainer counts `shift_labels` as they are.
+        row: [N], the row of each, numbered in lexicographic order.
+        predicted_by: [N], the node that predicts each of them, numbered through all tensor rows.
+
+    A batch without examples becomes one node that predicts nothing.
+
+    Args:
+        hidden_size: of the model.
+        pad_to_multiple_of: of L. CUDA's kernels copy a mask in every layer where L is not a multiple of 16.
+    """
+
+    def __init__(self, pad_token_id: int, hidden_size: int, pad_to_multiple_of: int = 1):
+        self.pad_token_id, self.width = pad_token_id, best_width(hidden_size)
+        self.multiple = pad_to_multiple_of
+
+    def __call__(self, examples: list[dict]) -> dict[str, torch.Tensor]:
+        # Lexicographic order, in which rows that begin alike are neighbours: big-endian bytes sort as numbers do.
+        rows = [np.asarray(example["input_ids"], dtype=np.int32) for example in examples]
+        order = sorted(range(len(rows)), key=[row.astype(">i4").tobytes() for row in rows].__getitem__)
+        size = np.array([len(rows[i]) for i in order], dtype=np.int64)
+        prompt = np.array([examples[i]["prompt_length"] for i in order], dtype=np.int64)
+        tokens = np.full((len(rows), max(size, default=1)), -1, dtype=np.int64)
+        column = np.arange(tokens.shape[1])
+        if rows:
+            tokens[column < size[:, None]] = np.concatenate([rows[i] for i in order])
+
+        # One tree a tensor row.
+        shared = shared_with_previous(tokens, size - 1)
+        starts = self._tensor_rows(size - 1, shared) if rows else np.zeros(1, dtype=np.int64)
+        shared[starts[:-1]] = 0
+        cuts = [slice(start, end) for start, end in pairwise(starts)]
+        trees = [merge(tokens[cut], size[cut] - 1, shared[cut]) for cut in cuts]
+        widest = max([len(tree.token) for tree in trees], default=1)
+        shape = max(len(trees), 1), math.ceil(widest / self.multiple) * self.multiple
+        input_ids = np.full(shape, self.pad_token_id)
+        position_ids = np.zeros(shape, dtype=np.int64)
+        subtree_end = np.broadcast_to(np.arange(1, shape[1] + 1), shape).copy()  # padding sees itself
+        for row, tree in enumerate(trees):
+            place = row, slice(len(tree.token))
+            input_ids[place], position_ids[place], subtree_end[place] = tree.token, tree.depth, tree.end
+
+        # A row's token at depth d is predicted by its node at depth d - 1.
+        predicted = (column >= np.maximum(prompt, 1)[:, None]) & (column < size[:, None])
+        nodes = [tree.node + row * shape[1] for row, tree in enumerate(trees)]
+        node = np.concatenate(nodes) if nodes else np.zeros(tokens.shape, dtype=np.int64)
+        labels = torch.from_numpy(tokens[predicted])
+        return {
+            "input_ids": torch.from_numpy(input_ids),
+            "position_ids": torch.from_numpy(position_ids),
+            "subtree_end": torch.from_numpy(subtree_end),
+            "labels": labels,
+            "shift_labels": labels,
+            "row": torch.from_numpy(predicted.nonzero()[0]),
+            "predicted_by": torch.from_numpy(node[:, :-1][predicted[:, 1:]]),
+        }
+
+    def _tensor_rows(self, length: np.ndarray, shared: np.ndarray) -> np.ndarray:
+        """Where the tensor rows of sorted rows begin, as `split` returns it: of about `width` nodes each, or as many
+        as the longest row has."""
+        nodes, longest = int((length - shared).sum()), int(length.max())
+        parts = min(len(length), round(nodes / max(self.width, longest, 1)))
+        if parts > 1:
+            starts = split((length - shared)[None], shared[None], parts)
+            widest = (np.add.reduceat(length - shared, starts[:-1]) + shared[starts[:-1]]).max()
+            if parts * widest <= len(length) * longest:  # with padding no more than the rows one by one
+                return starts
+        return np.array([0, len(length)])
+
+
+# --- The model's side -------------------------------------------------------------------------------------------------
+
+
+def model_inputs(
+    model: nn.Module, batch: dict[str, torch.Tensor], dtype: torch.dtype | None = None
+) -> tuple[dict[str, torch.Tensor], torch.Tensor, torch.Tensor]:
+    """What a model takes for a batch of `TreeCollator`, the nodes [R, L] (bool) whose logits are wanted, and for every
+    label which row of these logits [P, V] predicts it, [N].
+
+    `dtype` is the one that attention computes in, None for the model's.
+    """
+    end, positions = batch["subtree_end"], batch["position_ids"]
+    node = torch.arange(end.shape[1], device=end.device)
+    visible = (node <= node.unsqueeze(1)) & (node.unsqueeze(1) < end.unsqueeze(1))  # [R, L, L]: row i sees column j
+    masks = attention_masks(model, visible, positions)
+    if isinstance(masks, dict):
+        masks = {kind: _added_to_scores(mask, dtype or model.dtype) for kind, mask in masks.items()}
+    else:
+        masks = _added_to_scores(masks, dtype or model.dtype)
+    wanted = torch.zeros(end.numel(), dtype=torch.bool, device=end.device)
+    wanted[batch["predicted_by"]] = True
+    inputs = {"input_ids": batch["input_ids"], "attention_mask": masks, "position_ids": positions}
+    return inputs, wanted.view_as(end), (wanted.cumsum(0) - 1)[batch["predicted_by"]]
+
+
+def _added_to_scores(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A boolean mask as numbers. Attention would convert it in every layer, and keep each copy for the backward
+    pass."""
+    if mask.dtype != torch.bool:
+        return mask
+    return torch.where(mask, 0.0, torch.tensor(torch.finfo(dtype).min, dtype=dtype, device=mask.device))
+
+
+def edge_losses(logits: torch.Tensor, predicted_by: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """The cross-entropy (nats, float32) of every label [N] under the row `predicted_by` [N] of logits [P, V].
+
+    A label that several rows share stands there several times: its edge has that weight. In memory it keeps the logits
+    and nothing else of their size, and makes one tensor of it in the backward pass.
+    """
+    return _EdgeLosses.apply(logits, predicted_by, labels)
+
+
+class _EdgeLosses(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: torch.Tensor, predicted_by: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        total = logits.float().logsumexp(dim=1)
+        ctx.save_for_backward(logits, total, predicted_by, labels)
+        return total[predicted_by] - logits[predicted_by, labels].float()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        logits, total, predicted_by, labels = ctx.saved_tensors
+        weight = torch.zeros_like(total).index_add_(0, predicted_by, gradient)
+        result = torch.sub(logits, total.unsqueeze(1)).exp_().mul_(weight.unsqueeze(1))
+        result.index_put_((predicted_by, labels), -gradient, accumulate=True)
+        return result.to(logits.dtype), None, None
