@@ -314,9 +314,8 @@ def train(flags: RLFlags) -> "dict | Prediction":
     set_seed(flags.seed)
     state = device.process_state()
     config = loading.load_config(files.base, "model_path" if checkpoint.adapter is None else "base_model")
-    notes = list(files.notes)
-    if flags.adapted:
-        notes.append(lora_utils.check_adapter(config, flags, checkpoint.path if files.continues else None))
+    own = checkpoint.path if files.continues else None
+    reach = [lora_utils.check_adapter(config, flags, own)] if flags.adapted else []
     tokenizer = loading.load_tokenizer(checkpoint.path)
     encoded = encode(files, tokenizer)
     train_dataset, trie = encoded.train_dataset, encoded.trie
@@ -330,12 +329,13 @@ def train(flags: RLFlags) -> "dict | Prediction":
     reward_funcs = reward_functions(
         flags.reward_type, flags.num_generations, sid_of, files.catalogue, flags.ada_path, flags.cf_path
     )
-    for line in notes:
+    for line in files.notes:
         state.print(line)
     sid_token_ids = sorted(tokenizer.convert_tokens_to_ids(files.catalogue.sid_tokens))
     if flags.dry_run:
         from minionerec.dryrun import report
 
+        print(*reach, sep="\n", end="\n" if reach else "")
         inputs = report.Inputs(config, tokenizer, sid_token_ids, encoded.encoder, files.train_rows, lora_utils.adapt)
         return report.rl(flags, inputs, list(train_dataset["prompt"]), steps, trie.depth, files.continues)
     eval_dataset = encoded.eval_dataset
@@ -357,7 +357,8 @@ def train(flags: RLFlags) -> "dict | Prediction":
     if new_adapter:
         model = lora_utils.adapt(model, flags, sid_token_ids)
     trainable, total = lora_utils.count_parameters(model)
-    state.print(lora_utils.trainable_report(model))
+    for line in [lora_utils.trainable_report(model), *reach]:
+        state.print(line)
 
     # Train.
     watched = f"NDCG@{watched_cutoff(min(flags.test_beam, len(trie)))}"

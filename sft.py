@@ -57,9 +57,9 @@ class SFTFlags(TrainingFlags):
     )
     pack_rows: int = flag(
         16,
-        "compute the common beginnings of the rows of an optimizer step once (token trees), and let up to this many "
-        "rows that share much, such as a user's, come in the same step; 1: steps as random as without. 0: every row by "
-        "itself, as for models whose attention takes no tree mask; group_by_length is for that only.",
+        "compute the common beginnings of the rows of an optimizer step once (token trees), and put up to this many "
+        "rows that share much, such as a user's, into the same step; 1 keeps the steps random. 0 computes every row by "
+        "itself, as is done for models whose attention takes no tree mask; only then group_by_length has an effect.",
         zero_or_more,
     )
     freeze_LLM: bool = flag(
@@ -162,7 +162,7 @@ def train(flags: SFTFlags) -> "dict | Prediction":
 
     # Prove that the base can have the adapter, and that every SID becomes its own tokens.
     config = loading.load_config(flags.base_model)
-    notes = [*files.notes, lora_utils.check_adapter(config, flags)] if flags.adapted else files.notes
+    reach = [lora_utils.check_adapter(config, flags)] if flags.adapted else []
     tokenizer = loading.load_tokenizer(flags.base_model)
     sid_tokens = files.catalogue.sid_tokens
     add_sid_tokens(tokenizer, sid_tokens)
@@ -177,7 +177,8 @@ def train(flags: SFTFlags) -> "dict | Prediction":
     if flags.dry_run:
         from minionerec.dryrun import report
 
-        print(*notes, sep="\n", end="\n" if notes else "")
+        for line in [*files.notes, *reach]:
+            print(line)
         ids = sorted(tokenizer.convert_tokens_to_ids(sid_tokens))
         inputs = report.Inputs(config, tokenizer, ids, encoder, files.train_rows, lora_utils.adapt)
         return report.sft(flags, inputs, training_examples)
@@ -190,7 +191,7 @@ def train(flags: SFTFlags) -> "dict | Prediction":
     resume = resume_point(flags, run, state.print)
 
     # Load the base and add what trains. What cannot be decoded is not worth training.
-    for line in notes:
+    for line in files.notes:
         state.print(line)
     model = loading.load_base(
         flags.base_model,
@@ -205,7 +206,8 @@ def train(flags: SFTFlags) -> "dict | Prediction":
     model = lora_utils.adapt(model, flags, sid_token_ids)
     model.config.use_cache = False
     trainable, total = lora_utils.count_parameters(model)
-    state.print(lora_utils.trainable_report(model))
+    for line in [lora_utils.trainable_report(model), *reach]:
+        state.print(line)
 
     # Tokenize the rows, or find them in the cache.
     eval_encoder = Encoder(tokenizer, files.eval_prompts, flags.cutoff_len)
@@ -217,6 +219,8 @@ def train(flags: SFTFlags) -> "dict | Prediction":
     # Plan the micro-batches: as token trees, where the model takes them.
     sizes = flags.batch_size, flags.micro_batch_size, flags.num_epochs
     trees = plan_trees(model, train_dataset, eval_dataset, flags.pack_rows, *sizes, flags.seed, state)
+    if trees and flags.group_by_length:
+        state.print("--group_by_length changes nothing for token trees; with --pack_rows 0 it sorts steps by length")
     accumulation = trees.accumulation if trees else flags.batch_size // (flags.micro_batch_size * state.num_processes)
 
     # Train.

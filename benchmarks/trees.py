@@ -230,6 +230,7 @@ def trees(
                         "losses differ by": f"{max(differences):.0e}",
                     }
                 )
+            print(f"{method}: {table[-1]['times rows']:.2f} times as fast", file=sys.stderr)
             record[f"speedup_{method}"] = table[-1]["times rows"]
             record |= {"tokens": table[-1]["tokens a step"], "nodes": table[-1]["of them computed"]}
     print_table(table)

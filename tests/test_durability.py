@@ -142,6 +142,8 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path, changed, message):
     said, flags = [], RunFlags(output_dir=str(tmp_path), resume_from_checkpoint="True")
     assert resume_point(flags, {**RUN, "flags": {**RUN["flags"], "seed": 2}}, said.append)
     assert said[-1].startswith("warning: --seed is 2 here and was 1 up to ")
+    assert resume_point(flags, {**RUN, "flags": {**RUN["flags"], "pack_rows": 16}}, said.append)
+    assert said[-1].endswith("does not record it") and "--pack_rows is 16 here" in said[-1]
     with pytest.raises(InputError, match=message):
         resume_point(flags, {**RUN, **changed}, said.append)
 

@@ -45,8 +45,10 @@ def resume_point(flags: RunFlags, run: dict, say: Callable[[str], None]) -> Chec
     ]
     if problems:
         raise InputError(problems)
-    for name in sorted(set(here) & set(there) - {*IGNORED_ON_RESUME, *shape}):
-        if here[name] != there[name]:
+    for name in sorted(set(here) - {*IGNORED_ON_RESUME, *shape}):
+        if name not in there:
+            say(f"warning: --{name} is {here[name]} here, and {path}, of an older release, does not record it")
+        elif here[name] != there[name]:
             say(f"warning: --{name} is {here[name]} here and was {there[name]} up to {path}")
     return checkpoint
 
