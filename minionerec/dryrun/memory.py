@@ -7,6 +7,7 @@ quantized base takes is arithmetic.
 """
 
 import copy
+import math
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -84,7 +85,7 @@ class _Alive(TorchDispatchMode):
         if key in self.known:
             return
         # Allocators hand out blocks of 512 bytes.
-        size = -(-storage.nbytes() // 512) * 512
+        size = math.ceil(storage.nbytes() / 512) * 512
         made_in = self.pieces[-1]
 
         def gone(_: object) -> None:
