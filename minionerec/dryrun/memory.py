@@ -224,7 +224,7 @@ def predict(
         "weights": weights,
         "adapter": adapter,
         "gradients": trained_bytes,
-        "optimizer": 2 * trained_bytes,
+        "optimizer": sum(times[id(p)] * flags.optimizer_bytes(p.numel()) for p in trained),
         "logits": loss,
         "activations": max(peak - trained_bytes - loss, 0) + dequantized,
         "runtime": runtime,
