@@ -1,17 +1,17 @@
-"""Token trees: rows that begin alike go through the model together, each common beginning once.
+"""Token trees: rows that share beginnings go through the model together, and each common beginning is computed once.
 
 The rows of an optimizer step share the instruction of their task, and a user's history is the beginning of that user's
-next row. Merged into a tree, each token is computed once, sees only its ancestors and has its depth as position. Where
-rows part, one hidden state predicts the next token of each. Three rows, with a bar where the response begins, and their
-tree, with positions:
+next row. In the tree, each token is computed once, sees only its ancestors and has its depth as position. Where rows
+part, one hidden state predicts the next token of each. Three rows, with a bar where the response begins, and their tree,
+with positions:
 
     A B C | D E
     A B C | D F        A0 - B1 - C2 - D3
     A B | G H                  \\ G2
 
 B1 predicts G; C2 predicts D, for two rows; D3 predicts E and F; G2 predicts H: five nodes for eleven tokens. A row's
-last token is predicted and predicts nothing, so the model never reads it: the input of a row is all but that token.
-Loss and gradients are those of the rows one by one.
+last token is predicted and predicts nothing, so it is not part of the input. Loss and gradients are those of separate
+rows.
 
 Dimensions: `n` rows, `D` tokens of the longest row, `R` tensor rows of a micro-batch, `L` nodes of a tensor row after
 padding, `N` response tokens, `P` nodes that predict any of them, `V` vocabulary.

@@ -1,9 +1,10 @@
-"""Which rows meet in an optimizer step, and how they are cut into micro-batches, where rows are merged into token trees
-(minionerec/model/token_trees.py).
+"""Optimizer steps and micro-batches of rows that are merged into token trees (minionerec/model/token_trees.py): which
+rows are in a step together, and how a step is split into micro-batches of about equal cost.
 
 Dimensions: `n` rows.
 """
 
+import math
 from collections.abc import Iterator
 from itertools import islice
 from typing import NamedTuple
@@ -20,7 +21,7 @@ BLOCK = 2048  # rows to compare at a time
 
 
 class Size(NamedTuple):
-    """What a micro-batch takes memory for: nodes, and response tokens, each of which may need logits."""
+    """What the memory of a micro-batch depends on: its nodes, and its response tokens, each of which may need logits."""
 
     nodes: int
     responses: int
@@ -51,8 +52,8 @@ class RangeMinimum:
 
 
 class Prefixes:
-    """The rows of a dataset in the order of their token ids, and what they share: enough to count the nodes of any set
-    of rows without reading a token again.
+    """The rows of a dataset in lexicographic order of their token ids, and how many tokens they share: enough to count
+    the nodes of any set of rows without reading the tokens again.
 
     Attributes:
         length: [rows], tokens of a row's input.
@@ -108,11 +109,11 @@ class Prefixes:
         return Size(int((self.length[rows] - shared).sum()), int(self.responses[rows].sum()))
 
     def groups(self, step_rows: int, most: int, least: float = 0.3) -> np.ndarray:
-        """[rows], the group of every row: rows that are worth computing in one step, such as a user's.
+        """[rows], the group of every row: rows that save most when they are in the same step, such as a user's.
 
-        What `step_rows` rows or more share (an instruction) is shared in any step. Beyond that, neighbours in
-        lexicographic order form a group where they share more than `least` of the rest of the shorter one. Groups of
-        more than `most` rows are cut.
+        A beginning that `step_rows` rows or more share (an instruction) is shared in any step. Beyond it, neighbours in
+        lexicographic order form a group if they share more than the fraction `least` of the rest of the shorter one.
+        Groups of more than `most` rows are split.
         """
         if len(self) == 1:
             return np.zeros(1, dtype=np.int64)
@@ -158,7 +159,7 @@ class Prefixes:
 
 
 class GroupSampler(Sampler):
-    """The rows group by group; the order of the groups is random, and different every epoch.
+    """The rows group by group, with the groups in a random order that is different in every epoch.
 
     Args:
         groups: [rows], the group of every row.
@@ -180,19 +181,20 @@ class GroupSampler(Sampler):
 
 
 class TreeBatches(Sampler):
-    """The micro-batches of one process, as lists of rows; those of an optimizer step cost about the same.
+    """The micro-batches of one process, as lists of rows. Those of an optimizer step cost about the same.
 
-    Every process makes `accumulation` micro-batches a step, so that all make the same passes: as few as keep each, in
-    any epoch, below the nodes and the response tokens of (micro_rows + 1) / 2 rows that are as long as the longest, and
-    never more than there would be of `micro_rows` rows. Where the last step has few rows, some are empty.
+    Every process makes `accumulation` micro-batches per step, so that all make the same number of passes. It is the
+    smallest number that keeps each micro-batch, in every epoch, below the nodes and response tokens of
+    (micro_rows + 1) / 2 rows of the longest length, and at most the number of micro-batches of `micro_rows` separate
+    rows. If the last step has few rows, some micro-batches are empty.
 
     Args:
         prefixes: of all rows.
         sampler: their order, the same in every process; every `step_rows` consecutive ones form an optimizer step.
         epochs: how many there will be.
-        micro_rows, step_rows: rows of a micro-batch and of a step where rows go one by one; `step_rows` is a multiple
-            of `micro_rows` times `processes`.
-        process: this one.
+        micro_rows, step_rows: rows of a micro-batch and of a step without trees; `step_rows` is a multiple of
+            `micro_rows` times `processes`.
+        process: the index of this process.
     """
 
     def __init__(
@@ -214,13 +216,13 @@ class TreeBatches(Sampler):
         for epoch in reversed(range(epochs)):  # which leaves the sampler at the first one
             self.set_epoch(epoch)
             parts = max(parts, prefixes.parts_needed(np.array(list(sampler)), step_rows, most))
-        self.accumulation = min(-(-parts // processes), step_rows // (micro_rows * processes))
+        self.accumulation = min(math.ceil(parts / processes), step_rows // (micro_rows * processes))
 
     def set_epoch(self, epoch: int) -> None:
         self.sampler.set_epoch(epoch)
 
     def __len__(self) -> int:
-        return -(-len(self.prefixes) // self.step_rows) * self.accumulation
+        return math.ceil(len(self.prefixes) / self.step_rows) * self.accumulation
 
     def steps(self) -> Iterator[list[np.ndarray]]:
         """The micro-batches of every step, of all processes in turn."""
