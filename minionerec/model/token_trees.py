@@ -1,9 +1,9 @@
 """Token trees: rows that share beginnings go through the model together, and each common beginning is computed once.
 
 The rows of an optimizer step share the instruction of their task, and a user's history is the beginning of that user's
-next row. In the tree, each token is computed once, sees only its ancestors and has its depth as position. Where rows
-part, one hidden state predicts the next token of each. Three rows, with a bar where the response begins, and their tree,
-with positions:
+next row. In the tree, each token is computed once, sees only its ancestors, and its position is its depth. Where rows
+part, one hidden state predicts the next token of each. Three rows, with a bar where the response begins, and their
+tree, with positions:
 
     A B C | D E
     A B C | D F        A0 - B1 - C2 - D3

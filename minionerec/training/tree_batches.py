@@ -21,7 +21,7 @@ BLOCK = 2048  # rows to compare at a time
 
 
 class Size(NamedTuple):
-    """What the memory of a micro-batch depends on: its nodes, and its response tokens, each of which may need logits."""
+    """What the memory of a micro-batch depends on: its nodes, and its response tokens, which may need logits."""
 
     nodes: int
     responses: int
