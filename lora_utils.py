@@ -202,7 +202,7 @@ def lora_config(model: nn.Module, sid_token_ids: list[int], flags: AdapterFlags 
 # --- Wrapping ---------------------------------------------------------------------------------------------------------
 
 
-def _wrap(model: nn.Module, config: PeftConfig, gradient_checkpointing: bool) -> PeftModel:
+def _wrapped_by_peft(model: nn.Module, config: PeftConfig, gradient_checkpointing: bool) -> PeftModel:
     if getattr(model, "is_quantized", False):
         prepare_quantized(model)
     dropout = getattr(config, "lora_dropout", 0.0)
@@ -230,7 +230,7 @@ def add_lora(model: nn.Module, config: LoraConfig, gradient_checkpointing: bool 
     With `gradient_checkpointing` the output of the embedding requires gradients; otherwise no checkpointed layer would
     receive any.
     """
-    return _wrap(model, config, gradient_checkpointing)
+    return _wrapped_by_peft(model, config, gradient_checkpointing)
 
 
 def train_sid_rows_only(model: nn.Module, sid_token_ids: list[int], gradient_checkpointing: bool = False) -> PeftModel:
@@ -238,7 +238,7 @@ def train_sid_rows_only(model: nn.Module, sid_token_ids: list[int], gradient_che
     config = TrainableTokensConfig(
         task_type=TaskType.CAUSAL_LM, token_indices=sid_token_ids, target_modules=_embedding_names(model)
     )
-    return _wrap(model, config, gradient_checkpointing)
+    return _wrapped_by_peft(model, config, gradient_checkpointing)
 
 
 def adapt(model: nn.Module, flags: AdapterFlags, sid_token_ids: list[int]) -> nn.Module:

@@ -249,7 +249,6 @@ def train(flags: SFTFlags) -> "dict | Prediction":
             save_steps=flags.eval_step,
             load_best_model_at_end=True,
             metric_for_best_model="eval_loss",
-            prediction_loss_only=True,
             restore_callback_states_from_checkpoint=True,
         ),
     )

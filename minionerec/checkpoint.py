@@ -113,10 +113,11 @@ class Checkpoint:
         """The wording that a later command uses with it: of `prompt_file` where one is given, else what it recorded,
         else the built-in one. Tasks it was not trained on come in the built-in wording, but in its own template and
         category, and with what it writes after a SID. Arguments as in `load_prompts`."""
-        if not category.strip() and self.run.get("prompts") is None:
+        category = category if category.strip() else ""
+        if not category and self.run.get("prompts") is None:
             recorded_none = f", and {self.path} recorded none" if self.path else ""
             raise InputError(f"--category is missing{recorded_none}; say what the items are")
-        known = None if prompt_file and category.strip() else self.recorded_prompts
+        known = None if prompt_file and category else self.recorded_prompts
         prompts = load_prompts(category or (known.category if known else ""), prompt_file, tasks, default)
         if prompt_file or known is None:
             return prompts

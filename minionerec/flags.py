@@ -187,9 +187,19 @@ class RunFlags(Flags):
         check_output_dir(problems, self.output_dir, resume=self.resume_from_checkpoint is not None)
 
 
+# The Trainer's optimizers that need no further package: how many states they keep per weight, and the bits of each.
+OPTIMIZERS = {
+    **dict.fromkeys(("adamw_torch", "adamw_torch_fused", "paged_adamw_32bit"), (2, 32)),
+    **dict.fromkeys(("adamw_8bit", "adamw_bnb_8bit", "paged_adamw_8bit"), (2, 8)),
+    **dict.fromkeys(("lion_32bit", "paged_lion_32bit", "adagrad", "rmsprop", "rmsprop_bnb_32bit"), (1, 32)),
+    **dict.fromkeys(("lion_8bit", "paged_lion_8bit", "rmsprop_bnb_8bit"), (1, 8)),
+    "sgd": (0, 32),
+}
+
+
 @dataclass(frozen=True, kw_only=True)
 class AdapterFlags(Flags):
-    """What trains: all weights, or a LoRA adapter on a frozen base that is stored in 16, 8 or 4 bits."""
+    """What trains: all weights, or a LoRA adapter on a frozen base that is stored in 16, 8 or 4 bits; and how."""
 
     use_lora: bool = flag(False, "train a LoRA adapter and the SID rows; the base stays frozen.")
     use_qlora: bool = flag(False, "LoRA on a base stored in 4 bits (NF4).")
@@ -217,6 +227,12 @@ class AdapterFlags(Flags):
     )
     load_in_8bit: bool = flag(False, "store the base of use_lora in 8 bits.")
     gradient_checkpointing: bool = flag(False, "recompute activations in the backward pass: less memory, more time.")
+    optim: str = flag(
+        "adamw_torch_fused",
+        "optimizer of the Trainer, such as adamw_torch, adamw_8bit (its states in 8 bits) or paged_adamw_8bit (which "
+        "also moves them to the CPU when a GPU is full).",
+        one_of(*OPTIMIZERS),
+    )
 
     # What an adapter is from its first step to its last: a checkpoint's own values win over a later command's.
     SHAPE = ("lora_r", "lora_alpha", "lora_target_modules", "use_rslora", "use_dora")
@@ -235,6 +251,12 @@ class AdapterFlags(Flags):
     def bits(self) -> int:
         """Bits of a stored weight of the base: 4, 8, or 16 for a base that is not quantized."""
         return 4 if self.use_qlora else 8 if self.load_in_8bit else 16
+
+    def optimizer_bytes(self, count: int) -> float:
+        """Bytes of the optimizer's states for a tensor of `count` weights. In 8 bits, each block of 256 has a float32
+        scale; bitsandbytes keeps tensors below 4096 weights in 32 bits."""
+        states, bits = OPTIMIZERS[self.optim]
+        return states * count * (1 + 4 / 256 if bits == 8 and count >= 4096 else 4)
 
     def lora_settings(self) -> dict[str, Any]:
         """The arguments of `peft.LoraConfig` that do not depend on the model."""

@@ -9,12 +9,13 @@ import torch.nn.functional as F
 from architectures import configuration
 from helpers import refused, rl_flags, run_command, sft_flags
 from models import IDS, config_of, predicted
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+from transformers.training_args import OptimizerNames
 
 import lora_utils
 from minionerec.dryrun import report
 from minionerec.dryrun.memory import GB, Step, _Alive, cache_gb, predict
-from minionerec.flags import AdapterFlags, memory_gb
+from minionerec.flags import OPTIMIZERS, AdapterFlags, memory_gb
 from minionerec.model import adapters
 from minionerec.process_memory import rss_gb
 from minionerec.training.logprobs import completion_logps
@@ -165,6 +166,27 @@ def test_a_gpu_computes_in_bfloat16():
     on_cpu, on_gpu = (predicted(config, IDS, step, "lora", on_gpu).parts for on_gpu in (False, True))
     assert on_gpu["weights"] == on_cpu["weights"] / 2 and on_gpu["adapter"] == on_cpu["adapter"]
     assert on_gpu["activations"] < 0.7 * on_cpu["activations"]
+
+
+@pytest.mark.parametrize("optim", ["adamw_torch", "adamw_8bit", "lion_32bit", "sgd"])
+def test_what_an_optimizer_keeps(optim):
+    """Of a large and of a small tensor, which bitsandbytes keeps in 32 bits."""
+    weights = [torch.nn.Parameter(torch.randn(64, 128)), torch.nn.Parameter(torch.randn(16, 8))]
+    module = torch.nn.ParameterList(weights)
+    arguments = TrainingArguments("none", optim=optim, use_cpu=True, report_to="none")
+    made, settings = Trainer.get_optimizer_cls_and_kwargs(arguments, module)
+    optimizer = made(weights, **settings)
+    for weight in weights:
+        weight.grad = torch.randn_like(weight)
+    optimizer.step()
+    states = [v for state in optimizer.state.values() for k, v in state.items() if torch.is_tensor(v) and v.dim()]
+    held = sum(v.numel() * v.element_size() for v in states if v.numel() != 256)  # of a map of 8-bit values, shared
+    flags = AdapterFlags(optim=optim)
+    assert sum(flags.optimizer_bytes(w.numel()) for w in weights) == held
+
+
+def test_optimizers_are_those_of_the_trainer():
+    assert set(OPTIMIZERS) <= {name.value for name in OptimizerNames}
 
 
 def test_the_cache_of_the_beams():

@@ -343,7 +343,7 @@ def test_a_tokenizer_that_takes_sids_apart_is_refused_before_a_model_is_loaded(
     (old / "tokenizer.json").write_text(json.dumps(tokenizer))
     ranking = {"base_model": str(old), "info_file": files["info"], "test_data_path": files["test"]}
     problem = problem_of(evaluate.evaluate, **ranking, result_json_data=str(tmp_path / "r.json"))
-    assert f"--adapter {old}: SID '<a_0><b_0>' becomes " in problem and "instead of its own 2; " in problem
+    assert f"--base_model {old}: SID '<a_0><b_0>' becomes " in problem and "instead of its own 2; " in problem
     assert problem.endswith("or sft.py must make the checkpoint again")
     problem = problem_of(rl.train, **rl_flags(files, old, tmp_path / "rl"))
     assert f"--model_path {old}: SID '<a_0><b_0>' becomes " in problem

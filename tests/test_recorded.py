@@ -117,6 +117,13 @@ def test_every_command_checks_them(files, tmp_path):
     assert len(problems) == 2 and all("minionerec.json, prompts: input of task" in line for line in problems)
 
 
+def test_a_blank_category_is_none(tmp_path):
+    checkpoint = Checkpoint.read(str(record(tmp_path / "c", GOOD)))
+    (tmp_path / "prompts.json").write_text("{}")
+    for prompt_file in (None, str(tmp_path / "prompts.json")):
+        assert checkpoint.prompts("  ", prompt_file).category == GOOD["category"]
+
+
 def test_tasks_that_were_not_trained_end_as_those_that_were(tmp_path):
     checkpoint = str(record(tmp_path / "c", {**GOOD, "tasks": [task(response="{sid}\n")]}))
     tasks = (

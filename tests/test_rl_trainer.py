@@ -417,6 +417,8 @@ def test_rewards_see_each_row_its_own_target(sft, tmp_path):
     sid_of, first = trainer.trie.sid_of(trainer.sids), sids_of(trainer, outputs)[:4]
     rows = [{**copy.deepcopy(batch[0]), "target": first[0]}] * 4 + [{**copy.deepcopy(batch[0]), "target": first[2]}] * 4
 
+    sid_of = trainer.trie.sid_of(trainer.sids)
+
     def rule(completion_ids, target, **_):
         return rewards.rule([sid_of[tuple(ids)] for ids in completion_ids], target)
 

@@ -122,37 +122,40 @@ def trained_weights(trainer) -> dict[str, torch.Tensor]:
     return {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
 
 
-@pytest.mark.parametrize("strategy", ["random", "group_by_length"])
-def test_a_resumed_run_meets_the_same_steps(tmp_path, strategy):
-    whole = trainer_of(tmp_path / "whole", 2, strategy, count=16, **GROWING)
+@pytest.mark.parametrize(
+    ("strategy", "optim"), [("random", "adamw_torch"), ("group_by_length", "adamw_torch"), ("random", "adamw_8bit")]
+)
+def test_a_resumed_run_meets_the_same_steps(tmp_path, strategy, optim):
+    growing = {**GROWING, "optim": optim}
+    whole = trainer_of(tmp_path / "whole", 2, strategy, count=16, **growing)
     whole.train()
     assert whole.state.global_step == 12
-    stopped = trainer_of(tmp_path / "stopped", 2, strategy, count=16, **GROWING)
+    stopped = trainer_of(tmp_path / "stopped", 2, strategy, count=16, **growing)
     stopped.add_callback(Interrupted(8))
     with pytest.raises(KeyboardInterrupt):
         stopped.train()
     torch.manual_seed(99)
-    resumed = trainer_of(tmp_path / "stopped", 2, strategy, count=16, **GROWING)
+    resumed = trainer_of(tmp_path / "stopped", 2, strategy, count=16, **growing)
     resumed.train(Checkpoint.read(newest_checkpoint(resumed.args.output_dir)))
     weights = trained_weights(resumed)
     assert all(torch.equal(weights[name], weight) for name, weight in trained_weights(whole).items())
 
 
 WATCHED = {"eval_strategy": "steps", "load_best_model_at_end": True, "metric_for_best_model": "eval_loss"}
-WATCHED |= {"save_total_limit": 2, "restore_callback_states_from_checkpoint": True, "prediction_loss_only": True}
+WATCHED |= {"save_total_limit": 2, "restore_callback_states_from_checkpoint": True}
 
 
 def watched(folder, losses: list[float], **more) -> SFTTrainer:
     """A trainer whose evaluations, one every 2 steps, give these losses."""
     trainer = trainer_of(folder, 2, "random", 16, **{**GROWING, **WATCHED, "save_steps": 2, "eval_steps": 2, **more})
 
-    def compute(model, inputs, return_outputs=False, num_items_in_batch=None):
-        if model.training:
-            return type(trainer).compute_loss(trainer, model, inputs, return_outputs, num_items_in_batch)
-        loss = torch.tensor(losses[trainer.state.global_step // 2 - 1])
-        return loss, {"loss": loss}
+    def losses_of(model, inputs):
+        found, row = type(trainer)._losses(trainer, model, inputs)
+        if not model.training:
+            found = torch.full_like(found, losses[trainer.state.global_step // 2 - 1])
+        return found, row
 
-    trainer.compute_loss = compute
+    trainer._losses = losses_of
     return trainer
 
 
@@ -204,13 +207,16 @@ def test_a_run_that_stopped_early_has_nothing_left_to_train(tmp_path):
     assert all(torch.equal(runs[1][name], weight) for name, weight in runs[0].items())
 
 
-def test_validation_takes_the_longest_rows_first_and_gives_the_same_loss(tmp_path):
+def test_validation_takes_the_longest_rows_first_and_gives_the_same_loss(tmp_path, monkeypatch):
     losses = []
     for rows in (1, 3, 8):
         trainer = trainer_of(tmp_path, 8, per_device_eval_batch_size=rows)
-        widths = [batch["input_ids"].shape[1] for batch in trainer.get_eval_dataloader()]
-        assert widths == sorted(widths, reverse=True) and widths[0] == max(trainer.eval_dataset["length"])
+        widths, losses_of = [], trainer._losses
+        monkeypatch.setattr(
+            trainer, "_losses", lambda *args, f=losses_of, w=widths: w.append(args[1]["input_ids"].shape[1]) or f(*args)
+        )
         losses.append(trainer.evaluate()["eval_loss"])
+        assert widths == sorted(widths, reverse=True) and widths[0] == max(trainer.eval_dataset["length"])
     each = []
     for example in examples(8):
         logits, targets = response_logits(trainer.model, Collator(0)([example]))

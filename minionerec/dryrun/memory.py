@@ -7,6 +7,7 @@ quantized base takes is arithmetic.
 """
 
 import copy
+import math
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -84,7 +85,7 @@ class _Alive(TorchDispatchMode):
         if key in self.known:
             return
         # Allocators hand out blocks of 512 bytes.
-        size = -(-storage.nbytes() // 512) * 512
+        size = math.ceil(storage.nbytes() / 512) * 512
         made_in = self.pieces[-1]
 
         def gone(_: object) -> None:
@@ -223,7 +224,7 @@ def predict(
         "weights": weights,
         "adapter": adapter,
         "gradients": trained_bytes,
-        "optimizer": 2 * trained_bytes,
+        "optimizer": sum(times[id(p)] * flags.optimizer_bytes(p.numel()) for p in trained),
         "logits": loss,
         "activations": max(peak - trained_bytes - loss, 0) + dequantized,
         "runtime": runtime,

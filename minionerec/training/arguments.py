@@ -22,6 +22,7 @@ def shared_arguments(flags: TrainingFlags) -> dict[str, Any]:
         "run_name": flags.wandb_run_name or None,
         "report_to": flags.tracker,
         "seed": flags.seed,
+        "optim": flags.optim,
         **device.mixed_precision(quantized=flags.bits < 16),
         "use_cpu": not torch.cuda.is_available(),
         "dataloader_pin_memory": device.local_device().type == "cuda",

@@ -141,7 +141,9 @@ class DurableRun(_Trainer):
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         loss = super().training_step(*args, **kwargs)
         if not torch.isfinite(loss):
-            overflow = " or use a GPU of compute capability 8, because this one uses float16" if self.args.fp16 else ""
+            overflow = (
+                " or use a GPU of compute capability 8, because this one computes in float16" if self.args.fp16 else ""
+            )
             self._fail_later(
                 f"the loss is {loss.item()} at step {self.state.global_step + 1}; the last good checkpoint is "
                 f"{self._last_good()}. Try a smaller --learning_rate{overflow}"

@@ -33,19 +33,21 @@ def resume_point(flags: RunFlags, run: dict, say: Callable[[str], None]) -> Chec
         return checkpoint
     here, there, recorded = run["flags"], checkpoint.flags, checkpoint.run
     shape = (*AdapterFlags.SHAPE, "load_in_8bit") if run["method"] in ("lora", "qlora") else ()
+    optim = AdapterFlags.optim  # of runs that do not record one
     problems = [
         f"--resume_from_checkpoint: {path} belongs to a different run: {what} is {old} there, {new} here"
         for what, old, new in (
             ("the command", recorded.get("command"), run["command"]),
             ("the method", recorded.get("method"), run["method"]),
             ("the base", checkpoint.base_fingerprint, run["base_fingerprint"]),
+            ("--optim", there.get("optim", optim), here.get("optim", optim)),
             *((f"--{name}", there.get(name), here[name]) for name in shape),
         )
         if old != new
     ]
     if problems:
         raise InputError(problems)
-    for name in sorted(set(here) - {*IGNORED_ON_RESUME, *shape}):
+    for name in sorted(set(here) - {*IGNORED_ON_RESUME, *shape, "optim"}):
         if name not in there:
             say(f"warning: --{name} is {here[name]} here, and {path}, of an older release, does not record it")
         elif here[name] != there[name]:

@@ -4,6 +4,7 @@ allows it, the common beginnings of rows are computed once.
 Dimensions: `B` rows, `L` tokens, `N` response tokens in the batch, `H` hidden, `V` vocabulary.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -16,7 +17,7 @@ from accelerate.data_loader import prepare_data_loader
 from accelerate.utils import AutocastKwargs
 from torch import nn
 from torch.utils.data import DataLoader, Sampler
-from transformers import Trainer
+from transformers import Trainer, TrainerControl
 
 from minionerec.data.examples import IGNORE
 from minionerec.decoding.probe import prove
@@ -151,19 +152,6 @@ class StepSampler(Sampler):
             yield from rows[np.argsort(-self.lengths[rows], kind="stable")].tolist()
 
 
-class _FixedOrder(Sampler):
-    """Rows in the order given."""
-
-    def __init__(self, order: np.ndarray):
-        self.order = order
-
-    def __len__(self) -> int:
-        return len(self.order)
-
-    def __iter__(self) -> Iterator[int]:
-        yield from self.order.tolist()
-
-
 class SFTTrainer(DurableRun, Trainer):
     """Supervised fine-tuning on prompts and responses.
 
@@ -175,6 +163,7 @@ class SFTTrainer(DurableRun, Trainer):
     """
 
     data_collator: Any
+    control: TrainerControl
 
     def __init__(self, *args: Any, run: dict, train_batches: TreeBatches | None = None, **kwargs: Any):
         super().__init__(*args, **kwargs)
@@ -215,12 +204,55 @@ class SFTTrainer(DurableRun, Trainer):
         # These are this process's batches already; accelerate's `prepare` would shard them once more.
         return prepare_data_loader(loader, args.device, num_processes=1, process_index=0, put_on_device=True)
 
-    def _get_eval_sampler(self, eval_dataset: datasets.Dataset) -> Sampler:
+    def evaluate(
+        self,
+        eval_dataset: datasets.Dataset | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """The mean over rows of each row's mean cross-entropy (nats). It does not depend on how rows are split into
+        batches and over processes, as the Trainer's does."""
+        dataset, args = self.eval_dataset if eval_dataset is None else eval_dataset, self.args
+        order = self._eval_order(dataset)
+        size = args.per_device_eval_batch_size
+        batches = [order[start : start + size] for start in range(0, len(order), size)]
+        own = batches[args.process_index :: args.world_size]
+        # Where weights are sharded, every process must make every pass: one with a batch less repeats one, uncounted.
+        turns = math.ceil(len(batches) / args.world_size)
+        loader = DataLoader(dataset, batch_sampler=[*own, *batches[-1:]][:turns], collate_fn=self.data_collator)
+        model = self._wrap_model(self.model, training=False)
+        self.callback_handler.eval_dataloader = loader
+        training = model.training
+        model.eval()
+        total = torch.zeros(2, dtype=torch.float64, device=args.device)  # losses, rows
+        for turn, batch in enumerate(loader):
+            with torch.no_grad(), self.compute_loss_context_manager():
+                losses, row = self._losses(model, self._prepare_inputs(batch))
+            if turn < len(own):
+                tokens = row.bincount()
+                total += torch.stack([(losses / tokens[row]).sum().double(), (tokens > 0).sum().double()])
+            self.control = self.callback_handler.on_prediction_step(args, self.state, self.control)
+        model.train(training)
+        loss, rows = self.accelerator.reduce(total, "sum").tolist()
+        metrics = {f"{metric_key_prefix}_loss": loss / rows}
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(args, self.state, self.control, metrics)
+        return metrics
+
+    def _eval_order(self, dataset: datasets.Dataset) -> list[int]:
         """In token trees, neighbours share most in lexicographic order. Otherwise from the longest to the shortest:
-        little padding, and rows that do not fit are met first."""
+        little padding, and rows that do not fit come first."""
         if self.train_batches is not None:
-            return _FixedOrder(Prefixes(eval_dataset).order)
-        return StepSampler(eval_dataset["length"][:], len(eval_dataset), self.args.seed)
+            return Prefixes(dataset).order.tolist()
+        return list(StepSampler(dataset["length"][:], len(dataset), self.args.seed))
+
+    def _losses(self, model: nn.Module, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """The cross-entropy of every response token, and its row: [N] each."""
+        unwrapped = self.accelerator.unwrap_model(model)
+        if self.train_batches is None:
+            return row_losses(model, inputs, unwrapped)
+        dtype = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else None
+        return tree_losses(model, inputs, unwrapped, dtype)
 
     def compute_loss(
         self,
@@ -229,17 +261,7 @@ class SFTTrainer(DurableRun, Trainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
-        unwrapped = self.accelerator.unwrap_model(model)
-        if self.train_batches is not None:
-            dtype = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else None
-            losses, row = tree_losses(model, inputs, unwrapped, dtype)
-        else:
-            losses, row = row_losses(model, inputs, unwrapped)
-        if not unwrapped.training:
-            # The mean over rows of each one's mean: it does not depend on which rows share a batch.
-            tokens = row.bincount()
-            loss = (losses / tokens[row]).sum() / len(tokens)
-        else:
-            # Gradients are averaged over processes; the count is that of all of them.
-            loss = losses.sum() / num_items_in_batch * self.accelerator.num_processes
+        losses, _ = self._losses(model, inputs)
+        # Gradients are averaged over processes; the count is that of all of them.
+        loss = losses.sum() / num_items_in_batch * self.accelerator.num_processes
         return (loss, {"loss": loss}) if return_outputs else loss
