@@ -28,7 +28,6 @@ from minionerec.flags import (
     command,
     flag,
     fraction_of_training,
-    one_of,
     zero_or_more,
 )
 
@@ -41,8 +40,27 @@ if TYPE_CHECKING:
     from minionerec.decoding.trie import Trie
     from minionerec.dryrun.memory import Prediction
 
-REWARD_TYPES = ("rule", "ranking", "ranking_only", "semantic", "sasrec")
+REWARD_TYPES = ("rule", "ranking", "ranking_only", "prefix", "semantic", "sasrec")
 LEFT_OUT = 0.2  # of the training prompts by sample_train
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def _known_rewards(value: str) -> str | None:
+    names = _names(value)
+    if not names or set(names) - set(REWARD_TYPES):
+        return f"must be one of {', '.join(REWARD_TYPES)}, or several of them separated by commas"
+    return None if len(names) == len(set(names)) else "names a reward twice"
+
+
+def _weights(value: str) -> str | None:
+    try:
+        good = all(0 < float(weight) < math.inf for weight in _names(value))
+    except ValueError:
+        good = False
+    return None if good else "must be numbers above 0, separated by commas"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,9 +123,13 @@ class RLFlags(TrainingFlags):
     test_beam: int = flag(20, "beams of an evaluation.", above_zero)
     reward_type: str = flag(
         "rule",
-        "rule (1 for the target), ranking (rule, and a penalty for wrong items by rank), ranking_only (only the "
-        "penalty), semantic (cosine of item embeddings), sasrec (score of a SASRec model).",
-        one_of(*REWARD_TYPES),
+        "a reward, or several separated by commas, which add up: rule (1 for the target), ranking (rule, and a penalty "
+        "for wrong items by rank), ranking_only (only the penalty), prefix (fraction of leading SID levels that are "
+        "the target's), semantic (cosine of item embeddings), sasrec (score of a SASRec model).",
+        _known_rewards,
+    )
+    reward_weights: str = flag(
+        "", "a weight for each reward of reward_type, separated by commas; 1 each if not given.", _weights
     )
     sample_train: bool = flag(
         False, "leave out a random fifth of the prompts (the original: if model_path contains sft)."
@@ -128,8 +150,21 @@ class RLFlags(TrainingFlags):
         fraction_of_training,
     )
 
+    @property
+    def rewards(self) -> dict[str, float]:
+        """The weight of every reward."""
+        names = _names(self.reward_type)
+        weights = [float(weight) for weight in _names(self.reward_weights)] or [1.0] * len(names)
+        return dict(zip(names, weights, strict=True))
+
     def check(self, problems: Problems) -> None:
         super().check(problems)
+        rewards, weights = _names(self.reward_type), _names(self.reward_weights)
+        if weights and len(weights) != len(rewards):
+            problems.add(
+                f"--reward_weights {self.reward_weights}: has {len(weights)} weights for the {len(rewards)} rewards of "
+                f"--reward_type {self.reward_type}"
+            )
         step = self.train_batch_size * self.gradient_accumulation_steps
         if self.num_generations > 1 and step % self.num_generations:
             problems.add(
@@ -146,12 +181,12 @@ class RLFlags(TrainingFlags):
                 "evaluated model is a saved one; or give --test_during_training False"
             )
         embeddings = self.ada_path.endswith((".npy", ".safetensors")) and os.path.isfile(self.ada_path)
-        if self.reward_type == "semantic" and not embeddings:
+        if "semantic" in rewards and not embeddings:
             problems.add(
                 f"--ada_path {self.ada_path!r}: --reward_type semantic needs a file of item embeddings, .npy or "
                 ".safetensors"
             )
-        if self.reward_type == "sasrec" and not os.path.isfile(os.path.join(self.cf_path, "sasrec.json")):
+        if "sasrec" in rewards and not os.path.isfile(os.path.join(self.cf_path, "sasrec.json")):
             problems.add(
                 f"--cf_path {self.cf_path!r}: --reward_type sasrec needs a model of scripts/train_sasrec.py; give its "
                 "folder"
@@ -326,8 +361,8 @@ def train(flags: RLFlags) -> "dict | Prediction":
             f"--train_file {flags.train_file}: {len(train_dataset)} prompts are less than the {step} of a step"
         )
     sid_of = trie.sid_of(files.sids)
-    reward_funcs = reward_functions(
-        flags.reward_type, flags.num_generations, sid_of, files.catalogue, flags.ada_path, flags.cf_path
+    reward_funcs, reward_weights = reward_functions(
+        flags.rewards, flags.num_generations, sid_of, files.catalogue, flags.ada_path, flags.cf_path
     )
     for line in files.notes:
         state.print(line)
@@ -366,7 +401,7 @@ def train(flags: RLFlags) -> "dict | Prediction":
         model=model,
         new_adapter=new_adapter,
         reward_funcs=reward_funcs,
-        args=grpo_config(flags, steps, trie.depth, watched, resumes=resume is not None),
+        args=grpo_config(flags, steps, trie.depth, watched, reward_weights, resumes=resume is not None),
         processing_class=tokenizer,
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
@@ -435,9 +470,11 @@ def encode(files: RLInput, tokenizer: "PreTrainedTokenizerFast") -> Encoded:
     return Encoded(encoder, trie, train_dataset, prompt_dataset(eval_encoder, files.eval_rows, budget))
 
 
-def grpo_config(flags: RLFlags, steps: int, depth: int, watched: str, resumes: bool) -> "GRPOConfig":
+def grpo_config(
+    flags: RLFlags, steps: int, depth: int, watched: str, reward_weights: list[float], resumes: bool
+) -> "GRPOConfig":
     """The trainer's settings: `steps` in all, completions of at most `depth` tokens, the metric that chooses the best
-    checkpoint, and whether the run resumes."""
+    checkpoint, the weight of each reward function, and whether the run resumes."""
     from trl import GRPOConfig
 
     from minionerec.training.arguments import shared_arguments
@@ -458,6 +495,7 @@ def grpo_config(flags: RLFlags, steps: int, depth: int, watched: str, resumes: b
         warmup_steps=math.ceil(0.03 * steps),
         max_grad_norm=0.3,
         num_generations=flags.num_generations,
+        reward_weights=reward_weights,
         max_completion_length=depth,
         temperature=flags.temperature,
         beta=flags.beta,

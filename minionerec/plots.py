@@ -11,6 +11,9 @@ SFT_PANELS: Panels = {
 }
 RL_PANELS: Panels = {
     "reward": {"reward": "mean", "reward_std": "standard deviation"},
+    "reward by name": {
+        f"rewards/{name}/mean": name for name in ("rule", "rank_penalty", "prefix", "semantic", "collaborative")
+    },
     "validation": {"eval_HR@10": "HR@10", "eval_NDCG@10": "NDCG@10", "eval_MRR": "MRR"},
     "KL from the reference (nats per token)": {"kl": "KL"},
     "fraction of groups without advantage": {"frac_reward_zero_std": "fraction"},

@@ -26,6 +26,28 @@ def test_rank_penalty_falls_with_the_place_of_a_wrong_item():
         rewards.rank_penalty(["a"] * 3, ["a"] * 3, 2)
 
 
+@pytest.mark.parametrize("levels", [1, 2, 3, 4, 5, 6])
+def test_prefix_is_the_fraction_of_leading_levels(levels):
+    target = "".join(f"<{i}>" for i in range(levels))
+    levels_of = {target: [f"<{i}>" for i in range(levels)]}
+    for common in range(levels):  # equal up to a level, other from there on, but for the last
+        codes = [f"<{i}>" if i < common or (i == levels - 1 > common) else f"<x{i}>" for i in range(levels)]
+        levels_of[f"{common}"] = codes
+    found = rewards.prefix([*map(str, range(levels)), target], [target] * (levels + 1), levels_of)
+    assert found == pytest.approx([common / levels for common in range(levels + 1)])
+
+
+def test_prefix_of_sids_of_different_lengths():
+    levels_of = {"ab": ["a", "b"], "abc": ["a", "b", "c"], "x": ["x"]}
+    assert rewards.prefix(["ab", "abc", "x"], ["abc", "ab", "abc"], levels_of) == pytest.approx([2 / 3, 2 / 3, 0])
+
+
+def test_levels_count_by_their_weights(monkeypatch):
+    monkeypatch.setattr(rewards, "LEVEL_WEIGHTS", (1.0, 3.0))
+    levels_of = {"abc": ["a", "b", "c"], "ab!": ["a", "b", "!"], "a!!": ["a", "!", "!"]}
+    assert rewards.prefix(["ab!", "a!!"], ["abc", "abc"], levels_of) == pytest.approx([4 / 7, 1 / 7])
+
+
 def test_semantic_is_the_cosine():
     embeddings = {"a": np.array([1.0, 0.0]), "b": np.array([3.0, 4.0]), "zero": np.zeros(2)}
     assert rewards.semantic(["a", "b", "zero"], ["a", "a", "b"], embeddings) == pytest.approx([1.0, 0.6, 0.0])

@@ -104,6 +104,7 @@ def test_starts(files, sft, tmp_path, start, flags, written, said):
         {"reward_type": "ranking_only", "add_gt": True, "mask_all_zero": True, "dapo": True, "sample_train": True},
         {"reward_type": "semantic", "gspo": True, "sync_ref_model": True, "gradient_checkpointing": True},
         {"reward_type": "sasrec", "beta": 0.0, "temperature": 1.5, "tasks": "all"},
+        {"reward_type": "ranking,prefix", "reward_weights": "1,0.5", "learning_rate": 1e-9},
     ],
 )
 def test_switches_run(files, sft, tmp_path, flags):
@@ -118,6 +119,13 @@ def test_switches_run(files, sft, tmp_path, flags):
         "sample_train" if "sample_train" in flags else "temperature" if "temperature" in flags else "", 40
     )
     assert all(np.isfinite(entry["loss"]) for entry in metrics["history"] if "loss" in entry)
+    if "reward_weights" in flags:
+        steps = [entry for entry in metrics["history"] if "reward" in entry]
+        names = {f"rewards/{name}/{what}" for name in ("rule", "rank_penalty", "prefix") for what in ("mean", "std")}
+        assert all(names <= set(entry) and 0 < entry["rewards/prefix/mean"] < 1 for entry in steps)
+        for entry in steps:
+            rule, penalty, prefix = (entry[f"rewards/{name}/mean"] for name in ("rule", "rank_penalty", "prefix"))
+            assert entry["reward"] == pytest.approx(rule + penalty + 0.5 * prefix, abs=1e-5)
 
 
 def what_happened(metrics: dict) -> list[tuple]:
@@ -150,6 +158,11 @@ def test_a_killed_run_continues_exactly(files, sft, tmp_path):
         ({"num_generations": 5}, "--num_generations 5 does not divide --train_batch_size 16"),
         ({"num_generations": 1}, "a group needs 2 completions"),
         ({"reward_type": "nice"}, "--reward_type 'nice': must be one of rule, ranking"),
+        ({"reward_type": "rule,nice"}, "--reward_type 'rule,nice': must be one of rule, ranking"),
+        ({"reward_type": "rule,rule"}, "--reward_type 'rule,rule': names a reward twice"),
+        ({"reward_type": "rule,prefix", "reward_weights": "1"}, "has 1 weights for the 2 rewards"),
+        ({"reward_weights": "x"}, "--reward_weights 'x': must be numbers above 0"),
+        ({"reward_weights": "0"}, "--reward_weights '0': must be numbers above 0"),
         ({"reward_type": "semantic"}, "needs a file of item embeddings"),
         ({"reward_type": "sasrec", "cf_path": "nowhere"}, "needs a model of scripts/train_sasrec.py"),
         ({"dapo": True, "gspo": True}, "--dapo and --gspo exclude each other"),

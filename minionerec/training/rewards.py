@@ -4,7 +4,7 @@ Completions come group by group: `group_size` consecutive ones belong to the sam
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 from safetensors import SafetensorError
@@ -38,6 +38,28 @@ def rank_penalty(predicted: Sequence[str], targets: Sequence[str], group_size: i
             rewards += [0.0 if hit else -discount / total for hit, discount in zip(hits, discounts, strict=True)]
         else:
             rewards += [0.0] * group_size
+    return rewards
+
+
+# What each SID level counts for in `prefix`, first level first; further levels count as much as the last one here.
+LEVEL_WEIGHTS = (1.0, 1.0, 1.0, 1.0, 1.0)
+
+
+def prefix(predicted: Sequence[str], targets: Sequence[str], levels_of: Mapping[str, Sequence[str]]) -> list[float]:
+    """The weighted fraction of SID levels, from the first one on, that are the target's. Only the target gets 1.
+
+    `levels_of`: SID -> its levels, such as the tokens <a_3>, <b_7>, <c_1>; SIDs may have different numbers of them.
+    """
+
+    def weight(levels: int) -> float:
+        return sum(LEVEL_WEIGHTS[min(level, len(LEVEL_WEIGHTS) - 1)] for level in range(levels))
+
+    rewards = []
+    for sid, target in zip(predicted, targets, strict=True):
+        found, wanted = levels_of[sid], levels_of[target]
+        equal = [one == other for one, other in zip(found, wanted, strict=False)]
+        common = equal.index(False) if False in equal else len(equal)
+        rewards.append(weight(common) / weight(max(len(found), len(wanted))))
     return rewards
 
 
@@ -98,19 +120,22 @@ def read_embeddings(path: str, sid_of_item: Mapping[str, str]) -> dict[str, np.n
     return embeddings
 
 
+Reward = Callable[..., list[float]]
+
+
 def reward_functions(
-    reward_type: str,
+    weights: Mapping[str, float],
     num_generations: int,
     sid_of: Mapping[tuple[int, ...], str],
     catalogue: Catalogue,
     ada_path: str,
     cf_path: str,
-) -> list[Callable[..., list[float]]]:
-    """The reward functions of a `--reward_type`, as TRL calls them: with token ids and dataset columns, for one float
-    per completion.
+) -> tuple[list[Reward], list[float]]:
+    """Reward functions as TRL calls them, with token ids and dataset columns, for one float per completion; and the
+    weight of each. TRL logs them by the names of the functions.
 
     Args:
-        reward_type: a name of `--reward_type`.
+        weights: of the names of `--reward_type`.
         num_generations: completions of a group.
         sid_of: the SID of every completion.
         ada_path, cf_path: the files that `semantic` and `sasrec` read.
@@ -118,33 +143,38 @@ def reward_functions(
     Raises InputError if those files do not fit the catalogue.
     """
 
-    def predicted(completion_ids: list[list[int]]) -> list[str]:
-        return [sid_of[tuple(ids)] for ids in completion_ids]
+    def named(name: str, reward: Callable[[list[str], list[str], list[list[str]]], list[float]]) -> Reward:
+        """`reward` takes the SIDs of completions, targets and histories."""
 
-    def rule_reward(completion_ids: list, target: list, **_: object) -> list[float]:
-        return rule(predicted(completion_ids), target)
+        def called(completion_ids: list, target: list, history: list | None = None, **_: object) -> list[float]:
+            return reward([sid_of[tuple(ids)] for ids in completion_ids], target, history or [[]] * len(target))
 
-    def rank_reward(completion_ids: list, target: list, **_: object) -> list[float]:
-        return rank_penalty(predicted(completion_ids), target, num_generations)
+        called.__name__ = name
+        return called
 
-    rule_reward.__name__, rank_reward.__name__ = "rule", "rank_penalty"  # the names in the logs
-    if reward_type == "semantic":
-        embeddings = read_embeddings(ada_path, {id_: item.sid for id_, item in catalogue.items.items()})
+    def functions(name: str) -> list[Reward]:
+        by_rule = named("rule", lambda sids, targets, _: rule(sids, targets))
+        by_rank = named("rank_penalty", lambda sids, targets, _: rank_penalty(sids, targets, num_generations))
+        if name == "semantic":
+            embeddings = read_embeddings(ada_path, {id_: item.sid for id_, item in catalogue.items.items()})
+            return [named(name, lambda sids, targets, _: semantic(sids, targets, embeddings))]
+        if name == "sasrec":
+            scores = _scores_of_all(cf_path, sid_of.values())
+            return [
+                named("collaborative", lambda sids, targets, histories: collaborative(sids, targets, histories, scores))
+            ]
+        if name == "prefix":
+            return [named(name, lambda sids, targets, _: prefix(sids, targets, catalogue.tokens_of))]
+        return {"rule": [by_rule], "ranking": [by_rule, by_rank], "ranking_only": [by_rank]}[name]
 
-        def semantic_reward(completion_ids: list, target: list, **_: object) -> list[float]:
-            return semantic(predicted(completion_ids), target, embeddings)
+    chosen = [(reward, weight) for name, weight in weights.items() for reward in functions(name)]
+    return [reward for reward, _ in chosen], [weight for _, weight in chosen]
 
-        semantic_reward.__name__ = "semantic"
-        return [semantic_reward]
-    if reward_type == "sasrec":
-        recommender = sasrec.load(cf_path)
-        lacking = [sid for sid in sid_of.values() if sid not in recommender.number]
-        if lacking:
-            raise InputError(f"--cf_path {cf_path}: the model does not know {len(lacking)} SIDs, such as {lacking[0]}")
 
-        def collaborative_reward(completion_ids: list, target: list, history: list, **_: object) -> list[float]:
-            return collaborative(predicted(completion_ids), target, history, recommender.scores)
-
-        collaborative_reward.__name__ = "collaborative"
-        return [collaborative_reward]
-    return {"rule": [rule_reward], "ranking": [rule_reward, rank_reward], "ranking_only": [rank_reward]}[reward_type]
+def _scores_of_all(cf_path: str, sids: Iterable[str]) -> Callable[[list[list[str]], list[str]], list[float]]:
+    """The scores of a SASRec model, which must know every SID."""
+    recommender = sasrec.load(cf_path)
+    lacking = [sid for sid in sids if sid not in recommender.number]
+    if lacking:
+        raise InputError(f"--cf_path {cf_path}: the model does not know {len(lacking)} SIDs, such as {lacking[0]}")
+    return recommender.scores
