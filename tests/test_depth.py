@@ -36,7 +36,9 @@ def deep(architecture: str, layers: int = 8, **changes):
 
 
 @pytest.mark.parametrize("architecture", DEEP)
-@pytest.mark.parametrize(("method", "checkpointing"), [("full", False), ("lora", True)])
+@pytest.mark.parametrize(
+    ("method", "checkpointing"), [("full", False), pytest.param("lora", True, marks=pytest.mark.slow)]
+)
 def test_few_layers_predict_what_all_do(architecture, method, checkpointing):
     changes, measured = DEEP[architecture]
     config = deep(architecture, **changes)

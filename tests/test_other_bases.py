@@ -113,6 +113,7 @@ def test_a_checkpoint_with_a_vision_tower_that_loads_without_it(files, base_of, 
         assert not torch.allclose(logits(ours), logits(plain), atol=1e-2)
 
 
+@pytest.mark.slow
 def test_experts_go_through_all_commands(files, base_of, tmp_path, capsys):
     base = base_of("deepseek_v3")
     every = (

@@ -238,7 +238,7 @@ def test_an_overflow_that_reaches_the_loss_ends_the_run_and_says_why(tmp_path, f
     monkeypatch.setattr(
         run, "compute_loss", lambda model, *_, **__: sum(p.sum() for p in model.parameters()) * torch.inf
     )
-    with pytest.raises(RunError, match="this one uses float16"):
+    with pytest.raises(RunError, match="this one computes in float16"):
         run.train()
 
 
