@@ -22,6 +22,8 @@ from minionerec.errors import Problems
 from minionerec.flags import TrainingFlags, above_zero, check_batch, command, flag, fraction_of_training, zero_or_more
 
 if TYPE_CHECKING:
+    from transformers import TrainingArguments
+
     from minionerec.dryrun.memory import Prediction
 
 
@@ -146,7 +148,7 @@ def train(flags: SFTFlags) -> "dict | Prediction":
     files = read_input(flags)
 
     from datasets import Dataset
-    from transformers import EarlyStoppingCallback, TrainingArguments, set_seed
+    from transformers import EarlyStoppingCallback, set_seed
 
     import lora_utils
     from minionerec.data.encoding import Encoder
@@ -155,7 +157,6 @@ def train(flags: SFTFlags) -> "dict | Prediction":
     from minionerec.decoding.probe import prove
     from minionerec.model import device, loading
     from minionerec.plots import SFT_PANELS
-    from minionerec.training.arguments import shared_arguments
     from minionerec.training.finish import finish
     from minionerec.training.resume import resume_point
     from minionerec.training.sft_trainer import SFTTrainer, plan_trees
@@ -234,23 +235,7 @@ def train(flags: SFTFlags) -> "dict | Prediction":
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
         callbacks=[EarlyStoppingCallback(early_stopping_patience=3)],
-        args=TrainingArguments(
-            **shared_arguments(flags),
-            per_device_train_batch_size=flags.micro_batch_size,
-            per_device_eval_batch_size=flags.micro_batch_size,
-            gradient_accumulation_steps=accumulation,
-            num_train_epochs=flags.num_epochs,
-            learning_rate=flags.learning_rate,
-            lr_scheduler_type="linear",
-            warmup_steps=min(20, steps // 10),
-            train_sampling_strategy="group_by_length" if flags.group_by_length else "random",
-            eval_strategy="steps",
-            eval_steps=flags.eval_step,
-            save_steps=flags.eval_step,
-            load_best_model_at_end=True,
-            metric_for_best_model="eval_loss",
-            restore_callback_states_from_checkpoint=True,
-        ),
+        args=training_arguments(flags, steps, accumulation),
     )
     trainer.train(resume)
 
@@ -267,6 +252,31 @@ def train(flags: SFTFlags) -> "dict | Prediction":
     }
     saved_dtype = None if flags.adapted else loading.saved_dtype(flags.base_model)
     return finish(trainer, metrics, SFT_PANELS, merge=flags.freeze_LLM, dtype=saved_dtype)
+
+
+def training_arguments(flags: SFTFlags, steps: int, accumulation: int) -> "TrainingArguments":
+    """The trainer's settings: `steps` in all, each of `accumulation` micro-batches on every process."""
+    from transformers import TrainingArguments
+
+    from minionerec.training.arguments import shared_arguments
+
+    return TrainingArguments(
+        **shared_arguments(flags),
+        per_device_train_batch_size=flags.micro_batch_size,
+        per_device_eval_batch_size=flags.micro_batch_size,
+        gradient_accumulation_steps=accumulation,
+        num_train_epochs=flags.num_epochs,
+        learning_rate=flags.learning_rate,
+        lr_scheduler_type="linear",
+        warmup_steps=min(20, steps // 10),
+        train_sampling_strategy="group_by_length" if flags.group_by_length else "random",
+        eval_strategy="steps",
+        eval_steps=flags.eval_step,
+        save_steps=flags.eval_step,
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_loss",
+        restore_callback_states_from_checkpoint=True,
+    )
 
 
 if __name__ == "__main__":
