@@ -19,7 +19,7 @@ from minionerec.data.files import Catalogue, Interaction, Item, read_catalogue, 
 from minionerec.data.prompts import Prompts, load_prompts
 from minionerec.data.texts import check_interactions, items_left_out
 from minionerec.errors import Problems
-from minionerec.flags import TrainingFlags, above_zero, check_batch, command, flag, fraction_of_training, zero_or_more
+from minionerec.flags import TrainingFlags, above_zero, check_batch, command, flag, fraction_of_training
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -58,11 +58,12 @@ class SFTFlags(TrainingFlags):
         False, "put rows of similar length into the same optimizer step; those of a step always go by length."
     )
     pack_rows: int = flag(
-        16,
+        -1,
         "compute the common beginnings of the rows of an optimizer step once (token trees), and put up to this many "
-        "rows that share much, such as a user's, into the same step; 1 keeps the steps random. 0 computes every row by "
-        "itself, as is done for models whose attention takes no tree mask; only then group_by_length has an effect.",
-        zero_or_more,
+        "rows that share much, such as a user's, into the same step. -1: a 32nd of batch_size. 1: steps stay random. 0 "
+        "computes every row by itself, as is done for models whose attention takes no tree mask, and only then "
+        "group_by_length has an effect.",
+        lambda value: "must be 0 or more, or -1 for a 32nd of --batch_size" if value < -1 else None,
     )
     freeze_LLM: bool = flag(
         False,
@@ -77,6 +78,11 @@ class SFTFlags(TrainingFlags):
     def method(self) -> str:
         """full, freeze_LLM, lora or qlora."""
         return "freeze_LLM" if self.freeze_LLM else super().method
+
+    @property
+    def rows_together(self) -> int:
+        """`pack_rows` as a number of rows."""
+        return max(self.batch_size // 32, 1) if self.pack_rows == -1 else self.pack_rows
 
     def check(self, problems: Problems) -> None:
         super().check(problems)
@@ -219,7 +225,7 @@ def train(flags: SFTFlags) -> "dict | Prediction":
 
     # Plan the micro-batches: as token trees, where the model takes them.
     sizes = flags.batch_size, flags.micro_batch_size, flags.num_epochs
-    trees = plan_trees(model, train_dataset, eval_dataset, flags.pack_rows, *sizes, flags.seed, state)
+    trees = plan_trees(model, train_dataset, eval_dataset, flags.rows_together, *sizes, flags.seed, state)
     if trees and flags.group_by_length:
         state.print("--group_by_length changes nothing for token trees; with --pack_rows 0 it sorts steps by length")
     accumulation = trees.accumulation if trees else flags.batch_size // (flags.micro_batch_size * state.num_processes)

@@ -28,6 +28,7 @@ from minionerec.model import token_trees
 from minionerec.model.token_trees import TreeCollator, split
 from minionerec.training.sft_trainer import SFTTrainer, StepSampler, plan_trees, row_losses, step_order, tree_losses
 from minionerec.training.tree_batches import Prefixes, Size, TreeBatches
+from sft import SFTFlags
 
 model_without_window = cache(make_model)
 
@@ -466,6 +467,7 @@ def test_two_processes_train_as_one_which_goes_on_in_the_second_epoch(files, bas
     flags = {"use_lora": True, "lora_dropout": 0.0, "learning_rate": 1e-3, "num_epochs": 2}
     # 42 examples: the last step of an epoch has 2, for 2 micro-batches on each process.
     flags |= {"tasks": "sid_history_to_sid,title_to_sid", "sample": 21, "batch_size": 8, "micro_batch_size": 2}
+    flags |= {"pack_rows": 4}
     one, two = (sft_flags(files, base, tmp_path / name, **flags) for name in ("one", "two"))
     done = run_command("sft.py", **one)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -484,6 +486,12 @@ def test_two_processes_train_as_one_which_goes_on_in_the_second_epoch(files, bas
     done = run_command("sft.py", **two, resume_from_checkpoint=True)
     assert done.returncode == 0, done.stderr[-3000:]
     assert_same_run(tmp_path / "one", tmp_path / "two", 1e-5)
+
+
+def test_rows_of_a_user_are_a_32nd_of_a_step_unless_a_flag_says_otherwise():
+    found = [SFTFlags(batch_size=size).rows_together for size in (16, 32, 63, 64, 128, 512)]
+    assert found == [1, 1, 1, 2, 4, 16]
+    assert [SFTFlags(pack_rows=rows).rows_together for rows in (0, 1, 7)] == [0, 1, 7]
 
 
 def test_steps_at_random_give_the_curve_of_the_plain_way(files, base, tmp_path):

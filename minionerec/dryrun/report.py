@@ -139,13 +139,13 @@ def sft(flags: Any, inputs: Inputs, training_examples: Callable[[], Dataset]) ->
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     print(f"\n{examples:,} examples; {steps:,} steps an epoch, at most {steps * flags.num_epochs:,} in all")
     on_gpu, size, name = device_of(flags.gpu_memory)
-    merges = flags.pack_rows > 0 and may_share_rows(inputs.config)
+    merges = flags.rows_together > 0 and may_share_rows(inputs.config)
     if merges:
         dataset = training_examples()
         prefixes = Prefixes(dataset)
         collate = TreeCollator(0, inputs.config.get_text_config().hidden_size, 16 if on_gpu else 1)
         print(_tree_batches(flags, prefixes, processes).summary())
-    elif flags.pack_rows:
+    elif flags.rows_together:
         print(f"token trees: off; every row is computed by itself, since {inputs.config.model_type} ignores 4-D masks")
 
     def step_of(flags: Any) -> Step:
@@ -168,7 +168,7 @@ def sft(flags: Any, inputs: Inputs, training_examples: Callable[[], Dataset]) ->
 
 
 def _tree_batches(flags: Any, prefixes: Prefixes, processes: int) -> TreeBatches:
-    order = step_order(prefixes, flags.pack_rows, flags.batch_size, flags.seed)
+    order = step_order(prefixes, flags.rows_together, flags.batch_size, flags.seed)
     return TreeBatches(prefixes, order, flags.num_epochs, flags.micro_batch_size, flags.batch_size, processes)
 
 
