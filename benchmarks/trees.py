@@ -147,17 +147,17 @@ def trees(
     category: str = "Industrial_and_Scientific",
     tasks: str = "all",
     methods: str = "lora,full",
-    rows: int = 128,
+    rows: int = 256,
     micro_batch_size: int = 8,
-    pack_rows: int = 16,
+    pack_rows: int = -1,
     cutoff_len: int = 512,
-    num_hidden_layers: int = 6,
+    num_hidden_layers: int = 4,
     hidden_size: int = 896,
     num_attention_heads: int = 14,
     num_key_value_heads: int = 2,
     intermediate_size: int = 4864,
     vocab_size: int = 151936,
-    repeats: int = 3,
+    repeats: int = 2,
 ) -> None:
     """Prints seconds, peak memory and losses of SFT steps with shared beginnings beside rows one by one.
 
@@ -168,7 +168,7 @@ def trees(
         methods: some of lora, full, qlora, separated by commas.
         rows: rows of an optimizer step.
         micro_batch_size: rows of a forward pass, where they go one by one.
-        pack_rows: rows that share much, such as a user's, in one step at most, as in sft.py.
+        pack_rows: rows that share much, such as a user's, in one step at most; -1 for a 32nd of rows, as in sft.py.
         cutoff_len: tokens of a row at most.
         num_hidden_layers: decoder layers; Qwen2.5-0.5B has 24.
         hidden_size: width of the model.
@@ -191,9 +191,10 @@ def trees(
     ]
     if not all(found):
         problems.add(f"--data {data}: must hold train.csv, an .index.json and an .item.json file")
-    if pack_rows < 1:
-        problems.add(f"--pack_rows {pack_rows}: must be above 0")
+    if pack_rows < 1 and pack_rows != -1:
+        problems.add(f"--pack_rows {pack_rows}: must be above 0, or -1")
     problems.check()
+    pack_rows = max(rows // 32, 1) if pack_rows == -1 else pack_rows
     files = tuple(paths[0] for paths in found)
     catalogue = problems.attempt(read_catalogue, *files[1:])
     problems.attempt(count_rows, files[0], "data", catalogue.sids if catalogue else None)
