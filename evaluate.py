@@ -30,7 +30,7 @@ class EvaluateFlags(PromptFlags):
     """The flags of evaluate.py."""
 
     base_model: str = flag("", "a whole checkpoint, or an adapter one, whose base is then found from the adapter.")
-    adapter: str = flag("", "an adapter checkpoint to put on base_model, in place of the base it names.")
+    adapter: str = flag("", "an adapter checkpoint to load on base_model, instead of on the base it names.")
     train_file: str = flag(
         "",
         "CSV of training interactions; given, the popularity baseline is printed too, and separately the rows whose "
@@ -40,11 +40,13 @@ class EvaluateFlags(PromptFlags):
     test_data_path: str = flag("", "CSV of test interactions.")
     result_json_data: str = flag("", "file for the rankings; the metrics go beside it, as .metrics.json.")
     batch_size: int = flag(4, "prompts of a forward pass.", above_zero)
-    K: int = flag(0, "one more cut-off beside 1, 3, 5, 10, 20, 50; 0 for none (the original ignores the flag).")
+    K: int = flag(0, "an additional cut-off besides 1, 3, 5, 10, 20, 50; 0 for none (the original ignores the flag).")
     seed: int = flag(42, "kept for MiniOneRec's argument lists; nothing here is random.")
-    length_penalty: float = flag(0.0, "beam scores are divided by their length to this power.")
+    length_penalty: float = flag(
+        0.0, "beam scores are divided by their length to this power; without effect if all SIDs have the same length."
+    )
     max_new_tokens: int = flag(256, "the most tokens a SID may have.", above_zero)
-    num_beams: int = flag(50, "items to rank a row.", above_zero)
+    num_beams: int = flag(50, "items ranked per row.", above_zero)
 
     def check(self, problems: Problems) -> None:
         super().check(problems)
@@ -192,7 +194,7 @@ def print_beside_popularity(
     print(format_metrics(ranking_metrics([rank_of(example.sid, top) for example in examples], length, flags.K)))
     unseen = [rank for example, rank in zip(examples, ranks, strict=True) if example.sid not in seen]
     if unseen:
-        print(f"{len(unseen)} of the {len(examples)} rows, whose target the training file does not hold:")
+        print(f"{len(unseen)} of {len(examples)} rows have a target that does not occur in the training file:")
         print(format_metrics(ranking_metrics(unseen, length, flags.K)))
 
 

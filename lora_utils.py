@@ -2,9 +2,14 @@
 
 The functions are called by `sft.py` before training and by `rl.py` before it builds its trainer:
 
+    from minionerec.data.files import read_catalogue
+    from minionerec.flags import AdapterFlags
+    from minionerec.model.loading import add_sid_tokens, load_base, load_tokenizer
+
     flags = AdapterFlags(use_qlora=True, lora_r=16)
-    model = load_base(base_model, quantization_config(flags))
-    sid_token_ids = add_sid_tokens(model, tokenizer, catalogue.sid_tokens)
+    tokenizer = load_tokenizer("out/base")
+    model = load_base("out/base", quantization_config(flags))
+    sid_token_ids = add_sid_tokens(model, tokenizer, read_catalogue("index.json").sid_tokens)
     model = adapt(model, flags, sid_token_ids)
     print(trainable_report(model))
 """
@@ -73,7 +78,7 @@ def _chosen(model: nn.Module, spec: str) -> tuple[list[str], list[str]]:
     if unmatched or not names:
         raise InputError(
             f"--lora_target_modules {spec!r}: {', '.join(unmatched) or 'nothing'} matches no linear layer of "
-            f"{type(model).__name__}; there are all, qkv, {', '.join(_suffixes(every, []))}"
+            f"{type(model).__name__}; choose from all, qkv, {', '.join(_suffixes(every, []))}"
         )
     layers, stacks = (
         [n for n in group if any(_matches(name, n) for name in names)] for group in (found.layers, found.experts)

@@ -101,7 +101,7 @@ def read_input(flags: MergeFlags) -> MergeInput:
     interactions = read_interactions(
         flags.eval_file or recorded.get("eval_file", ""), "eval_file", catalogue.sids if catalogue else None, titles
     )
-    rows = unread.attempt(lambda: list(islice(interactions, flags.sample)))
+    rows = unread.attempt(lambda: list(islice(interactions, max(flags.sample, 0))))
     problems.check()
     assert checkpoint  # nothing was wrong
     return MergeInput(checkpoint, base, prompts, catalogue, rows, unread)

@@ -69,8 +69,8 @@ class RLFlags(TrainingFlags):
 
     model_path: str = flag(
         "",
-        "folder of an SFT checkpoint, whole or adapter. An adapter is continued with use_lora or use_qlora and merged "
-        "into its base without them.",
+        "folder of an SFT checkpoint: a full model or an adapter. An adapter is continued with use_lora or "
+        "use_qlora and merged into its base without them.",
     )
     base_model: str = flag("", "where the base of an adapter checkpoint is, if not where the adapter says.")
     info_file: str = flag(
@@ -88,14 +88,14 @@ class RLFlags(TrainingFlags):
     eval_step: float = flag(0.199, "how often to evaluate, as a fraction of the training.", fraction_of_training)
     num_generations: int = flag(
         16,
-        "completions of a prompt, a group.",
+        "completions per prompt (the group size).",
         lambda value: "a group needs 2 completions or more to compare" if value < 2 else None,
     )
     num_train_epochs: int = flag(1, "passes over the prompts.", above_zero)
     learning_rate: float = flag(
         1e-6,
-        "peak of the cosine schedule, after 3% of the steps; gradients are clipped at 0.3. 1e-6 suits training in "
-        "full, 10 to 100 times that an adapter.",
+        "peak of the cosine schedule, after 3% of the steps; gradients are clipped at 0.3. 1e-6 suits full "
+        "fine-tuning; an adapter needs 10 to 100 times as much.",
         above_zero,
     )
     beta: float = flag(0.04, "weight of the KL divergence from the start; 0 drops the reference pass.", zero_or_more)
@@ -311,7 +311,9 @@ def read_input(flags: RLFlags) -> RLInput:
 def _how_it_continues(checkpoint: Checkpoint, flags: RLFlags) -> list[str]:
     """What becomes of an adapter checkpoint, and where that differs from how it was trained."""
     what = (
-        "continuing the adapter of {}" if flags.adapted else "merging the adapter of {} into its base, to train it all"
+        "continuing the adapter of {}"
+        if flags.adapted
+        else "merging the adapter of {} into its base for full fine-tuning"
     )
     lines = [what.format(checkpoint.path)]
     trained_on = checkpoint.adapter_flags.bits
@@ -322,7 +324,8 @@ def _how_it_continues(checkpoint: Checkpoint, flags: RLFlags) -> list[str]:
             "small mismatch"
         )
     if flags.adapted:
-        lines += checkpoint.differing_flags(flags.to_dict(), flags.SHAPE)
+        given = tuple(name for name in flags.SHAPE if getattr(flags, name) != getattr(RLFlags, name))
+        lines += checkpoint.differing_flags(flags.to_dict(), given)
     return lines
 
 

@@ -93,7 +93,7 @@ class Checkpoint:
         if not base:
             raise InputError(f"{self.path}: the adapter names no base; {remedy}")
         if os.path.isabs(base) and not os.path.isdir(base):
-            raise InputError(f"{self.path}: its base {base} is not there; {remedy}")
+            raise InputError(f"{self.path}: its base {base} was not found; {remedy}")
         return base
 
     @cached_property
@@ -144,7 +144,7 @@ class Checkpoint:
     def differing_flags(self, flags: dict, names: tuple[str, ...]) -> list[str]:
         """A warning for each flag of these names that had another value in the run that wrote it."""
         return [
-            f"warning: --{name} is {flags[name]} here and was {self.flags[name]} for {self.path}, which stays"
+            f"warning: --{name} {flags[name]} is ignored: {self.path} was trained with {self.flags[name]}"
             for name in names
             if flags.get(name) not in ("", None) and self.flags.get(name, flags[name]) != flags[name]
         ]
@@ -228,7 +228,8 @@ def is_complete(checkpoint: str) -> bool:
     """Whether a checkpoint was written to its end: it has a whole trainer state, which comes last."""
     try:
         with open(os.path.join(checkpoint, "trainer_state.json"), encoding="utf-8") as file:
-            return isinstance(json.load(file), dict)
+            state = json.load(file)
+            return isinstance(state, dict) and "global_step" in state
     except (OSError, ValueError):
         return False
 

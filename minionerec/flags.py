@@ -16,9 +16,11 @@ gives the function that takes them the flat keyword signature and the `Args` tha
 Only the standard library is imported.
 """
 
+import difflib
 import inspect
 import math
 import os
+import typing
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
 from importlib.util import find_spec
@@ -73,6 +75,25 @@ class Flags:
         return asdict(self)  # type: ignore[call-overload]
 
 
+def _typed(values: dict[str, Any], by_name: dict[str, Any]) -> dict[str, Any]:
+    """Values from Python, with the types of their flags: paths become text, ints floats. Raises InputError with all
+    others, as the command line does for text."""
+    problems, typed = Problems(), {}
+    for name, value in values.items():
+        kind = by_name[name].type
+        kinds = typing.get_args(kind) or (kind,)
+        if isinstance(value, os.PathLike) and str in kinds:
+            value = os.fspath(value)
+        elif type(value) is int and float in kinds:
+            value = float(value)
+        if type(value) not in kinds:
+            wanted = " or ".join("None" if one is type(None) else one.__name__ for one in kinds)
+            problems.add(f"--{name} {value!r}: must be {wanted}, not {type(value).__name__}")
+        typed[name] = value
+    problems.check()
+    return typed
+
+
 def command(kind: type[Flags]) -> Callable[[Callable], Callable]:
     """Gives a function of one `kind` object the keyword signature and the documented `Args` of its flags: those of the
     command itself first, then group by group."""
@@ -89,7 +110,14 @@ def command(kind: type[Flags]) -> Callable[[Callable], Callable]:
 
     def decorate(function: Callable) -> Callable:
         def called(*args: object, **values: object) -> object:
-            return function(kind(**signature.bind(*args, **values).arguments))
+            if args:
+                raise TypeError(f"{function.__name__}() takes keyword arguments only")
+            unknown = [name for name in values if name not in by_name]
+            if unknown:
+                close = difflib.get_close_matches(unknown[0], by_name, n=1)
+                hint = f"; did you mean {close[0]!r}?" if close else ""
+                raise TypeError(f"{function.__name__}() got an unexpected keyword argument {unknown[0]!r}{hint}")
+            return function(kind(**_typed(values, by_name)))
 
         called.__name__ = called.__qualname__ = function.__name__
         called.__module__ = function.__module__
@@ -184,7 +212,8 @@ class RunFlags(Flags):
         super().check(problems)
         if self.wandb_project and (wrong := _report_to("wandb")):
             problems.add(f"--wandb_project {self.wandb_project}: {wrong}")
-        check_output_dir(problems, self.output_dir, resume=self.resume_from_checkpoint is not None)
+        if not self.dry_run:  # which writes nothing
+            check_output_dir(problems, self.output_dir, resume=self.resume_from_checkpoint is not None)
 
 
 # The Trainer's optimizers that need no further package: how many states they keep per weight, and the bits of each.
@@ -236,6 +265,7 @@ class AdapterFlags(Flags):
 
     # What an adapter is from its first step to its last: a checkpoint's own values win over a later command's.
     SHAPE = ("lora_r", "lora_alpha", "lora_target_modules", "use_rslora", "use_dora")
+    OF_AN_ADAPTER = (*SHAPE, "lora_dropout", "init_lora_weights")
 
     @property
     def adapted(self) -> bool:
@@ -271,6 +301,9 @@ class AdapterFlags(Flags):
 
     def check(self, problems: Problems) -> None:
         super().check(problems)
+        if not self.adapted:
+            given = [name for name in self.OF_AN_ADAPTER if getattr(self, name) != getattr(type(self), name)]
+            problems.extend(f"--{name} has no effect without --use_lora True or --use_qlora True" for name in given)
         if self.use_lora and self.use_qlora:
             problems.add("--use_lora and --use_qlora exclude each other; keep one (QLoRA is LoRA on a 4-bit base)")
         if self.load_in_8bit and not self.use_lora:
@@ -322,7 +355,7 @@ def check_output_dir(problems: Problems, output_dir: str, resume: bool) -> None:
 def check_new_folder(problems: Problems, output_dir: str) -> None:
     """A folder that a command makes as a whole: it must not exist yet."""
     if not output_dir:
-        problems.add("--output_dir is missing; give a folder for the checkpoint")
+        problems.add("--output_dir is missing; give the name of a new folder")
     elif os.path.exists(output_dir):
         problems.add(f"--output_dir {output_dir}: exists already; name another folder, or remove it")
     else:

@@ -10,6 +10,7 @@ import lora_utils
 SFT = [
     ({"use_lroa": True}, "unknown flag --use_lroa; did you mean --use_lora?"),
     ({"lora_r": "many"}, "--lora_r 'many' is not valid; expected a whole number"),
+    ({"lora_r": 8, "use_dora": True}, "--lora_r has no effect without --use_lora True or --use_qlora True"),
     ({"use_lora": True, "use_qlora": True}, "--use_lora and --use_qlora exclude each other"),
     ({"use_lora": True, "lora_r": 0}, "--lora_r 0"),
     ({"use_lora": True, "lora_dropout": 1}, "--lora_dropout 1.0"),
@@ -68,7 +69,8 @@ def test_an_adapter_is_no_base(files, tmp_path):
 
 
 def test_all_problems_come_together(files, tmp_path):
-    flags = sft_flags(files, "", tmp_path / "run", lora_r=0, batch_size=10, micro_batch_size=4, eval_file="nowhere.csv")
+    flags = sft_flags(files, "", tmp_path / "run", use_lora=True, lora_r=0, batch_size=10, micro_batch_size=4)
+    flags |= {"eval_file": "nowhere.csv"}
     result = run_command("sft.py", **flags)
     assert result.returncode == 2
     assert len(result.stderr.strip().splitlines()) == 4

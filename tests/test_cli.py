@@ -118,6 +118,30 @@ def test_nothing_heavy_is_imported_before_the_checks(script):
     assert result.stdout.strip() == "[]", result.stderr
 
 
+def test_values_from_python_have_the_types_of_their_flags(tmp_path):
+    with pytest.raises(InputError) as refused:
+        sft.train(use_lora="False", batch_size="abc", learning_rate=True, tasks=["sid_history_to_sid"], base_model=None)
+    assert refused.value.problems == [
+        "--use_lora 'False': must be bool, not str",
+        "--batch_size 'abc': must be int, not str",
+        "--learning_rate True: must be float, not bool",
+        "--tasks ['sid_history_to_sid']: must be str, not list",
+        "--base_model None: must be str, not NoneType",
+    ]
+    with pytest.raises(InputError) as refused:  # a path and a whole number are as good as text and a fraction
+        sft.train(output_dir=tmp_path, learning_rate=1, prompt_file=None)
+    assert not any("must be" in problem for problem in refused.value.problems)
+
+
+def test_a_misspelt_keyword_and_a_positional_argument_are_named():
+    with pytest.raises(
+        TypeError, match=r"train\(\) got an unexpected keyword argument 'base_modle'; did you mean 'base_mo"
+    ):
+        sft.train(base_modle="x")
+    with pytest.raises(TypeError, match=r"train\(\) takes keyword arguments only"):
+        rl.train("x")
+
+
 def test_help_into_a_pipe_that_is_closed_ends_quietly():
     """As `python sft.py --help | head`."""
     reader, writer = os.pipe()

@@ -139,6 +139,7 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path, changed, message):
     folder.mkdir()
     (folder / "trainer_state.json").write_text('{"global_step": 5}')
     (folder / "minionerec.json").write_text(json.dumps(RUN))
+    (folder / "optimizer.pt").touch()
     said, flags = [], RunFlags(output_dir=str(tmp_path), resume_from_checkpoint="True")
     assert resume_point(flags, {**RUN, "flags": {**RUN["flags"], "seed": 2}}, said.append)
     assert said[-1].startswith("warning: --seed is 2 here and was 1 up to ")
@@ -152,6 +153,7 @@ def test_a_truncated_checkpoint_is_never_resumed(tmp_path):
     for step, state in ((5, '{"global_step": 5}'), (10, '{"global_step": 10, "log_his')):
         (tmp_path / f"checkpoint-{step}").mkdir()
         (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(state)
+        (tmp_path / f"checkpoint-{step}" / "optimizer.pt").touch()
     said, flags = [], RunFlags(output_dir=str(tmp_path), resume_from_checkpoint="True")
     assert resume_point(flags, RUN, said.append).path == str(tmp_path / "checkpoint-5")
     with pytest.raises(InputError, match="is not a complete checkpoint"):

@@ -47,7 +47,7 @@ def test_rankings_and_metrics_of_an_adapter(files, base, checkpoint, tmp_path):
     (moved / "adapter_config.json").write_text(json.dumps(config))
     lost = run_command("evaluate.py", **evaluate_flags(files, tmp_path / "l.json", base_model=moved))
     assert lost.returncode == 2
-    assert "its base /nowhere/base is not there; give the folder of the base as --base_model" in lost.stderr
+    assert "its base /nowhere/base was not found; give the folder of the base as --base_model" in lost.stderr
 
 
 @pytest.mark.slow
@@ -80,7 +80,7 @@ def test_what_differs_from_the_training_is_named(files, checkpoint, tmp_path):
     wording = {"tasks": {"sid_history_to_sid": {"instruction": "Which of the {category} comes next?"}}}
     (tmp_path / "prompts.json").write_text(json.dumps(wording))
     _, _, printed = evaluated(files, tmp_path / "r.json", base_model=checkpoint, category="nuts")
-    assert f"warning: --category is nuts here and was bolts for {checkpoint}, which stays" in printed
+    assert f"warning: --category nuts is ignored: {checkpoint} was trained with bolts" in printed
     rows, _, printed = evaluated(
         files, tmp_path / "r.json", base_model=checkpoint, category="bolts", prompt_file=tmp_path / "prompts.json"
     )

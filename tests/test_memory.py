@@ -222,12 +222,14 @@ def test_a_dry_run_of_sft(files, base, tmp_path):
 def test_a_dry_run_of_rl(files, base, tmp_path):
     sft = run_command("sft.py", **sft_flags(files, base, tmp_path / "sft", use_lora=True, sample=8, lora_r=8))
     assert sft.returncode == 0, sft.stderr
-    flags = rl_flags(files, tmp_path / "sft" / "final_checkpoint", tmp_path / "rl", use_lora=True, dry_run=True)
+    flags = rl_flags(
+        files, tmp_path / "sft" / "final_checkpoint", tmp_path / "rl", use_lora=True, dry_run=True, lora_r=4
+    )
     done = run_command("rl.py", **flags)
     assert done.returncode == 0, done.stderr
     assert re.search(r"\nsid_history_to_sid +40 +1 ", done.stdout)
     assert "40 prompts of" in done.stdout and "10 steps" in done.stdout and "cache" in done.stdout
-    assert "--lora_r is 16 here and was 8" in done.stdout
+    assert "--lora_r 4 is ignored: " in done.stdout and "was trained with 8\n" in done.stdout
     trainable = json.loads((tmp_path / "sft" / "metrics.json").read_text())["trainable_parameters"]
     assert f"trainable parameters: {trainable:,}\n" in done.stdout
     assert not (tmp_path / "rl").exists() and rss_gb() > 0.1

@@ -223,6 +223,9 @@ def test_a_trainer_state_that_cannot_be_resumed(tmp_path, changes, message):
     (checkpoint / "trainer_state.json").write_text(json.dumps(state))
     run = {"command": "sft", "method": "full", "base_fingerprint": None, "flags": {}}
     flags = RunFlags(output_dir=str(tmp_path), resume_from_checkpoint="True")
+    (problem,) = problems_of(resume.resume_point, flags=flags, run=run, say=print)
+    assert problem.endswith("has lost its optimizer state; resume from another checkpoint")
+    (checkpoint / "optimizer.pt").touch()
     assert resume.resume_point(flags, run, print).path == str(checkpoint)
     (checkpoint / "trainer_state.json").write_text(json.dumps({**state, **changes}))
     (problem,) = problems_of(resume.resume_point, flags=flags, run=run, say=print)
@@ -233,6 +236,7 @@ def test_a_record_that_lacks_values_is_of_another_run(tmp_path):
     checkpoint = record(tmp_path / "checkpoint-2")
     (checkpoint / "minionerec.json").write_text('{"seconds": 3}')
     (checkpoint / "trainer_state.json").write_text('{"global_step": 2}')
+    (checkpoint / "optimizer.pt").touch()
     assert Checkpoint.read(str(checkpoint)).run == {"seconds": 3}
     run = {"command": "sft", "method": "full", "base_fingerprint": None, "flags": {}}
     flags = RunFlags(output_dir=str(tmp_path), resume_from_checkpoint="True")
@@ -288,3 +292,13 @@ def test_resuming_unpickles_nothing(tmp_path, name):
     )
     torch.load(checkpoint / name, weights_only=False)
     assert (tmp_path / "executed").exists()  # it is one
+
+
+def test_a_damaged_state_file_is_named(tmp_path):
+    settings = {"save_strategy": "steps", "save_steps": 1, "max_steps": 1}
+    trainer_of(tmp_path, 8, **settings).train()
+    (checkpoint,) = tmp_path.glob("*/checkpoint-1")
+    content = (checkpoint / "optimizer.pt").read_bytes()
+    (checkpoint / "optimizer.pt").write_bytes(content[: len(content) // 2])
+    with pytest.raises(InputError, match=r"a .pt or .pth file there is damaged; resume from another checkpoint"):
+        trainer_of(tmp_path, 8, **{**settings, "max_steps": 2}).train(Checkpoint.read(str(checkpoint)))

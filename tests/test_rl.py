@@ -289,6 +289,6 @@ def test_what_differs_from_the_sft_run_is_named(files, sft, tmp_path):
         f"continuing the adapter of {sft['lora']}",
         "warning: it was trained on an unquantized base, and it continues on a 4-bit base here; expect a small "
         "mismatch",
-        f"warning: --lora_r is 99 here and was {r} for {sft['lora']}, which stays",
+        f"warning: --lora_r 99 is ignored: {sft['lora']} was trained with {r}",
     ]
     assert start.flags.lora_r == r  # what the run then records

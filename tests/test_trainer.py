@@ -242,7 +242,8 @@ def test_only_complete_checkpoints_count(tmp_path):
         (tmp_path / name).mkdir()
     assert newest_checkpoint(str(tmp_path)) is None
     for name in ("checkpoint-9", "checkpoint-10"):
-        (tmp_path / name / "trainer_state.json").write_text("{}")
+        (tmp_path / name / "trainer_state.json").write_text('{"global_step": 1}')
+    (tmp_path / "checkpoint-11" / "trainer_state.json").write_text("{}")
     assert newest_checkpoint(str(tmp_path)).endswith("checkpoint-10")
 
 

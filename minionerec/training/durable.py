@@ -100,7 +100,7 @@ class DurableRun(_Trainer):
     ) -> tuple[int, int]:
         """As the Trainer's, which looks for the best checkpoint at its recorded path. Here it is looked for next to the
         checkpoint that the run resumes from, because the run's folder may have been moved."""
-        with _without_log("The best checkpoint"):
+        with _without_log("The best checkpoint", "Warning: The following arguments do not match"):
             trained = super()._init_training_state(max_steps, steps_per_epoch, epochs, resume_from_checkpoint, trial)
         step = self.state.best_global_step
         if resume_from_checkpoint and step:
@@ -186,7 +186,7 @@ class DurableRun(_Trainer):
             self._fail_later(problem)
 
     def _last_good(self) -> str:
-        return newest_checkpoint(self.args.output_dir) or "none, because the run has not saved one yet"
+        return newest_checkpoint(self.args.output_dir) or "none: nothing has been saved yet"
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         if self.save_dtype is not None and self.args.should_save:
@@ -237,6 +237,13 @@ def _unpickling_nothing(checkpoint: str | None) -> Iterator[None]:
     """Turns the error that torch raises for a state file with code in it into InputError."""
     try:
         yield
+    except RuntimeError as error:
+        if "PytorchStreamReader" not in str(error):
+            raise
+        raise InputError(
+            f"--resume_from_checkpoint {checkpoint}: a .pt or .pth file there is damaged; resume from "
+            "another checkpoint"
+        ) from None
     except pickle.UnpicklingError:
         raise InputError(
             f"--resume_from_checkpoint {checkpoint}: a .pt or .pth file there contains more than tensors and plain "
@@ -256,12 +263,12 @@ def writing(what: str) -> Iterator[None]:
 
 
 @contextmanager
-def _without_log(beginning: str) -> Iterator[None]:
-    """While open, the Trainer logs no message that starts with `beginning`."""
+def _without_log(*beginnings: str) -> Iterator[None]:
+    """While open, the Trainer logs no message that starts with one of these."""
     logger = logging.getLogger("transformers.trainer")
 
     def wanted(record: logging.LogRecord) -> bool:
-        return not record.getMessage().startswith(beginning)
+        return not record.getMessage().startswith(beginnings)
 
     logger.addFilter(wanted)
     try:

@@ -1,5 +1,6 @@
 """Which checkpoint a run resumes from, and whether it may."""
 
+import os
 from collections.abc import Callable
 from dataclasses import fields
 
@@ -29,6 +30,11 @@ def resume_point(flags: RunFlags, run: dict, say: Callable[[str], None]) -> Chec
         return None
     checkpoint = Checkpoint.read(path)
     checkpoint.check_trainer_state({field.name for field in fields(TrainerState)})
+    # An optimizer that starts anew would silently train other weights. DeepSpeed keeps its own in global_step*.
+    if not any(name.startswith(("optimizer", "global_step")) for name in os.listdir(path)):
+        raise InputError(
+            f"--resume_from_checkpoint: {path} has lost its optimizer state; resume from another checkpoint"
+        )
     if not checkpoint.run:
         return checkpoint
     here, there, recorded = run["flags"], checkpoint.flags, checkpoint.run

@@ -255,4 +255,4 @@ class TreeBatches(Sampler):
         """One line: what a step computes."""
         rows = min(self.step_rows, len(self.prefixes))
         tokens, nodes, _ = self.survey(steps=20)
-        return f"token trees: a step of {rows:,} rows has {tokens:,.0f} tokens, of which {nodes:,.0f} are computed"
+        return f"token trees: a step of {rows:,} rows has {tokens:,.0f} tokens, and computes {nodes:,.0f} of them"
