@@ -43,7 +43,7 @@ FLAGS = {
 }
 ADAPTER = {
     "base_model_name_or_path": TEXT_OR_NULL,
-    "peft_type": TEXT,
+    "peft_type": (lambda value: value in ("LORA", "TRAINABLE_TOKENS"), "LORA or TRAINABLE_TOKENS"),
     "task_type": (lambda value: value in ("CAUSAL_LM", None), "CAUSAL_LM or null"),
     "r": (_is_whole(1), "a whole number from 1"),
     "rank_pattern": (

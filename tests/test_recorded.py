@@ -171,7 +171,8 @@ def test_a_record_that_is_no_object(files, tmp_path, content):
 
 ADAPTERS = [
     ({"base_model_name_or_path": 5}, "base_model_name_or_path is 5 and must be text or null"),
-    ({"peft_type": ["LORA"]}, "peft_type is ['LORA'] and must be text"),
+    ({"peft_type": ["LORA"]}, "peft_type is ['LORA'] and must be LORA or TRAINABLE_TOKENS"),
+    ({"peft_type": "FOO"}, "peft_type is 'FOO' and must be LORA or TRAINABLE_TOKENS"),
     ({"task_type": "SEQ_CLS"}, "task_type is 'SEQ_CLS' and must be CAUSAL_LM or null"),
     ({"r": "8"}, "r is '8' and must be a whole number"),
     ({"r": 400_000_000}, "has rank 400000000, and its weights have 4 at most"),

@@ -9,6 +9,7 @@ Prompts recorded in a checkpoint go through the same checks as a prompt file.
 """
 
 import json
+import os
 import string
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -296,6 +297,8 @@ def load_prompts(
     """
     template, table = TEMPLATE, dict(TASKS)
     if prompt_file:
+        if not os.path.isfile(prompt_file):
+            raise InputError(f"--prompt_file {prompt_file}: no such file")
         try:
             with open(prompt_file, encoding="utf-8") as file:
                 data = json.load(file)
