@@ -105,10 +105,10 @@ def test_no_weight_that_is_written_out_is_kept(saved, targets):
 
 @pytest.mark.parametrize("bits", [4, 16])
 def test_checkpointing_gives_the_same_gradients(saved, bits):
-    gradients = []
+    gradients, folder = [], saved("mixtral")  # made once: it draws random numbers
     for checkpointing in (False, True):
         torch.manual_seed(0)
-        base = in_4_bits(saved("mixtral")) if bits == 4 else build("mixtral")
+        base = in_4_bits(folder) if bits == 4 else build("mixtral")
         model = moved(lora_utils.add_lora(base, lora_utils.lora_config(base, []), checkpointing))
         if checkpointing:
             base.activation_checkpointing_enable({"use_reentrant": False})
