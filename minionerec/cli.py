@@ -1,5 +1,5 @@
-"""Fire made strict, and the ways a command ends badly: bad input (exit code 2), a run that cannot go on (1), stopped by
-the user (130).
+"""Fire made strict, and the ways a command ends badly: bad input (exit code 2), a run that cannot continue (1), stopped
+by the user (130).
 
 Fire itself forgives too much: an unknown flag fails only after the whole run, `--use_lora false` is the (true) string
 'false', `q_proj,v_proj` becomes a tuple, `--output_dir 2018` an int. Here every flag is checked against the signature

@@ -23,7 +23,7 @@ import torch
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).resolve().parent.parent
-# The files of checkpoints, by what they are, and what those of a run that goes on hold besides.
+# The files of checkpoints, by what they are, and what those in the middle of a run hold too.
 CHECKPOINT = {"minionerec.json", "tokenizer.json", "tokenizer_config.json"}
 ADAPTER = CHECKPOINT | {"README.md", "adapter_config.json", "adapter_model.safetensors"}
 WHOLE = CHECKPOINT | {"config.json", "generation_config.json", "model.safetensors"}

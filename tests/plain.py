@@ -35,7 +35,7 @@ def batch(rows=slice(None)):
 
 
 def one_by_one(model, prompt_ids, prompt_mask, completion_ids, completion_mask, temperature=1.0):
-    """The plain way: every completion alone behind its prompt, without padding, with all logits."""
+    """The plain way: every completion separately after its prompt, without padding, with all logits."""
     logps, entropies = torch.zeros(completion_ids.shape), torch.zeros(completion_ids.shape)
     for row in range(len(prompt_ids)):
         prompt = prompt_ids[row][prompt_mask[row].bool()]

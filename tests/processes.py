@@ -75,7 +75,7 @@ class Started:
         return [process.exitcode for process in self.processes]
 
     def wait_for_checkpoint(self, output: Path, seconds: float = 200) -> None:
-        """Returns as soon as a run that goes on has saved a checkpoint in `output`."""
+        """Returns as soon as a running command has saved a checkpoint in `output`."""
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline and not list(output.glob("checkpoint-*/trainer_state.json")):
             assert all(process.is_alive() for process in self.processes), self.errors[-3000:]

@@ -49,7 +49,7 @@ def trained(files, published, tmp_path_factory):
     def folder(method: str) -> Path:
         if method not in runs:
             runs[method] = tmp_path_factory.mktemp("sft") / method
-            # The head of a frozen model learns by its SID rows alone.
+            # The head of a frozen model learns only through its SID rows.
             rate = 3e-2 if method == "freeze_LLM" else 1e-2
             sft.train(**strings(sft_flags(files, published, runs[method], learning_rate=rate, **SFT[method])))
         return runs[method]

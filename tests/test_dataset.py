@@ -199,7 +199,7 @@ def test_pieces_give_the_tokens_of_the_whole_text(pre_tokenizer):
             ]
         ),
         "metaspace": pre_tokenizers.Metaspace(),
-        # Words end behind a comma, but between two SIDs the comma and the space are one.
+        # Words end after a comma, but between two SIDs the comma and the space are one.
         "edges": pre_tokenizers.Sequence(
             [
                 pre_tokenizers.Split(Regex(r", $| ?[^\s,]+|,|\n|\s+"), "isolated"),

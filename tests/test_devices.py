@@ -1,5 +1,5 @@
 """More than one process: the same curve and metrics as one (RL: test_rl.py, evaluation: test_evaluate.py), the same
-adapter on every rank, weights that are shared out, and the engines' configurations."""
+adapter on every rank, weights that are sharded, and the engines' configurations."""
 
 import json
 import re
@@ -135,7 +135,7 @@ def test_a_process_without_a_group_that_counts_keeps_pace(sparse, tmp_path, engi
     assert_same_run(one, tmp_path / "two", 1e-4)
     assert_same_checkpoint(one, tmp_path / "two")
     assert any(path.name == "reference.safetensors" for path in one.glob("checkpoint-*/*"))
-    # Its checkpoint holds what goes on from it: the moving reference too.
+    # Its checkpoint holds what resuming needs: the moving reference too.
     shutil.rmtree(newest_checkpoint(str(tmp_path / "two")))
     shutil.rmtree(tmp_path / "two" / "final_checkpoint")
     two_processes(engine, tmp_path, "rl.py", {**flags(tmp_path / "two"), "resume_from_checkpoint": True})

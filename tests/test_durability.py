@@ -1,4 +1,4 @@
-"""Runs that end badly: stopped, out of room, with a loss that is no number. Kills: test_sft.py, test_rl.py and
+"""Runs that end badly: stopped, out of room, with a loss that is NaN. Kills: test_sft.py, test_rl.py and
 benchmarks/kill_and_resume.py."""
 
 import json
@@ -104,7 +104,7 @@ def test_the_last_good_checkpoint_is_named(tmp_path):
     with pytest.raises(RunError, match=r"the loss is nan at step 3; the last good checkpoint is \S+checkpoint-2\b"):
         trainer.train()
 
-    # A gradient that is no number spoils the weights behind a good loss; they are not saved.
+    # A NaN gradient after a finite loss spoils the weights; they are not saved.
     trainer = trainer_of(tmp_path / "again", 8, **settings)
 
     def spoil(gradient):

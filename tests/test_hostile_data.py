@@ -79,7 +79,7 @@ def csv_bytes(rows: list[list[str]], header=COLUMNS) -> bytes:
 
 
 def read_or_refuse(function, *args, **kwargs):
-    """The result, or None where the input was refused in lines that each stand alone."""
+    """The result, or None where the input was refused, in one complete line per problem."""
     try:
         return function(*args, **kwargs)
     except InputError as error:

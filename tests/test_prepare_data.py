@@ -257,7 +257,7 @@ def test_new_items_get_ids_that_a_model_knows(prepared, raw, tmp_path, capsys):
     assert list(new) == [str(i) for i in range(50)] and {item: new[item] for item in old} == old
     assert {token for sid in new.values() for token in sid} == {token for sid in old.values() for token in sid}
     assert len({"".join(sid) for sid in new.values()}) == 50
-    # Like N2 there are three old items; it differs from the nearest in the last code alone.
+    # Like N2 there are three old items; it differs from the nearest only in the last code.
     assert new["49"][:-1] in [old[str(i)][:-1] for i in (1, 2, 3)]
     catalogue = data_files.read_catalogue(path_of(more, "index"), path_of(more, "item"))
     assert len(data_files.read_info(path_of(more, "info"), catalogue)) == 50 and catalogue.items["48"].title.endswith(

@@ -77,7 +77,8 @@ def test_embeddings_are_read_by_item_id(tmp_path):
 
 
 def test_embeddings_are_never_unpickled(tmp_path):
-    # A whole pickle, so that a reader that unpickled would get through; writing one executes nothing.
+    # A real pickle, since a reader that unpickles would fail on any other bytes too, and the test would pass. Writing
+    # one executes nothing, and the reader under test must refuse it.
     np.save(tmp_path / "e.npy", np.array([{"a": 1}], dtype=object), allow_pickle=True)
     with pytest.raises(InputError, match="cannot be read"):
         rewards.read_embeddings(str(tmp_path / "e.npy"), {"0": "s"})

@@ -377,7 +377,7 @@ def test_a_batch_of_silent_groups_runs_no_model(sft, tmp_path):
 
 @pytest.mark.parametrize("collective", [True, False])
 def test_a_step_of_silent_groups_has_a_zero_gradient(sft, tmp_path, monkeypatch, collective):
-    """With a pass, where other processes wait for it, and without: the optimizer goes on with its momentum. The group
+    """With a pass, where other processes wait for it, and without: the optimizer continues with its momentum. The group
     is larger than a micro-batch."""
     trainer = make_trainer(
         sft, "own LoRA", tmp_path, switches={"mask_all_zero": True}, reward=lambda prompts, **_: [1.0] * len(prompts),

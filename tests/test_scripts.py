@@ -113,7 +113,7 @@ def run(line: str) -> str:
 @pytest.mark.slow
 @pytest.mark.parametrize("lora", ["", " --use_lora True --lora_r 8"])
 def test_the_argument_lists_of_the_original_run_unchanged(checkout, base, lora, monkeypatch):
-    """With the flags that MiniOneRec's own scripts pass, and sizes that fit this test given behind them."""
+    """With the flags that MiniOneRec's own scripts pass, and sizes that fit this test given after them."""
     monkeypatch.chdir(checkout)
     data, out = "data/Amazon", f"out{'_lora' if lora else ''}"
     shared = f"--category Bolts --sid_index_path ./{data}/index/Bolts.index.json --item_meta_path "

@@ -41,7 +41,7 @@ def test_the_table_by_hand(tmp_path, make_run, capsys):
     assert rows["full SFT"]["HR@1"] == "0.7500 [0.5000, 1.0000] ± 0.3536"
     assert rows["full SFT"]["MRR / full"] == "" and rows["full SFT"]["time (s)"] == "15"
     assert rows["lora SFT"]["HR@1"] == "1.0000 [1.0000, 1.0000] ± 0.0000"
-    # Seed by seed 2 and 1; together 1 / 0.75, and with one row alone 1 or 2.
+    # Seed by seed 2 and 1; together 1 / 0.75, and with only one row 1 or 2.
     assert rows["lora SFT"]["MRR / full"] == "1.333 [1.000, 2.000] ± 0.707"
     assert rows["lora SFT"]["NDCG@10"] == rows["lora SFT"]["NDCG@10 / full"] == ""  # rankings of one item
     assert (tmp_path / "figure.png").stat().st_size > 1000

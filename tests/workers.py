@@ -32,7 +32,7 @@ import as_on_gpu  # noqa: E402
 
 def engines_on_cpus() -> None:
     """Lets accelerate and the Trainer start FSDP and DeepSpeed, which they keep for GPUs, on CPUs that talk over gloo.
-    What is shared out, gathered and saved afterwards is what they do on GPUs."""
+    They shard, gather and save afterwards as they do on GPUs."""
     import peft.tuners.trainable_tokens.layer as trainable_tokens
     import transformers
     from accelerate import PartialState
@@ -128,7 +128,7 @@ def watched(folder: str, script: str, *flags: str) -> None:
 
 
 def loss_is_nan(folder: str, script: str, *flags: str) -> None:
-    """Runs sft.py with a loss that is NaN at the fifth step of the last process alone."""
+    """Runs sft.py with a loss that is NaN at the fifth step, in the last process only."""
     from minionerec.training.sft_trainer import SFTTrainer
 
     compute = SFTTrainer.compute_loss
@@ -159,7 +159,7 @@ def disk_is_full(folder: str, script: str, *flags: str) -> None:
 
 
 def fsdp() -> None:
-    """A LoRA model whose weights FSDP2 shares out, against the same model whole: loss, gradients, beams."""
+    """A LoRA model whose weights FSDP2 shards, against the same model whole: loss, gradients, beams."""
     from models import adapted, examples
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard

@@ -83,7 +83,7 @@ def main() -> None:
             for _ in range(count):
                 customer += 1
                 bought = purchases(chance.randint(3, 8))
-                # Training sees every prefix of a customer's history, the held-out files the last purchase alone.
+                # Training sees every prefix of a customer's history, the held-out files only the last purchase.
                 for end in range(1, len(bought)) if split == "train" else [len(bought) - 1]:
                     past, target = bought[:end], bought[end]
                     histories = [[title(i) for i in past], past, [sid(i) for i in past]]
