@@ -14,15 +14,22 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from minionerec import cli
-from minionerec.checkpoint import Checkpoint, check_model, is_adapter
-from minionerec.data.files import Interaction, count_rows, read_info, read_interactions
+from minionerec.checkpoint import Checkpoint, read_model
+from minionerec.data.files import (
+    InfoItem,
+    Interaction,
+    count_rows,
+    read_info_items,
+    read_interactions,
+    read_item_ids,
+    shorten,
+)
+from minionerec.data.items import Items
 from minionerec.data.prompts import RECOMMENDATION, Prompts, Task
 from minionerec.errors import InputError, Problems
 from minionerec.flags import PromptFlags, above_zero, check_writable, command, flag
 from minionerec.metrics import format_metrics, popularity, rank_of, ranking_metrics
 from minionerec.saving import write_json
-
-WITH_BASE = "give the folder of the base as --base_model, and this one as --adapter"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,12 +67,19 @@ class EvaluateFlags(PromptFlags):
 
 @dataclass(frozen=True)
 class EvaluateInput:
-    """What is evaluated, checked: the checkpoint, where its base is, the wording, the SIDs and the test rows."""
+    """What is evaluated, checked: the checkpoint, where its base is, the wording, the SIDs and the test rows.
+
+    Attributes:
+        items, targets: where items share SIDs, the items and the number of each row's target; None for a target that is
+            not among them. Both None where no items share a SID, or the test file does not tell them apart.
+    """
 
     checkpoint: Checkpoint
     base: str
     prompts: Prompts
     sids: list[str]
+    items: Items | None
+    targets: list[int | None] | None
     examples: list[Interaction]
     notes: list[str]
 
@@ -78,34 +92,55 @@ class EvaluateInput:
 def read_input(flags: EvaluateFlags) -> EvaluateInput:
     """Checks the flags, the checkpoint and every row of the files. Raises InputError with everything that is wrong."""
     problems = Problems()
-    check_model(problems, "base_model", flags.base_model)
     flags.check(problems)
-    if flags.adapter and not is_adapter(flags.adapter):
-        problems.add(
-            f"--adapter {flags.adapter}: no adapter_config.json there; give the folder of an adapter checkpoint"
-        )
-    elif flags.adapter and is_adapter(flags.base_model):
-        problems.add(
-            f"--base_model {flags.base_model}: is an adapter, not a model; name the base of --adapter {flags.adapter}"
-        )
-    checkpoint = problems.attempt(Checkpoint.read, flags.adapter or flags.base_model)
-    base = prompts = None
+    checkpoint, base = read_model(problems, "base_model", flags.base_model, flags.adapter)
+    prompts = None
     if checkpoint:
-        base = flags.base_model if flags.adapter else problems.attempt(checkpoint.base, WITH_BASE)
         prompts = problems.attempt(checkpoint.prompts, flags.category, flags.prompt_file, RECOMMENDATION)
-    sids = problems.attempt(read_info, flags.info_file)
+    listed = problems.attempt(read_info_items, flags.info_file) or []
+    sids = list(dict.fromkeys(item.sid for item in listed))
     titles = prompts.need_titles if prompts else False
-    rows = read_interactions(flags.test_data_path, "test_data_path", sids, titles)
-    examples = problems.attempt(list, rows)
+    # A catalogue may hold fewer items than the histories and targets, but not none of them.
+    examples = problems.attempt(list, read_interactions(flags.test_data_path, "test_data_path", titles=titles))
+    known = set(sids)
+    outside = sum(example.sid not in known for example in examples or [])
+    if examples and sids and outside == len(examples):
+        problems.add(
+            f"--info_file {flags.info_file}: has the target of no row of --test_data_path {flags.test_data_path}, such "
+            f"as {shorten(examples[0].sid)}; do the two files belong together?"
+        )
     if flags.train_file:
         problems.attempt(count_rows, flags.train_file, "train_file", titles=False)
     problems.check()
     assert checkpoint and base and prompts and sids and examples  # nothing was wrong
+    items, targets, notes = _told_apart(flags, listed, examples) if len(listed) > len(sids) else (None, None, [])
+    if outside:
+        notes.append(f"{outside} of {len(examples)} rows have a target that --info_file lacks; they count as misses")
     if flags.prompt_file:
-        notes = checkpoint.differing_prompts(prompts)
+        notes += checkpoint.differing_prompts(prompts)
     else:
-        notes = checkpoint.differing_flags(flags.to_dict(), ("category",))
-    return EvaluateInput(checkpoint, base, prompts, sids, examples, notes)
+        notes += checkpoint.differing_flags(flags.to_dict(), ("category",))
+    return EvaluateInput(checkpoint, base, prompts, sids, items, targets, examples, notes)
+
+
+def _told_apart(
+    flags: EvaluateFlags, listed: list[InfoItem], examples: list[Interaction]
+) -> tuple[Items | None, list[int | None] | None, list[str]]:
+    """The items of an info file in which some share a SID, and the number of each row's target; or None for both and a
+    line that says what is missing to tell them apart."""
+    try:
+        purchases = read_item_ids(flags.train_file, "train_file") if flags.train_file else ()
+        items = Items(listed, flags.info_file, purchases)
+        targets = [items.number_of.get(item) for item in read_item_ids(flags.test_data_path, "test_data_path")]
+        for target, example in zip(targets, examples, strict=True):
+            if target is not None and items.all[target].sid != example.sid:
+                raise InputError(
+                    f"item {items.all[target].id!r} is {items.all[target].sid} in {flags.info_file} and "
+                    f"{example.sid} in {flags.test_data_path}"
+                )
+    except InputError as error:
+        return None, None, [f"items share SIDs, and metrics are those of SIDs only: {error.problems[0]}"]
+    return items, targets, []
 
 
 @command(EvaluateFlags)
@@ -117,7 +152,7 @@ def evaluate(flags: EvaluateFlags) -> dict[str, float]:
 
     import lora_utils
     from minionerec.data.encoding import Encoder
-    from minionerec.data.sid_tokens import sid_responses
+    from minionerec.data.sid_tokens import PAD, sid_responses
     from minionerec.decoding.probe import prove
     from minionerec.decoding.ranking import rank_prompts
     from minionerec.decoding.trie import Trie
@@ -132,19 +167,16 @@ def evaluate(flags: EvaluateFlags) -> dict[str, float]:
     encoder, task = Encoder(tokenizer, files.prompts, checkpoint.flags.get("cutoff_len", 2048)), files.task
     remedy = f"--info_file {flags.info_file} is of another catalogue, or sft.py must make the checkpoint again"
     where = f"{'--adapter' if flags.adapter else '--base_model'} {checkpoint.path}"
-    trie = Trie(sid_responses(encoder, sids, task.ending, None, where, remedy), tokenizer.eos_token_id)
+    outside = {sid for example in files.examples for sid in example.sid_history}.difference(sids)
+    responses = sid_responses(encoder, [*sids, *sorted(outside)], task.ending, None, where, remedy)[: len(sids)]
+    trie = Trie(responses[:, : (responses != PAD).sum(axis=1).max()], tokenizer.eos_token_id)
     if trie.depth > flags.max_new_tokens:
         raise InputError(
             f"--max_new_tokens {flags.max_new_tokens}: the SIDs of {flags.info_file} have up to {trie.depth} tokens"
         )
 
     # Load the model, with its base stored as in training.
-    if checkpoint.adapter is None:
-        model = loading.load_base(checkpoint.path)
-    else:
-        quantization = lora_utils.quantization_config(checkpoint.adapter_flags)
-        model = lora_utils.load_adapted(checkpoint, tokenizer, files.base, quantization)
-    model.eval()
+    model = lora_utils.load_checkpoint(checkpoint, tokenizer, files.base)
     trie.to(model.device)
 
     # Rank.
@@ -160,6 +192,12 @@ def evaluate(flags: EvaluateFlags) -> dict[str, float]:
     ranks = [rank_of(example.sid, ranking) for example, ranking in zip(files.examples, rankings, strict=True)]
     metrics = ranking_metrics(ranks, length, flags.K)
 
+    # Where items share SIDs, the same for items: those of a SID follow each other, the popular ones first.
+    by_item = None
+    if files.items and files.targets:
+        item_ranks = [_item_rank(files.items, *one, length) for one in zip(files.targets, rankings, strict=True)]
+        by_item = ranking_metrics(item_ranks, length, flags.K)
+
     # Write the rankings and metrics, and print them beside popularity.
     if state.is_main_process:
         results = [
@@ -169,13 +207,22 @@ def evaluate(flags: EvaluateFlags) -> dict[str, float]:
         os.makedirs(os.path.dirname(os.path.abspath(flags.result_json_data)), exist_ok=True)
         write_json(flags.result_json_data, results)
         seconds = {"decode_seconds": decode_seconds, "seconds": time.perf_counter() - started}
-        summary = {**metrics, "rows": len(results), **seconds}
+        summary = {**metrics, **({"items": by_item} if by_item else {}), "rows": len(results), **seconds}
         write_json(os.path.splitext(flags.result_json_data)[0] + ".metrics.json", summary)
         print(format_metrics(metrics))
+        if files.items and by_item:
+            print(f"items instead of SIDs, {files.items.num_sharing} of {len(files.items)} share theirs:")
+            print(format_metrics(by_item))
         if flags.train_file:
             print_beside_popularity(flags, files.examples, ranks, length)
         print(f"{len(results)} rows, {len(results) / decode_seconds:.1f} rows/s; rankings in {flags.result_json_data}")
     return metrics
+
+
+def _item_rank(items: Items, target: int | None, ranking: list[str], length: int) -> int | None:
+    """The place of an item, from 0, among the first `length` items of a ranking of SIDs; None if it is not there."""
+    ranked = items.ranked(ranking, length)
+    return ranked.index(target) if target in ranked else None
 
 
 def print_beside_popularity(

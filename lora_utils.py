@@ -292,6 +292,16 @@ def load_adapted(
     return wrapped if merge_in is None else merge(wrapped)
 
 
+def load_checkpoint(checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerFast, base_model: str) -> Any:
+    """The model of a whole or adapter checkpoint, in evaluation mode, its base stored as in training. Errors as in
+    `load_adapted`."""
+    if checkpoint.adapter is None:
+        model = loading.load_base(checkpoint.path)
+    else:
+        model = load_adapted(checkpoint, tokenizer, base_model, quantization_config(checkpoint.adapter_flags))
+    return model.eval()
+
+
 # --- Reporting --------------------------------------------------------------------------------------------------------
 
 

@@ -217,6 +217,23 @@ def check_model(problems: Problems, name: str, path: str) -> None:
         problems.add(f"--{name} {path}: no such folder")
 
 
+WITH_BASE = "give the folder of the base as --{0}, and this one as --adapter"
+
+
+def read_model(problems: Problems, name: str, path: str, adapter: str) -> tuple[Checkpoint | None, str | None]:
+    """The checkpoint that flags name, and where its base is: `path` (--`name`) is a whole model or an adapter, whose
+    base is then found, or the base of the adapter at `adapter` (--adapter). None where there are problems."""
+    check_model(problems, name, path)
+    if adapter and not is_adapter(adapter):
+        problems.add(f"--adapter {adapter}: no adapter_config.json there; give the folder of an adapter checkpoint")
+    elif adapter and is_adapter(path):
+        problems.add(f"--{name} {path}: is an adapter, not a model; name the base of --adapter {adapter}")
+    checkpoint = problems.attempt(Checkpoint.read, adapter or path)
+    if checkpoint is None or adapter:
+        return checkpoint, path
+    return checkpoint, problems.attempt(checkpoint.base, WITH_BASE.format(name))
+
+
 def check_base(problems: Problems, base_model: str) -> None:
     """A model that an adapter can stand on."""
     check_model(problems, "base_model", base_model)

@@ -13,9 +13,10 @@ FLOORS = [
     ["minionerec.checkpoint", "minionerec.recorded", "minionerec.saving"],
     ["minionerec.model"],
     ["minionerec.decoding", "minionerec.prepare"],
+    ["minionerec.recommending"],
     ["minionerec.training"],
     ["minionerec.dryrun", "lora_utils"],
-    ["evaluate", "merge_lora", "rl", "sft"],
+    ["evaluate", "merge_lora", "recommend", "rl", "sft"],
 ]
 FLOOR_OF = {name: number for number, floor in enumerate(FLOORS) for name in floor}
 NEIGHBOURS = {"minionerec.decoding", "minionerec.prepare"}  # on one floor, without a door between them

@@ -1,5 +1,4 @@
 import json
-from pathlib import Path
 
 import pytest
 from helpers import COLUMNS, refused, run_command, sft_flags
@@ -108,14 +107,14 @@ def test_evaluate_refuses(files, base, tmp_path, flags, message):
     assert not (tmp_path / "r.json").exists()
 
 
-def test_a_test_row_outside_the_info_file_is_named(files, base, tmp_path):
-    lines = Path(files["info"]).read_text(encoding="utf-8").splitlines()
-    (tmp_path / "info.json").write_text("\n".join(lines[:5]) + "\n", encoding="utf-8")
+def test_an_info_file_of_another_catalogue_is_refused(files, base, tmp_path):
+    (tmp_path / "info.txt").write_text("<z_1>\tBolt\t1\n")
     refused(
         "evaluate.py",
-        "is not in the index or info file",
+        f"has the target of no row of --test_data_path {files['test']}, such as '<a_",
         base_model=base,
-        info_file=tmp_path / "info.json",
+        category="bolts",
+        info_file=tmp_path / "info.txt",
         test_data_path=files["test"],
         result_json_data=tmp_path / "r.json",
     )
@@ -162,3 +161,115 @@ def test_the_batch_must_divide_over_all_processes(files, base, tmp_path, monkeyp
     monkeypatch.setenv("WORLD_SIZE", "3")
     message = "--batch_size 16 is not a multiple of --micro_batch_size 8 x 3 processes; try --batch_size 24"
     refused("sft.py", message, **sft_flags(files, base, tmp_path / "run"))
+
+
+RECOMMEND = [
+    ({"histroy": "1"}, "unknown flag --histroy; did you mean --history?"),
+    ({"model": ""}, "--model is missing"),
+    ({"model": "./nowhere"}, "--model ./nowhere: no such folder"),
+    ({"adapter": "nowhere"}, "--adapter nowhere: no adapter_config.json there"),
+    ({"category": ""}, "--category is missing"),
+    ({"prompt_file": "nowhere.json"}, "--prompt_file nowhere.json"),
+    ({"info_file": ""}, "--info_file is missing"),
+    ({"info_file": "nowhere.txt"}, "--info_file nowhere.txt: no such file"),
+    ({"history": ""}, "--history is missing; give one, a file of --histories, or --serve 8000"),
+    ({"history": "12,x"}, "\"history\": 'x' is no item id, SID or title of the info file"),
+    ({"history": "[12"}, "--history '[12': is not a JSON list"),
+    ({"history": "[]"}, '"history" is missing or empty'),
+    ({"history": "[true]"}, '"history" must be a list of item ids, SIDs or titles, found True in it'),
+    ({"histories": "nowhere.jsonl"}, "--history and --histories exclude each other"),
+    ({"history": "", "histories": "nowhere.jsonl", "output": "o"}, "--histories nowhere.jsonl: no such file"),
+    ({"history": "", "histories": "nowhere.jsonl"}, "--output ''"),
+    ({"output": "o.jsonl"}, "--output has no effect without --histories"),
+    ({"history": "", "histories": "x", "output": __file__ + "/x/o.jsonl"}, "cannot be written to"),
+    ({"K": 0}, "--K 0: must be above 0"),
+    ({"K": 51}, "--K 51: must be at most --num_beams 50"),
+    ({"num_beams": 0}, "--num_beams 0: must be above 0"),
+    ({"batch_size": 0}, "--batch_size 0: must be above 0"),
+    ({"train_file": "nowhere.csv"}, "--train_file nowhere.csv: no such file"),
+    ({"exclude_seen": "maybe"}, "--exclude_seen 'maybe' is not valid; expected True or False"),
+    ({"allow": "nowhere.txt"}, "--allow nowhere.txt: no such file"),
+    ({"deny": "nowhere.txt"}, "--deny nowhere.txt: no such file"),
+    ({"deny": __file__}, "item id 'import json' is not in the info file"),
+    ({"where": "title=x"}, "--where needs --item_meta_path"),
+    ({"item_meta_path": "nowhere.json"}, "--item_meta_path nowhere.json: no such file"),
+]
+
+
+def recommend_flags(files, base, **more):
+    return {"model": base, "info_file": files["info"], "history": "12", "category": "bolts", **more}
+
+
+@pytest.mark.parametrize(("flags", "message"), RECOMMEND)
+def test_recommend_refuses(files, base, flags, message):
+    refused("recommend.py", message, **recommend_flags(files, base, **flags))
+
+
+@pytest.mark.parametrize(
+    ("where", "message"),
+    [
+        ("title", "where 'title': give column=value, such as brand=3M"),
+        ("title=", "where 'title=': give column=value"),
+        ("brand=3M", "has no column 'brand'; it has description, title"),
+        ("title=bolt 99", "where 'title=bolt 99': no item has this value; did you mean 'bolt "),
+    ],
+)
+def test_recommend_refuses_conditions(files, base, where, message):
+    refused("recommend.py", message, **recommend_flags(files, base, where=where, item_meta_path=files["item"]))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "has no rows"),
+        (b"\n\n", "has no rows"),
+        (b'{"history": ["1"]}\n{"history": [\n', "line 2: is not JSON"),
+        (b"[" * 100_000, "line 1: is not JSON"),
+        (b'["1"]', 'line 1: expected an object such as {"history": ["12", "40"]}, found [\'1\']'),
+        (b'{"history": "1"}', "line 1: \"history\" must be a list of items, found '1'"),
+        (b'{"history": [1.5]}', 'line 1: "history" must be a list of item ids, SIDs or titles, found 1.5 in it'),
+        (b'{"history": ["\\ud800"]}', 'line 1: "history" must be a list of item ids, SIDs or titles'),
+        (b'{"history": ["99"]}', "line 1: \"history\": '99' is no item id, SID or title of the info file"),
+        (b'{"history": ["1"], "k": 3}', "line 1: 'k' is unknown; a request may have K, allow, deny"),
+        (b'{"history": ["1"], "K": 51}', 'line 1: "K" must be a whole number from 1 to 50 (--num_beams), found 51'),
+        (b'{"history": ["1"], "K": true}', 'line 1: "K" must be a whole number'),
+        (b'{"history": ["1"], "exclude_seen": 1}', 'line 1: "exclude_seen" must be true or false, found 1'),
+        (b'{"history": ["1"], "allow": ["1", "x"]}', "line 1: \"allow\": 'x' is no item id"),
+        (b'{"history": ["1"], "deny": {}}', 'line 1: "deny" must be a list of items, found {}'),
+        (b'{"history": ["1"], "where": "brand=3M"}', 'line 1: "where" needs --item_meta_path'),
+        (b'{"history": [' + b",".join([b"1"] * 1001) + b"]}", '"history" has 1,001 items; at most 1,000 are allowed'),
+        (b"\xff", "is not UTF-8 text"),
+    ],
+)
+def test_recommend_refuses_files(files, base, tmp_path, content, message):
+    (tmp_path / "r.jsonl").write_bytes(content)
+    flags = {"history": "", "histories": tmp_path / "r.jsonl", "output": tmp_path / "o.jsonl"}
+    refused("recommend.py", message, **recommend_flags(files, base, **flags))
+    assert [path.name for path in tmp_path.iterdir()] == ["r.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ("<a>\tBolt\t1\n<b>\tNut\t1\n", "item '1' is listed as <a> and as <b>"),
+        ("<a>\tBolt\t\n", "<a> has no item id"),
+        ("<a>\tBolt\t1\n<b>\tBolt\t2\n", "'Bolt' is the title of several items; give an id: 1, 2"),
+    ],
+)
+def test_recommend_refuses_items_that_cannot_be_told_apart(files, base, tmp_path, lines, message):
+    (tmp_path / "info.txt").write_text(lines)
+    refused("recommend.py", message, **recommend_flags(files, base, info_file=tmp_path / "info.txt", history="Bolt"))
+
+
+def test_recommend_refuses_a_catalogue_that_the_checkpoint_does_not_know(files, sft_run, tmp_path):
+    (tmp_path / "info.txt").write_text("<a_0><b_0><c_0>\tBolt\t1\n<z_1>\tNut\t2\n")
+    checkpoint = sft_run("lora") / "final_checkpoint"
+    flags = recommend_flags(files, checkpoint, info_file=tmp_path / "info.txt", history="1")
+    refused("recommend.py", f"info_file {tmp_path / 'info.txt'} is of another catalogue", **flags)
+
+
+def test_recommend_reports_all_problems_together(tmp_path):
+    result = run_command("recommend.py", info_file="nowhere.txt", K=0, output=tmp_path / "o", where="x=y")
+    assert result.returncode == 2
+    # K, history, output, where, model, category, info_file
+    assert len(result.stderr.strip().splitlines()) == 7, result.stderr

@@ -17,7 +17,7 @@ def line_of(docstring: str, name: str) -> str:
 
 def test_the_arrays_of_three_sids():
     trie = Trie([[11], [10, 21], [10, 20]], eos_token_id=2)
-    for name in ("token", "first_child", "row"):
+    for name in ("token", "first_child", "row", "first_row", "end_row"):
         assert getattr(trie, name).tolist() == [int(value) for value in line_of(Trie.__doc__, name).split()], name
     for name in ("sequences", "source", "widths"):
         value = getattr(trie, name)

@@ -1,13 +1,15 @@
+import csv
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 from helpers import evaluate_flags, refused, run_command
 from processes import start_command
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from minionerec.data.files import read_info
-from minionerec.metrics import rank_of, ranking_metrics
+from minionerec.data.files import read_info, read_interactions
+from minionerec.metrics import format_metrics, rank_of, ranking_metrics
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +67,82 @@ def test_a_whole_checkpoint_without_a_record(files, base, tmp_path):
     # Its tokenizer knows no SID tokens: they take many tokens each, and still every beam is a SID.
     rows, _, _ = evaluated(files, tmp_path / "r.json", base_model=base, category="bolts", num_beams=100)
     assert all(sorted(row["predict"]) == sorted(read_info(files["info"])) for row in rows)
+
+
+def test_a_catalogue_with_fewer_items_than_the_histories_hold(files, checkpoint, tmp_path):
+    """Rankings hold only its items; a target that it lacks is a miss; an unknown SID in a history is refused."""
+    rows = list(read_interactions(files["test"], "test_data_path"))
+    lines = Path(files["info"]).read_text(encoding="utf-8").splitlines()
+    targets = {row.sid for row in rows[:4]}
+    kept = [line for line in lines if line.split("\t")[0] in targets]
+    (tmp_path / "info.txt").write_text("\n".join(kept) + "\n", encoding="utf-8")
+    flags = {"base_model": checkpoint, "info_file": tmp_path / "info.txt"}
+    found, metrics, printed = evaluated(files, tmp_path / "r.json", **flags)
+    missing = sum(row.sid not in targets for row in rows)
+    assert missing and f"{missing} of 10 rows have a target that --info_file lacks; they count as misses" in printed
+    assert not {sid for row in rows for sid in row.sid_history} <= targets
+    assert all(sorted(row["predict"]) == sorted(targets) for row in found)
+    ranks = [rank_of(row["output"], row["predict"]) for row in found]
+    assert ranks.count(None) == missing
+    expected = ranking_metrics(ranks, len(targets))
+    assert {name: metrics[name] for name in expected} == expected
+    # The prompts are those of the whole catalogue.
+    whole, _, _ = evaluated(files, tmp_path / "w.json", base_model=checkpoint)
+    assert [row["input"] for row in found] == [row["input"] for row in whole]
+
+    text = Path(files["test"]).read_text(encoding="utf-8").replace(rows[0].sid_history[0], "<z_9>")
+    (tmp_path / "test.csv").write_text(text, encoding="utf-8")
+    flags = evaluate_flags(files, tmp_path / "z.json", base_model=checkpoint, test_data_path=tmp_path / "test.csv")
+    refused("evaluate.py", "SID '<z_9>' becomes", **flags)
+
+
+@pytest.mark.parametrize("popular", ["0", "1"])
+def test_items_that_share_a_sid_have_metrics_of_their_own(files, checkpoint, tmp_path, popular):
+    """Ten rows with the targets 0 and 1, which share a SID: the popular one is ranked first."""
+    with open(files["test"], encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    sid = "<a_0><b_0><c_0>"
+
+    def write(name: str, items: list[str]) -> Path:
+        with open(tmp_path / name, "w", encoding="utf-8", newline="") as file:
+            writer = csv.DictWriter(file, rows[0])
+            writer.writeheader()
+            writer.writerows({**row, "item_id": i, "item_sid": sid} for row, i in zip(rows, items, strict=True))
+        return tmp_path / name
+
+    targets = ["0", "1"] * 5
+    flags = {"base_model": checkpoint, "test_data_path": write("t.csv", targets), "num_beams": 39}
+    flags["train_file"] = write("train.csv", [popular] * 9 + ["1"])
+    found, metrics, printed = evaluated(files, tmp_path / "r.json", **flags)
+    assert [set(row) for row in found] == [{"input", "output", "predict"}] * 10
+    sid_ranks = [rank_of(sid, row["predict"]) for row in found]
+    item_ranks = [rank + (target != popular) for rank, target in zip(sid_ranks, targets, strict=True)]
+    item_ranks = [rank if rank < 39 else None for rank in item_ranks]
+    by_sid, by_item = ranking_metrics(sid_ranks, 39), ranking_metrics(item_ranks, 39)
+    assert metrics["items"] == by_item and {name: metrics[name] for name in by_sid} == by_sid
+    table = format_metrics(by_item)
+    assert f"{format_metrics(by_sid)}\nitems instead of SIDs, 2 of 40 share theirs:\n{table}" in printed
+
+
+def test_items_cannot_be_told_apart_without_their_ids(files, checkpoint, tmp_path):
+    """SIDs are evaluated all the same, and a line says why there is no more."""
+    with open(files["test"], encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    without = [{name: cell for name, cell in row.items() if name != "item_id"} for row in rows]
+    renumbered = [{**row, "item_id": str((int(row["item_id"]) + 7) % 40)} for row in rows]
+    for name, changed, reason in (
+        ("without.csv", without, "column item_id is missing"),
+        ("renumbered.csv", renumbered, f"in {files['info']} and {rows[0]['item_sid']} in"),
+    ):
+        with open(tmp_path / name, "w", encoding="utf-8", newline="") as file:
+            writer = csv.DictWriter(file, changed[0])
+            writer.writeheader()
+            writer.writerows(changed)
+        flags = {"base_model": checkpoint, "test_data_path": tmp_path / name}
+        _, metrics, printed = evaluated(files, tmp_path / "r.json", **flags)
+        (line,) = [line for line in printed.splitlines() if "share SIDs" in line]
+        assert line.startswith("items share SIDs, and metrics are those of SIDs only: ") and reason in line
+        assert "items" not in metrics and "HR@10" in metrics
 
 
 def test_a_base_of_the_same_shape_with_other_weights_is_refused(files, base, checkpoint, tmp_path):

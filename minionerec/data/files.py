@@ -28,6 +28,7 @@ csv.field_size_limit(sys.maxsize)
 
 SID_COLUMNS = ("history_item_sid", "item_sid")
 TITLE_COLUMNS = ("history_item_title", "item_title")
+ITEM_COLUMN = "item_id"
 
 MOST_PROBLEMS = 5  # of one file that are listed; the others are only counted
 
@@ -114,7 +115,7 @@ class Interaction:
         return Interaction(self.sid_history[1:], self.title_history[1:], self.sid, self.title)
 
 
-def _open(path: str, flag: str, newline: str | None = None) -> TextIO:
+def open_text(path: str, flag: str, newline: str | None = None) -> TextIO:
     if not path:
         raise InputError(f"--{flag} is missing; give the path of a file")
     if not os.path.isfile(path):
@@ -122,8 +123,8 @@ def _open(path: str, flag: str, newline: str | None = None) -> TextIO:
     return open(path, encoding="utf-8-sig", newline=newline)
 
 
-def _read_json_object(path: str, flag: str) -> dict:
-    with _open(path, flag) as file:
+def read_json_object(path: str, flag: str) -> dict:
+    with open_text(path, flag) as file:
         try:
             data = json.load(file)
         except (ValueError, RecursionError) as error:
@@ -138,8 +139,8 @@ def read_catalogue(sid_index_path: str, item_meta_path: str | None = None) -> Ca
 
     Items without an entry in the metadata have empty texts. Raises InputError naming file, item and value.
     """
-    index = _read_json_object(sid_index_path, "sid_index_path")
-    metadata = _read_json_object(item_meta_path, "item_meta_path") if item_meta_path is not None else {}
+    index = read_json_object(sid_index_path, "sid_index_path")
+    metadata = read_json_object(item_meta_path, "item_meta_path") if item_meta_path is not None else {}
     problems = FileProblems(sid_index_path)
     tokens_of: dict[str, list[str]] = {}
     for item, tokens in index.items():
@@ -165,7 +166,7 @@ def read_catalogue(sid_index_path: str, item_meta_path: str | None = None) -> Ca
 
 def read_titles_and_descriptions(item_meta_path: str) -> list[str]:
     """The titles and descriptions of a metadata file, to train a tokenizer on."""
-    metadata = _read_json_object(item_meta_path, "item_meta_path")
+    metadata = read_json_object(item_meta_path, "item_meta_path")
     problems = FileProblems(item_meta_path)
     entries = [_item_texts(fields, item, problems) for item, fields in metadata.items()]
     problems.check()
@@ -220,15 +221,29 @@ def _description(value: object) -> str | None:
     return _text(value)
 
 
+@dataclass(frozen=True, slots=True)
+class InfoItem:
+    """An item of an info file."""
+
+    id: str
+    title: str
+    sid: str
+
+
 def read_info(path: str, catalogue: Catalogue | None = None) -> list[str]:
-    """The distinct SIDs of an info file, in its order. Lines are SID, title and item id, separated by tabs.
+    """The distinct SIDs of an info file, in its order. Raises InputError as `read_info_items` does."""
+    return list(dict.fromkeys(item.sid for item in read_info_items(path, catalogue)))
+
+
+def read_info_items(path: str, catalogue: Catalogue | None = None) -> list[InfoItem]:
+    """The items of an info file, in its order. Lines are SID, title and item id, separated by tabs.
 
     Raises InputError for a line of another form, an empty file, and, if a catalogue is given, an item whose SID differs
     between the two files.
     """
     problems = FileProblems(path)
-    sids: dict[str, None] = {}
-    with _open(path, "info_file", newline="\n") as file:
+    items: list[InfoItem] = []
+    with open_text(path, "info_file", newline="\n") as file:
         try:
             for number, line in enumerate(file, 1):
                 line = line.rstrip("\r\n")
@@ -239,7 +254,7 @@ def read_info(path: str, catalogue: Catalogue | None = None) -> list[str]:
                     problems.add(f", line {number}", f"expected SID<tab>title<tab>item id, found {shorten(line)}")
                     continue
                 sid, item = fields[0].strip(), fields[-1].strip()
-                sids[sid] = None
+                items.append(InfoItem(item, "\t".join(fields[1:-1]).strip(), sid))
                 if catalogue is not None:
                     known = catalogue.items.get(item)
                     if known is None:
@@ -249,9 +264,9 @@ def read_info(path: str, catalogue: Catalogue | None = None) -> list[str]:
         except UnicodeDecodeError as error:
             raise InputError(f"--info_file {path}: is not UTF-8 text: {error.reason} at byte {error.start}") from None
     problems.check()
-    if not sids:
+    if not items:
         raise InputError(f"--info_file {path}: is empty")
-    return list(sids)
+    return items
 
 
 # A list of texts as Python writes it, without escapes. These patterns read it several times as fast as `ast`, with the
@@ -297,11 +312,28 @@ def read_interactions(
     """
     known = set(sids) if sids is not None else None
     problems = FileProblems(path)
+    for line, row in _csv_rows(path, flag, SID_COLUMNS + (TITLE_COLUMNS if titles else ())):
+        interaction = _interaction(row, titles, known)
+        if isinstance(interaction, str):
+            problems.add(f", line {line}", interaction)
+        else:
+            yield interaction
+    problems.check()
+
+
+def read_item_ids(path: str, flag: str) -> list[str]:
+    """The item id of the target of every row of an interactions file, its column ITEM_COLUMN. Raises InputError where
+    there is no such column, or the file cannot be read."""
+    return [(row[ITEM_COLUMN] or "").strip() for _, row in _csv_rows(path, flag, (ITEM_COLUMN,))]
+
+
+def _csv_rows(path: str, flag: str, needed: tuple[str, ...]) -> Iterator[tuple[int, dict[str, str]]]:
+    """The rows of a CSV file that has the `needed` columns, each with its line. Raises InputError where it cannot be
+    read, or has no rows."""
     num_rows = 0
-    with _open(path, flag, newline="") as file:
+    with open_text(path, flag, newline="") as file:
         reader = csv.DictReader(file)
         try:
-            needed = SID_COLUMNS + (TITLE_COLUMNS if titles else ())
             missing = [name for name in needed if name not in (reader.fieldnames or ())]
             if missing:
                 raise InputError(
@@ -310,16 +342,11 @@ def read_interactions(
                 )
             for row in reader:
                 num_rows += 1
-                interaction = _interaction(row, titles, known)
-                if isinstance(interaction, str):
-                    problems.add(f", line {reader.line_num}", interaction)
-                else:
-                    yield interaction
+                yield reader.line_num, row
         except UnicodeDecodeError as error:
             raise InputError(f"--{flag} {path}: is not UTF-8 text: {error.reason} at byte {error.start}") from None
         except csv.Error as error:
             raise InputError(f"--{flag} {path}, line {reader.line_num}: is not CSV: {error}") from None
-    problems.check()
     if not num_rows:
         raise InputError(f"--{flag} {path}: has no rows")
 

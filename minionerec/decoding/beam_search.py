@@ -40,6 +40,7 @@ def constrained_beam_search(
     num_beams: int,
     length_penalty: float = 0.0,
     tree: bool | None = None,
+    allowed: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The `num_beams` best SIDs of every prompt, best first.
 
@@ -47,24 +48,32 @@ def constrained_beam_search(
     included, divided by its length to the power of `length_penalty`. The prompt runs through the model once. Every
     beam is a distinct SID. The cost of a step depends on `widths`, the children of a node, not on the number of SIDs.
 
+    With `allowed`, the result for a prompt is that of a trie of its allowed SIDs: a beam only enters a subtree with an
+    allowed SID, so there are K beams wherever K SIDs are allowed.
+
     Args:
         model: a causal LM in evaluation mode.
         input_ids, attention_mask: [B, P], padded on the left.
         trie: on the model's device.
         tree: True for a tree mask, False for copies of the cache, None for the first way that `probe.prove` accepts.
+        allowed: [B, S], the rows of `trie.sequences` that each prompt may get; None for all.
 
     Returns:
         rows [B, K] of `trie.sequences`, and scores [B, K]; K is `num_beams`, or the number of SIDs if that is smaller.
+        Where fewer are allowed, the last rows are PAD and their scores -inf.
     """
     beams = min(num_beams, len(trie))
     prompts, device = len(input_ids), input_ids.device
     kind, padding = _beams_and_padding(model, input_ids.shape[1], input_ids.shape[1] + beams * trie.depth, tree)
     if not padding and (prompts > 1 or not attention_mask.all()):
         found = [
-            constrained_beam_search(model, *single, trie, num_beams, length_penalty)
-            for single in _single_prompts(input_ids, attention_mask)
+            constrained_beam_search(
+                model, *single, trie, num_beams, length_penalty, allowed=None if allowed is None else allowed[i : i + 1]
+            )
+            for i, single in enumerate(_single_prompts(input_ids, attention_mask))
         ]
         return torch.cat([rows for rows, _ in found]), torch.cat([scores for _, scores in found])
+    before = None if allowed is None else trie.count_before(allowed)
     state = kind(model, input_ids, attention_mask)
     logits = state.logits
     node = torch.zeros((prompts, 1), dtype=torch.long, device=device)
@@ -74,6 +83,8 @@ def constrained_beam_search(
     for depth, width in enumerate(trie.widths):
         logits = logits.float()
         child, exists = trie.children(node, width)  # [B, K, C]
+        if before is not None:
+            exists &= trie.may_go_on(child, before)
         token = trie.token[child].clamp(min=0)
         score_of = logits.gather(2, token) - logits.logsumexp(dim=2, keepdim=True) + score.unsqueeze(2)
         score_of = score_of.masked_fill(~exists, -torch.inf).flatten(1)
@@ -90,6 +101,8 @@ def constrained_beam_search(
         score, best = running.topk(min(beams, running.shape[1]), dim=1)
         node = child.gather(1, best)
         logits = state.step(best // width, trie.token[node].clamp(min=0), depth)
+    if allowed is not None:  # what fills the places of missing beams
+        finished_row = finished_row.masked_fill(finished_score == -torch.inf, PAD)
     return finished_row, finished_score
 
 

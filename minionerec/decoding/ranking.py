@@ -3,12 +3,15 @@
 import math
 from collections.abc import Sequence
 
+import numpy as np
+import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from torch import nn
 from tqdm import tqdm
 
 from minionerec.data.encoding import left_padded
+from minionerec.data.sid_tokens import PAD
 from minionerec.decoding.beam_search import constrained_beam_search
 from minionerec.decoding.probe import prove
 from minionerec.decoding.trie import Trie
@@ -25,13 +28,31 @@ def rank_prompts(
     length_penalty: float = 0.0,
 ) -> list[list[int]]:
     """The best SIDs of every prompt, best first, as indices into the list the trie was built from; all processes return
-    the same.
+    the same. Arguments and errors as in `score_prompts`."""
+    scored = score_prompts(model, trie, prompts, pad_token_id, num_beams, batch_size, length_penalty)
+    return [[index for index, _ in ranking] for ranking in scored]
+
+
+def score_prompts(
+    model: nn.Module,
+    trie: Trie,
+    prompts: Sequence[list[int]],
+    pad_token_id: int,
+    num_beams: int,
+    batch_size: int,
+    length_penalty: float = 0.0,
+    allowed: Sequence[np.ndarray | None] | None = None,
+    bar: tqdm | None = None,
+) -> list[list[tuple[int, float]]]:
+    """As `rank_prompts`, with the score of every SID: the sum of its tokens' log-probabilities, in nats, divided by
+    their number to the power of `length_penalty`.
 
     Args:
         prompts: token ids, one list per prompt.
-        num_beams: SIDs in a ranking, or all of them if the trie has fewer.
+        num_beams: SIDs in a ranking, or all that are allowed if there are fewer.
         batch_size: prompts of a forward pass.
-        length_penalty: beam scores are divided by their length to this power.
+        allowed: for each prompt which SIDs of the list it may get, [S] of bool, or None for all.
+        bar: a progress bar to move on by the number of prompts; None for a new one.
 
     Raises RunError, in all processes, if a score is NaN.
     """
@@ -47,17 +68,25 @@ def rank_prompts(
     # If the weights are sharded, all processes must take part in every forward pass: those with one batch fewer repeat
     # the last one.
     turns = math.ceil(len(batches) / state.num_processes)
-    rankings: list[tuple[int, list[int]]] = []
+    rankings: list[tuple[int, list[tuple[int, float]]]] = []
     finite = True
-    with tqdm(total=sum(map(len, mine)), unit="row", leave=False, disable=not state.is_main_process) as progress:
+    own = tqdm(total=sum(map(len, mine)), unit="row", leave=False, disable=bar is not None or not state.is_main_process)
+    with own:
         for batch in [*mine, *batches[-1:]][:turns]:
             input_ids, attention_mask = left_padded([prompts[i] for i in batch], pad_token_id)
+            masks = _masks([allowed[i] for i in batch], trie) if allowed is not None else None
             beams, scores = constrained_beam_search(
-                model, input_ids.to(model.device), attention_mask.to(model.device), trie, num_beams, length_penalty
+                *(model, input_ids.to(model.device), attention_mask.to(model.device)),
+                *(trie, num_beams, length_penalty),
+                allowed=masks,
             )
             finite = finite and not bool(scores.isnan().any())
-            rankings += zip(batch, trie.source[beams.cpu().numpy()].tolist(), strict=True)
-            progress.update(len(batch))
+            found = zip(batch, beams.tolist(), scores.tolist(), strict=True)
+            rankings += [
+                (i, [(int(trie.source[row]), score) for row, score in zip(rows, of_rows, strict=True) if row != PAD])
+                for i, rows, of_rows in found
+            ]
+            (own if bar is None else bar).update(len(batch))
     # All processes raise together: if only one did, the others would wait for it forever.
     if not all(gather_object([finite])):
         raise RunError(
@@ -65,3 +94,14 @@ def rank_prompts(
         )
     ranking_of = dict(gather_object(rankings))
     return [ranking_of[i] for i in range(len(prompts))]
+
+
+def _masks(allowed: Sequence[np.ndarray | None], trie: Trie) -> torch.Tensor | None:
+    """[B, S], the rows of `trie.sequences` that are allowed for each prompt of a batch; None if all are for all."""
+    if all(mask is None for mask in allowed):
+        return None
+    masks: np.ndarray = np.ones((len(allowed), len(trie)), dtype=bool)
+    for row, mask in zip(masks, allowed, strict=True):
+        if mask is not None:
+            row[:] = mask[trie.source]
+    return torch.from_numpy(masks).to(trie.sequences.device)

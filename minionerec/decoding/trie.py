@@ -1,13 +1,14 @@
 """The trie of a catalogue: its SIDs as token sequences, held in tensors.
 
-Dimensions: `S` SIDs, `D` tokens of the longest SID with its end-of-sequence token, `C` the most children that a node
-has at one depth.
+Dimensions: `B` prompts, `S` SIDs, `D` tokens of the longest SID with its end-of-sequence token, `C` the most children
+that a node has at one depth.
 """
 
 from collections.abc import Sequence
 
 import numpy as np
 import torch
+from torch import nn
 
 from minionerec.data.sid_tokens import PAD
 
@@ -23,6 +24,7 @@ class Trie:
         token: [nodes], the token on the edge into a node (PAD for the root).
         first_child: [nodes + 1].
         row: [nodes], for a leaf the row of its SID in `sequences`, for any other node PAD.
+        first_row, end_row: [nodes], the SIDs under a node are the rows `first_row` to `end_row - 1` of `sequences`.
         sequences: [S, D], the distinct SIDs with their end-of-sequence token, sorted, padded with PAD.
         source: [S], for every row of `sequences` its index in the input.
         widths: C at every depth.
@@ -37,6 +39,8 @@ class Trie:
         token        -1  10  11  20  21   2   2   2
         first_child   1   3   5   6   7   8   8   8   8
         row          -1  -1  -1  -1  -1   2   0   1
+        first_row     0   0   2   0   1   2   0   1
+        end_row       3   2   3   1   2   3   1   2
 
         sequences    [[10, 20, 2], [10, 21, 2], [11, 2, -1]]
         source       [2, 1, 0]
@@ -62,6 +66,7 @@ class Trie:
 
         token = [np.array([PAD])]
         row_of = [np.array([PAD])]
+        first_row, end_row = [np.array([0])], [np.array([len(rows)])]
         parents = []
         self.widths: list[int] = []
         # One depth at a time. Rows are sorted, so a row starts a new node where its tokens so far differ from those of
@@ -79,16 +84,22 @@ class Trie:
             row_of.append(np.where(rows[new, depth] == eos_token_id, new, PAD))
             self.widths.append(int(np.bincount(node[new]).max()))
             node = np.where(alive, count + np.cumsum(changed & alive) - 1, node)
+            first_row.append(new)
+            end_row.append(
+                new + np.bincount(node[alive] - count, minlength=len(new))
+            )  # the rows of a node are adjacent
             count += len(new)
         children = np.bincount(np.concatenate(parents), minlength=count)
         self.token = torch.from_numpy(np.concatenate(token))
         self.first_child = torch.from_numpy(np.concatenate([[1], 1 + np.cumsum(children)]))
         self.row = torch.from_numpy(np.concatenate(row_of))
+        self.first_row = torch.from_numpy(np.concatenate(first_row))
+        self.end_row = torch.from_numpy(np.concatenate(end_row))
         self.sequences = torch.from_numpy(rows)
 
     def to(self, device: torch.device | str) -> "Trie":
         """Moves the tensors to `device`, in place, and returns the trie."""
-        for name in ("token", "first_child", "row", "sequences"):
+        for name in ("token", "first_child", "row", "first_row", "end_row", "sequences"):
             setattr(self, name, getattr(self, name).to(device))
         return self
 
@@ -112,6 +123,15 @@ class Trie:
         child = first + torch.arange(width, device=node.device)
         exists = child < self.first_child[node + 1].unsqueeze(-1)
         return torch.where(exists, child, 0), exists
+
+    def count_before(self, allowed: torch.Tensor) -> torch.Tensor:
+        """[B, S + 1]: for every row of `sequences`, how many of those above it are allowed; `allowed` is [B, S]."""
+        return nn.functional.pad(allowed.cumsum(dim=1, dtype=torch.int32), (1, 0))
+
+    def may_go_on(self, node: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
+        """Which of the nodes [B, ...] have an allowed SID under them; `before` is what `count_before` returned."""
+        flat = node.flatten(1)
+        return (before.gather(1, self.end_row[flat]) > before.gather(1, self.first_row[flat])).view_as(node)
 
 
 def _padded(sequences: Sequence[Sequence[int]] | np.ndarray, eos_token_id: int) -> np.ndarray:

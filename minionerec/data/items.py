@@ -1,0 +1,178 @@
+"""The items of a catalogue, found by id, SID or title, and the SIDs that stand for them. Several items may share a SID.
+
+Only the standard library is imported.
+"""
+
+import difflib
+import os
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
+
+from minionerec.data.files import FileProblems, InfoItem, is_text, read_json_object, shorten
+from minionerec.errors import InputError
+
+
+class Items:
+    """The items of an info file, by number: their place in the file.
+
+    Attributes:
+        all: the items; `all[number]` has id, title and SID.
+        number_of: item id -> number.
+        of_sid: SID -> numbers of its items, the most popular first; SIDs are in the order of the file.
+        sids: the distinct SIDs.
+    """
+
+    def __init__(self, items: Iterable[InfoItem], source: str, purchases: Iterable[str] = ()):
+        """`source` names the file, and `purchases` are the ids of items that were bought, each as often as it was.
+        Items that share a SID are ordered by them; ties keep the order of the file.
+
+        Raises InputError for an item without an id, or two with the same one. A repeated line counts once.
+        """
+        self.all = list(dict.fromkeys(items))
+        self.number_of = {item.id: number for number, item in enumerate(self.all)}
+        if len(self.number_of) < len(self.all) or "" in self.number_of:
+            problems, seen = FileProblems(source), dict[str, InfoItem]()
+            for item in self.all:
+                if not item.id:
+                    problems.add("", f"{item.sid} has no item id")
+                elif (other := seen.setdefault(item.id, item)) is not item:
+                    problems.add("", f"item {item.id!r} is listed as {other.sid} and as {item.sid}, or with two titles")
+            problems.check()
+        bought = Counter(purchases)
+        self.of_sid: dict[str, list[int]] = {}
+        for number, item in enumerate(self.all):
+            self.of_sid.setdefault(item.sid, []).append(number)
+        for numbers in self.of_sid.values():
+            if len(numbers) > 1:
+                numbers.sort(key=lambda number: -bought[self.all[number].id])
+        self.sids = list(self.of_sid)
+
+    def __len__(self) -> int:
+        return len(self.all)
+
+    @property
+    def num_sharing(self) -> int:
+        """How many items share their SID with another one."""
+        return sum(len(numbers) for numbers in self.of_sid.values() if len(numbers) > 1)
+
+    @cached_property
+    def of_title(self) -> dict[str, list[int]]:
+        """Title -> numbers of the items that have it."""
+        of_title = defaultdict(list)
+        for number, item in enumerate(self.all):
+            if item.title:
+                of_title[item.title].append(number)
+        return dict(of_title)
+
+    def find(self, text: str) -> list[int]:
+        """The numbers of the items that an id, a SID or a title stands for: of one item, or of all that share a SID.
+
+        Where a text can be read in several ways, an id comes before a SID, and a SID before a title. Raises InputError
+        for an unknown text, or a title of items with different SIDs.
+        """
+        text = text.strip()
+        if text in self.number_of:
+            return [self.number_of[text]]
+        found = self.of_sid.get(text) or self.of_title.get(text)
+        if not found:
+            raise InputError(f"{shorten(text)} is no item id, SID or title of the info file")
+        if len({self.all[number].sid for number in found}) > 1:
+            ids = ", ".join(self.all[number].id for number in found[:5])
+            raise InputError(f"{shorten(text)} is the title of several items; give an id: {ids}")
+        return found
+
+    def search(self, words: str, most: int) -> Iterator[InfoItem]:
+        """At most `most` items whose titles contain all the words, in any case, in the order of the file."""
+        wanted = words.casefold().split()
+        count = 0
+        for item, title in zip(self.all, self._folded_titles, strict=True):
+            if count >= most:
+                return
+            if all(word in title for word in wanted):
+                count += 1
+                yield item
+
+    @cached_property
+    def _folded_titles(self) -> list[str]:
+        return [item.title.casefold() for item in self.all]
+
+    def ranked(self, sids: Sequence[str], most: int) -> list[int]:
+        """The numbers of the items of ranked SIDs, best first, at most `most`."""
+        numbers: list[int] = []
+        for sid in sids:
+            numbers += self.of_sid[sid]
+            if len(numbers) >= most:
+                break
+        return numbers[:most]
+
+
+def read_item_list(path: str, flag: str, items: Items) -> frozenset[int]:
+    """The items whose ids a file lists, one per line. Raises InputError, naming lines, for ids that are not known."""
+    if not os.path.isfile(path):
+        raise InputError(f"--{flag} {path}: no such file")
+    problems, numbers = FileProblems(f"--{flag} {path}"), set()
+    with open(path, encoding="utf-8-sig") as file:
+        try:
+            for line, text in enumerate(file, 1):
+                item = text.strip()
+                if item in items.number_of:
+                    numbers.add(items.number_of[item])
+                elif item:
+                    problems.add(f", line {line}", f"item id {shorten(item)} is not in the info file")
+        except UnicodeDecodeError as error:
+            raise InputError(f"--{flag} {path}: is not UTF-8 text: {error.reason} at byte {error.start}") from None
+    problems.check()
+    if not numbers:
+        raise InputError(f"--{flag} {path}: lists no item ids")
+    return frozenset(numbers)
+
+
+class ItemColumns:
+    """The columns of an item file (`*.item.json`), to choose items by their values."""
+
+    def __init__(self, item_meta_path: str, items: Items):
+        """Raises InputError where the file cannot be read or has none of the items."""
+        metadata = read_json_object(item_meta_path, "item_meta_path")
+        self.path = item_meta_path
+        self.rows = [metadata.get(item.id) for item in items.all]
+        self.names = sorted({name for row in self.rows if isinstance(row, dict) for name in row})
+        self._numbers: dict[str, dict[str, set[int]]] = {}
+        if not self.names:
+            raise InputError(f"--item_meta_path {item_meta_path}: has none of the items of the info file")
+
+    def where(self, condition: str) -> frozenset[int]:
+        """The items that `column=value` selects: those whose column is the value, is a list that contains it, or is
+        text with commas, one part of which is it; in any case. Raises InputError where there are none."""
+        name, equals, value = condition.partition("=")
+        name, value = name.strip(), value.strip()
+        if not equals or not value:
+            raise InputError(f"where {shorten(condition)}: give column=value, such as brand=3M")
+        if name not in self.names:
+            raise InputError(
+                f"where {shorten(condition)}: {self.path} has no column {shorten(name)}; it has {', '.join(self.names)}"
+            )
+        if name not in self._numbers:
+            numbers: dict[str, set[int]] = defaultdict(set)
+            for number, row in enumerate(self.rows):
+                if isinstance(row, dict):
+                    for text in _values(row.get(name)):
+                        numbers[text].add(number)
+            self._numbers[name] = dict(numbers)
+        found = self._numbers[name].get(value.casefold())
+        if not found:
+            close = difflib.get_close_matches(value.casefold(), self._numbers[name], n=1)
+            hint = f"; did you mean {shorten(close[0])}?" if close else ""
+            raise InputError(f"where {shorten(condition)}: no item has this value{hint}")
+        return frozenset(found)
+
+
+def _values(value: object) -> Iterator[str]:
+    """The values that a cell of the item file stands for, without regard to case."""
+    if isinstance(value, list):
+        for part in value:
+            if not isinstance(part, list):
+                yield from _values(part)
+    elif isinstance(value, bool | int | float) or is_text(value):
+        text = str(value).casefold().strip()
+        yield from {text, *(part.strip() for part in text.split(","))} - {""}

@@ -1,0 +1,1 @@
+"""Recommends items for histories: requests and what they allow, many from a file, or over HTTP."""

@@ -1,0 +1,170 @@
+"""What a request for recommendations may say, on a line of a file or in the body of a POST, checked.
+
+    {"history": ["12", "<a_1><b_2><c_3>", "Bolt, M4"], "K": 5, "exclude_seen": true, "allow": ["7", "8"],
+     "deny": ["9"], "where": "brand=3M"}
+
+Only "history" is needed. Only the standard library is imported.
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from minionerec.data.files import FileProblems, is_text, open_text, read_interactions, shorten
+from minionerec.data.items import ItemColumns, Items
+from minionerec.errors import InputError, Problems
+
+MOST_HISTORY = 1_000  # items of a history; longer ones are refused, since a model reads a few dozen
+LISTS = ("history", "allow", "deny")
+KEYS = {"history", "K", "exclude_seen", "allow", "deny", "where"}
+
+
+@dataclass(frozen=True)
+class Request:
+    """A checked request. Items are numbers in `Items.all`.
+
+    Attributes:
+        given: the history as it was written.
+        history: for each of its entries, oldest first, the items that it stands for.
+        K: how many items to recommend.
+        without: items that are not to be recommended.
+        only: sets of items, all of which a recommended item must be in.
+    """
+
+    given: list[str]
+    history: list[list[int]]
+    K: int
+    without: frozenset[int] = frozenset()
+    only: tuple[frozenset[int], ...] = ()
+
+
+class RequestReader:
+    """Checks requests against a catalogue, and fills in what they do not say."""
+
+    def __init__(
+        self,
+        items: Items,
+        columns: ItemColumns | None,
+        K: int,
+        most: int,
+        exclude_seen: bool = False,
+        only: tuple[frozenset[int], ...] = (),
+    ):
+        """
+        Args:
+            columns: of the item file, for "where"; None where no such file was given.
+            K, exclude_seen: where a request does not say.
+            most: the largest K, the number of beams.
+            only: as in `Request`, for every request.
+        """
+        self.items, self.columns, self.K, self.most = items, columns, K, most
+        self.exclude_seen, self.only = exclude_seen, only
+
+    def read(self, data: object) -> Request:
+        """The request in a JSON value. Raises InputError with everything that is wrong with it."""
+        if not isinstance(data, dict):
+            raise InputError(f'expected an object such as {{"history": ["12", "40"]}}, found {shorten(data)}')
+        problems = Problems()
+        for name in sorted(set(data) - KEYS, key=str):
+            problems.add(f"{shorten(name)} is unknown; a request may have {', '.join(sorted(KEYS))}")
+        given = {name: problems.attempt(_texts, name, data.get(name, [])) or [] for name in LISTS}
+        if not given["history"] and not problems:
+            problems.add('"history" is missing or empty; give at least one item')
+        K, exclude_seen, where = data.get("K", self.K), data.get("exclude_seen", self.exclude_seen), data.get("where")
+        if type(K) is not int or not 1 <= K <= self.most:
+            problems.add(f'"K" must be a whole number from 1 to {self.most} (--num_beams), found {shorten(K)}')
+        if not isinstance(exclude_seen, bool):
+            problems.add(f'"exclude_seen" must be true or false, found {shorten(exclude_seen)}')
+        found = {name: self._find(problems, name, texts) for name, texts in given.items()}
+        only = list(self.only)
+        if "allow" in data:
+            only.append(frozenset(number for numbers in found["allow"] for number in numbers))
+        if where is not None:
+            chosen = problems.attempt(self._where, where)
+            only += [chosen] if chosen else []
+        problems.check()
+        without = {number for numbers in found["deny"] for number in numbers}
+        if exclude_seen:
+            without |= {number for numbers in found["history"] for number in numbers}
+        return Request(given["history"], found["history"], K, frozenset(without), tuple(only))
+
+    def _find(self, problems: Problems, name: str, texts: list[str]) -> list[list[int]]:
+        found = [problems.attempt(self._find_one, name, text) for text in texts]
+        return [numbers for numbers in found if numbers is not None]
+
+    def _find_one(self, name: str, text: str) -> list[int]:
+        try:
+            return self.items.find(text)
+        except InputError as error:
+            raise InputError(f'"{name}": {error}') from None
+
+    def _where(self, condition: object) -> frozenset[int]:
+        if self.columns is None:
+            raise InputError('"where" needs --item_meta_path, the file with the columns of the items')
+        if not isinstance(condition, str):
+            raise InputError(f'"where" must be text such as "brand=3M", found {shorten(condition)}')
+        return self.columns.where(condition)
+
+    def read_file(self, path: str, flag: str) -> Iterator[Request]:
+        """The requests of a file, streamed: a CSV file of interactions, of which the histories are used, or JSON lines.
+
+        Raises InputError after the last row, naming the lines of the first bad ones.
+        """
+        problems = FileProblems(f"--{flag} {path}")
+        count = 0
+        for line, data in _csv_histories(path, flag) if path.endswith(".csv") else _json_lines(path, flag, problems):
+            count += 1
+            try:
+                yield self.read(data)
+            except InputError as error:
+                for problem in error.problems:
+                    problems.add(f", line {line}", problem)
+        problems.check()
+        if not count:
+            raise InputError(f"--{flag} {path}: has no rows")
+
+    def parse_history(self, text: str) -> object:
+        """The history on a command line: a JSON list, one item, or ids and SIDs separated by commas."""
+        text = text.strip()
+        if text.startswith("["):
+            try:
+                return json.loads(text)
+            except (ValueError, RecursionError) as error:
+                raise InputError(f"--history {shorten(text)}: is not a JSON list: {error}") from None
+        try:
+            self.items.find(text)
+            return [text]
+        except InputError:
+            return [part.strip() for part in text.split(",")] if "," in text else [text]
+
+
+def _texts(name: str, value: object) -> list[str]:
+    """A list of texts; item ids may be written as numbers."""
+    if not isinstance(value, list):
+        raise InputError(f'"{name}" must be a list of items, found {shorten(value)}')
+    if name == "history" and len(value) > MOST_HISTORY:
+        raise InputError(f'"history" has {len(value):,} items; at most {MOST_HISTORY:,} are allowed')
+    texts = [str(part) if type(part) is int and abs(part) < 10**18 else part for part in value]
+    for part in texts:
+        if not is_text(part):
+            raise InputError(f'"{name}" must be a list of item ids, SIDs or titles, found {shorten(part)} in it')
+    return texts
+
+
+def _csv_histories(path: str, flag: str) -> Iterator[tuple[int, dict]]:
+    """The histories of an interactions file; rows are counted from line 2."""
+    for row, interaction in enumerate(read_interactions(path, flag, titles=False)):
+        yield row + 2, {"history": interaction.sid_history}
+
+
+def _json_lines(path: str, flag: str, problems: FileProblems) -> Iterator[tuple[int, object]]:
+    with open_text(path, flag) as file:
+        try:
+            for line, text in enumerate(file, 1):
+                if text.strip():
+                    try:
+                        yield line, json.loads(text)
+                    except (ValueError, RecursionError) as error:
+                        problems.add(f", line {line}", f"is not JSON: {error}")
+        except UnicodeDecodeError as error:
+            raise InputError(f"--{flag} {path}: is not UTF-8 text: {error.reason} at byte {error.start}") from None

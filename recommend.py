@@ -1,0 +1,215 @@
+"""Recommends items for one history, for a file of histories, or over HTTP.
+
+The prompts, the base and its storage are those that the checkpoint records, as in evaluate.py. What a request may say
+is in minionerec/recommending/requests.py.
+
+    python recommend.py --model out/lora/final_checkpoint --info_file info.txt --history "12, 40, 7"
+    python recommend.py --model ... --info_file info.txt --histories requests.jsonl --output recommendations.jsonl
+    python recommend.py --model ... --info_file info.txt --serve 8000
+"""
+
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from minionerec import cli
+from minionerec.checkpoint import Checkpoint, read_model
+from minionerec.data.files import read_info_items, read_item_ids
+from minionerec.data.items import ItemColumns, Items, read_item_list
+from minionerec.data.prompts import RECOMMENDATION, Prompts
+from minionerec.errors import InputError, Problems
+from minionerec.flags import PromptFlags, above_zero, check_writable, command, flag
+from minionerec.recommending.requests import Request, RequestReader
+
+if TYPE_CHECKING:
+    from minionerec.recommending.recommender import Recommender
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecommendFlags(PromptFlags):
+    """The flags of recommend.py."""
+
+    model: str = flag("", "a whole checkpoint, or an adapter one, whose base is then found from the adapter.")
+    adapter: str = flag("", "an adapter checkpoint to load on model, instead of on the base it names.")
+    info_file: str = flag("", "the catalogue, one SID, title and item id a line, separated by tabs.")
+    history: str = flag(
+        "",
+        "one history, oldest first: item ids or SIDs separated by commas, one title, or a JSON list of any of them.",
+    )
+    histories: str = flag(
+        "",
+        'a file of histories: JSON lines such as {"history": ["12", "40"]}, or a CSV file of interactions, of which '
+        "only the histories are used.",
+    )
+    output: str = flag("", "file for the recommendations for histories, as JSON lines.")
+    K: int = flag(10, "items to recommend.", above_zero)
+    num_beams: int = flag(50, "SIDs that are ranked; more find better items.", above_zero)
+    batch_size: int = flag(8, "histories of a forward pass.", above_zero)
+    train_file: str = flag("", "CSV of training interactions; items that share a SID are ordered by popularity there.")
+    exclude_seen: bool = flag(False, "do not recommend what is in the history.")
+    allow: str = flag("", "file of item ids, one per line; no others are recommended.")
+    deny: str = flag("", "file of item ids, one per line, that are not recommended.")
+    where: str = flag(
+        "",
+        "column=value of the item file, such as brand=3M; only items with it are recommended (needs item_meta_path).",
+    )
+    item_meta_path: str = flag("", "JSON of item id to title, description and other columns, for where.")
+
+    def check(self, problems: Problems) -> None:
+        super().check(problems)
+        if self.K > self.num_beams > 0:
+            problems.add(f"--K {self.K}: must be at most --num_beams {self.num_beams}")
+        ways = [name for name in ("history", "histories") if getattr(self, name)]
+        if not ways:
+            problems.add("--history is missing; give one, a file of --histories, or --serve 8000")
+        elif len(ways) > 1:
+            problems.add(f"--{' and --'.join(ways)} exclude each other; give one of them")
+        if self.histories and (not self.output or os.path.isdir(self.output)):
+            problems.add(f"--output {self.output!r}: give the path of a file for the recommendations")
+        elif self.output and not self.histories:
+            problems.add("--output has no effect without --histories")
+        elif self.output:
+            check_writable(problems, "output", os.path.dirname(os.path.abspath(self.output)))
+        if self.where and not self.item_meta_path:
+            problems.add("--where needs --item_meta_path, the file with the columns of the items")
+
+
+@dataclass(frozen=True)
+class RecommendInput:
+    """What recommends, checked: the checkpoint, where its base is, the wording, the catalogue, and what reads requests.
+
+    Attributes:
+        requests: how many `histories` has; 1 for a single history.
+        request: of --history.
+        settings, done: of an output file (see `recommending.batch`).
+    """
+
+    checkpoint: Checkpoint
+    base: str
+    prompts: Prompts
+    items: Items
+    reader: RequestReader
+    request: Request | None
+    requests: int
+    settings: dict[str, object]
+    done: int
+    notes: list[str]
+
+
+def read_input(flags: RecommendFlags) -> RecommendInput:
+    """Checks the flags, the checkpoint, the catalogue and every request. Raises InputError with everything that is
+    wrong."""
+    problems = Problems()
+    flags.check(problems)
+    checkpoint, base = read_model(problems, "model", flags.model, flags.adapter)
+    prompts = None
+    if checkpoint:
+        prompts = problems.attempt(checkpoint.prompts, flags.category, flags.prompt_file, RECOMMENDATION)
+    purchases = problems.attempt(read_item_ids, flags.train_file, "train_file") if flags.train_file else None
+    listed = problems.attempt(read_info_items, flags.info_file)
+    items = listed and problems.attempt(Items, listed, flags.info_file, purchases or ())
+    reader = items and _reader(problems, flags, items)
+    request, count = None, 0
+    if reader and flags.history:
+        request = problems.attempt(lambda: reader.read({"history": reader.parse_history(flags.history)}))
+    elif reader and flags.histories:
+        count = problems.attempt(lambda: sum(1 for _ in reader.read_file(flags.histories, "histories"))) or 0
+    settings: dict[str, object] = {}
+    done = 0
+    if checkpoint and not problems and flags.output:
+        from minionerec.recommending.batch import check_output, settings_of
+
+        names = ("info_file", "histories", "train_file", "allow", "deny", "item_meta_path", "prompt_file")
+        files = [path for name in names if (path := getattr(flags, name))]
+        settings = settings_of({**flags.to_dict(), "output": ""}, files, checkpoint.path)
+        done = problems.attempt(check_output, flags.output, settings) or 0
+    problems.check()
+    assert checkpoint and base and prompts and items and reader  # nothing was wrong
+    if flags.prompt_file:
+        notes = checkpoint.differing_prompts(prompts)
+    else:
+        notes = checkpoint.differing_flags(flags.to_dict(), ("category",))
+    return RecommendInput(checkpoint, base, prompts, items, reader, request, count, settings, done, notes)
+
+
+def _reader(problems: Problems, flags: RecommendFlags, items: Items) -> RequestReader | None:
+    """What reads requests, with the constraints of the flags."""
+    only = []
+    if flags.allow and (allowed := problems.attempt(read_item_list, flags.allow, "allow", items)):
+        only.append(allowed)
+    if flags.deny and (denied := problems.attempt(read_item_list, flags.deny, "deny", items)):
+        only.append(frozenset(range(len(items))) - denied)
+    columns = problems.attempt(ItemColumns, flags.item_meta_path, items) if flags.item_meta_path else None
+    if flags.where and columns:
+        try:
+            only.append(columns.where(flags.where))
+        except InputError as error:
+            problems.add(f"--{error}")
+    most = max(flags.num_beams, flags.K, 1)  # flags that do not fit together are reported by themselves
+    return RequestReader(items, columns, max(flags.K, 1), most, flags.exclude_seen, tuple(only))
+
+
+def load(flags: RecommendFlags, files: RecommendInput) -> "Recommender":
+    """Loads the model and the trie of the catalogue."""
+    import lora_utils
+    from minionerec.data.encoding import Encoder
+    from minionerec.data.sid_tokens import sid_responses
+    from minionerec.decoding.trie import Trie
+    from minionerec.model import loading
+    from minionerec.recommending.recommender import Recommender
+
+    checkpoint, task = files.checkpoint, files.prompts.tasks[RECOMMENDATION]
+    tokenizer = loading.load_tokenizer(checkpoint.path)
+    encoder = Encoder(tokenizer, files.prompts, checkpoint.flags.get("cutoff_len", 2048))
+    remedy = f"--info_file {flags.info_file} is of another catalogue, or sft.py must make the checkpoint again"
+    where = f"{'--adapter' if flags.adapter else '--model'} {checkpoint.path}"
+    sequences = sid_responses(encoder, files.items.sids, task.ending, None, where, remedy)
+    trie = Trie(sequences, tokenizer.eos_token_id)
+    model = lora_utils.load_checkpoint(checkpoint, tokenizer, files.base)
+    trie.to(model.device)
+    return Recommender(model, tokenizer, encoder, task, trie, files.items, flags.num_beams, flags.batch_size)
+
+
+@command(RecommendFlags)
+def recommend(flags: RecommendFlags) -> None:
+    """Recommends items for one history, for a file of histories, or over HTTP."""
+    # Check the flags, the checkpoint, the catalogue and every request, before anything heavy is imported.
+    files = read_input(flags)
+
+    from tqdm import tqdm
+
+    from minionerec.model import device
+    from minionerec.recommending.batch import write_recommendations
+
+    state = device.process_state()
+    for line in files.notes:
+        state.print(line)
+    recommender = load(flags, files)
+
+    # One history: a line for each item.
+    if files.request:
+        (items,) = recommender.recommend([files.request])
+        for place, item in enumerate(items, 1):
+            state.print(f"{place:>3}  {item['score']:9.4f}  {item['id']}  {item['sid']}  {item['title']}")
+        return
+
+    # A file of histories: a line of JSON for each.
+    kept = files.done
+    if kept:
+        state.print(f"{flags.output}.partial: {kept} of {files.requests} rows are there already")
+    rows = files.reader.read_file(flags.histories, "histories")
+    with tqdm(total=files.requests, unit="row", leave=False, disable=not state.is_main_process) as bar:
+        count = write_recommendations(
+            flags.output,
+            files.settings,
+            kept,
+            rows,
+            lambda requests: recommender.recommend(requests, bar),
+            flags.batch_size,
+            state.is_main_process,
+        )
+    state.print(f"{count} rows in {flags.output}")
+
+
+if __name__ == "__main__":
+    cli.run(recommend)

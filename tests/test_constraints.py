@@ -1,0 +1,121 @@
+"""Beam search under a mask of allowed SIDs equals beam search in a trie of the allowed SIDs only, and brute force."""
+
+import numpy as np
+import pytest
+import torch
+from architectures import build
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from models import make_model
+from plain import EOS, exhaustive, prompts, random_sids, sids_of
+
+from minionerec.data.sid_tokens import PAD
+from minionerec.decoding.beam_search import constrained_beam_search
+from minionerec.decoding.probe import prove
+from minionerec.decoding.ranking import score_prompts
+from minionerec.decoding.trie import Trie
+
+SIDS = random_sids(60, (1, 2, 3, 4))
+
+
+def masks(trie: Trie, allowed: list[list[int]]) -> torch.Tensor:
+    """[B, S] in the order of the trie, from indices into the list it was built from."""
+    chosen = torch.zeros(len(allowed), len(trie), dtype=torch.bool)
+    for row, indices in zip(chosen, allowed, strict=True):
+        row[torch.from_numpy(np.isin(trie.source, indices))] = True
+    return chosen
+
+
+@given(st.lists(st.lists(st.integers(1, 5), min_size=1, max_size=4), min_size=1, max_size=20), st.data())
+@settings(max_examples=100, deadline=None)
+def test_a_node_may_be_entered_where_an_allowed_sid_is_below(sids, data):
+    trie = Trie(sids, EOS)
+    allowed = torch.tensor([data.draw(st.lists(st.booleans(), min_size=len(trie), max_size=len(trie)))])
+    every = torch.arange(len(trie.token))[None]
+    found = trie.may_go_on(every, trie.count_before(allowed))[0].tolist()
+    below = [set() for _ in trie.token]
+    for node in reversed(range(len(trie.token))):
+        below[node] |= {trie.row[node].item()} - {PAD}
+        for child in range(trie.first_child[node], trie.first_child[node + 1] if node + 1 < len(below) else 0):
+            below[node] |= below[child]
+    assert [sorted(rows) for rows in below] == [
+        list(range(a, b)) for a, b in zip(trie.first_row.tolist(), trie.end_row.tolist(), strict=True)
+    ]
+    assert found == [any(allowed[0, row] for row in rows) for rows in below]
+
+
+@pytest.mark.parametrize("tree", [True, False])
+@pytest.mark.parametrize("length_penalty", [0.0, 1.0])
+@pytest.mark.parametrize("beams", [1, 3, 10, 60])
+def test_masked_beams_are_those_of_a_trie_of_what_is_allowed(beams, length_penalty, tree):
+    """Each prompt of a batch with a mask of its own: some SIDs, one, all but one."""
+    model, (ids, mask) = make_model(), prompts()
+    trie = Trie(SIDS, EOS)
+    allowed = [[*range(0, 60, 3)], [41], [i for i in range(60) if i != 7]]
+    rows, scores = constrained_beam_search(
+        model, ids, mask, trie, beams, length_penalty, tree, allowed=masks(trie, allowed)
+    )
+    assert rows.shape == scores.shape == (3, beams)
+    for i, indices in enumerate(allowed):
+        alone = Trie([SIDS[index] for index in indices], EOS)
+        expected, expected_scores = constrained_beam_search(
+            model, ids[i : i + 1], mask[i : i + 1], alone, beams, length_penalty, tree
+        )
+        count = min(beams, len(indices))
+        assert sids_of(trie, rows[i : i + 1, :count]) == sids_of(alone, expected)
+        torch.testing.assert_close(scores[i, :count], expected_scores[0], atol=1e-4, rtol=1e-4)
+        assert (rows[i, count:] == PAD).all() and (scores[i, count:] == -torch.inf).all()
+
+
+def test_masked_beams_equal_brute_force_over_all_sids():
+    model, (ids, mask) = make_model(), prompts()
+    trie = Trie(SIDS, EOS)
+    chance = np.random.default_rng(3)
+    allowed = [sorted(chance.choice(60, size, replace=False).tolist()) for size in (40, 12, 5)]
+    rows, scores = constrained_beam_search(model, ids, mask, trie, 60, allowed=masks(trie, allowed))
+    for i, ranking in enumerate(exhaustive(model, ids, mask, SIDS)):
+        wanted = [(sid, score) for sid, score in ranking if SIDS.index(sid) in allowed[i]]
+        assert sids_of(trie, rows[i : i + 1, : len(wanted)])[0] == [sid for sid, _ in wanted]
+        found = scores[i, : len(wanted)]
+        torch.testing.assert_close(found, torch.tensor([score for _, score in wanted]), atol=1e-4, rtol=1e-4)
+
+
+def test_there_are_k_beams_wherever_k_are_allowed():
+    """Also where the model prefers every subtree with nothing allowed, and no beam is spare."""
+    model, (ids, mask) = make_model(), prompts()
+    trie = Trie(SIDS, EOS)
+    for count in (1, 2, 5, 20):
+        ranking = exhaustive(model, ids[:1], mask[:1], SIDS)[0]
+        worst = [SIDS.index(sid) for sid, _ in ranking[-count:]]
+        for beams in (1, count, count + 3):
+            rows, _ = constrained_beam_search(model, ids[:1], mask[:1], trie, beams, allowed=masks(trie, [worst]))
+            found = [trie.source[row] for row in rows[0].tolist() if row != PAD]
+            assert len(found) == len(set(found)) == min(beams, count) and set(found) <= set(worst)
+
+
+def test_nothing_allowed_gives_nothing():
+    model, (ids, mask) = make_model(), prompts()
+    trie = Trie(SIDS, EOS)
+    rows, scores = constrained_beam_search(model, ids, mask, trie, 4, allowed=masks(trie, [[], [3], []]))
+    assert (rows[[0, 2]] == PAD).all() and (scores[[0, 2]] == -torch.inf).all()
+    assert trie.source[rows[1, 0]] == 3
+
+
+@pytest.mark.parametrize("architecture", ["qwen2", "rwkv"])
+def test_masks_follow_their_prompts_through_batches(architecture):
+    """Of prompts sorted by length; one at a time where a model allows no padding."""
+    model = build(architecture)
+    assert prove(model).padding == (architecture == "qwen2")
+    trie = Trie(SIDS, EOS)
+    lists = [list(range(1, 1 + length)) for length in (5, 31, 12, 8)]
+    chosen = [np.isin(np.arange(60), indices) for indices in ([1, 2, 3], [*range(50)], [59], [4])]
+    allowed = [chosen[0], None, chosen[2], chosen[3]]
+    found = score_prompts(model, trie, lists, 0, 10, 3, allowed=allowed)
+    for i, (prompt, ranking) in enumerate(zip(lists, found, strict=True)):
+        alone = score_prompts(model, trie, [prompt], 0, 60, 1)[0]
+        kept = [(index, score) for index, score in alone if allowed[i] is None or allowed[i][index]]
+        if allowed[i] is None:
+            assert len(ranking) == 10
+            continue
+        assert [index for index, _ in ranking] == [index for index, _ in kept[:10]]
+        assert [score for _, score in ranking] == pytest.approx([score for _, score in kept[:10]], abs=1e-4)

@@ -1,0 +1,225 @@
+"""recommend.py ranks as evaluate.py does, writes what was asked for, and continues after a kill."""
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import evaluate_flags, run_command
+from processes import start_command
+
+import lora_utils
+from minionerec.checkpoint import Checkpoint
+from minionerec.data.files import read_info_items, read_interactions
+from minionerec.data.items import Items
+from minionerec.model import loading
+from minionerec.recommending import batch
+
+
+@pytest.fixture(scope="module")
+def checkpoint(sft_run) -> str:
+    return str(sft_run("lora") / "final_checkpoint")
+
+
+def flags_of(files, checkpoint, output=None, **more) -> dict:
+    flags = {"model": checkpoint, "info_file": files["info"], "num_beams": 20, "K": 20}
+    flags |= {"histories": files["test"], "output": output} if output else {}
+    return {**flags, **more}
+
+
+def recommended(files, checkpoint, output, **more) -> list[dict]:
+    done = run_command("recommend.py", **flags_of(files, checkpoint, output, **more))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert not list(output.parent.glob("*.partial*"))
+    return [json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()]
+
+
+def one(files, checkpoint, history: str, **more) -> list[list[str]]:
+    """Score, id, SID and title of the items for a history on the command line."""
+    done = run_command("recommend.py", **flags_of(files, checkpoint, history=history, **more))
+    assert done.returncode == 0, done.stderr[-3000:]
+    lines = [line.split(maxsplit=4) for line in done.stdout.splitlines()]
+    assert [line[0] for line in lines] == [str(i + 1) for i in range(len(lines))]
+    return [line[1:] for line in lines]
+
+
+def requests_file(path: Path, rows: list[dict]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def scored_one_by_one(checkpoint: str, text: str, sids: list[str]) -> dict[str, float]:
+    """The score of every SID after a prompt: teacher-forced, without a trie, a cache or a batch."""
+    read = Checkpoint.read(checkpoint)
+    tokenizer = loading.load_tokenizer(checkpoint)
+    model = lora_utils.load_checkpoint(read, tokenizer, read.base())
+    prompt, scores = tokenizer(text).input_ids, {}
+    for sid in sids:
+        answer = [*tokenizer(sid, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([prompt + answer])).logits[0].float()
+        logps = logits.log_softmax(-1)[len(prompt) - 1 : -1]
+        scores[sid] = sum(logps[i, token].item() for i, token in enumerate(answer))
+    return scores
+
+
+@pytest.fixture(scope="module")
+def merged(checkpoint, tmp_path_factory) -> str:
+    folder = tmp_path_factory.mktemp("merged") / "merged"
+    done = run_command("merge_lora.py", adapter=checkpoint, output_dir=folder)
+    assert done.returncode == 0, done.stderr
+    return str(folder)
+
+
+@pytest.mark.parametrize("kind", ["lora", "qlora", "merged"])
+def test_rankings_and_scores_are_those_of_evaluate(files, sft_run, merged, tmp_path, kind):
+    checkpoint = merged if kind == "merged" else str(sft_run(kind) / "final_checkpoint")
+    done = run_command("evaluate.py", **evaluate_flags(files, tmp_path / "r.json", base_model=checkpoint))
+    assert done.returncode == 0, done.stderr[-3000:]
+    expected = json.loads((tmp_path / "r.json").read_text())
+    rows = recommended(files, checkpoint, tmp_path / "out.jsonl", batch_size=4)
+    items = {item.id: item for item in read_info_items(files["info"])}
+    histories = [row.sid_history for row in read_interactions(files["test"], "test_data_path")]
+    assert [row["history"] for row in rows] == histories
+    for row, evaluated in zip(rows, expected, strict=True):
+        assert len(row["items"]) == 20
+        ranked = list(dict.fromkeys(item["sid"] for item in row["items"]))
+        assert ranked == evaluated["predict"][: len(ranked)]
+        for item in row["items"]:
+            assert item["title"] == items[item["id"]].title and item["sid"] == items[item["id"]].sid
+    if kind != "qlora":  # on a CPU its matmuls round to 16 bits, differently for other shapes
+        scores = scored_one_by_one(checkpoint, expected[0]["input"], expected[0]["predict"])
+        assert [item["score"] for item in rows[0]["items"]] == pytest.approx(
+            [scores[item["sid"]] for item in rows[0]["items"]], abs=1e-4
+        )
+
+
+def test_items_that_share_a_sid_come_out_by_popularity(files, checkpoint, tmp_path):
+    """Items 0 and 1 share theirs: in the order of the info file, or with the more popular one first."""
+    (plain,) = [one(files, checkpoint, "12,15", K=39, num_beams=39)]
+    ids = [line[1] for line in plain]
+    assert ids.index("1") == ids.index("0") + 1 and plain[ids.index("0")][0] == plain[ids.index("1")][0]
+    with open(files["train"], encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    row = {**rows[0], "item_id": "1", "item_sid": "<a_0><b_0><c_0>"}
+    with open(tmp_path / "train.csv", "w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, row)
+        writer.writeheader()
+        writer.writerows([*rows, *[row] * 50])
+    popular = one(files, checkpoint, "12,15", K=39, num_beams=39, train_file=tmp_path / "train.csv")
+    ids = [line[1] for line in popular]
+    assert ids.index("0") == ids.index("1") + 1
+    assert {line[1]: line[0] for line in popular} == {line[1]: line[0] for line in plain}
+
+
+def test_a_history_may_be_ids_sids_titles_or_a_mixture(files, checkpoint):
+    items = Items(read_info_items(files["info"]), files["info"])
+    sids = [items.all[i].sid for i in (12, 15)]
+    title = items.all[15].title
+    expected = one(files, checkpoint, "12,15")
+    mixed = json.dumps([12, title])
+    for history in (" 12 , 15 ", ",".join(sids), f"12,{sids[1]}", mixed, json.dumps(["12", sids[1]])):
+        assert one(files, checkpoint, history) == expected, history
+    assert one(files, checkpoint, title) == one(files, checkpoint, "15")
+
+
+def test_constraints_hold_and_leave_the_best(files, checkpoint, tmp_path):
+    """Each row with constraints of its own, in one batch, against the unconstrained ranking of all items."""
+    meta = json.loads(Path(files["item"]).read_text(encoding="utf-8"))
+    for i, fields in meta.items():
+        fields["brand"] = f"Brand {int(i) % 3}"
+        fields["categories"] = "Fasteners, Bolts" if int(i) % 2 else ["Fasteners", "Nuts"]
+    (tmp_path / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
+    (tmp_path / "deny.txt").write_text("3\n4\n\n5\n")
+    rows = [
+        {"history": ["12", "15"]},
+        {"history": ["0", "20"], "exclude_seen": True},
+        {"history": ["<a_0><b_0><c_0>", 20], "exclude_seen": True},  # of items 0 and 1
+        {"history": ["12"], "allow": ["7", "3", "1"]},
+        {"history": ["12", "13", "14"], "deny": [str(i) for i in range(20)], "K": 4},
+        {"history": ["12"], "where": "brand=brand 2", "allow": [str(i) for i in range(30)], "exclude_seen": True},
+        {"history": ["12"], "where": "categories=Nuts"},
+        {"history": ["12"], "where": "categories= bolts "},
+        {"history": ["39"], "allow": []},
+    ]
+    everything = [{"history": row["history"]} for row in rows]
+    shared = {"K": 40, "num_beams": 40, "item_meta_path": tmp_path / "meta.json"}
+    plain = recommended(
+        files, checkpoint, tmp_path / "a.jsonl", histories=requests_file(tmp_path / "a", everything), **shared
+    )
+    found = recommended(
+        files, checkpoint, tmp_path / "b.jsonl", histories=requests_file(tmp_path / "b", rows),
+        deny=tmp_path / "deny.txt", **shared,
+    )  # fmt: skip
+    numbers = set(range(40)) - {3, 4, 5}
+    allowed = [
+        *(numbers, numbers - {0, 20}, numbers - {0, 1, 20}, {7, 1}, set(range(20, 40))),
+        *({i for i in numbers if i % 3 == 2 and i < 30} - {12}, {i for i in numbers if not i % 2}),
+        *({i for i in numbers if i % 2}, set()),
+    ]
+    assert all(len(row["items"]) == 40 for row in plain)
+    for row, all_items, result, ids in zip(rows, plain, found, allowed, strict=True):
+        wanted = [item for item in all_items["items"] if int(item["id"]) in ids][: row.get("K", 40)]
+        assert [item["id"] for item in result["items"]] == [item["id"] for item in wanted]
+        assert [item["score"] for item in result["items"]] == pytest.approx([i["score"] for i in wanted], abs=1e-4)
+
+
+def test_flags_are_the_defaults_of_requests(files, checkpoint, tmp_path):
+    rows = requests_file(
+        tmp_path / "r", [{"history": ["12", "15"]}, {"history": ["12"], "exclude_seen": False, "K": 2}]
+    )
+    (tmp_path / "allow.txt").write_text("12\n15\n16\n17\n")
+    found = recommended(
+        files, checkpoint, tmp_path / "o.jsonl", histories=rows, exclude_seen=True, allow=tmp_path / "allow.txt", K=3
+    )
+    assert {item["id"] for item in found[0]["items"]} == {"16", "17"}
+    assert len(found[1]["items"]) == 2
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("garbage", [b"", b'{"history": ["half a li'])
+def test_a_killed_run_continues_to_the_same_bytes(files, checkpoint, tmp_path, monkeypatch, garbage):
+    """Killed after the first chunk of three, in the middle of a line or not; then with the last lines lost."""
+    rows = [{"history": [str(i % 40) for i in range(n % 5 + 1)]} for n in range(20)]
+    path = requests_file(tmp_path / "r", rows)
+    monkeypatch.setattr(batch, "BATCHES", 2)
+    flags = {"histories": path, "batch_size": 4}
+    recommended(files, checkpoint, tmp_path / "whole.jsonl", **flags)
+    whole = (tmp_path / "whole.jsonl").read_bytes()
+    assert whole.count(b"\n") == 20
+
+    output = tmp_path / "out.jsonl"
+    partial = tmp_path / "out.jsonl.partial"
+    chunks = []
+
+    def killing(chunk, real=batch._line):
+        chunks.append(chunk)
+        if len(chunks) > 8:
+            raise Killed
+        return real(chunk)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(batch, "_line", killing)
+        with pytest.raises(Killed):
+            run_command("recommend.py", **flags_of(files, checkpoint, output, **flags))
+    assert partial.read_bytes() == b"".join(whole.splitlines(keepends=True)[:8]) and not output.exists()
+    with open(partial, "ab") as file:
+        file.write(b"".join(whole.splitlines(keepends=True)[8:11]) + garbage)
+
+    refused = run_command("recommend.py", **flags_of(files, checkpoint, output, **flags, K=3))
+    assert refused.returncode == 2 and "holds rows of a run with other flags, files or model" in refused.stderr
+    done = run_command("recommend.py", **flags_of(files, checkpoint, output, **flags))
+    assert "11 of 20 rows are there already" in done.stdout
+    assert output.read_bytes() == whole and sorted(tmp_path.glob("*.partial*")) == []
+
+
+@pytest.mark.slow
+def test_two_processes_write_what_one_writes(files, checkpoint, tmp_path):
+    rows = recommended(files, checkpoint, tmp_path / "one.jsonl", batch_size=2)
+    started = start_command("recommend.py", flags_of(files, checkpoint, tmp_path / "two.jsonl", batch_size=2), ranks=2)
+    assert started.wait() == [0, 0], started.errors[-3000:]
+    assert [json.loads(line) for line in (tmp_path / "two.jsonl").read_text().splitlines()] == rows
