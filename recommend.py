@@ -9,7 +9,9 @@ is in minionerec/recommending/requests.py.
 """
 
 import os
+import socket
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from minionerec import cli
@@ -23,6 +25,10 @@ from minionerec.recommending.requests import Request, RequestReader
 
 if TYPE_CHECKING:
     from minionerec.recommending.recommender import Recommender
+
+
+def _port(value: int) -> str | None:
+    return None if 0 <= value < 65536 else "must be a port, from 1 to 65535"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,12 +60,19 @@ class RecommendFlags(PromptFlags):
         "column=value of the item file, such as brand=3M; only items with it are recommended (needs item_meta_path).",
     )
     item_meta_path: str = flag("", "JSON of item id to title, description and other columns, for where.")
+    serve: int = flag(0, "a port: recommends over HTTP, with a page at /.", _port)
+    host: str = flag(
+        "127.0.0.1",
+        "the address to listen on with serve; 0.0.0.0 for every network.",
+        lambda value: None if value.strip() else "must be an address, such as 127.0.0.1",
+    )
+    max_waiting: int = flag(256, "requests that may wait with serve; further ones are refused (503).", above_zero)
 
     def check(self, problems: Problems) -> None:
         super().check(problems)
         if self.K > self.num_beams > 0:
             problems.add(f"--K {self.K}: must be at most --num_beams {self.num_beams}")
-        ways = [name for name in ("history", "histories") if getattr(self, name)]
+        ways = [name for name in ("history", "histories", "serve") if getattr(self, name)]
         if not ways:
             problems.add("--history is missing; give one, a file of --histories, or --serve 8000")
         elif len(ways) > 1:
@@ -72,6 +85,21 @@ class RecommendFlags(PromptFlags):
             check_writable(problems, "output", os.path.dirname(os.path.abspath(self.output)))
         if self.where and not self.item_meta_path:
             problems.add("--where needs --item_meta_path, the file with the columns of the items")
+        if self.serve and not _port(self.serve):
+            self._check_server(problems)
+
+    def _check_server(self, problems: Problems) -> None:
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            problems.add(f"--serve {self.serve}: one process serves; start it without torchrun")
+        missing = [name for name in ("fastapi", "uvicorn") if find_spec(name) is None]
+        if missing:
+            problems.add(f"--serve {self.serve}: needs {' and '.join(missing)}; pip install fastapi uvicorn")
+        try:
+            family = socket.AF_INET6 if ":" in self.host else socket.AF_INET
+            with socket.create_server((self.host, self.serve), family=family):
+                pass
+        except (OSError, UnicodeError) as error:  # a name that cannot be one of a host raises the latter
+            problems.add(f"--serve {self.serve}: cannot listen on --host {self.host}: {error}")
 
 
 @dataclass(frozen=True)
@@ -188,9 +216,23 @@ def recommend(flags: RecommendFlags) -> None:
 
     # One history: a line for each item.
     if files.request:
-        (items,) = recommender.recommend([files.request])
+        (items,) = recommender.recommend([files.request], tqdm(disable=True))
         for place, item in enumerate(items, 1):
             state.print(f"{place:>3}  {item['score']:9.4f}  {item['id']}  {item['sid']}  {item['title']}")
+        return
+
+    # Over HTTP, until it is stopped.
+    if flags.serve:
+        import uvicorn
+
+        from minionerec.recommending.server import make_app
+
+        app = make_app(
+            lambda requests: recommender.recommend(requests, tqdm(disable=True)),
+            *(files.reader, flags.batch_size, flags.max_waiting),
+        )
+        print(f"http://{flags.host}:{flags.serve} recommends from {len(files.items)} items; Ctrl-C stops", flush=True)
+        uvicorn.run(app, host=flags.host, port=flags.serve, log_level="warning")
         return
 
     # A file of histories: a line of JSON for each.

@@ -4,6 +4,8 @@
    tokens of every beam in a dictionary of prefixes. Both must give the same scores and the same beams.
 2. The same search in 1,000,000 SIDs and in 4,000: milliseconds per batch; seconds and memory (GB) to build the trie
    from SID texts.
+3. The same search where each prompt may get its own half of the SIDs, against the search in all of them. The time to
+   turn the constraints into masks counts.
 
     python benchmarks/decode.py
     python benchmarks/decode.py --hidden_size 896 --num_hidden_layers 24 --num_attention_heads 14 --vocab_size 151936
@@ -125,7 +127,7 @@ def decode(
     large_catalogue: int = 1000000,
     repeats: int = 5,
 ) -> None:
-    """Prints the speed-up over `generate` with 16 and 50 beams, then the cost of a large catalogue.
+    """Prints the speed-up over `generate` with 16 and 50 beams, then the cost of a large catalogue, and of constraints.
 
     Args:
         hidden_size: width of the model, a Qwen2 with random weights in float32.
@@ -147,11 +149,13 @@ def decode(
     problems.check()
     build = in_fresh_process(build_cost, large_catalogue, vocab_size)
 
+    import numpy as np
     import torch
     from transformers import AutoModelForCausalLM, set_seed
 
     from minionerec.data import sid_tokens
     from minionerec.decoding import beam_search
+    from minionerec.decoding.ranking import masks_of
     from minionerec.decoding.trie import Trie
     from minionerec.model import device
 
@@ -173,12 +177,20 @@ def decode(
 
     trie, sequences = trie_of(sids)
     small, large = trie_of(small_catalogue)[0], trie_of(large_catalogue)[0]
-    against_generate, catalogues, results = [], [], {}
+    halves = {
+        catalogue: [np.random.default_rng(row).random(len(catalogue)) < 0.5 for row in range(prompts)]
+        for catalogue in (small, large)
+    }
+    against_generate, catalogues, constrained, results = [], [], [], {}
     for beams in (16, 50):
         reference = generate(model, *batch, sequences, tokenizer.eos_token_id, beams)
 
         def search(trie: Trie = trie, beams: int = beams) -> tuple[torch.Tensor, torch.Tensor]:
             return beam_search.constrained_beam_search(model, *batch, trie, beams)
+
+        def masked(trie: Trie, beams: int = beams) -> tuple[torch.Tensor, torch.Tensor]:
+            allowed = masks_of(halves[trie], trie)
+            return beam_search.constrained_beam_search(model, *batch, trie, beams, allowed=allowed)
 
         rows, scores = search()
         expected, expected_scores = reference()
@@ -198,8 +210,12 @@ def decode(
             }
         )
         search(large)
-        both = {"small": lambda: search(small), "large": lambda: search(large)}
-        seconds = interleaved_medians(both, 3 * repeats)
+        for trie_of_half, chosen in halves.items():  # what comes out is allowed
+            rows = masked(trie_of_half)[0].cpu().numpy()
+            assert all(mask[trie_of_half.source[row]].all() for mask, row in zip(chosen, rows, strict=True))
+        ways = {"small": lambda: search(small), "large": lambda: search(large)}
+        ways |= {"small, masked": lambda: masked(small), "large, masked": lambda: masked(large)}
+        seconds = interleaved_medians(ways, 3 * repeats)
         growth = seconds["large"] / seconds["small"]
         catalogues.append(
             {
@@ -209,10 +225,20 @@ def decode(
                 "ratio": growth,
             }
         )
-        results[beams] = {"speed_up": ratio, "equal_beams": equal, "large_over_small": growth}
+        costs = {name: seconds[f"{name}, masked"] / seconds[name] for name in ("small", "large")}
+        constrained.append(
+            {
+                "beams": beams,
+                f"constrained / all, {small_catalogue:,} SIDs": costs["small"],
+                f"constrained / all, {large_catalogue:,} SIDs": costs["large"],
+            }
+        )
+        results[beams] = {"speed_up": ratio, "equal_beams": equal, "large_over_small": growth, "constrained": costs}
     print_table(against_generate)
     print()
     print_table(catalogues)
+    print()
+    print_table(constrained)
     print(f"\ntrie of {large_catalogue:,} SIDs: {build['seconds']:.1f} s, {build['extra_gb']:.2f} GB extra\n")
     shape = {"hidden_size": hidden_size, "num_hidden_layers": num_hidden_layers, "vocab_size": vocab_size}
     print_json("decode", shape=shape, prompts=prompts, prompt_tokens=prompt_tokens, results=results, build=build)

@@ -74,11 +74,11 @@ def score_prompts(
     with own:
         for batch in [*mine, *batches[-1:]][:turns]:
             input_ids, attention_mask = left_padded([prompts[i] for i in batch], pad_token_id)
-            masks = _masks([allowed[i] for i in batch], trie) if allowed is not None else None
+            mask = masks_of([allowed[i] for i in batch], trie) if allowed is not None else None
             beams, scores = constrained_beam_search(
                 *(model, input_ids.to(model.device), attention_mask.to(model.device)),
                 *(trie, num_beams, length_penalty),
-                allowed=masks,
+                allowed=mask,
             )
             finite = finite and not bool(scores.isnan().any())
             found = zip(batch, beams.tolist(), scores.tolist(), strict=True)
@@ -96,7 +96,7 @@ def score_prompts(
     return [ranking_of[i] for i in range(len(prompts))]
 
 
-def _masks(allowed: Sequence[np.ndarray | None], trie: Trie) -> torch.Tensor | None:
+def masks_of(allowed: Sequence[np.ndarray | None], trie: Trie) -> torch.Tensor | None:
     """[B, S], the rows of `trie.sequences` that are allowed for each prompt of a batch; None if all are for all."""
     if all(mask is None for mask in allowed):
         return None
