@@ -1,0 +1,174 @@
+"""Puts `recommend.py --serve` under load: many clients at once, against a server that decodes one request at a time.
+
+Each client sends its next request as soon as the last one is answered. Every answer is compared with that of the batch
+command for the same request: none may be lost, none may differ. Prints requests/s and the percentiles of the latency.
+
+    python benchmarks/serve.py --model out/lora/final_checkpoint --info_file info.txt --histories test.csv
+"""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import cycle, islice
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+from benchmarks.common import print_json, print_table
+from minionerec import cli
+from minionerec.data.files import read_info_items
+from minionerec.data.items import Items
+from minionerec.errors import Problems, RunError
+from minionerec.flags import check_positive
+from minionerec.recommending.requests import RequestReader
+
+COMMAND = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "recommend.py")
+TOLERANCE = 1e-3  # for a score: batches of other sizes round differently
+PATIENCE = 300  # seconds until a server must answer
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+@contextmanager
+def served(flags: list[str], batch_size: int, clients: int) -> Iterator[str]:
+    """Runs a server and gives its address."""
+    port = free_port()
+    words = [sys.executable, COMMAND, *flags, f"--serve={port}", f"--batch_size={batch_size}"]
+    process = subprocess.Popen([*words, f"--max_waiting={clients}"], stdout=subprocess.DEVNULL)
+    try:
+        address, deadline = f"http://127.0.0.1:{port}", time.monotonic() + PATIENCE
+        while True:
+            try:
+                urllib.request.urlopen(f"{address}/health", timeout=5).close()
+                break
+            except OSError:
+                if process.poll() is not None or time.monotonic() > deadline:
+                    raise RunError("the server did not start") from None
+                time.sleep(0.2)
+        yield address
+    finally:
+        process.send_signal(signal.SIGINT)
+        try:
+            process.wait(30)
+        except subprocess.TimeoutExpired:
+            process.kill()
+
+
+def load(address: str, bodies: list[bytes], clients: int) -> tuple[list[dict | None], list[float], float]:
+    """The answers in the order of the requests (None for one that was lost), their latencies, and all seconds."""
+    answers: list[dict | None] = [None] * len(bodies)
+    seconds = [0.0] * len(bodies)
+    turns = iter(range(len(bodies)))
+    lock = threading.Lock()
+
+    def client() -> None:
+        while True:
+            with lock:
+                turn = next(turns, None)
+            if turn is None:
+                return
+            started = time.perf_counter()
+            try:
+                with urllib.request.urlopen(f"{address}/recommend", bodies[turn], timeout=PATIENCE) as answer:
+                    answers[turn] = json.load(answer)
+            except OSError as error:
+                print(f"request {turn}: {error}", file=sys.stderr)
+            seconds[turn] = time.perf_counter() - started
+
+    threads = [threading.Thread(target=client) for _ in range(clients)]
+    started = time.perf_counter()
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return answers, seconds, time.perf_counter() - started
+
+
+def wrong(answer: dict, expected: dict) -> bool:
+    """Whether an answer differs from that of the batch command. Items of equal score may change places."""
+    found, wanted = answer["items"], expected["items"]
+    if len(found) != len(wanted) or answer["history"] != expected["history"]:
+        return True
+    if any(abs(one["score"] - other["score"]) > TOLERANCE for one, other in zip(found, wanted, strict=True)):
+        return True
+    last = wanted[-1]["score"] if wanted else 0.0
+    of = {item["id"]: item["score"] for item in wanted}
+    return any(abs(of.get(item["id"], last) - item["score"]) > TOLERANCE for item in found)
+
+
+def serve(
+    model: str = "",
+    info_file: str = "",
+    histories: str = "",
+    requests: int = 1000,
+    clients: int = 32,
+    batch_size: int = 32,
+    num_beams: int = 50,
+    exclude_seen: bool = True,
+) -> None:
+    """Prints throughput and latency of a server with shared batches, and of one with batches of one.
+
+    Args:
+        model: a checkpoint, as in recommend.py.
+        info_file: its catalogue.
+        histories: file of histories, as in recommend.py; repeated if it has fewer rows than requests.
+        requests: how many are sent to each server.
+        clients: that send them.
+        batch_size: most requests of a batch.
+        num_beams: SIDs ranked per request.
+        exclude_seen: each request leaves out its own history.
+    """
+    problems = Problems()
+    check_positive(problems, requests=requests, clients=clients, batch_size=batch_size, num_beams=num_beams)
+    items = problems.attempt(lambda: Items(read_info_items(info_file), info_file))
+    reader = items and RequestReader(items, None, K=10, most=max(num_beams, 10))
+    read = reader and problems.attempt(lambda: list(reader.read_file(histories, "histories")))
+    problems.check()
+    assert read
+    bodies = [json.dumps({"history": request.given}).encode() for request in islice(cycle(read), requests)]
+    flags = [f"--model={model}", f"--info_file={info_file}", f"--num_beams={num_beams}"]
+    flags += [f"--exclude_seen={exclude_seen}"]
+
+    # The batch command answers first: what it writes is what the servers must answer.
+    with tempfile.TemporaryDirectory() as folder:
+        source, output = os.path.join(folder, "requests.jsonl"), os.path.join(folder, "answers.jsonl")
+        with open(source, "wb") as file:
+            file.write(b"\n".join(bodies) + b"\n")
+        batch = [f"--histories={source}", f"--output={output}", f"--batch_size={batch_size}"]
+        subprocess.run([sys.executable, COMMAND, *flags, *batch], check=True, stdout=subprocess.DEVNULL)
+        with open(output, encoding="utf-8") as file:
+            expected = [json.loads(line) for line in file]
+
+    table = []
+    for name, size in (("shared batches", batch_size), ("one by one", 1)):
+        with served(flags, size, clients) as address:
+            load(address, bodies[:clients], clients)  # the first requests prove how the model can be decoded
+            answers, seconds, wall = load(address, bodies, clients)
+        seconds.sort()
+        row: dict[str, object] = {"server": name, "requests/s": len(bodies) / wall}
+        row |= {f"p{p} (ms)": 1000 * seconds[min(len(seconds) * p // 100, len(seconds) - 1)] for p in (50, 95, 99)}
+        row["lost"] = sum(answer is None for answer in answers)
+        row["wrong"] = sum(wrong(*pair) for pair in zip(answers, expected, strict=True) if pair[0] is not None)
+        table.append(row)
+    print_table(table)
+    print()
+    print_json("serve", requests=requests, clients=clients, batch_size=batch_size, num_beams=num_beams, table=table)
+    if any(row["lost"] or row["wrong"] for row in table):
+        raise RunError("requests were lost or answered wrongly")
+
+
+if __name__ == "__main__":
+    cli.run(serve)
