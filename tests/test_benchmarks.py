@@ -26,3 +26,14 @@ def test_a_benchmark_measures(files, base, script, flags):
         for row, cache in zip(record["table"], ("cold", "warm"), strict=True):
             assert row["cache"] == cache and all(row[phase] > 0 for phase in phases)
             assert row["all"] == pytest.approx(sum(row[phase] for phase in phases))
+
+
+@pytest.mark.slow
+def test_a_server_under_load_answers_as_the_batch_command(files, sft_run):
+    pytest.importorskip("fastapi", reason="pip install fastapi uvicorn")
+    flags = {"model": sft_run("lora") / "final_checkpoint", "info_file": files["info"], "histories": files["test"]}
+    result = run_command("benchmarks/serve.py", **flags, requests=12, clients=4, batch_size=4, num_beams=10)
+    assert result.returncode == 0, result.stderr
+    record = json.loads(result.stdout.splitlines()[-1])
+    for row in record["table"]:
+        assert row["lost"] == row["wrong"] == 0 and 0 < row["p50 (ms)"] <= row["p99 (ms)"]

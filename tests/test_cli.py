@@ -192,7 +192,7 @@ def test_the_advice_names_flags_that_the_command_has(command, given, advised):
     assert advised or "CUDA_VISIBLE_DEVICES= before the command" in text
 
 
-@pytest.mark.parametrize("script", ["sft.py", "rl.py", "evaluate.py"])
+@pytest.mark.parametrize("script", ["sft.py", "rl.py", "evaluate.py", "recommend.py"])
 def test_help_lists_the_flags_and_imports_nothing_heavy(script):
     argv = [sys.executable, "-X", "importtime", script, "--help"]
     result = subprocess.run(argv, capture_output=True, text=True, cwd=ROOT)
@@ -202,7 +202,7 @@ def test_help_lists_the_flags_and_imports_nothing_heavy(script):
     assert "minionerec.cli" in modules
     assert not {"torch", "transformers", "peft", "datasets", "numpy"} & modules
     shown = result.stdout + "".join(line for line in result.stderr.splitlines() if line not in imports)
-    assert "--base_model" in shown and "category" in shown
+    assert ("--model" if script == "recommend.py" else "--base_model") in shown and "category" in shown
 
 
 def test_few_compiled_products_are_kept(tmp_path):

@@ -19,7 +19,15 @@ def checkout(files, tmp_path_factory):
         (folder / name).write_text("raise SystemExit('the file that was here before')\n")
     for name in ("minionerec", "scripts", "configs"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("sft.py", "rl.py", "evaluate.py", "merge_lora.py", "lora_utils.py", "requirements.txt"):
+    for name in (
+        "sft.py",
+        "rl.py",
+        "evaluate.py",
+        "recommend.py",
+        "merge_lora.py",
+        "lora_utils.py",
+        "requirements.txt",
+    ):
         shutil.copy(ROOT / name, folder)
     for kind, name in (("train", "train"), ("valid", "valid"), ("test", "test"), ("info", "info")):
         suffix = os.path.splitext(files[name])[1]
