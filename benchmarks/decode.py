@@ -212,7 +212,7 @@ def decode(
         search(large)
         for trie_of_half, chosen in halves.items():  # what comes out is allowed
             rows = masked(trie_of_half)[0].cpu().numpy()
-            assert all(mask[trie_of_half.source[row]].all() for mask, row in zip(chosen, rows, strict=True))
+            assert all(mask[row].all() for mask, row in zip(chosen, rows, strict=True))
         ways = {"small": lambda: search(small), "large": lambda: search(large)}
         ways |= {"small, masked": lambda: masked(small), "large, masked": lambda: masked(large)}
         seconds = interleaved_medians(ways, 3 * repeats)

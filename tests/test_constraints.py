@@ -110,7 +110,8 @@ def test_masks_follow_their_prompts_through_batches(architecture):
     lists = [list(range(1, 1 + length)) for length in (5, 31, 12, 8)]
     chosen = [np.isin(np.arange(60), indices) for indices in ([1, 2, 3], [*range(50)], [59], [4])]
     allowed = [chosen[0], None, chosen[2], chosen[3]]
-    found = score_prompts(model, trie, lists, 0, 10, 3, allowed=allowed)
+    rows = [None if mask is None else mask[trie.source] for mask in allowed]
+    found = score_prompts(model, trie, lists, 0, 10, 3, allowed=rows.__getitem__)
     for i, (prompt, ranking) in enumerate(zip(lists, found, strict=True)):
         alone = score_prompts(model, trie, [prompt], 0, 60, 1)[0]
         kept = [(index, score) for index, score in alone if allowed[i] is None or allowed[i][index]]

@@ -1,7 +1,7 @@
 """Ranks the catalogue for many prompts, which are divided among the processes of a distributed run."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -41,7 +41,7 @@ def score_prompts(
     num_beams: int,
     batch_size: int,
     length_penalty: float = 0.0,
-    allowed: Sequence[np.ndarray | None] | None = None,
+    allowed: Callable[[int], np.ndarray | None] | None = None,
     bar: tqdm | None = None,
 ) -> list[list[tuple[int, float]]]:
     """As `rank_prompts`, with the score of every SID: the sum of its tokens' log-probabilities, in nats, divided by
@@ -51,7 +51,8 @@ def score_prompts(
         prompts: token ids, one list per prompt.
         num_beams: SIDs in a ranking, or all that are allowed if there are fewer.
         batch_size: prompts of a forward pass.
-        allowed: for each prompt which SIDs of the list it may get, [S] of bool, or None for all.
+        allowed: called with the number of a prompt, gives the rows of `trie.sequences` that it may get, [S] of bool, or
+            None for all.
         bar: a progress bar to move on by the number of prompts; None for a new one.
 
     Raises RunError, in all processes, if a score is NaN.
@@ -74,7 +75,7 @@ def score_prompts(
     with own:
         for batch in [*mine, *batches[-1:]][:turns]:
             input_ids, attention_mask = left_padded([prompts[i] for i in batch], pad_token_id)
-            mask = masks_of([allowed[i] for i in batch], trie) if allowed is not None else None
+            mask = masks_of(list(map(allowed, batch)), trie) if allowed is not None else None
             beams, scores = constrained_beam_search(
                 *(model, input_ids.to(model.device), attention_mask.to(model.device)),
                 *(trie, num_beams, length_penalty),
@@ -103,5 +104,5 @@ def masks_of(allowed: Sequence[np.ndarray | None], trie: Trie) -> torch.Tensor |
     masks: np.ndarray = np.ones((len(allowed), len(trie)), dtype=bool)
     for row, mask in zip(masks, allowed, strict=True):
         if mask is not None:
-            row[:] = mask[trie.source]
+            row[:] = mask
     return torch.from_numpy(masks).to(trie.sequences.device)
