@@ -18,12 +18,13 @@ from typing import Any
 import datasets
 import numpy as np
 import torch
-from accelerate.utils import is_peft_model
+from accelerate.utils import is_peft_model, save_fsdp_model
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState
+from transformers.distributed.fsdp import get_fsdp_ckpt_kwargs
 from trl import GRPOConfig, GRPOTrainer
 from trl.models import unwrap_model_for_generation
 from trl.models.utils import prepare_deepspeed, prepare_fsdp
@@ -362,8 +363,8 @@ class ReReTrainer(DurableRun, GRPOTrainer):
         return metrics
 
     def _evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """As the Trainer's. The model before the first step counts: it is the best one, saved as checkpoint-0, until a
-        later one has a better metric."""
+        """As the Trainer's. The model before the first step counts: it is the best one, whose weights are saved as
+        checkpoint-0, until a later one has a better metric."""
         metrics = super()._evaluate(*args, **kwargs)
         if self.state.global_step == 0 and self.args.load_best_model_at_end:
             self._determine_best_metric(metrics, None)
@@ -393,6 +394,13 @@ class ReReTrainer(DurableRun, GRPOTrainer):
         return adapters.adapter_parameters(self.accelerator.unwrap_model(self.model), self.reference_adapter)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if self.state.global_step == 0 and not self.is_deepspeed_enabled:
+            # Before the first step there is nothing to resume. To have a state to save, FSDP would make a step, which
+            # AdamW would count.
+            if self.is_fsdp_enabled:
+                plugin = self.accelerator.state.fsdp_plugin
+                save_fsdp_model(plugin, self.accelerator, self.model, output_dir, **get_fsdp_ckpt_kwargs())
+            return
         tensors = whole_tensors(self._moving_reference())
         if tensors and self.args.should_save:
             with self._writing_checkpoint():
