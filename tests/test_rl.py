@@ -49,7 +49,8 @@ def test_a_lora_run_continues_its_own_adapter(files, sft, base, tmp_path):
     final = tmp_path / "run" / "final_checkpoint"
     assert set(os.listdir(final)) == ADAPTER
     for name in checkpoints:
-        assert set(os.listdir(tmp_path / "run" / name)) == ADAPTER | STATE
+        state = STATE - {"optimizer.pt", "scheduler.pt"} if name == "checkpoint-0" else STATE
+        assert set(os.listdir(tmp_path / "run" / name)) == ADAPTER | state
     assert json.loads((final / "minionerec.json").read_text())["command"] == "rl"
     assert first_logged(metrics, "kl") == 0.0
     assert {"reward", "eval_HR@10", "eval_NDCG@10"} <= {key for entry in metrics["history"] for key in entry}
