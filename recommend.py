@@ -107,7 +107,7 @@ class RecommendInput:
     """What recommends, checked: the checkpoint, where its base is, the wording, the catalogue, and what reads requests.
 
     Attributes:
-        requests: how many `histories` has; 1 for a single history.
+        requests: how many `histories` has.
         request: of --history.
         settings, done: of an output file (see `recommending.batch`).
     """

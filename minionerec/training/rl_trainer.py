@@ -8,6 +8,7 @@ Dimensions: `B` completions, `G` completions of a prompt, `P` prompt tokens, `C`
 """
 
 import copy
+import math
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -17,12 +18,13 @@ from typing import Any
 import datasets
 import numpy as np
 import torch
-from accelerate.utils import is_peft_model
+from accelerate.utils import is_peft_model, save_fsdp_model
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState
+from transformers.distributed.fsdp import get_fsdp_ckpt_kwargs
 from trl import GRPOConfig, GRPOTrainer
 from trl.models import unwrap_model_for_generation
 from trl.models.utils import prepare_deepspeed, prepare_fsdp
@@ -33,11 +35,12 @@ from minionerec.data.encoding import left_padded
 from minionerec.decoding.beam_search import constrained_beam_search, constrained_sample
 from minionerec.decoding.ranking import rank_prompts
 from minionerec.decoding.trie import Trie
-from minionerec.metrics import rank_of, ranking_metrics
+from minionerec.metrics import rank_of, ranking_metrics, watched_cutoff
 from minionerec.model import adapters, device
 from minionerec.model.sharding import gathered, overwrite, whole_tensors
 from minionerec.training.durable import DurableRun
-from minionerec.training.logprobs import completion_logps
+from minionerec.training.early_warning import EarlyWarning
+from minionerec.training.logprobs import completion_logps, with_targets
 
 REFERENCE_FILE = "reference.safetensors"  # in a checkpoint, the weights of a reference that moves with the policy
 
@@ -83,6 +86,7 @@ class ReReTrainer(DurableRun, GRPOTrainer):
         add_gt: bool = False,
         dynamic_sampling: bool = False,
         mask_all_zero: bool = False,
+        sft_weight: float = 0.0,
         test_beam: int = 20,
         test_batch_size: int = 32,
         **kwargs: Any,
@@ -97,6 +101,8 @@ class ReReTrainer(DurableRun, GRPOTrainer):
             add_gt: the last completion of a group is the target.
             dynamic_sampling: draw 1.5 G completions; keep the target, if drawn, and the most frequent others.
             mask_all_zero: groups without any advantage add nothing to the loss, not even KL, and cost nothing.
+            sft_weight: weight of the supervised loss: the mean over completions of the mean negative log-probability of
+                their target's tokens (nats), at `args.temperature`.
             test_beam, test_batch_size: beams and prompts of a forward pass in `evaluate`.
         """
         adapted = is_peft_model(model)
@@ -115,8 +121,11 @@ class ReReTrainer(DurableRun, GRPOTrainer):
         self.trie, self.sids = trie.to(self.accelerator.device), sids
         self.tokens_of = {sid: tokens for tokens, sid in trie.sid_of(sids).items()}
         self.beam_search, self.add_gt, self.dynamic_sampling = beam_search, add_gt, dynamic_sampling
-        self.mask_all_zero = mask_all_zero
+        self.mask_all_zero, self.sft_weight = mask_all_zero, sft_weight
+        self._targets_to_learn: tuple[torch.Tensor, torch.Tensor] | None = None  # of the forward pass that is made
+        self._supervised_loss: torch.Tensor | None = None  # of that pass
         self.test_beam, self.test_batch_size = test_beam, test_batch_size
+        self.add_callback(EarlyWarning(self.reward_func_names))
         self.reference_adapter: str | None = None
         if beta and adapted and (sync or not new_adapter):
             self.reference_adapter = "ref"
@@ -166,6 +175,10 @@ class ReReTrainer(DurableRun, GRPOTrainer):
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         self._targets = [self.tokens_of[example["target"]] for example in inputs]
         outputs = super()._generate_and_score_completions(inputs)
+        if self.sft_weight:
+            targets = [torch.tensor(target) for target in self._targets]
+            ids = nn.utils.rnn.pad_sequence(targets, batch_first=True, padding_value=-1).to(self.accelerator.device)
+            outputs["target_ids"], outputs["target_mask"] = ids.clamp(min=0), (ids >= 0).long()
         if self.mask_all_zero:
             # If any reward of a group differs, some advantage is about 1 or more; else rounding may leave a small one.
             silent = (outputs["advantages"].view(-1, self.num_generations).abs() < 1e-3).all(dim=1)
@@ -258,8 +271,20 @@ class ReReTrainer(DurableRun, GRPOTrainer):
         compute_entropy: bool = False,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor, None]:
-        """(log-probabilities, entropies, None), [B, C] each; completions that are masked out cost nothing."""
+        """(log-probabilities, entropies, None), [B, C] each; completions that are masked out cost nothing. Targets to
+        learn are one more completion of their prompt, in the same pass."""
         width = input_ids.shape[1] - logits_to_keep
+        if self._targets_to_learn is not None and torch.is_grad_enabled():
+            parts = [tensor.split([width, logits_to_keep], dim=1) for tensor in (input_ids, attention_mask)]
+            (prompts, completions), (prompt_mask, completion_mask) = parts
+            targets, self._targets_to_learn = self._targets_to_learn, None
+            rows, place, share = with_targets(prompts, prompt_mask, completions, completion_mask, *targets)
+            count, mask = len(input_ids), rows[3][place]
+            ids, mask_of_all = torch.cat(rows[::2], dim=1), torch.cat(rows[1::2], dim=1)
+            found = self._get_per_token_logps_and_entropies(model, ids, mask_of_all, rows[2].shape[1])
+            logps, entropies = (values[place] for values in found[:2])
+            self._supervised_loss = -(share * logps[count:].sum(dim=1) / mask[count:].sum(dim=1)).sum()
+            return logps[:count, :logits_to_keep], entropies[:count, :logits_to_keep], None
         mask = attention_mask[:, width:].bool()
         logps = torch.zeros(mask.shape, device=mask.device)
         entropies = torch.zeros_like(logps)
@@ -293,6 +318,16 @@ class ReReTrainer(DurableRun, GRPOTrainer):
         return device.weights_are_sharded() or (torch.is_grad_enabled() and several)
 
     def _compute_loss(self, model: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
+        """As TRL's, plus the supervised loss on the targets."""
+        if not self.sft_weight:
+            return self._policy_loss(model, inputs)
+        self._targets_to_learn = inputs["target_ids"], inputs["target_mask"]
+        loss, supervised = self._policy_loss(model, inputs), self._supervised_loss
+        self._supervised_loss = None
+        self._metrics["train"]["sft_loss"].append(self.accelerator.gather(supervised.detach()).mean().item())
+        return loss + self.sft_weight * supervised / self.current_gradient_accumulation_steps
+
+    def _policy_loss(self, model: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
         """As TRL's, which computes the reference for every completion before the advantages are known. Here it is
         computed now, only for the completions that count, and in the batches of the policy, so that equal models give
         equal values."""
@@ -331,7 +366,8 @@ class ReReTrainer(DurableRun, GRPOTrainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
-        """HR@K, NDCG@K and MRR over the rows of the evaluation dataset, decoded with `test_beam` beams."""
+        """HR@K, NDCG@K and MRR over the rows of the evaluation dataset, decoded with `test_beam` beams; and `mean@K`,
+        the geometric mean of HR@K and NDCG@K, in which 1% of either counts the same."""
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         training = self.model.training
         self.model.eval()
@@ -348,18 +384,31 @@ class ReReTrainer(DurableRun, GRPOTrainer):
             rank_of(target, [self.sids[i] for i in ranking])
             for target, ranking in zip(dataset["target"], rankings, strict=True)
         ]
-        metrics = ranking_metrics(ranks, min(self.test_beam, len(self.trie)))
+        length = min(self.test_beam, len(self.trie))
+        metrics, k = ranking_metrics(ranks, length), watched_cutoff(length)
+        metrics[f"mean@{k}"] = math.sqrt(metrics[f"HR@{k}"] * metrics[f"NDCG@{k}"])
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         self.model.train(training)
         return metrics
 
+    def _evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """As the Trainer's. The model before the first step counts: it is the best one, whose weights are saved as
+        checkpoint-0, until a later one has a better metric."""
+        metrics = super()._evaluate(*args, **kwargs)
+        if self.state.global_step == 0 and self.args.load_best_model_at_end:
+            self._determine_best_metric(metrics, None)
+            # The Trainer takes a best step of 0 for none.
+            self.state.best_model_checkpoint = os.path.join(self.args.output_dir, "checkpoint-0")
+            self._save_checkpoint(self.model, None)
+        return metrics
+
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
         """As the Trainer's, but only at steps that are also saved: a better model without a checkpoint cannot be loaded
         at the end."""
         step = self.state.global_step
-        saved = step > 0 and (step % self.state.save_steps == 0 or step == self.state.max_steps)
+        saved = step % self.state.save_steps == 0 or step == self.state.max_steps
         return saved and super()._determine_best_metric(metrics, trial)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
@@ -376,6 +425,13 @@ class ReReTrainer(DurableRun, GRPOTrainer):
         return adapters.adapter_parameters(self.accelerator.unwrap_model(self.model), self.reference_adapter)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if self.state.global_step == 0 and not self.is_deepspeed_enabled:
+            # Before the first step there is nothing to resume. To have a state to save, FSDP would make a step, which
+            # AdamW would count.
+            if self.is_fsdp_enabled:
+                plugin = self.accelerator.state.fsdp_plugin
+                save_fsdp_model(plugin, self.accelerator, self.model, output_dir, **get_fsdp_ckpt_kwargs())
+            return
         tensors = whole_tensors(self._moving_reference())
         if tensors and self.args.should_save:
             with self._writing_checkpoint():
