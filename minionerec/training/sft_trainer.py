@@ -147,9 +147,8 @@ class StepSampler(Sampler):
         if self.group_by_length:
             longest = int(self.lengths[order].argmax())
             order[[0, longest]] = order[[longest, 0]]
-        for start in range(0, len(order), self.sorted_rows):
-            rows = order[start : start + self.sorted_rows]
-            yield from rows[np.argsort(-self.lengths[rows], kind="stable")].tolist()
+        place = np.arange(len(order)) // self.sorted_rows
+        yield from order[np.lexsort((-self.lengths[order], place))].tolist()
 
 
 class SFTTrainer(DurableRun, Trainer):
