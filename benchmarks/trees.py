@@ -71,8 +71,7 @@ def train(
     from minionerec.data.examples import Collator, tokenized_dataset
     from minionerec.model import loading
     from minionerec.model.device import compute_dtype, local_device, master_dtype
-    from minionerec.model.token_trees import TreeCollator
-    from minionerec.training.sft_trainer import row_losses, step_order, tree_losses
+    from minionerec.training.sft_trainer import row_losses, step_order, tree_collator, tree_losses
     from minionerec.training.tree_batches import Prefixes, TreeBatches
 
     train_file, sid_index_path, item_meta_path = files
@@ -96,8 +95,7 @@ def train(
     prefixes = Prefixes(dataset)
     plan = TreeBatches(prefixes, step_order(prefixes, pack_rows, rows, 42), 1, micro_batch_size, rows)
     if way == "trees":
-        multiple = 16 if device.type == "cuda" else 1
-        collate, losses_of = TreeCollator(tokenizer.pad_token_id, model.config.hidden_size, multiple), tree_losses
+        collate, losses_of = tree_collator(model, tokenizer.pad_token_id, device), tree_losses
     else:
         collate, losses_of = Collator(tokenizer.pad_token_id), row_losses
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=True)
