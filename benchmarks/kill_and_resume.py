@@ -39,15 +39,32 @@ def kill_and_resume(output_dir: str = "", kills: int = 20, seed: int = 0) -> Non
     check_positive(problems, kills=kills)
     problems.check()
     rng = random.Random(seed)
-    base = os.path.join(output_dir, "base")
+    base, demo = os.path.join(output_dir, "base"), os.path.join(output_dir, "data")
+    raw = ["--interactions", f"{DEMO}/purchases.csv", "--items", f"{DEMO}/items.csv", "--codes", "16"]
+    _wait(_start("scripts/prepare_data.py", [*raw, "--output_dir", demo, "--category", "tools"]))
     size = ["--vocab_size", "512", "--hidden_size", "64", "--num_hidden_layers", "2", "--intermediate_size", "128"]
-    meta = ["--item_meta_path", f"{DEMO}/demo.item.json"]
+    meta = ["--item_meta_path", f"{demo}/index/tools.item.json"]
     _wait(_start("scripts/make_base.py", [*meta, "--output_dir", base, *size]))
-    data = [*meta, "--train_file", f"{DEMO}/train.csv", "--eval_file", f"{DEMO}/valid.csv", "--category", "tools"]
-    data += ["--sid_index_path", f"{DEMO}/demo.index.json", "--tasks", "sid_history_to_sid", "--use_lora", "True"]
+    data = [
+        *meta,
+        "--train_file",
+        f"{demo}/train/tools.csv",
+        "--eval_file",
+        f"{demo}/valid/tools.csv",
+        "--category",
+        "tools",
+    ]
+    data += [
+        "--sid_index_path",
+        f"{demo}/index/tools.index.json",
+        "--tasks",
+        "sid_history_to_sid",
+        "--use_lora",
+        "True",
+    ]
     sft = ["--base_model", base, "--sample", "400", "--batch_size", "16", "--micro_batch_size", "16"]
     sft += ["--num_epochs", "2", "--eval_step", "0.1", "--learning_rate", "1e-3"]
-    rl = ["--model_path", f"{output_dir}/sft/uninterrupted/final_checkpoint", "--info_file", f"{DEMO}/info.txt"]
+    rl = ["--model_path", f"{output_dir}/sft/uninterrupted/final_checkpoint", "--info_file", f"{demo}/info/tools.txt"]
     rl += ["--beam_search", "False", "--train_batch_size", "256", "--sample_train", "True", "--learning_rate", "1e-3"]
     rl += ["--sync_ref_model", "True", "--test_during_training", "False", "--save_steps", "0.1"]
     for script, flags in (("sft.py", [*data, *sft]), ("rl.py", [*data, *rl])):

@@ -213,6 +213,14 @@ def test_items_that_repeat_have_no_title_or_are_not_wanted_are_counted(tmp_path)
     assert counts == {"rows": 4, "not_wanted": 1, "repeated": 1, "untitled": 1}
 
 
+def test_id_is_the_item_only_in_a_file_of_items(tmp_path):
+    (tmp_path / "file").write_bytes(b"id,title\n1,A\n")
+    roles, given = ("item", "title"), {}
+    assert sources.find_columns(sources.open_source(str(tmp_path / "file"), "items"), roles, given) == ["id", "title"]
+    with pytest.raises(InputError, match="no column is recognized as the item"):
+        sources.find_columns(sources.open_source(str(tmp_path / "file"), "interactions"), roles, given)
+
+
 GOOD = "user,item,time\nu,i,1\n"
 REFUSED = [
     (b"", "is empty"),

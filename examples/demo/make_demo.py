@@ -1,16 +1,16 @@
-"""Writes the demo's files beside itself: a synthetic catalogue and synthetic customers, in the published layout.
+"""Writes the demo's raw data beside itself, as a shop would export it: purchases.csv and items.csv.
 
-240 items in 10 departments of 4 lines of 6 variants. Customers have three habits: 60% of their purchases go to the line
-that goes with the line of the last item (bolts, then washers), in the same variant; 15% stay within the line; 25% go to
-any item, popular ones first. The customers of train, valid and test are different people.
+Synthetic: 240 items in 10 departments of 4 lines of 6 variants, 900 customers with 5 to 9 purchases each. Customers
+have three habits: 60% of their purchases go to the line that goes with the line of the last item (bolts, then washers),
+in the same variant; 15% stay within the line; 25% go to any item, popular ones first.
 
     python examples/demo/make_demo.py
 """
 
 import csv
-import json
 import os
 import random
+from datetime import datetime, timedelta
 
 DEPARTMENTS = {
     "Fasteners": ["Hex Bolt", "Wood Screw", "Lock Nut", "Flat Washer"],
@@ -26,39 +26,34 @@ DEPARTMENTS = {
 }
 BRANDS = ["Corvex", "Norrland", "Ashby & Co.", "Tamino", "O'Dell", "Brüder", "Kestrel", "Halden"]
 VARIANTS = ["Small", "Medium", "Large", "Heavy Duty", "Stainless", "Value Pack"]
-CUSTOMERS = {"train": 900, "valid": 200, "test": 500}
-COLUMNS = [
-    "user_id", "history_item_title", "item_title", "history_item_id", "item_id", "history_item_sid", "item_sid",
-]  # fmt: skip
+CUSTOMERS = 900
+START, DAYS = datetime(2024, 1, 1), 365  # of the first purchase
 
 
 def main() -> None:
-    folder = os.path.dirname(os.path.abspath(__file__))
     chance = random.Random(7)
-    index, metadata = {}, {}
-    for department, nouns in enumerate(DEPARTMENTS.values()):
-        for line, noun in enumerate(nouns):
-            for variant, word in enumerate(VARIANTS):
-                item = str(len(index))
+    items = []
+    for department, nouns in DEPARTMENTS.items():
+        for noun in nouns:
+            for word in VARIANTS:
                 size, count = chance.choice([3, 4, 6, 8, 10, 12, 20, 25]), chance.choice([1, 2, 5, 10, 50, 100])
-                title = f"{chance.choice(BRANDS)} {word} {noun}, {size} mm (Pack of {count})"
-                index[item] = [f"<a_{department}>", f"<b_{line}>", f"<c_{variant}>"]
-                metadata[item] = {
-                    "title": title,
-                    "description": f"{noun} for workshop and home, {word.lower()} version, sold in packs of {count}.",
-                }
-    items = len(index)
+                brand = chance.choice(BRANDS)
+                title = f"{brand} {word} {noun}, {size} mm (Pack of {count})"
+                text = f"{noun} for workshop and home, {word.lower()} version, sold in packs of {count}."
+                items.append([f"W{1000 + len(items)}", title, text, brand, department])
+
+    # Which line follows which, and how popular an item is.
     variants = len(VARIANTS)
-    companion = list(range(items // variants))  # of every line
+    companion = list(range(len(items) // variants))
     chance.shuffle(companion)
-    by_popularity = list(range(items))
+    by_popularity = list(range(len(items)))
     chance.shuffle(by_popularity)
-    popularity = [0.0] * items
+    popularity = [0.0] * len(items)
     for rank, item in enumerate(by_popularity):
         popularity[item] = 1 / (rank + 3)
 
-    def purchases(length: int) -> list[int]:
-        bought = chance.choices(range(items), popularity)
+    def bought_by_one(length: int) -> list[int]:
+        bought = chance.choices(range(len(items)), popularity)
         while len(bought) < length:
             (line, variant), habit = divmod(bought[-1], variants), chance.random()
             if habit < 0.6:
@@ -66,37 +61,26 @@ def main() -> None:
             elif habit < 0.75:
                 bought.append(line * variants + chance.randrange(variants))
             else:
-                bought += chance.choices(range(items), popularity)
+                bought += chance.choices(range(len(items)), popularity)
         return bought
 
-    def sid(item: int) -> str:
-        return "".join(index[str(item)])
+    purchases = []
+    for customer in range(CUSTOMERS):
+        time = START + timedelta(minutes=chance.randrange(DAYS * 24 * 60))
+        for item in bought_by_one(chance.randint(5, 9)):
+            purchases.append([time.isoformat(" "), f"C{customer + 1}", items[item][0]])
+            time += timedelta(minutes=chance.randrange(60, 20 * 24 * 60))
+    purchases.sort()
+    write("items.csv", ["item", "title", "description", "brand", "category"], items)
+    write("purchases.csv", ["time", "customer", "item"], purchases)
 
-    def title(item: int) -> str:
-        return metadata[str(item)]["title"]
 
-    customer = 0
-    for split, count in CUSTOMERS.items():
-        with open(os.path.join(folder, f"{split}.csv"), "w", encoding="utf-8", newline="") as file:
-            writer = csv.writer(file, lineterminator="\n")
-            writer.writerow(COLUMNS)
-            for _ in range(count):
-                customer += 1
-                bought = purchases(chance.randint(3, 8))
-                # Training sees every prefix of a customer's history, the held-out files only the last purchase.
-                for end in range(1, len(bought)) if split == "train" else [len(bought) - 1]:
-                    past, target = bought[:end], bought[end]
-                    histories = [[title(i) for i in past], past, [sid(i) for i in past]]
-                    writer.writerow(
-                        [f"C{customer}", histories[0], title(target), histories[1], target, histories[2], sid(target)]
-                    )
-    for name, data in (("demo.index.json", index), ("demo.item.json", metadata)):
-        with open(os.path.join(folder, name), "w", encoding="utf-8") as file:
-            json.dump(data, file, indent=0, ensure_ascii=False)
-            file.write("\n")
-    with open(os.path.join(folder, "info.txt"), "w", encoding="utf-8") as file:
-        for item in range(items):
-            file.write(f"{sid(item)}\t{title(item)}\t{item}\n")
+def write(name: str, columns: list[str], rows: list[list[str]]) -> None:
+    """Writes a CSV file beside this script."""
+    with open(
+        os.path.join(os.path.dirname(os.path.abspath(__file__)), name), "w", encoding="utf-8", newline=""
+    ) as file:
+        csv.writer(file, lineterminator="\n").writerows([columns, *rows])
 
 
 if __name__ == "__main__":

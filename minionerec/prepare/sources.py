@@ -237,6 +237,8 @@ def find_columns(
             candidates = [known for known in dict.fromkeys(source.names) if _plain(known) in COLUMNS[role]]
             if "parent_asin" in candidates and "asin" in candidates:
                 candidates.remove("asin")  # of a variant of the item; the metadata of 2023 uses parent_asin
+            if not candidates and role == "item" and source.flag != "interactions":
+                candidates = [known for known in dict.fromkeys(source.names) if _plain(known) == "id"]
         found.append(candidates[0] if candidates else None)
         place = f"--{source.flag} {source.path}"
         if len(candidates) > 1 and role not in ("features", "brand", "categories"):
