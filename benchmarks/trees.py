@@ -111,15 +111,18 @@ def train(
         counts.append((int(prefixes.length[of_step].sum()), sum(prefixes.size(part).nodes for part in parts)))
         return parts
 
+    def losses_on(part: np.ndarray) -> torch.Tensor:
+        batch = {name: tensor.to(device) for name, tensor in collate(dataset.__getitems__(part.tolist())).items()}
+        more = {"dtype": dtype} if way == "trees" else {}
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            return losses_of(model, batch, **more)[0]
+
     def step() -> None:
         total = found = 0
         parts = micro_batches()
         labels = int(responses[np.concatenate(parts)].sum())
         for part in parts:
-            batch = {name: tensor.to(device) for name, tensor in collate(dataset.__getitems__(part.tolist())).items()}
-            more = {"dtype": dtype} if way == "trees" else {}
-            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                losses, _ = losses_of(model, batch, **more)
+            losses = losses_on(part)
             loss = losses.sum() / labels
             loss.backward()
             total, found = total + loss.item(), found + len(losses)
@@ -132,8 +135,7 @@ def train(
 
     def warm_up() -> None:
         """One micro-batch, whose gradients are dropped."""
-        batch = collate(dataset.__getitems__(next(plan.steps())[0][:micro_batch_size].tolist()))
-        losses_of(model, {name: tensor.to(device) for name, tensor in batch.items()})[0].sum().backward()
+        losses_on(next(plan.steps())[0][:micro_batch_size]).sum().backward()
         optimizer.zero_grad()
 
     reset_peak_memory()
