@@ -74,4 +74,4 @@ class SidRows(TrainableTokensLayer):
             columns = float32_linear(hidden, rows.float(), bias)
         else:
             columns = F.linear(hidden, rows.to(hidden.dtype), bias)
-        return result.index_copy_(-1, ids, columns.to(result.dtype))  # no layer keeps its result
+        return result.index_copy(-1, ids, columns.to(result.dtype))
