@@ -29,6 +29,7 @@ from minionerec.data.prompts import RECOMMENDATION, Prompts, Task
 from minionerec.errors import InputError, Problems
 from minionerec.flags import PromptFlags, above_zero, check_writable, command, flag
 from minionerec.metrics import format_metrics, popularity, rank_of, ranking_metrics
+from minionerec.process_memory import importing
 from minionerec.saving import write_json
 
 
@@ -150,13 +151,14 @@ def evaluate(flags: EvaluateFlags) -> dict[str, float]:
     files = read_input(flags)
     checkpoint, sids = files.checkpoint, files.sids
 
-    import lora_utils
-    from minionerec.data.encoding import Encoder
-    from minionerec.data.sid_tokens import PAD, sid_responses
-    from minionerec.decoding.probe import prove
-    from minionerec.decoding.ranking import rank_prompts
-    from minionerec.decoding.trie import Trie
-    from minionerec.model import device, loading
+    with importing():
+        import lora_utils
+        from minionerec.data.encoding import Encoder
+        from minionerec.data.sid_tokens import PAD, sid_responses
+        from minionerec.decoding.probe import prove
+        from minionerec.decoding.ranking import rank_prompts
+        from minionerec.decoding.trie import Trie
+        from minionerec.model import device, loading
 
     # Make the trie: every SID must become its own tokens.
     started = time.perf_counter()

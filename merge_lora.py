@@ -19,6 +19,7 @@ from minionerec.data.files import Catalogue, Interaction, read_catalogue, read_i
 from minionerec.data.prompts import RECOMMENDATION, Prompts
 from minionerec.errors import Problems
 from minionerec.flags import Flags, above_zero, check_new_folder, command, flag, one_of
+from minionerec.process_memory import importing
 from minionerec.saving import make_portable, write_json
 
 COMPARED = 10  # the best items of a row that are compared
@@ -114,17 +115,18 @@ def merge(flags: MergeFlags) -> dict:
     files = read_input(flags)
     checkpoint = files.checkpoint
 
-    import torch
-    from transformers.trainer_utils import align_special_tokens
+    with importing():
+        import torch
+        from transformers.trainer_utils import align_special_tokens
 
-    import lora_utils
-    from minionerec.data.encoding import Encoder
-    from minionerec.data.sid_tokens import sid_responses
-    from minionerec.decoding.ranking import rank_prompts
-    from minionerec.decoding.trie import Trie
-    from minionerec.model import loading
-    from minionerec.model.merging import merge_and_count
-    from minionerec.training.durable import writing
+        import lora_utils
+        from minionerec.data.encoding import Encoder
+        from minionerec.data.sid_tokens import sid_responses
+        from minionerec.decoding.ranking import rank_prompts
+        from minionerec.decoding.trie import Trie
+        from minionerec.model import loading
+        from minionerec.model.merging import merge_and_count
+        from minionerec.training.durable import writing
 
     tokenizer = loading.load_tokenizer(checkpoint.path)
     quantization = lora_utils.quantization_config(checkpoint.adapter_flags)

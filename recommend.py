@@ -21,6 +21,7 @@ from minionerec.data.items import ItemColumns, Items, read_item_list
 from minionerec.data.prompts import RECOMMENDATION, Prompts
 from minionerec.errors import InputError, Problems
 from minionerec.flags import PromptFlags, above_zero, check_writable, command, flag
+from minionerec.process_memory import importing
 from minionerec.recommending.requests import Request, RequestReader
 
 if TYPE_CHECKING:
@@ -179,12 +180,13 @@ def _reader(problems: Problems, flags: RecommendFlags, items: Items) -> RequestR
 
 def load(flags: RecommendFlags, files: RecommendInput) -> "Recommender":
     """Loads the model and the trie of the catalogue."""
-    import lora_utils
-    from minionerec.data.encoding import Encoder
-    from minionerec.data.sid_tokens import sid_responses
-    from minionerec.decoding.trie import Trie
-    from minionerec.model import loading
-    from minionerec.recommending.recommender import Recommender
+    with importing():
+        import lora_utils
+        from minionerec.data.encoding import Encoder
+        from minionerec.data.sid_tokens import sid_responses
+        from minionerec.decoding.trie import Trie
+        from minionerec.model import loading
+        from minionerec.recommending.recommender import Recommender
 
     checkpoint, task = files.checkpoint, files.prompts.tasks[RECOMMENDATION]
     tokenizer = loading.load_tokenizer(checkpoint.path)
@@ -204,10 +206,11 @@ def recommend(flags: RecommendFlags) -> None:
     # Check the flags, the checkpoint, the catalogue and every request, before anything heavy is imported.
     files = read_input(flags)
 
-    from tqdm import tqdm
+    with importing():
+        from tqdm import tqdm
 
-    from minionerec.model import device
-    from minionerec.recommending.batch import write_recommendations
+        from minionerec.model import device
+        from minionerec.recommending.batch import write_recommendations
 
     state = device.process_state()
     for line in files.notes:

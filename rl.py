@@ -31,6 +31,7 @@ from minionerec.flags import (
     one_of,
     zero_or_more,
 )
+from minionerec.process_memory import importing
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -350,17 +351,18 @@ def train(flags: RLFlags) -> "dict | Prediction":
     files = read_input(flags)
     flags, checkpoint = files.flags, files.checkpoint
 
-    from transformers import set_seed
+    with importing():
+        from transformers import set_seed
 
-    import lora_utils
-    from minionerec.decoding.probe import prove
-    from minionerec.metrics import watched_cutoff
-    from minionerec.model import device, loading
-    from minionerec.plots import RL_PANELS
-    from minionerec.training.finish import finish
-    from minionerec.training.resume import resume_point
-    from minionerec.training.rewards import reward_functions
-    from minionerec.training.rl_trainer import ReReTrainer
+        import lora_utils
+        from minionerec.decoding.probe import prove
+        from minionerec.metrics import watched_cutoff
+        from minionerec.model import device, loading
+        from minionerec.plots import RL_PANELS
+        from minionerec.training.finish import finish
+        from minionerec.training.resume import resume_point
+        from minionerec.training.rewards import reward_functions
+        from minionerec.training.rl_trainer import ReReTrainer
 
     # Prove that the base can have the adapter, and that every SID becomes its own tokens. Tokenize the prompts.
     set_seed(flags.seed)

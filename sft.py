@@ -20,6 +20,7 @@ from minionerec.data.prompts import Prompts, load_prompts
 from minionerec.data.texts import check_interactions, items_left_out
 from minionerec.errors import Problems
 from minionerec.flags import TrainingFlags, above_zero, check_batch, command, flag, fraction_of_training
+from minionerec.process_memory import importing
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -153,19 +154,20 @@ def train(flags: SFTFlags) -> "dict | Prediction":
     # Check the flags and every row of the files, before anything heavy is imported.
     files = read_input(flags)
 
-    from datasets import Dataset
-    from transformers import EarlyStoppingCallback, set_seed
+    with importing():
+        from datasets import Dataset
+        from transformers import EarlyStoppingCallback, set_seed
 
-    import lora_utils
-    from minionerec.data.encoding import Encoder
-    from minionerec.data.examples import Collator, tokenized_dataset
-    from minionerec.data.sid_tokens import add_sid_tokens, check_sids
-    from minionerec.decoding.probe import prove
-    from minionerec.model import device, loading
-    from minionerec.plots import SFT_PANELS
-    from minionerec.training.finish import finish
-    from minionerec.training.resume import resume_point
-    from minionerec.training.sft_trainer import SFTTrainer, plan_trees
+        import lora_utils
+        from minionerec.data.encoding import Encoder
+        from minionerec.data.examples import Collator, tokenized_dataset
+        from minionerec.data.sid_tokens import add_sid_tokens, check_sids
+        from minionerec.decoding.probe import prove
+        from minionerec.model import device, loading
+        from minionerec.plots import SFT_PANELS
+        from minionerec.training.finish import finish
+        from minionerec.training.resume import resume_point
+        from minionerec.training.sft_trainer import SFTTrainer, plan_trees
 
     # Prove that the base can have the adapter, and that every SID becomes its own tokens.
     config = loading.load_config(flags.base_model)

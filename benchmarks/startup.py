@@ -1,7 +1,8 @@
 """Measures the phases of sft.py from the command to the end of the first training step.
 
 The command runs twice, with an empty cache of tokenized examples and with the cache of the first run, and is stopped
-after its first step. A phase ends where sft.py calls a certain function.
+after its first step. A phase ends where sft.py calls a certain function. CPU seconds are of all phases together; they
+depend less on what else the machine does.
 
     python benchmarks/startup.py --base_model out/base --train_file train.csv --eval_file valid.csv \\
         --sid_index_path Industrial_and_Scientific.index.json --item_meta_path Industrial_and_Scientific.item.json
@@ -23,8 +24,10 @@ PHASES = ("checks", "imports", "tokenizer and base", "adapter", "examples", "tra
 
 
 def run_marked(marks_file: str, flags: list[str]) -> None:
-    """Runs sft.py in this process, writes the time (seconds since 1970) at which each of PHASES ended, and exits."""
+    """Runs sft.py in this process, writes the time (seconds since 1970) at which each of PHASES ended and the
+    CPU seconds of all, and exits."""
     from minionerec.errors import Problems
+    from minionerec.process_memory import importing
 
     marks: list[float] = []
 
@@ -45,10 +48,11 @@ def run_marked(marks_file: str, flags: list[str]) -> None:
         check(problems)
         marks.append(time.time())
         Problems.check = check
-        import lora_utils
-        from minionerec.data import examples
-        from minionerec.model import loading
-        from minionerec.training import sft_trainer
+        with importing():  # as sft.py does
+            import lora_utils
+            from minionerec.data import examples
+            from minionerec.model import loading
+            from minionerec.training import sft_trainer
 
         loading.load_tokenizer = marked(loading.load_tokenizer, before=True)
         loading.add_sid_tokens = marked(loading.add_sid_tokens, before=True)
@@ -62,7 +66,7 @@ def run_marked(marks_file: str, flags: list[str]) -> None:
             marks.append(time.time())
             del marks[4]  # after the training examples; the phase ends after the validation examples
             with open(marks_file, "w", encoding="utf-8") as file:
-                json.dump(marks, file)
+                json.dump([marks, time.process_time()], file)
             os._exit(0)
 
         sft_trainer.SFTTrainer.training_step = first_step
@@ -116,9 +120,10 @@ def startup(
             if not os.path.exists(marks_file):
                 sys.exit(run.returncode)  # sft.py has printed why
             with open(marks_file, encoding="utf-8") as file:
-                ends = json.load(file)
+                ends, cpu = json.load(file)
             seconds = [end - start for start, end in zip([started, *ends], ends, strict=False)]
-            table.append({"cache": cache, **dict(zip(PHASES, seconds, strict=True)), "all": ends[-1] - started})
+            phases = dict(zip(PHASES, seconds, strict=True))
+            table.append({"cache": cache, **phases, "all": ends[-1] - started, "CPU s": cpu})
     print_table(table)
     print_json("startup", table=table)
 

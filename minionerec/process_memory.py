@@ -1,9 +1,12 @@
-"""Measures the memory of this process in GB (1e9 bytes): on the GPU, or resident.
+"""The memory of this process: measured in GB (1e9 bytes), on the GPU or resident, and the pause of its collector.
 
 Resident is as Linux counts it, with the pages of mapped files. Commands import this file before torch.
 """
 
-from contextlib import suppress
+import gc
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 
 
 def rss_gb() -> float:
@@ -52,3 +55,27 @@ def peak_memory_gb() -> float:
         import resource
 
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e9
+
+
+@contextmanager
+def without_collector() -> Iterator[None]:
+    """Pauses the collector of cycles, around what makes many objects and no cycles: it would scan them all again and
+    again."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+@contextmanager
+def importing() -> Iterator[None]:
+    """Around the imports of torch, transformers and PEFT. The collector would take a quarter of their time, so it
+    pauses. What they made stays, and is never scanned."""
+    first = "torch" not in sys.modules
+    with without_collector():
+        yield
+    if first:
+        gc.freeze()

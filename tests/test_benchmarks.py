@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -40,6 +41,30 @@ def test_a_server_under_load_answers_as_the_batch_command(files, sft_run):
     record = json.loads(result.stdout.splitlines()[-1])
     for row in record["table"]:
         assert row["lost"] == row["wrong"] == 0 and 0 < row["p50 (ms)"] <= row["p99 (ms)"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("script", "flags", "results"),
+    [
+        ("trees", ["--methods", "lora,full"], {"speedup_lora", "speedup_full", "tokens", "nodes"}),
+        ("whole_sft", ["--plain_rows", "4"], {"speedup"}),
+    ],
+)
+def test_a_benchmark_trains_the_rows_of_a_folder(files, tmp_path, script, flags, results):
+    names = {"train": "train.csv", "valid": "valid.csv", "index": "x.index.json", "item": "x.item.json"}
+    for kind, name in names.items():
+        shutil.copy(files[kind], tmp_path / name)
+    shape = "--num_hidden_layers 1 --hidden_size 32 --num_attention_heads 2 --intermediate_size 64 --vocab_size 2048"
+    sizes = "--rows 16 --micro_batch_size 4"
+    argv = [f"benchmarks/{script}.py", "--data", str(tmp_path), *shape.split(), *sizes.split(), *flags]
+    result = subprocess.run([sys.executable, *argv], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    record = json.loads(result.stdout.splitlines()[-1])
+    assert results <= set(record) and all(record[name] > 0 for name in results)
+    if script == "trees":
+        assert record["nodes"] < record["tokens"]
+        assert all(float(row["losses differ by"]) < 1e-5 for row in record["table"])
 
 
 def gpu(*words, **settings) -> subprocess.CompletedProcess:

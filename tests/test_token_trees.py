@@ -24,8 +24,8 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TrainingArgum
 
 from minionerec.checkpoint import Checkpoint, newest_checkpoint
 from minionerec.data.examples import Collator
-from minionerec.model import token_trees
-from minionerec.model.token_trees import TreeCollator, split
+from minionerec.model import loading, token_trees
+from minionerec.model.token_trees import TreeCollator, attend_in_blocks, split
 from minionerec.training.sft_trainer import SFTTrainer, StepSampler, plan_trees, row_losses, step_order, tree_losses
 from minionerec.training.tree_batches import Prefixes, Size, TreeBatches
 from sft import SFTFlags
@@ -247,7 +247,8 @@ def test_processes_share_a_step_equally(make, step_rows, micro_rows):
                 sizes = [size_of([rows[row] for row in part]) for part in parts]
                 for of_parts, of_row in zip(zip(*sizes, strict=True), longest, strict=True):
                     assert max(of_parts) <= micro_rows * of_row
-                filled = [max(size.nodes / longest.nodes, size.responses / longest.responses) for size in sizes]
+                most = plans[0].most
+                filled = [max(size.nodes / most.nodes, size.responses / most.responses) * micro_rows for size in sizes]
                 if len(step) == step_rows:
                     assert max(filled) - min(filled) <= 2
 
@@ -261,7 +262,7 @@ def gradients(model) -> dict[str, torch.Tensor]:
     return grads
 
 
-def check(model, rows: list[dict], hidden_size: int = 64, tolerance: float = 1e-5) -> None:
+def check(model, rows: list[dict], hidden_size: int | None = 64, tolerance: float = 1e-5) -> None:
     """Loss and gradients of the rows as trees, in one micro-batch and in several, are those of the rows one by one."""
     losses, _ = row_losses(model, Collator(0)(rows))
     losses.sum().backward()
@@ -299,20 +300,69 @@ def test_several_tensor_rows_and_eager_attention():
     check(model, of_users(6))
 
 
+@pytest.mark.parametrize("architecture", ["qwen2", "llama", "mistral", "phi3"])
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_attention_in_blocks(architecture, method, monkeypatch):
+    """The same losses and gradients as rows one by one, though no block sees all nodes; with a window, too."""
+    monkeypatch.setattr(token_trees, "BLOCK", 5)
+    window = {"sliding_window": 8} if architecture == "mistral" else {}
+    model = with_adapter(make_model(architecture, scale=2.0, **window)) if method == "lora" else None
+    model = model or make_model(architecture, scale=2.0, **window)
+    rows, asked = of_users(12), []
+    attend = token_trees.sdpa_attention_forward
+    monkeypatch.setattr(
+        token_trees, "sdpa_attention_forward", lambda *a, **k: asked.append(a[2].shape[2]) or attend(*a, **k)
+    )
+    assert attend_in_blocks(model) and asked
+    asked.clear()
+    check(model, rows, hidden_size=None)
+    nodes = len(beginnings_of(inputs_of(rows)))
+    assert len(asked) > nodes / 5 and max(asked) < nodes / 4
+    # Batches of separate rows attend as before, and what is saved does not name the blocks.
+    asked.clear()
+    row_losses(model, Collator(0)(rows))
+    assert len(asked) == model.config.num_hidden_layers
+    assert "token_trees" not in json.dumps(model.config.to_dict())
+
+
+@pytest.mark.parametrize("architecture", ["gpt_oss", "mpt", "two kinds of layers"])
+def test_models_whose_attention_takes_no_blocks_keep_their_own(architecture):
+    if architecture == "two kinds of layers":
+        model = make_model("qwen2")
+        model.config.sliding_window, model.config.layer_types = 8, ["sliding_attention", "full_attention"]
+    else:
+        model = build(architecture)
+    before = model.config._attn_implementation
+    assert not attend_in_blocks(model)
+    assert model.config._attn_implementation == before
+
+
+def test_blocks_that_do_not_reach_a_layer_are_noticed(monkeypatch):
+    model = make_model("qwen2")
+    layer = model.model.layers[1]
+    forward = layer.forward
+    monkeypatch.setattr(layer, "forward", lambda *args, tree_blocks=None, **more: forward(*args, **more))
+    assert not attend_in_blocks(model)
+    assert model.config._attn_implementation == "sdpa"
+
+
 def test_a_base_in_4_bits_and_gradient_checkpointing(tmp_path):
     make_model(scale=2.0).save_pretrained(tmp_path)
     config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
     model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32, quantization_config=config)
     assert model.is_loaded_in_4bit
+    loading._keep_training_layout(model)
     model, rows = with_adapter(model), of_users(6)
     check(model, rows)
     tree_losses(model, TreeCollator(0, 64)(rows))[0].sum().backward()
     expected = gradients(model)
     model.activation_checkpointing_enable({"use_reentrant": False})
     model.enable_input_require_grads()
-    tree_losses(model.train(), TreeCollator(0, 64)(rows))[0].sum().backward()
-    for name, grad in gradients(model).items():
-        torch.testing.assert_close(grad, expected[name], atol=1e-5, rtol=1e-4)
+    for hidden_size in (64, None):
+        assert hidden_size or attend_in_blocks(model)
+        tree_losses(model.train(), TreeCollator(0, hidden_size)(rows))[0].sum().backward()
+        for name, grad in gradients(model).items():
+            torch.testing.assert_close(grad, expected[name], atol=1e-5, rtol=1e-4)
 
 
 def test_autocast_to_bfloat16():

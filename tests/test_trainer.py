@@ -1,5 +1,7 @@
+import gc
 import os
 import shutil
+import sys
 
 import pytest
 import torch
@@ -10,7 +12,7 @@ from transformers import EarlyStoppingCallback, TrainerCallback
 
 from minionerec.checkpoint import Checkpoint
 from minionerec.data.examples import Collator
-from minionerec.process_memory import forget_peak_of_loading, peak_memory_gb
+from minionerec.process_memory import forget_peak_of_loading, importing, peak_memory_gb
 from minionerec.training.finish import save_final
 from minionerec.training.resume import newest_checkpoint
 from minionerec.training.sft_trainer import SFTTrainer, StepSampler, response_logits
@@ -275,3 +277,18 @@ def test_the_peak_of_loading_is_forgotten():
     del loaded
     forget_peak_of_loading()
     assert peak_memory_gb() < before - 0.3
+
+
+def test_the_collector_pauses_for_imports_and_then_skips_what_the_first_ones_made(monkeypatch):
+    frozen = []
+    monkeypatch.setattr(gc, "freeze", lambda: frozen.append(gc.isenabled()))
+    with importing():
+        assert not gc.isenabled()
+    assert gc.isenabled() and not frozen  # torch was imported before, so other objects may be garbage
+    monkeypatch.delitem(sys.modules, "torch")
+    with pytest.raises(ImportError), importing():
+        raise ImportError
+    assert gc.isenabled()
+    with importing():
+        pass
+    assert frozen == [True]

@@ -4,12 +4,10 @@ Memory does not grow with the number of SFT examples: they are written in batche
 """
 
 import functools
-import gc
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
@@ -22,6 +20,7 @@ import torch
 
 from minionerec.data.encoding import Encoder, batches
 from minionerec.data.files import Interaction, Item
+from minionerec.process_memory import without_collector
 
 IGNORE = -100  # the label of a token without loss
 BATCH_ROWS = 1000  # rows that are tokenized together
@@ -41,19 +40,6 @@ def _record_batch(pairs: list[tuple[list[int], list[int]]]) -> pa.RecordBatch:
     return pa.RecordBatch.from_arrays(columns, schema=SCHEMA)
 
 
-@contextmanager
-def _without_collector() -> Iterator[None]:
-    """Pauses the cycle collector. Tokenizing makes no cycles, but so many lists that the collector would scan every
-    imported object again and again."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
-
-
 def write_examples(
     path: str, encoder: Encoder, rows_of: Callable[[str], Iterable[Interaction | Item]], batch_rows: int = BATCH_ROWS
 ) -> int:
@@ -65,7 +51,7 @@ def write_examples(
     partial = f"{path}.{os.getpid()}.partial"
     count = 0
     try:
-        with _without_collector(), pa.OSFile(partial, "wb") as sink, pa.ipc.new_stream(sink, SCHEMA) as writer:
+        with without_collector(), pa.OSFile(partial, "wb") as sink, pa.ipc.new_stream(sink, SCHEMA) as writer:
             for kind in ("interaction", "item"):
                 tasks = [task for task in encoder.prompts.tasks.values() if task.rows == kind]
                 for rows in batches(rows_of(kind) if tasks else [], batch_rows):

@@ -25,6 +25,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 from minionerec.model.packed_rows import attention_masks
 
@@ -130,12 +133,12 @@ class TreeCollator:
     A batch without examples becomes one node that predicts nothing.
 
     Args:
-        hidden_size: of the model.
+        hidden_size: of the model; None puts all nodes into one tensor row, for attention in blocks.
         pad_to_multiple_of: of L. CUDA's kernels copy a mask in every layer where L is not a multiple of 16.
     """
 
-    def __init__(self, pad_token_id: int, hidden_size: int, pad_to_multiple_of: int = 1):
-        self.pad_token_id, self.width = pad_token_id, best_width(hidden_size)
+    def __init__(self, pad_token_id: int, hidden_size: int | None, pad_to_multiple_of: int = 1):
+        self.pad_token_id, self.width = pad_token_id, best_width(hidden_size) if hidden_size else math.inf
         self.multiple = pad_to_multiple_of
 
     def __call__(self, examples: list[dict]) -> dict[str, torch.Tensor]:
@@ -205,16 +208,41 @@ def model_inputs(
     """
     end, positions = batch["subtree_end"], batch["position_ids"]
     node = torch.arange(end.shape[1], device=end.device)
-    visible = (node <= node.unsqueeze(1)) & (node.unsqueeze(1) < end.unsqueeze(1))  # [R, L, L]: row i sees column j
-    masks = attention_masks(model, visible, positions)
-    if isinstance(masks, dict):
-        masks = {kind: _added_to_scores(mask, dtype or model.dtype) for kind, mask in masks.items()}
+    blocks = None
+    if len(end) == 1 and model.config.get_text_config()._attn_implementation == BLOCKWISE:
+        blocks = []
+        for start in range(0, end.shape[1], BLOCK):
+            queries = node[start : start + BLOCK]
+            # What a node of the block sees before the block are ancestors of its first node, too.
+            keys = torch.cat([(end[0, :start] > start).nonzero()[:, 0], queries])
+            blocks.append((queries, keys, _masks(model, end, queries, keys, positions[:, keys], dtype)))
+        masks = torch.empty(1, 1, 0, 0, device=end.device)  # fits nothing: a layer that the blocks do not reach fails
     else:
-        masks = _added_to_scores(masks, dtype or model.dtype)
+        masks = _masks(model, end, node, node, positions, dtype)
     wanted = torch.zeros(end.numel(), dtype=torch.bool, device=end.device)
     wanted[batch["predicted_by"]] = True
     inputs = {"input_ids": batch["input_ids"], "attention_mask": masks, "position_ids": positions}
+    if blocks:
+        inputs["tree_blocks"] = blocks
     return inputs, wanted.view_as(end), (wanted.cumsum(0) - 1)[batch["predicted_by"]]
+
+
+def _masks(
+    model: nn.Module,
+    end: torch.Tensor,
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    positions: torch.Tensor,
+    dtype: torch.dtype | None,
+) -> torch.Tensor | dict[str, torch.Tensor]:
+    """The mask [R, 1, queries, keys] of some nodes, as `attention_masks` returns it, to be added to scores. `queries`
+    are the last of `keys`, whose positions are [R, keys]."""
+    seen_until = end[:, keys].unsqueeze(1)
+    visible = (keys <= queries.unsqueeze(1)) & (queries.unsqueeze(1) < seen_until)  # [R, queries, keys]
+    masks = attention_masks(model, visible, positions)
+    if isinstance(masks, dict):
+        return {kind: _added_to_scores(mask, dtype or model.dtype) for kind, mask in masks.items()}
+    return _added_to_scores(masks, dtype or model.dtype)
 
 
 def _added_to_scores(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -225,11 +253,73 @@ def _added_to_scores(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return torch.where(mask, 0.0, torch.tensor(torch.finfo(dtype).min, dtype=dtype, device=mask.device))
 
 
+# --- Attention in blocks ----------------------------------------------------------------------------------------------
+
+BLOCKWISE = "token_trees"  # the name of this attention in transformers
+BLOCK = 128  # nodes whose attention is computed together
+
+
+def _attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    tree_blocks: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] | None = None,
+    **settings: Any,
+) -> tuple[torch.Tensor, None]:
+    """Scaled dot-product attention in which nodes meet only those that one of their block sees: a dense mask costs a
+    node all nodes of its tensor row, most of which it does not see. Without `tree_blocks` the ordinary one."""
+    if tree_blocks is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **settings)
+    results = []
+    for queries, keys, mask in tree_blocks:
+        of_block = query[:, :, queries[0] : queries[-1] + 1], key.index_select(2, keys), value.index_select(2, keys)
+        results.append(sdpa_attention_forward(module, *of_block, mask, **settings)[0])
+    return torch.cat(results, dim=1), None
+
+
+AttentionInterface.register(BLOCKWISE, _attention)
+AttentionMaskInterface.register(BLOCKWISE, sdpa_mask)
+
+
+def attend_in_blocks(model: nn.Module) -> bool:
+    """Makes token trees in one tensor row attend in blocks, if `model` can, which is tried. Says whether it can; where
+    it cannot, nothing changes. For a CPU: on a GPU, many small kernels take longer than one dense mask.
+
+    Args:
+        model: a causal LM that follows a tree mask, wrapped by PEFT or not.
+    """
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if base.device.type != "cpu" or base.config.get_text_config()._attn_implementation != "sdpa":
+        return False
+    rows = [{"input_ids": [1, *[token] * 15], "prompt_length": 8} for token in range(2, 2 + BLOCK // 8)]
+    batch = TreeCollator(0, None)(rows)
+    one_mask = torch.ones(1, 1, 1, dtype=torch.bool)
+    if isinstance(attention_masks(base, one_mask, batch["position_ids"][:, :1]), dict):
+        return False
+    training = model.training
+    base.set_attn_implementation(BLOCKWISE)
+    try:
+        with torch.no_grad():
+            model.eval()(**model_inputs(base, batch)[0], use_cache=False)
+    except Exception:  # whatever an architecture raises for an argument that it does not know, or a mask of no size
+        base.set_attn_implementation("sdpa")
+        return False
+    finally:
+        model.train(training)
+    return True
+
+
+# --- The loss ---------------------------------------------------------------------------------------------------------
+
+
 def edge_losses(logits: torch.Tensor, predicted_by: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """The cross-entropy (nats, float32) of every label [N] under the row `predicted_by` [N] of logits [P, V].
 
     A label that several rows share stands there several times: its edge has that weight. In memory it keeps the logits
-    and nothing else of their size, and makes one tensor of it in the backward pass.
+    and nothing else of their size: the backward pass overwrites them with their gradient, a few rows at a time, which
+    a CPU's cache holds.
     """
     return _EdgeLosses.apply(logits, predicted_by, labels)
 
@@ -237,7 +327,10 @@ def edge_losses(logits: torch.Tensor, predicted_by: torch.Tensor, labels: torch.
 class _EdgeLosses(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: torch.Tensor, predicted_by: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        total = logits.float().logsumexp(dim=1)
+        total = torch.empty(len(logits), device=logits.device)  # log-sum-exp; torch's own takes ten times as long
+        for block in _blocks(logits):
+            scores = logits[block].float()
+            total[block] = scores.amax(dim=1) - scores.log_softmax(dim=1).amax(dim=1)
         ctx.save_for_backward(logits, total, predicted_by, labels)
         return total[predicted_by] - logits[predicted_by, labels].float()
 
@@ -245,6 +338,21 @@ class _EdgeLosses(torch.autograd.Function):
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         logits, total, predicted_by, labels = ctx.saved_tensors
         weight = torch.zeros_like(total).index_add_(0, predicted_by, gradient)
-        result = torch.sub(logits, total.unsqueeze(1)).exp_().mul_(weight.unsqueeze(1))
-        result.index_put_((predicted_by, labels), -gradient, accumulate=True)
-        return result.to(logits.dtype), None, None
+        # At the labels, in float32: a probability near 1 less what all equal edges want, which may be nearly as much.
+        same = (predicted_by.unsqueeze(1) == predicted_by) & (labels.unsqueeze(1) == labels)
+        probability = (logits[predicted_by, labels].float() - total[predicted_by]).exp_()
+        at_labels = probability * weight[predicted_by] - same.to(gradient.dtype) @ gradient
+        for block in _blocks(logits):
+            result = logits[block].float()  # float32 logits themselves
+            result.sub_(total[block, None]).exp_().mul_(weight[block, None])
+            if result.dtype != logits.dtype:
+                logits[block] = result
+        logits[predicted_by, labels] = at_labels.to(logits.dtype)
+        return logits, None, None
+
+
+def _blocks(logits: torch.Tensor) -> list[slice]:
+    """The rows of logits [P, V] to compute at a time: what each core's cache holds, or on a GPU 32 MB."""
+    values, cores = (2**23, 1) if logits.is_cuda else (2**19, torch.get_num_threads())
+    rows = max(values // logits.shape[1], 1) * cores
+    return [slice(start, start + rows) for start in range(0, len(logits), rows)]

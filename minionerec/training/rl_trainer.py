@@ -70,6 +70,7 @@ class ReReTrainer(DurableRun, GRPOTrainer):
 
     control: TrainerControl
     _buffered_inputs: list[dict[str, Any]] | None
+    _supervised_loss: torch.Tensor  # of the forward pass that was just made
 
     def __init__(
         self,
@@ -123,7 +124,6 @@ class ReReTrainer(DurableRun, GRPOTrainer):
         self.beam_search, self.add_gt, self.dynamic_sampling = beam_search, add_gt, dynamic_sampling
         self.mask_all_zero, self.sft_weight = mask_all_zero, sft_weight
         self._targets_to_learn: tuple[torch.Tensor, torch.Tensor] | None = None  # of the forward pass that is made
-        self._supervised_loss: torch.Tensor | None = None  # of that pass
         self.test_beam, self.test_batch_size = test_beam, test_batch_size
         self.add_callback(EarlyWarning(self.reward_func_names))
         self.reference_adapter: str | None = None
@@ -323,7 +323,7 @@ class ReReTrainer(DurableRun, GRPOTrainer):
             return self._policy_loss(model, inputs)
         self._targets_to_learn = inputs["target_ids"], inputs["target_mask"]
         loss, supervised = self._policy_loss(model, inputs), self._supervised_loss
-        self._supervised_loss = None
+        del self._supervised_loss  # its graph is the loss's
         self._metrics["train"]["sft_loss"].append(self.accelerator.gather(supervised.detach()).mean().item())
         return loss + self.sft_weight * supervised / self.current_gradient_accumulation_steps
 

@@ -22,9 +22,9 @@ from transformers import Trainer, TrainerControl
 from minionerec.data.examples import IGNORE
 from minionerec.decoding.probe import prove
 from minionerec.model.head import head_on
-from minionerec.model.token_trees import TreeCollator, best_width, edge_losses, model_inputs
+from minionerec.model.token_trees import TreeCollator, attend_in_blocks, best_width, edge_losses, model_inputs
 from minionerec.training.durable import DurableRun
-from minionerec.training.tree_batches import GroupSampler, Prefixes, TreeBatches
+from minionerec.training.tree_batches import GroupSampler, Prefixes, Size, TreeBatches, evaluation_batches
 
 
 def response_logits(
@@ -68,6 +68,12 @@ def tree_losses(
     with head_on(unwrapped, wanted):
         logits = model(**tree, use_cache=False).logits
     return edge_losses(logits, predicted_by, inputs["labels"]), inputs["row"]
+
+
+def tree_collator(model: nn.Module, pad_token_id: int, device: torch.device) -> TreeCollator:
+    """The collator of token trees for `model`, which attends in blocks if it can."""
+    hidden_size = None if attend_in_blocks(model) else model.config.get_text_config().hidden_size
+    return TreeCollator(pad_token_id, hidden_size, 16 if device.type == "cuda" else 1)
 
 
 def step_order(prefixes: Prefixes, pack_rows: int, batch_size: int, seed: int) -> Sampler:
@@ -147,9 +153,8 @@ class StepSampler(Sampler):
         if self.group_by_length:
             longest = int(self.lengths[order].argmax())
             order[[0, longest]] = order[[longest, 0]]
-        for start in range(0, len(order), self.sorted_rows):
-            rows = order[start : start + self.sorted_rows]
-            yield from rows[np.argsort(-self.lengths[rows], kind="stable")].tolist()
+        place = np.arange(len(order)) // self.sorted_rows
+        yield from order[np.lexsort((-self.lengths[order], place))].tolist()
 
 
 class SFTTrainer(DurableRun, Trainer):
@@ -169,9 +174,8 @@ class SFTTrainer(DurableRun, Trainer):
         super().__init__(*args, **kwargs)
         self.run, self.train_batches = run, train_batches
         if train_batches is not None:
-            hidden_size = self.accelerator.unwrap_model(self.model).config.get_text_config().hidden_size
-            multiple = 16 if self.args.device.type == "cuda" else 1
-            self.data_collator = TreeCollator(self.data_collator.pad_token_id, hidden_size, multiple)
+            model = self.accelerator.unwrap_model(self.model)
+            self.data_collator = tree_collator(model, self.data_collator.pad_token_id, self.args.device)
         # The Trainer then counts the response tokens of an accumulated batch and leaves the division to compute_loss.
         self.model_accepts_loss_kwargs = True
 
@@ -213,9 +217,7 @@ class SFTTrainer(DurableRun, Trainer):
         """The mean over rows of each row's mean cross-entropy (nats). It does not depend on how rows are split into
         batches and over processes, as the Trainer's does."""
         dataset, args = self.eval_dataset if eval_dataset is None else eval_dataset, self.args
-        order = self._eval_order(dataset)
-        size = args.per_device_eval_batch_size
-        batches = [order[start : start + size] for start in range(0, len(order), size)]
+        batches = self._eval_batches(dataset)
         own = batches[args.process_index :: args.world_size]
         # Where weights are sharded, every process must make every pass: one with a batch less repeats one, uncounted.
         turns = math.ceil(len(batches) / args.world_size)
@@ -239,12 +241,15 @@ class SFTTrainer(DurableRun, Trainer):
         self.control = self.callback_handler.on_evaluate(args, self.state, self.control, metrics)
         return metrics
 
-    def _eval_order(self, dataset: datasets.Dataset) -> list[int]:
-        """In token trees, neighbours share most in lexicographic order. Otherwise from the longest to the shortest:
-        little padding, and rows that do not fit come first."""
+    def _eval_batches(self, dataset: datasets.Dataset) -> list[list[int]]:
+        """As token trees, those of training at most. Otherwise `per_device_eval_batch_size` rows, from the longest to
+        the shortest: little padding, and rows that do not fit come first."""
+        size = self.args.per_device_eval_batch_size
         if self.train_batches is not None:
-            return Prefixes(dataset).order.tolist()
-        return list(StepSampler(dataset["length"][:], len(dataset), self.args.seed))
+            longest = self.train_batches.prefixes.longest
+            return evaluation_batches(Prefixes(dataset), Size(size * longest.nodes, size * longest.responses))
+        order = list(StepSampler(dataset["length"][:], len(dataset), self.args.seed))
+        return [order[start : start + size] for start in range(0, len(order), size)]
 
     def _losses(self, model: nn.Module, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         """The cross-entropy of every response token, and its row: [N] each."""

@@ -96,6 +96,11 @@ class Prefixes:
         """How many tokens the inputs at places `first` < `last` share: the least that neighbours between them do."""
         return self._least_shared(first + 1, last)
 
+    @property
+    def longest(self) -> Size:
+        """The most nodes and the most response tokens that a row has."""
+        return Size(int(self.length.max()), int(self.responses.max()))
+
     def sorted(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Distinct rows in lexicographic order [n], and how many tokens each shares with the one before it [n]."""
         places = np.sort(self.rank[rows])
@@ -155,6 +160,25 @@ class Prefixes:
         return parts
 
 
+def _cut(prefixes: Prefixes, rows: np.ndarray, parts: int, most: Size) -> list[np.ndarray]:
+    """Distinct rows in lexicographic order in `parts` parts, or one for each row, the largest of which is as small a
+    fraction of `most` as possible."""
+    rows, shared = prefixes.sorted(rows)
+    nodes, responses = prefixes.length[rows] - shared, prefixes.responses[rows]
+    # As shares of `most`, in whole numbers.
+    cost = np.stack([nodes * most.responses, responses * most.nodes])
+    extra = np.stack([shared * most.responses, np.zeros_like(shared)])
+    return np.split(rows, split(cost, extra, min(parts, len(rows)))[1:-1])
+
+
+def evaluation_batches(prefixes: Prefixes, most: Size) -> list[list[int]]:
+    """All rows in lexicographic order, in which neighbours share most, in batches no larger than `most` or the longest
+    row."""
+    most = Size(*map(max, most, prefixes.longest))
+    parts = prefixes.parts_needed(prefixes.order, len(prefixes), most)
+    return [part.tolist() for part in _cut(prefixes, prefixes.order, parts, most)]
+
+
 # --- The order of the rows, and micro-batches -------------------------------------------------------------------------
 
 
@@ -184,9 +208,9 @@ class TreeBatches(Sampler):
     """The micro-batches of one process, as lists of rows. Those of an optimizer step cost about the same.
 
     Every process makes `accumulation` micro-batches per step, so that all make the same number of passes. It is the
-    smallest number that keeps each micro-batch, in every epoch, below the nodes and response tokens of
-    (micro_rows + 1) / 2 rows of the longest length, and at most the number of micro-batches of `micro_rows` separate
-    rows. If the last step has few rows, some micro-batches are empty.
+    smallest number that keeps each micro-batch, in every epoch, below the nodes of (micro_rows + 1) / 2 rows of the
+    longest length and the response tokens of `micro_rows` rows, and at most the number of micro-batches of `micro_rows`
+    separate rows. If the last step has few rows, some micro-batches are empty.
 
     Args:
         prefixes: of all rows.
@@ -209,14 +233,16 @@ class TreeBatches(Sampler):
     ):
         self.prefixes, self.sampler, self.step_rows = prefixes, sampler, step_rows
         self.processes, self.process = processes, process
-        self.longest = Size(int(prefixes.length.max()), int(prefixes.responses.max()))
-        # A random step has micro-batches of about half the memory of the largest, and longer ones gain little.
-        most = Size(*((micro_rows + 1) * size // 2 for size in self.longest))
+        # A random step of separate rows has micro-batches of half the nodes of the largest on average, too.
+        longest = prefixes.longest
+        self.most = Size((micro_rows + 1) * longest.nodes // 2, micro_rows * longest.responses)
         parts = 0
         for epoch in reversed(range(epochs)):  # which leaves the sampler at the first one
             self.set_epoch(epoch)
-            parts = max(parts, prefixes.parts_needed(np.array(list(sampler)), step_rows, most))
-        self.accumulation = min(math.ceil(parts / processes), step_rows // (micro_rows * processes))
+            parts = max(parts, prefixes.parts_needed(np.array(list(sampler)), step_rows, self.most))
+        self.accumulation, plain = math.ceil(parts / processes), step_rows // (micro_rows * processes)
+        if self.accumulation > plain:  # these fit as many separate rows, and no less
+            self.accumulation, self.most = plain, Size(*(micro_rows * size for size in longest))
 
     def set_epoch(self, epoch: int) -> None:
         self.sampler.set_epoch(epoch)
@@ -229,14 +255,8 @@ class TreeBatches(Sampler):
         order, prefixes = np.array(list(self.sampler)), self.prefixes
         parts = self.accumulation * self.processes
         for start in range(0, len(order), self.step_rows):
-            rows, shared = prefixes.sorted(order[start : start + self.step_rows])
-            nodes, responses = prefixes.length[rows] - shared, prefixes.responses[rows]
-            # As shares of what the longest row has, in whole numbers.
-            cost = np.stack([nodes * self.longest.responses, responses * self.longest.nodes])
-            extra = np.stack([shared * self.longest.responses, np.zeros_like(shared)])
-            starts = split(cost, extra, min(parts, len(rows)))
-            filled = np.split(rows, starts[1:-1])
-            yield filled + [rows[:0]] * (parts - len(filled))
+            filled = _cut(prefixes, order[start : start + self.step_rows], parts, self.most)
+            yield filled + [order[:0]] * (parts - len(filled))
 
     def __iter__(self) -> Iterator[list[int]]:
         for parts in self.steps():
@@ -248,7 +268,7 @@ class TreeBatches(Sampler):
         surveyed = len(parts) / (self.accumulation * self.processes)
         sizes = [self.prefixes.size(part) for part in parts]
         tokens = sum(int(self.prefixes.length[part].sum()) for part in parts)
-        filled = [max(s.nodes / self.longest.nodes, s.responses / self.longest.responses) for s in sizes]
+        filled = [max(s.nodes / self.most.nodes, s.responses / self.most.responses) for s in sizes]
         return tokens / surveyed, sum(size.nodes for size in sizes) / surveyed, parts[int(np.argmax(filled))]
 
     def summary(self) -> str:
