@@ -26,7 +26,7 @@ from transformers.integrations import moe
 from minionerec.dryrun.depth import BEFORE, HEAD, Depth, Piece, whole_where_needed
 from minionerec.errors import InputError
 from minionerec.flags import AdapterFlags
-from minionerec.model import adapters, architecture, low_rank
+from minionerec.model import adapters, architecture, int8_rows, low_rank
 from minionerec.model.token_trees import edge_losses
 from minionerec.process_memory import rss_gb
 from minionerec.training.logprobs import token_logps
@@ -177,6 +177,12 @@ def predict(
     rounded = {id(layer.weight) for layer in architecture.matrices(model).layers.values()}
     quantized = architecture.quantized_weights(model, bits).values() if bits < 16 else ()
     stored = {id(weight) for weight in quantized}
+    elsewhere = None
+    if bits < 16:
+        int8_rows.quantize_ends(model, torch.device("meta"))
+        embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+        if on_gpu and isinstance(embedding, int8_rows.Int8Layer) and embedding.packed is not head.packed:
+            elsewhere = embedding.packed  # it stays on the CPU
     base_weights = {id(p): p for p in model.parameters()}
     times = depth.times(model)
     reference = sum(
@@ -186,6 +192,7 @@ def predict(
     weights = sum(
         times[key] * (_quantized_bytes(p, bits) if key in stored else p.numel() * p.element_size())
         for key, p in base_weights.items()
+        if p is not elsewhere
     )
     # A matmul dequantizes its weight first; an 8-bit one on a CPU to float32.
     width = 4 if bits == 8 and not on_gpu else 2
