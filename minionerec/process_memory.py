@@ -30,8 +30,8 @@ def _status_gb(field: str) -> float:
 
 
 def return_freed_memory() -> None:
-    """Returns what was freed to the system, as far as the C library is glibc's. It otherwise keeps the many small pieces
-    of loading a quantized model: 1 GB and more for a model of 0.5 billion weights."""
+    """Returns freed memory to the system, if the C library is glibc. It otherwise keeps what quantizing a model used, 1
+    GB for 0.5 billion weights."""
     with suppress(AttributeError, OSError):
         ctypes.CDLL(None).malloc_trim(0)
 

@@ -1,8 +1,9 @@
-"""The embedding and the output head of a quantized base in 8 bits: values, gradients, memory, and what is around them."""
+"""Embedding and output head of a quantized base in 8 bits: values, gradients, memory, loading, saving, resuming."""
 
 import copy
 import os
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from architectures import CHANGES, build
 from helpers import sft_flags
 from models import ARCHITECTURES, make_model, predicted
 from peft import AutoPeftModelForCausalLM
+from processes import assert_same_run, two_processes
 from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -329,7 +331,7 @@ def test_a_run_resumes_to_the_same_weights(runs, tied, tmp_path):
 def test_two_processes_train_an_untied_base_as_one_does(runs, tmp_path, engine):
     _, output, flags = runs[False]
     two_processes(engine, tmp_path, "sft.py", {**flags, "output_dir": tmp_path / "two"}, launched=True)
-    assert_same_run(output, tmp_path / "two", 3e-3)
+    assert_same_run(Path(output), tmp_path / "two", 3e-3)
 
 
 # --- Prediction -------------------------------------------------------------------------------------------------------

@@ -31,11 +31,13 @@ from transformers.quantizers.quantizers_utils import get_module_from_name
 
 from minionerec.model import architecture, int8_rows
 
-if TYPE_CHECKING:  # what `LeanExperts` and `LeanParameter` are mixed into
+if TYPE_CHECKING:  # what the classes here are mixed into
     from peft.tuners.lora.layer import ParamWrapper as _Wrapper
     from torch.nn import Module as _Experts
+    from transformers.core_model_loading import ConversionOps as _Conversion
+    from transformers.quantizers.base import HfQuantizer as _Quantizer
 else:
-    _Experts = _Wrapper = object
+    _Experts = _Wrapper = _Conversion = _Quantizer = object
 
 
 def grouped(x: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
@@ -235,7 +237,7 @@ class _QuantizeExperts(Bnb4bitQuantize):
         return result
 
 
-class _EndsOnCPU:
+class _EndsOnCPU(_Conversion):
     """Leaves the embedding and the output head on the CPU while the other weights are loaded: `int8_rows.quantize_ends`
     packs them there, so that a GPU never holds them in 16 bits."""
 
@@ -247,6 +249,7 @@ class _EndsOnCPU:
         **kwargs: Any,
     ) -> dict[str, torch.Tensor]:
         name, value = next(iter(input_dict.items()))  # weights come one by one
+        assert model
         if not _is_end(model, name):
             return super().convert(input_dict, full_layer_name=full_layer_name, model=model, **kwargs)
         value = value[0] if isinstance(value, list) else value
@@ -268,7 +271,7 @@ class _Quantize8bit(_EndsOnCPU, Bnb8bitQuantize):
     pass
 
 
-class _OurQuantizer:
+class _OurQuantizer(_Quantizer):
     """Adds the layers of `architecture.not_to_quantize` to those that a quantizer skips, and handles the embedding and
     the output head itself."""
 
@@ -322,8 +325,8 @@ class _Quantizer8bit(_OurQuantizer, Bnb8BitHfQuantizer):
 
 @contextmanager
 def quantizers() -> Iterator[None]:
-    """While open, transformers loads a base for QLoRA with its experts in 4 bits, leaves the embedding and the output head
-    of a quantized base on the CPU, and does not quantize the layers of `architecture.not_to_quantize`."""
+    """While open, transformers loads a base for QLoRA with its experts in 4 bits, leaves the embedding and the output
+    head of a quantized base on the CPU, and does not quantize the layers of `architecture.not_to_quantize`."""
     ours = {"bitsandbytes_4bit": _Quantizer4bit, "bitsandbytes_8bit": _Quantizer8bit}
     with mock.patch.dict(AUTO_QUANTIZER_MAPPING, ours):
         yield

@@ -1,9 +1,9 @@
 """The embedding and the output head of a quantized base, in 8 bits.
 
-bitsandbytes leaves both in 16 bits: 2.2 GB of a 7B model, as much as two thirds of all its other weights in 4 bits. Here
-a row [H] is H int8 codes and a float32 scale, its largest absolute value / 127, together H + 4 bytes. Each value is off
-by half a scale at most. Tied matrices stay one. An embedding that is not tied stays on the CPU, which looks up the rows
-of a batch and sends them to the GPU. The trained SID rows on top are exact (`minionerec.model.sid_rows`).
+bitsandbytes leaves both in 16 bits: 2.2 GB of a 7B model, whose other weights take 3.4 GB in 4 bits. Here a row [H] is
+H int8 codes and a float32 scale, its largest absolute value / 127, together H + 4 bytes. Each value is off by half a
+scale at most. Tied matrices stay one. An embedding that is not tied stays on the CPU, which looks up the rows of a
+batch and sends them to the GPU. The trained SID rows on top are exact (`minionerec.model.sid_rows`).
 
 Dimensions: `N` positions, `H` hidden, `V` vocabulary.
 """
@@ -203,11 +203,14 @@ def _fits(model: nn.Module, module: nn.Module) -> bool:
     kind: type = type(module)
     name = next(name for name, found in model.named_modules() if found is module)
     owner, _, leaf = name.rpartition(".")
-    if kind not in (nn.Linear, nn.Embedding):  # such as Gemma's, which scales what the embedding returns
-        if not isinstance(module, nn.Embedding) or architecture.reads(kind, "weight"):
-            return False
+    # Gemma's embedding is of a class of its own, which scales what it looks up.
+    own = isinstance(module, nn.Embedding) and not architecture.reads(kind, "weight")
     even = module.weight.shape[1] % 2 == 0  # `_store` may show two bytes as one value
-    return even and not architecture.reads(type(model.get_submodule(owner)), f"{leaf}.weight")
+    return (
+        even
+        and (kind in (nn.Linear, nn.Embedding) or own)
+        and not architecture.reads(type(model.get_submodule(owner)), f"{leaf}.weight")
+    )
 
 
 def _store(layers: list[nn.Module], used_on: torch.device, stored_on: torch.device) -> None:
@@ -269,7 +272,8 @@ def dequantize_ends(model: nn.Module, dtype: torch.dtype) -> None:
             weights[key] = nn.Parameter(unpack(_bytes(layer.packed), dtype).to(layer.used_on), requires_grad=False)
         layer._parameters.pop("weight", None)
         for name in ("dtype", "used_on", "rows", "on_cpu"):
-            vars(layer).pop(name, None)
+            layer.__dict__.pop(name, None)
         kind: type = type(layer)
-        layer.__class__ = {Int8Head: nn.Linear, Int8Embedding: nn.Embedding}.get(kind, kind.__mro__[1])
-        layer.weight = weights[key]
+        plain: type = nn.Linear if kind is Int8Head else nn.Embedding if kind is Int8Embedding else kind.__mro__[1]
+        layer.__class__ = plain
+        layer.register_parameter("weight", weights[key])
