@@ -35,6 +35,8 @@ GB = 1e9
 CUDA_CONTEXT = 0.6e9  # the driver and its libraries, roughly; torch.cuda.max_memory_allocated does not count it
 # The fraction of freed activations that the C library keeps, as measured: benchmarks/memory.py.
 HELD_BACK_ON_CPU = 0.65
+# What it keeps for a layer of a quantized base that is computed again, with gradient checkpointing, as measured.
+HELD_BACK_PER_LAYER = 12e6
 # The compiled bfloat16 matmuls that `cli.KERNEL_CACHE_LIMITS` keeps on a CPU, as measured.
 COMPILED_ON_CPU = 0.1e9
 
@@ -225,6 +227,8 @@ def predict(
         resized = config_rows < vocabulary and bits == 16
         runtime = rss_gb() * GB + HELD_BACK_ON_CPU * kept + resized * config_rows * hidden * dtype.itemsize
         runtime += COMPILED_ON_CPU * (dtype == torch.bfloat16)
+        if flags.gradient_checkpointing:
+            runtime += len(depth.order) * min(HELD_BACK_PER_LAYER, 2 * dequantized)
     if reference_copy:
         weights += reference
     parts = {

@@ -130,15 +130,13 @@ class _Int8Linear(torch.autograd.Function):
         (packed,) = ctx.saved_tensors
         rows, flat = _bytes(packed), gradient.flatten(0, -2).float()
         result = flat.new_zeros(len(flat), rows.shape[1] - SCALE)
-        on_tensor_cores = flat.is_cuda and ctx.dtype == torch.bfloat16  # float16 has no range for a gradient x scale
+        # The gradient of a bfloat16 head, too, is rounded to bfloat16. float16 has no range for a gradient x scale.
+        dtype = torch.bfloat16 if ctx.dtype == torch.bfloat16 else torch.float32
         with torch.autocast(flat.device.type, enabled=False):
             for part in _chunks(rows):
                 codes, scales = _split(rows[part])
                 scaled = flat[:, part] * scales.T
-                if on_tensor_cores:
-                    result += torch.mm(scaled.bfloat16(), codes.bfloat16(), out_dtype=torch.float32)
-                else:
-                    result.addmm_(scaled, codes.float())
+                result += scaled.to(dtype) @ codes.to(dtype)
         return result.to(ctx.dtype).view(*gradient.shape[:-1], -1), None
 
 
