@@ -28,6 +28,7 @@ from minionerec.flags import (
     command,
     flag,
     fraction_of_training,
+    one_of,
     zero_or_more,
 )
 
@@ -39,9 +40,11 @@ if TYPE_CHECKING:
     from minionerec.data.encoding import Encoder
     from minionerec.decoding.trie import Trie
     from minionerec.dryrun.memory import Prediction
+    from minionerec.training.rl_trainer import ReReTrainer
 
 REWARD_TYPES = ("rule", "ranking", "ranking_only", "prefix", "semantic", "sasrec")
 LEFT_OUT = 0.2  # of the training prompts by sample_train
+BEST_BY = {"ndcg": "NDCG", "hr": "HR", "mean": "mean"}  # best_by -> the metric of evaluations
 
 
 def _names(text: str) -> list[str]:
@@ -106,8 +109,13 @@ class RLFlags(TrainingFlags):
     )
     test_during_training: bool = flag(
         True,
-        "evaluate HR@K and NDCG@K on eval_file, and keep the best checkpoint by NDCG@10 (the original measures the "
-        "prompts of each step and keeps the last model).",
+        "evaluate HR@K and NDCG@K on eval_file, and keep the best checkpoint, which is the starting model if no other "
+        "is better (the original measures the prompts of each step and keeps the last model).",
+    )
+    best_by: str = flag(
+        "mean",
+        "what makes a checkpoint the best: ndcg (NDCG@10), hr (HR@10) or mean (their geometric mean).",
+        one_of(*BEST_BY),
     )
     dynamic_sampling: bool = flag(
         False,
@@ -399,7 +407,8 @@ def train(flags: RLFlags) -> "dict | Prediction":
         state.print(line)
 
     # Train.
-    watched = f"NDCG@{watched_cutoff(min(flags.test_beam, len(trie)))}"
+    cutoff = watched_cutoff(min(flags.test_beam, len(trie)))
+    watched = f"{BEST_BY[flags.best_by]}@{cutoff}"
     trainer = ReReTrainer(
         model=model,
         new_adapter=new_adapter,
@@ -431,8 +440,13 @@ def train(flags: RLFlags) -> "dict | Prediction":
         f"best_eval_{watched}": trainer.state.best_metric,
         "best_checkpoint": trainer.best_checkpoint,
     }
+    if flags.test_during_training:
+        metrics["improved"], verdict = compared_with_start(trainer, watched, cutoff)
     saved_dtype = None if flags.adapted else loading.saved_dtype(files.base)
-    return finish(trainer, metrics, RL_PANELS, dtype=saved_dtype)
+    metrics = finish(trainer, metrics, RL_PANELS, dtype=saved_dtype)
+    if flags.test_during_training:
+        state.print(verdict)
+    return metrics
 
 
 @dataclass(frozen=True)
@@ -514,6 +528,25 @@ def grpo_config(
         metric_for_best_model=f"eval_{watched}",
         greater_is_better=True,
     )
+
+
+def compared_with_start(trainer: "ReReTrainer", watched: str, cutoff: int) -> tuple[bool | None, str]:
+    """Whether the best checkpoint beats the starting model in the `watched` metric, and a line that says so with HR and
+    NDCG at `cutoff`; None if the starting model was not evaluated."""
+    state = trainer.state
+    final = {"start": "the starting model", None: "the last model"}.get(
+        trainer.best_checkpoint, trainer.best_checkpoint
+    )
+    evaluated = {entry["step"]: entry for entry in state.log_history if f"eval_{watched}" in entry}
+    if 0 not in evaluated:  # a run that began with --test_during_training False
+        return None, f"the starting model was not evaluated; final_checkpoint is {final}"
+    start, best = evaluated[0], evaluated[state.best_global_step]
+    improved = best[f"eval_{watched}"] > start[f"eval_{watched}"]
+    shown = [f"{name}@{cutoff} {start[f'eval_{name}@{cutoff}']:.4f}" for name in ("HR", "NDCG")]
+    if improved:
+        shown = [f"{text} -> {best['eval_' + text.split()[0]]:.4f}" for text in shown]
+    beats = "better than the starting model" if improved else "no checkpoint is better than the starting model"
+    return improved, f"{beats} on the validation file ({', '.join(shown)}); final_checkpoint is {final}"
 
 
 def load_policy(files: RLInput, tokenizer: "PreTrainedTokenizerFast", fingerprint: str | None) -> "PreTrainedModel":

@@ -235,10 +235,11 @@ def is_complete(checkpoint: str) -> bool:
 
 
 def newest_checkpoint(output_dir: str) -> str | None:
-    """The complete checkpoint of the latest step under `output_dir`, or None."""
+    """The complete checkpoint of the latest step under `output_dir`, or None. checkpoint-0 holds only the weights that
+    the run started from."""
     found = []
     for name in os.listdir(output_dir) if os.path.isdir(output_dir) else []:
         step = name.removeprefix("checkpoint-")
-        if name != step and step.isdigit() and is_complete(os.path.join(output_dir, name)):
+        if name != step and step.isdigit() and int(step) and is_complete(os.path.join(output_dir, name)):
             found.append((int(step), os.path.join(output_dir, name)))
     return max(found)[1] if found else None

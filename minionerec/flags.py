@@ -76,8 +76,8 @@ class Flags:
 
 
 def _typed(values: dict[str, Any], by_name: dict[str, Any]) -> dict[str, Any]:
-    """Values from Python, with the types of their flags: paths become text, ints floats. Raises InputError with all
-    others, as the command line does for text."""
+    """Values with the types of their flags: paths become text, ints floats, False and None no text. Raises InputError
+    with all others, as the command line does for text."""
     problems, typed = Problems(), {}
     for name, value in values.items():
         kind = by_name[name].type
@@ -86,6 +86,8 @@ def _typed(values: dict[str, Any], by_name: dict[str, Any]) -> dict[str, Any]:
             value = os.fspath(value)
         elif type(value) is int and float in kinds:
             value = float(value)
+        elif type(None) in kinds and value in (False, "False", "false", "None"):  # --resume_from_checkpoint False
+            value = None
         if type(value) not in kinds:
             wanted = " or ".join("None" if one is type(None) else one.__name__ for one in kinds)
             problems.add(f"--{name} {value!r}: must be {wanted}, not {type(value).__name__}")

@@ -12,11 +12,12 @@ OUT="$COMPARE_OUT"
 for METHOD in $METHODS; do use_method; done
 RUNS=()
 
-best() { # prints the folder whose metrics.json has the best value: best min|max name folder...
+best() { # prints the folder whose metrics.json has the best best_eval_...: best min|max folder...
     "$PYTHON" - "$@" <<'PY'
 import json, os, sys
-choose, name, *folders = sys.argv[1:]
-values = {folder: json.load(open(os.path.join(folder, "metrics.json")))[name] for folder in folders}
+choose, *folders = sys.argv[1:]
+metrics = {folder: json.load(open(os.path.join(folder, "metrics.json"))) for folder in folders}
+values = {folder: next(m[name] for name in m if name.startswith("best_eval_")) for folder, m in metrics.items()}
 print({"min": min, "max": max}[choose](values, key=values.get))
 PY
 }
@@ -27,13 +28,13 @@ trained() { # trained stage folder rate seed flags...: runs a stage, or resumes 
     unless_done "$2/metrics.json" "$1" --output_dir "$2" --learning_rate "$3" --seed "$4" --resume_from_checkpoint True \
         "${@:5}"
 }
-chosen() { # chosen stage name min|max metric rates flags...: tries all rates; sets CHOSEN (folder) and RATE
+chosen() { # chosen stage name min|max rates flags...: tries all rates; sets CHOSEN (folder) and RATE
     local rate folders=()
-    for rate in $5; do
-        trained "$1" "$OUT/$METHOD/$2_$rate" "$rate" 42 "${@:6}"
+    for rate in $4; do
+        trained "$1" "$OUT/$METHOD/$2_$rate" "$rate" 42 "${@:5}"
         folders+=("$OUT/$METHOD/$2_$rate")
     done
-    CHOSEN="$(best "$3" "$4" "${folders[@]}")" RATE="${CHOSEN##*_}"
+    CHOSEN="$(best "$3" "${folders[@]}")" RATE="${CHOSEN##*_}"
     echo "$METHOD $2: learning rate $RATE"
 }
 
@@ -43,11 +44,11 @@ RUNS+=("SASRec=$OUT/sasrec")
 for METHOD in $METHODS; do
     use_method
     sft_rates="SFT_RATES_$METHOD" rl_rates="RL_RATES_$METHOD"
-    chosen sft sft min best_eval_loss "${!sft_rates:-$DEFAULT_SFT_RATES}" ${SFT_FLAGS:-}
+    chosen sft sft min "${!sft_rates:-$DEFAULT_SFT_RATES}" ${SFT_FLAGS:-}
     sft_rate="$RATE"
     MODEL_PATH="$CHOSEN/final_checkpoint"
     sft_runs=("$CHOSEN")
-    chosen rl "rl_from_$sft_rate" max best_eval_NDCG@10 "${!rl_rates:-$DEFAULT_RL_RATES}" ${RL_FLAGS:-}
+    chosen rl "rl_from_$sft_rate" max "${!rl_rates:-$DEFAULT_RL_RATES}" ${RL_FLAGS:-}
     rl_runs=("$CHOSEN")
     for seed in $(seq 43 $((41 + SEEDS))); do
         sft_runs+=("$OUT/$METHOD/sft_seed$seed") rl_runs+=("$OUT/$METHOD/rl_seed$seed")

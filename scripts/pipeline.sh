@@ -4,6 +4,10 @@
 # Flags go to both trainings; SFT_FLAGS, RL_FLAGS and EVAL_FLAGS are for one stage. Settings: scripts/stages.sh.
 source "$(dirname "$0")/stages.sh"
 sft "$@" ${SFT_FLAGS:-}
+if [[ " $* " == *" --dry_run True "* ]]; then
+    echo "RL starts from the checkpoint of SFT, and its dry run needs one: rl.py --dry_run True"
+    exit 0
+fi
 rl "$@" ${RL_FLAGS:-}
 evaluate "$OUT/sft" ${EVAL_FLAGS:-}
 evaluate "$OUT/rl" ${EVAL_FLAGS:-}

@@ -9,6 +9,10 @@
 #   TRAIN_FILE, EVAL_FILE, TEST_FILE, INFO_FILE, INDEX_FILE, ITEM_FILE instead of the files in DATA
 #   Relative paths start at the root of the repository.
 #   PYTHON=python to use your own environment instead of .venv
+if [[ " $* " == *" --help "* || " $* " == *" -h "* ]]; then
+    sed -sn '2,/^[^#]/ s/^# \{0,1\}//p' "$0" "${BASH_SOURCE[0]}"
+    exit 0
+fi
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 PRESET="${PRESET:-balanced}" NPROC="${NPROC:-1}"
 [ "$PRESET" != low_memory ] || METHOD="${METHOD:-qlora}"

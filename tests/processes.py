@@ -75,9 +75,9 @@ class Started:
         return [process.exitcode for process in self.processes]
 
     def wait_for_checkpoint(self, output: Path, seconds: float = 200) -> None:
-        """Returns as soon as a running command has saved a checkpoint in `output`."""
+        """Returns as soon as a running command has saved a checkpoint of a step in `output`."""
         deadline = time.monotonic() + seconds
-        while time.monotonic() < deadline and not list(output.glob("checkpoint-*/trainer_state.json")):
+        while time.monotonic() < deadline and not list(output.glob("checkpoint-[1-9]*/trainer_state.json")):
             assert all(process.is_alive() for process in self.processes), self.errors[-3000:]
             time.sleep(PAUSE)
 

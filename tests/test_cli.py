@@ -133,6 +133,13 @@ def test_values_from_python_have_the_types_of_their_flags(tmp_path):
     assert not any("must be" in problem for problem in refused.value.problems)
 
 
+@pytest.mark.parametrize("no", ["False", "false", "None", False])
+def test_no_checkpoint_to_resume_from_can_be_said(no):
+    with pytest.raises(InputError) as refused:
+        sft.train(resume_from_checkpoint=no)
+    assert not any("resume_from_checkpoint" in problem for problem in refused.value.problems)
+
+
 def test_a_misspelt_keyword_and_a_positional_argument_are_named():
     with pytest.raises(
         TypeError, match=r"train\(\) got an unexpected keyword argument 'base_modle'; did you mean 'base_mo"

@@ -132,6 +132,7 @@ RUN["flags"] |= {"lora_alpha": 16, "lora_target_modules": "all", "use_rslora": F
         ({"method": "full"}, "the method is lora there, full here"),
         ({"base_fingerprint": "g"}, "the base is f there, g here"),
         ({"flags": {**RUN["flags"], "lora_r": 4}}, "--lora_r is 8 there, 4 here"),
+        ({"flags": {**RUN["flags"], "best_by": "hr"}}, "--best_by is ndcg there, hr here"),  # of an older release
     ],
 )
 def test_a_checkpoint_of_another_run_is_refused(tmp_path, changed, message):

@@ -398,7 +398,7 @@ def test_a_step_of_silent_groups_has_a_zero_gradient(sft, tmp_path, monkeypatch,
 def test_evaluation_ranks_the_validation_prompts(sft, tmp_path):
     trainer = make_trainer(sft, "new LoRA", tmp_path, rows=5)
     metrics = trainer.evaluate()
-    names = {f"eval_{metric}@{k}" for metric in ("HR", "NDCG") for k in (1, 3, 5, 10)} | {"eval_MRR"}
+    names = {f"eval_{metric}@{k}" for metric in ("HR", "NDCG") for k in (1, 3, 5, 10)} | {"eval_MRR", "eval_mean@10"}
     assert set(metrics) == names
     # Against targets that are each prompt's own best item.
     best = []

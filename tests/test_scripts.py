@@ -103,6 +103,20 @@ def test_the_preset_for_little_memory(checkout, method):
         assert ("--use_qlora True" in line) == (not method) and ("--use_lora True" in line) == (method == "lora")
 
 
+def test_a_dry_run_of_the_pipeline_stops_where_rl_needs_a_checkpoint(checkout, base, tmp_path):
+    result = bash(checkout, "pipeline.sh", "--dry_run", "True", BASE_MODEL=base, OUT=str(tmp_path / "none"))
+    assert result.returncode == 0, result.stderr
+    assert "peak memory" in result.stdout and "RL starts from the checkpoint of SFT" in result.stdout
+    assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize("script", ["pipeline.sh", "compare.sh", "sft_lora.sh"])
+def test_help_says_what_a_script_does_and_runs_nothing(checkout, script):
+    result = bash(checkout, script, "--help", PYTHON="false")
+    assert result.returncode == 0 and result.stdout.startswith(("Runs ", "Compares "))
+    assert "METHOD=lora|qlora|full" in result.stdout
+
+
 def run(line: str) -> str:
     script, *words = line.split()
     done = run_command(script, *words)

@@ -4,6 +4,7 @@ command sft.py --base_model ...             a command
 watched FOLDER sft.py --base_model ...      a command, whose weights and counts are left in FOLDER
 loss_is_nan FOLDER sft.py --base_model ...  sft.py with a loss that is NaN in the last process only
 disk_is_full FOLDER sft.py --base_model ... sft.py whose first process cannot write a checkpoint
+finds_less FOLDER rl.py --model_path ...    rl.py whose evaluations find less from step to step
 fsdp                                        a sharded model beside a whole one
 probe                                       what processes with shards find out about models
 
@@ -158,6 +159,21 @@ def disk_is_full(folder: str, script: str, *flags: str) -> None:
     run(folder, script, flags)
 
 
+def finds_less(folder: str, script: str, *flags: str) -> None:
+    """Runs rl.py with evaluations that find less from step to step."""
+    from minionerec.training import rl_trainer
+
+    evaluate, measure = rl_trainer.ReReTrainer.evaluate, rl_trainer.ranking_metrics
+
+    def evaluated(run, *args, **kwargs):
+        found = 1 / (1 + run.state.global_step)
+        rl_trainer.ranking_metrics = lambda *ranks: {name: found * value for name, value in measure(*ranks).items()}
+        return evaluate(run, *args, **kwargs)
+
+    rl_trainer.ReReTrainer.evaluate = evaluated
+    run(folder, script, flags)
+
+
 def fsdp() -> None:
     """A LoRA model whose weights FSDP2 shards, against the same model whole: loss, gradients, beams."""
     from models import adapted, examples
@@ -228,7 +244,7 @@ def probe() -> None:
     dist.destroy_process_group()
 
 
-MODES = {mode.__name__: mode for mode in (command, watched, loss_is_nan, disk_is_full, fsdp, probe)}
+MODES = {mode.__name__: mode for mode in (command, watched, loss_is_nan, disk_is_full, finds_less, fsdp, probe)}
 
 
 def main(mode: str, *argv: str) -> None:

@@ -91,8 +91,11 @@ class DurableRun(_Trainer):
 
     @property
     def best_checkpoint(self) -> str | None:
-        """The best checkpoint, relative to the run's folder, which may be moved."""
+        """The best checkpoint, relative to the run's folder, which may be moved; `start` for the model before the first
+        step."""
         best = self.state.best_model_checkpoint
+        if best and self.state.best_global_step == 0:
+            return "start"
         return os.path.relpath(best, self.args.output_dir) if best else None
 
     def _init_training_state(
@@ -103,7 +106,7 @@ class DurableRun(_Trainer):
         with _without_log("The best checkpoint", "Warning: The following arguments do not match"):
             trained = super()._init_training_state(max_steps, steps_per_epoch, epochs, resume_from_checkpoint, trial)
         step = self.state.best_global_step
-        if resume_from_checkpoint and step:
+        if resume_from_checkpoint and step is not None:
             folder = os.path.dirname(os.path.normpath(resume_from_checkpoint)) or os.curdir
             if os.path.isdir(self.args.output_dir) and os.path.samefile(folder, self.args.output_dir):
                 # The Trainer keeps the best checkpoint by comparing paths as text, so they must be spelled alike.

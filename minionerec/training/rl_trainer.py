@@ -8,6 +8,7 @@ Dimensions: `B` completions, `G` completions of a prompt, `P` prompt tokens, `C`
 """
 
 import copy
+import math
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -17,12 +18,13 @@ from typing import Any
 import datasets
 import numpy as np
 import torch
-from accelerate.utils import is_peft_model
+from accelerate.utils import is_peft_model, save_fsdp_model
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState
+from transformers.distributed.fsdp import get_fsdp_ckpt_kwargs
 from trl import GRPOConfig, GRPOTrainer
 from trl.models import unwrap_model_for_generation
 from trl.models.utils import prepare_deepspeed, prepare_fsdp
@@ -33,10 +35,11 @@ from minionerec.data.encoding import left_padded
 from minionerec.decoding.beam_search import constrained_beam_search, constrained_sample
 from minionerec.decoding.ranking import rank_prompts
 from minionerec.decoding.trie import Trie
-from minionerec.metrics import rank_of, ranking_metrics
+from minionerec.metrics import rank_of, ranking_metrics, watched_cutoff
 from minionerec.model import adapters, device
 from minionerec.model.sharding import gathered, overwrite, whole_tensors
 from minionerec.training.durable import DurableRun
+from minionerec.training.early_warning import EarlyWarning
 from minionerec.training.logprobs import completion_logps
 
 REFERENCE_FILE = "reference.safetensors"  # in a checkpoint, the weights of a reference that moves with the policy
@@ -117,6 +120,7 @@ class ReReTrainer(DurableRun, GRPOTrainer):
         self.beam_search, self.add_gt, self.dynamic_sampling = beam_search, add_gt, dynamic_sampling
         self.mask_all_zero = mask_all_zero
         self.test_beam, self.test_batch_size = test_beam, test_batch_size
+        self.add_callback(EarlyWarning(self.reward_func_names))
         self.reference_adapter: str | None = None
         if beta and adapted and (sync or not new_adapter):
             self.reference_adapter = "ref"
@@ -331,7 +335,8 @@ class ReReTrainer(DurableRun, GRPOTrainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
-        """HR@K, NDCG@K and MRR over the rows of the evaluation dataset, decoded with `test_beam` beams."""
+        """HR@K, NDCG@K and MRR over the rows of the evaluation dataset, decoded with `test_beam` beams; and `mean@K`,
+        the geometric mean of HR@K and NDCG@K, in which 1% of either counts the same."""
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         training = self.model.training
         self.model.eval()
@@ -348,18 +353,31 @@ class ReReTrainer(DurableRun, GRPOTrainer):
             rank_of(target, [self.sids[i] for i in ranking])
             for target, ranking in zip(dataset["target"], rankings, strict=True)
         ]
-        metrics = ranking_metrics(ranks, min(self.test_beam, len(self.trie)))
+        length = min(self.test_beam, len(self.trie))
+        metrics, k = ranking_metrics(ranks, length), watched_cutoff(length)
+        metrics[f"mean@{k}"] = math.sqrt(metrics[f"HR@{k}"] * metrics[f"NDCG@{k}"])
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         self.model.train(training)
         return metrics
 
+    def _evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """As the Trainer's. The model before the first step counts: it is the best one, whose weights are saved as
+        checkpoint-0, until a later one has a better metric."""
+        metrics = super()._evaluate(*args, **kwargs)
+        if self.state.global_step == 0 and self.args.load_best_model_at_end:
+            self._determine_best_metric(metrics, None)
+            # The Trainer takes a best step of 0 for none.
+            self.state.best_model_checkpoint = os.path.join(self.args.output_dir, "checkpoint-0")
+            self._save_checkpoint(self.model, None)
+        return metrics
+
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
         """As the Trainer's, but only at steps that are also saved: a better model without a checkpoint cannot be loaded
         at the end."""
         step = self.state.global_step
-        saved = step > 0 and (step % self.state.save_steps == 0 or step == self.state.max_steps)
+        saved = step % self.state.save_steps == 0 or step == self.state.max_steps
         return saved and super()._determine_best_metric(metrics, trial)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
@@ -376,6 +394,13 @@ class ReReTrainer(DurableRun, GRPOTrainer):
         return adapters.adapter_parameters(self.accelerator.unwrap_model(self.model), self.reference_adapter)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if self.state.global_step == 0 and not self.is_deepspeed_enabled:
+            # Before the first step there is nothing to resume. To have a state to save, FSDP would make a step, which
+            # AdamW would count.
+            if self.is_fsdp_enabled:
+                plugin = self.accelerator.state.fsdp_plugin
+                save_fsdp_model(plugin, self.accelerator, self.model, output_dir, **get_fsdp_ckpt_kwargs())
+            return
         tensors = whole_tensors(self._moving_reference())
         if tensors and self.args.should_save:
             with self._writing_checkpoint():

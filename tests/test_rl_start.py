@@ -1,0 +1,251 @@
+"""RL never ends below its starting model, and warns early where it cannot learn."""
+
+import json
+import shutil
+import signal
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from helpers import flag_words, newest, rl_flags, run_command, tensors_of
+from processes import ENGINES, two_processes
+from processes import start as start_processes
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerControl, TrainerState
+
+import lora_utils
+from minionerec.checkpoint import Checkpoint
+from minionerec.training import rewards, rl_trainer
+from minionerec.training.early_warning import EarlyWarning
+
+EVERY_2 = {"eval_step": 0.2, "save_steps": 0.2}  # of 10 steps
+
+
+@pytest.fixture
+def scored(monkeypatch):
+    """`scored(by_step, stop)`: evaluations find these (HR@10, NDCG@10), and the run is killed at step `stop`."""
+    evaluate = rl_trainer.ReReTrainer.evaluate
+
+    def use(by_step: dict[int, tuple[float, float]], stop: int | None = None) -> None:
+        def scripted(trainer, *args, **kwargs):
+            step = trainer.state.global_step
+            if step == stop:
+                raise KeyboardInterrupt
+            hr, ndcg = by_step.get(step, (0.1, 0.1))
+            found = {"HR@10": hr, "NDCG@10": ndcg, "MRR": ndcg}
+            monkeypatch.setattr(rl_trainer, "ranking_metrics", lambda ranks, length: dict(found))
+            return evaluate(trainer, *args, **kwargs)
+
+        monkeypatch.setattr(rl_trainer.ReReTrainer, "evaluate", scripted)
+
+    return use
+
+
+def run_rl(files, start, output, **more):
+    result = run_command("rl.py", **rl_flags(files, start, output, **more))
+    assert result.returncode == 0, result.stderr[-3000:]
+    return json.loads((output / "metrics.json").read_text()), result
+
+
+def scores(path: Path, base: Path | None = None) -> torch.Tensor:
+    """What a checkpoint computes for a few tokens."""
+    tokenizer, checkpoint = AutoTokenizer.from_pretrained(path), Checkpoint.read(str(path))
+    if checkpoint.adapter is None:
+        model = AutoModelForCausalLM.from_pretrained(path)
+    else:
+        model = lora_utils.load_adapted(checkpoint, tokenizer, checkpoint.base(), None)
+    with torch.no_grad():
+        return model.eval()(input_ids=torch.arange(3, len(tokenizer)).view(1, -1)).logits
+
+
+@pytest.mark.parametrize(
+    ("start", "flags"),
+    [
+        ("full", {}),
+        ("full", {"use_lora": True}),
+        ("lora", {"use_lora": True, "gradient_accumulation_steps": 2, "train_batch_size": 8}),
+        ("lora", {"use_lora": True, "sync_ref_model": True}),
+        ("qlora", {"use_qlora": True}),
+        ("lora", {}),
+    ],
+)
+def test_a_run_that_finds_nothing_better_ends_with_its_start(files, sft_run, tmp_path, scored, start, flags):
+    scored({0: (0.4, 0.2), 4: (0.4, 0.2)})  # as good is not better
+    sft, run = sft_run(start) / "final_checkpoint", tmp_path / "run"
+    metrics, result = run_rl(files, sft, run, **flags, **EVERY_2)
+    assert metrics["best_checkpoint"] == "start" and metrics["improved"] is False
+    assert metrics["best_eval_mean@10"] == pytest.approx(0.08**0.5)
+    assert result.stdout.splitlines()[-1] == (
+        "no checkpoint is better than the starting model on the validation file (HR@10 0.4000, NDCG@10 0.2000); "
+        "final_checkpoint is the starting model"
+    )
+    assert {path.name for path in run.glob("checkpoint-*")} == {"checkpoint-0", "checkpoint-10"}
+    final, before = tensors_of(run / "final_checkpoint"), tensors_of(sft)
+    trained = tensors_of(run / "checkpoint-10")
+    if final.keys() == before.keys():
+        assert all(torch.equal(final[name], before[name]) for name in before)
+        assert not any(torch.equal(final[name], trained[name]) for name in before)
+    else:  # a new adapter, or one that was merged
+        torch.testing.assert_close(scores(run / "final_checkpoint"), scores(sft), atol=1e-5, rtol=1e-5)
+        assert not torch.allclose(scores(run / "checkpoint-10"), scores(sft), atol=1e-3)
+
+
+@pytest.mark.parametrize(("best_by", "best"), [("ndcg", 6), ("hr", 2), ("mean", 4)])
+def test_the_best_is_chosen_by_the_metric_that_was_asked_for(files, sft_run, tmp_path, scored, best_by, best):
+    scored({0: (0.5, 0.3), 2: (0.6, 0.2), 4: (0.55, 0.35), 6: (0.4, 0.4)})
+    start, run = sft_run("lora") / "final_checkpoint", tmp_path / "run"
+    metrics, result = run_rl(files, start, run, use_lora=True, best_by=best_by, **EVERY_2)
+    assert metrics["best_checkpoint"] == f"checkpoint-{best}" and metrics["improved"] is True
+    assert {path.name for path in run.glob("checkpoint-*")} == {f"checkpoint-{best}", "checkpoint-10"}
+    shown = {6: "HR@10 0.5000 -> 0.4000, NDCG@10 0.3000 -> 0.4000"}.get(best, "")
+    last = result.stdout.splitlines()[-1]
+    assert last.startswith("better than the starting model on the validation file (") and shown in last
+    assert last.endswith(f"; final_checkpoint is checkpoint-{best}")
+    final, chosen = (tensors_of(run / name) for name in ("final_checkpoint", f"checkpoint-{best}"))
+    assert all(torch.equal(final[name], chosen[name]) for name in final)
+
+
+def test_without_evaluations_the_last_model_is_final(files, sft_run, tmp_path):
+    run = tmp_path / "run"
+    metrics, result = run_rl(
+        files, sft_run("lora") / "final_checkpoint", run, use_lora=True, test_during_training=False, **EVERY_2
+    )
+    assert metrics["best_checkpoint"] is None and "improved" not in metrics
+    assert {path.name for path in run.glob("checkpoint-*")} == {"checkpoint-8", "checkpoint-10"}
+    assert result.stdout.splitlines()[-1] == f"saved {run}/final_checkpoint"
+    final, last = tensors_of(run / "final_checkpoint"), tensors_of(run / "checkpoint-10")
+    assert all(torch.equal(final[name], last[name]) for name in final)
+
+
+GOOD, BETTER = (0.4, 0.2), (0.5, 0.3)
+
+
+@pytest.mark.parametrize(
+    ("by_step", "stop", "best"),
+    [
+        ({0: GOOD}, 2, "start"),  # starts anew
+        ({0: GOOD}, 8, "start"),
+        ({0: GOOD, 8: BETTER}, 6, "checkpoint-8"),
+        ({0: GOOD, 4: BETTER}, 8, "checkpoint-4"),
+    ],
+)
+def test_a_killed_run_ends_as_the_whole_one(files, sft_run, tmp_path, scored, by_step, stop, best):
+    start = sft_run("lora") / "final_checkpoint"
+    flags = {"use_lora": True, "beam_search": False, "gradient_accumulation_steps": 2, "train_batch_size": 8, **EVERY_2}
+    scored(by_step)
+    whole, _ = run_rl(files, start, tmp_path / "whole", **flags)
+    scored(by_step, stop)
+    killed = run_command("rl.py", **rl_flags(files, start, tmp_path / "killed", **flags))
+    assert killed.returncode == 130 and newest(tmp_path / "killed").name == f"checkpoint-{stop - 2}"
+    shutil.move(tmp_path / "killed", tmp_path / "moved")
+    scored(by_step)
+    resumed, result = run_rl(files, start, tmp_path / "moved", **flags, resume_from_checkpoint=True)
+    assert whole["best_checkpoint"] == resumed["best_checkpoint"] == best
+    assert resumed["improved"] is (best != "start") and "no longer exists" not in result.stdout
+    for key in ("loss", "kl", "reward", "eval_mean@10"):
+        curves = [[(e["step"], e[key]) for e in run["history"] if key in e] for run in (whole, resumed)]
+        assert curves[0] == curves[1], key
+    final, expected = (tensors_of(tmp_path / run / "final_checkpoint") for run in ("moved", "whole"))
+    assert all(torch.equal(final[name], expected[name]) for name in expected)
+
+
+def test_a_start_that_is_gone_is_not_promised(files, sft_run, tmp_path, scored):
+    flags = rl_flags(files, sft_run("lora") / "final_checkpoint", tmp_path / "run", use_lora=True, **EVERY_2)
+    scored({0: GOOD}, 6)
+    assert run_command("rl.py", **flags).returncode == 130
+    shutil.rmtree(tmp_path / "run" / "checkpoint-0")
+    scored({0: GOOD})
+    resumed = run_command("rl.py", **flags, resume_from_checkpoint=True)
+    assert "checkpoint-0, no longer exists" in resumed.stdout
+    assert resumed.stdout.splitlines()[-1].endswith(
+        "(HR@10 0.4000, NDCG@10 0.2000); final_checkpoint is the last model"
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("start", ["lora", "full"])
+@pytest.mark.parametrize("engine", ["torchrun", *ENGINES])
+def test_the_start_is_kept_by_several_processes(files, sft_run, tmp_path, engine, start):
+    """Killed and resumed."""
+    sft, run = sft_run(start) / "final_checkpoint", tmp_path / "run"
+    flags = rl_flags(files, sft, run, use_lora=start == "lora", train_batch_size=8, **EVERY_2)
+    if not engine.startswith("zero"):
+        killed = start_processes("finds_less", tmp_path, "rl.py", *flag_words(flags), ranks=2, engine=engine)
+        killed.wait_for_checkpoint(run)
+        killed.kill(signal.SIGKILL)
+        killed.wait()
+    two_processes(engine, tmp_path, "rl.py", {**flags, "resume_from_checkpoint": True}, "finds_less")
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert metrics["best_checkpoint"] == "start" and metrics["improved"] is False
+    final, before = tensors_of(run / "final_checkpoint"), tensors_of(sft)
+    trained = tensors_of(run / "checkpoint-10")
+    assert all(torch.equal(final[name], before[name]) for name in before)
+    assert not any(torch.equal(trained[name], before[name]) for name in before)
+
+
+# --- Warnings ---------------------------------------------------------------------------------------------------------
+
+
+def said(
+    capsys, entries: list[dict], steps: int, names=("rule", "rank_penalty"), ends: bool = False, first: bool = True
+) -> list[str]:
+    """What is said about a run of `steps` steps with these entries of the log, one a step."""
+    args = SimpleNamespace(num_generations=8, learning_rate=1e-3, beta=0.01)
+    state, watch = TrainerState(max_steps=steps, is_world_process_zero=first), EarlyWarning(names)
+    for step, entry in enumerate(entries, 1):
+        state.global_step = step
+        state.log_history.append({"step": step, **entry})
+        watch.on_log(args, state, TrainerControl())
+    if ends:
+        watch.on_train_end(args, state, TrainerControl())
+    return capsys.readouterr().err.splitlines()
+
+
+def idle(*fractions: float) -> list[dict]:
+    return [{"frac_reward_zero_std": fraction} for fraction in fractions]
+
+
+@pytest.mark.parametrize(("steps", "due"), [(2, 2), (20, 3), (100, 5), (1000, 10), (100_000, 10)])
+def test_idle_groups_are_judged_in_time_and_once(capsys, steps, due):
+    (line,) = said(capsys, idle(*[0.7] * 20), steps)
+    assert line == (
+        f"warning: 70% of the groups up to step {due} teach nothing, because their completions have equal rewards. "
+        "Add a dense reward, such as --reward_type ranking,prefix, or try a --num_generations above 8"
+    )
+    assert not said(capsys, idle(*[0.7] * (due - 1)), steps)
+    assert not said(capsys, [*idle(*[0.4] * due), *idle(*[0.9] * 20)], steps)
+
+
+def test_a_dense_reward_is_not_told_to_be_dense(capsys):
+    (line,) = said(capsys, idle(*[0.7] * 3), 20, names=("rule", "rank_penalty", "prefix"))
+    assert line.endswith("have equal rewards. Try a --num_generations above 8")
+
+
+def test_a_policy_that_runs_away_is_named_once(capsys):
+    (line,) = said(capsys, [{"kl": 0.0}, {"kl": 0.5}, {"kl": 1.5}, {"kl": 3.0}], 40)
+    assert line == (
+        "warning: the policy is far from its start at step 3 of 40: KL is 1.5 nats per token. A --learning_rate below "
+        "0.001 helps, or a --beta above 0.01"
+    )
+    assert not said(capsys, [{"kl": 0.2}] * 4 + [{"kl": 3.0}], 40)  # far from the start late may be progress
+    assert not said(capsys, [{"eval_MRR": 0.5}, {"loss": 1.0}], 40)
+
+
+def test_a_run_without_any_signal_does_not_end_without_a_word(capsys):
+    lines = said(capsys, idle(*[1.0] * 20), 20, ends=True)
+    assert not said(capsys, [*idle(*[1.0] * 20), {"kl": 9.0}], 20, ends=True, first=False)  # another process does
+    assert len(lines) == 2 and lines[1].startswith("warning: no group had completions with different rewards: nothing")
+    assert len(said(capsys, idle(*[1.0] * 19, 0.98), 20, ends=True)) == 1
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_a_run_says_that_nothing_can_be_learned(files, sft_run, tmp_path, monkeypatch, accumulation):
+    monkeypatch.setattr(rewards, "rule", lambda sids, targets: [0.0] * len(sids))
+    flags = {"use_lora": True, "reward_type": "rule", "mask_all_zero": True, "test_during_training": False}
+    flags |= {"gradient_accumulation_steps": accumulation, "train_batch_size": 16 // accumulation}
+    _, result = run_rl(files, sft_run("lora") / "final_checkpoint", tmp_path / "run", **flags)
+    lines = [line for line in result.stderr.splitlines() if line.startswith("warning: ")]
+    assert [line.split(",")[0].split(":")[1] for line in lines] == [
+        " 100% of the groups up to step 3 teach nothing",
+        " no group had completions with different rewards",
+    ]
