@@ -290,7 +290,9 @@ def runs(files, base, tmp_path_factory):
         tokenizer = loading.load_tokenizer(base)
         make_model(tie_word_embeddings=tied, vocab_size=len(tokenizer)).save_pretrained(folder / "base")
         tokenizer.save_pretrained(folder / "base")
-        flags = sft_flags(files, str(folder / "base"), str(folder / "sft"), use_qlora=True, learning_rate=1e-2)
+        flags = sft_flags(
+            files, str(folder / "base"), str(folder / "sft"), use_qlora=True, lora_dropout=0.0, learning_rate=1e-3
+        )
         sft.train(**flags)
         found[tied] = str(folder / "base"), str(folder / "sft"), flags
     return found
