@@ -139,6 +139,12 @@ class RLFlags(TrainingFlags):
     reward_weights: str = flag(
         "", "a weight for each reward of reward_type, separated by commas; 1 each if not given.", _weights
     )
+    sft_weight: float = flag(
+        0.0,
+        "weight of a supervised loss on the targets beside the rewards: their mean negative log-probability per token. "
+        "It keeps what SFT has learnt (the original has none).",
+        zero_or_more,
+    )
     sample_train: bool = flag(
         False, "leave out a random fifth of the prompts (the original: if model_path contains sft)."
     )
@@ -424,6 +430,7 @@ def train(flags: RLFlags) -> "dict | Prediction":
         add_gt=flags.add_gt,
         dynamic_sampling=flags.dynamic_sampling,
         mask_all_zero=flags.mask_all_zero,
+        sft_weight=flags.sft_weight,
         test_beam=flags.test_beam,
         test_batch_size=math.ceil(flags.eval_batch_size / flags.test_beam),
     )

@@ -270,18 +270,52 @@ def test_the_loss_is_the_formula(sft, tmp_path, mode):
         torch.testing.assert_close(parameter.grad, grads[name], atol=1e-5, rtol=1e-3)
 
 
-def test_accumulation_splits_groups_without_changing_the_step(sft, tmp_path):
+@pytest.mark.parametrize("sft_weight", [0.0, 0.5])
+def test_accumulation_splits_groups_without_changing_the_step(sft, tmp_path, sft_weight):
     trained = []
     for size, steps in ((16, 1), (8, 2), (2, 8)):
         trainer = make_trainer(
             sft, "own LoRA", tmp_path, max_steps=2, per_device_train_batch_size=size,
-            gradient_accumulation_steps=steps, switches={"beam_search": True},
+            gradient_accumulation_steps=steps, switches={"beam_search": True, "sft_weight": sft_weight},
         )  # fmt: skip
         trainer.train()
         trained.append(adapters.adapter_parameters(trainer.model, "default"))
     for other in trained[1:]:
         for name, parameter in trained[0].items():
             torch.testing.assert_close(other[name], parameter, atol=2e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("start", STARTS)
+def test_the_supervised_loss_is_that_of_the_targets(sft, tmp_path, start):
+    """In one pass with the completions, values and gradients are those of a pass of its own without shared prompts."""
+    trainer = make_trainer(sft, start, tmp_path, switches={"sft_weight": 0.7, "mask_all_zero": True})
+    trainer.train()
+    batch, inputs = generated(trainer)
+    sid_of = trainer.trie.sid_of(trainer.sids)
+    assert [sid_of[tuple(ids)] for ids in inputs["target_ids"].tolist()] == [row["target"] for row in batch]
+    inputs["completion_mask"][:4] = 0  # a group without a signal still learns its target
+    inputs["target_mask"][4:, -1] = 0  # targets of different lengths
+    model, parts = trainer.model, [inputs[name] for name in ("prompt_ids", "prompt_mask", "target_ids", "target_mask")]
+    trainer.current_gradient_accumulation_steps = 2
+    moving = {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+    def gradients(loss):
+        model.zero_grad()
+        loss.backward()
+        return {name: p.grad.clone() for name, p in moving.items()}
+
+    logps, _ = completion_logps(model, *parts, shared=False)
+    plain = -(logps.sum(dim=1) / inputs["target_mask"].sum(dim=1)).mean()
+    trainer.sft_weight = 0.0
+    expected = trainer._compute_loss(model, inputs) + 0.7 * plain / 2
+    of_plain = gradients(expected)
+    trainer.sft_weight = 0.7
+    loss = trainer._compute_loss(model, inputs)
+    tolerance = {"atol": 2e-3, "rtol": 2e-2} if "QLoRA" in start else {"atol": 1e-5, "rtol": 1e-3}
+    torch.testing.assert_close(loss, expected, **tolerance)
+    assert trainer._metrics["train"]["sft_loss"][-1] == pytest.approx(plain.item(), rel=1e-2)
+    for name, gradient in gradients(loss).items():
+        torch.testing.assert_close(gradient, of_plain[name], **tolerance)
 
 
 # --- The switches -----------------------------------------------------------------------------------------------------

@@ -198,10 +198,14 @@ def rl(flags: Any, inputs: Inputs, prompts: list[list[int]], steps: int, depth: 
             # A group whose completions are spread over several micro-batches takes its prompt along into each.
             rows, in_row = math.ceil(completions / group), min(group, completions)
             # A completion's last token is predicted and predicts nothing; its first is predicted by the prompt.
-            width, predicting = tokens + in_row * (depth - 1), rows + completions * (depth - 1)
+            learnt = 1 if flags.sft_weight else 0  # the target is one more completion of its prompt
+            width = tokens + (in_row + learnt) * (depth - 1)
+            predicting = rows + (completions + learnt * rows) * (depth - 1)
             step = Step(rows, width, predicting, True, accumulate, rewarded=True)
         else:
-            step = Step(completions, tokens + depth, completions * depth, False, accumulate, rewarded=True)
+            learnt = math.ceil(completions / group) if flags.sft_weight else 0
+            rows = completions + learnt
+            step = Step(rows, tokens + depth, rows * depth, False, accumulate, rewarded=True)
         result = inputs.predict(step, flags, on_gpu, reference_copy=flags.method == "full" and flags.beta > 0)
         parts = dict(result.parts)
         if continues and flags.beta:

@@ -48,6 +48,43 @@ def completion_logps(
     return token_logps(logits, row, completion_ids, completion_mask)
 
 
+def with_targets(
+    prompt_ids: torch.Tensor,
+    prompt_mask: torch.Tensor,
+    completion_ids: torch.Tensor,
+    completion_mask: torch.Tensor,
+    target_ids: torch.Tensor,
+    target_mask: torch.Tensor,
+) -> tuple[tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor, torch.Tensor]:
+    """Adds the target of each prompt as one more completion, after the others of that prompt.
+
+    Args:
+        prompt_ids to completion_mask: as `completion_logps` takes them.
+        target_ids, target_mask: [B, T], padded on the right; equal for the completions of a prompt.
+
+    Returns (rows, place, share): what `completion_logps` takes, with B + R rows for R prompts; in which of them the B
+    completions and then the R targets are, [B + R]; the fraction of the completions that each prompt has, [R].
+    """
+    changes = (prompt_ids[1:] != prompt_ids[:-1]).any(dim=1) | (target_ids[1:] != target_ids[:-1]).any(dim=1)
+    prompt = nn.functional.pad(changes.long().cumsum(0), (1, 0))  # of each completion
+    first = nn.functional.pad(changes.nonzero().flatten() + 1, (1, 0))  # completion of each prompt
+    prompts = torch.arange(len(first), device=first.device)
+    order = torch.cat([prompt, prompts]).argsort(stable=True)
+
+    def joined(completions: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        width = max(completions.shape[1], targets.shape[1])
+        parts = [nn.functional.pad(part, (0, width - part.shape[1])) for part in (completions, targets[first])]
+        return torch.cat(parts)[order]
+
+    rows = (
+        torch.cat([prompt_ids, prompt_ids[first]])[order],
+        torch.cat([prompt_mask, prompt_mask[first]])[order],
+        joined(completion_ids, target_ids),
+        joined(completion_mask, target_mask),
+    )
+    return rows, order.argsort(), prompt.bincount(minlength=len(first)) / len(prompt)
+
+
 def token_logps(
     logits: torch.Tensor, row: torch.Tensor, completion_ids: torch.Tensor, completion_mask: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:

@@ -40,7 +40,7 @@ from minionerec.model import adapters, device
 from minionerec.model.sharding import gathered, overwrite, whole_tensors
 from minionerec.training.durable import DurableRun
 from minionerec.training.early_warning import EarlyWarning
-from minionerec.training.logprobs import completion_logps
+from minionerec.training.logprobs import completion_logps, with_targets
 
 REFERENCE_FILE = "reference.safetensors"  # in a checkpoint, the weights of a reference that moves with the policy
 
@@ -86,6 +86,7 @@ class ReReTrainer(DurableRun, GRPOTrainer):
         add_gt: bool = False,
         dynamic_sampling: bool = False,
         mask_all_zero: bool = False,
+        sft_weight: float = 0.0,
         test_beam: int = 20,
         test_batch_size: int = 32,
         **kwargs: Any,
@@ -100,6 +101,8 @@ class ReReTrainer(DurableRun, GRPOTrainer):
             add_gt: the last completion of a group is the target.
             dynamic_sampling: draw 1.5 G completions; keep the target, if drawn, and the most frequent others.
             mask_all_zero: groups without any advantage add nothing to the loss, not even KL, and cost nothing.
+            sft_weight: weight of the supervised loss: the mean over completions of the mean negative log-probability of
+                their target's tokens (nats), at `args.temperature`.
             test_beam, test_batch_size: beams and prompts of a forward pass in `evaluate`.
         """
         adapted = is_peft_model(model)
@@ -118,7 +121,9 @@ class ReReTrainer(DurableRun, GRPOTrainer):
         self.trie, self.sids = trie.to(self.accelerator.device), sids
         self.tokens_of = {sid: tokens for tokens, sid in trie.sid_of(sids).items()}
         self.beam_search, self.add_gt, self.dynamic_sampling = beam_search, add_gt, dynamic_sampling
-        self.mask_all_zero = mask_all_zero
+        self.mask_all_zero, self.sft_weight = mask_all_zero, sft_weight
+        self._targets_to_learn: tuple[torch.Tensor, torch.Tensor] | None = None  # of the forward pass that is made
+        self._supervised_loss: torch.Tensor | None = None  # of that pass
         self.test_beam, self.test_batch_size = test_beam, test_batch_size
         self.add_callback(EarlyWarning(self.reward_func_names))
         self.reference_adapter: str | None = None
@@ -170,6 +175,10 @@ class ReReTrainer(DurableRun, GRPOTrainer):
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         self._targets = [self.tokens_of[example["target"]] for example in inputs]
         outputs = super()._generate_and_score_completions(inputs)
+        if self.sft_weight:
+            targets = [torch.tensor(target) for target in self._targets]
+            ids = nn.utils.rnn.pad_sequence(targets, batch_first=True, padding_value=-1).to(self.accelerator.device)
+            outputs["target_ids"], outputs["target_mask"] = ids.clamp(min=0), (ids >= 0).long()
         if self.mask_all_zero:
             # If any reward of a group differs, some advantage is about 1 or more; else rounding may leave a small one.
             silent = (outputs["advantages"].view(-1, self.num_generations).abs() < 1e-3).all(dim=1)
@@ -262,8 +271,20 @@ class ReReTrainer(DurableRun, GRPOTrainer):
         compute_entropy: bool = False,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor, None]:
-        """(log-probabilities, entropies, None), [B, C] each; completions that are masked out cost nothing."""
+        """(log-probabilities, entropies, None), [B, C] each; completions that are masked out cost nothing. Targets to
+        learn are one more completion of their prompt, in the same pass."""
         width = input_ids.shape[1] - logits_to_keep
+        if self._targets_to_learn is not None and torch.is_grad_enabled():
+            parts = [tensor.split([width, logits_to_keep], dim=1) for tensor in (input_ids, attention_mask)]
+            (prompts, completions), (prompt_mask, completion_mask) = parts
+            targets, self._targets_to_learn = self._targets_to_learn, None
+            rows, place, share = with_targets(prompts, prompt_mask, completions, completion_mask, *targets)
+            count, mask = len(input_ids), rows[3][place]
+            ids, mask_of_all = torch.cat(rows[::2], dim=1), torch.cat(rows[1::2], dim=1)
+            found = self._get_per_token_logps_and_entropies(model, ids, mask_of_all, rows[2].shape[1])
+            logps, entropies = (values[place] for values in found[:2])
+            self._supervised_loss = -(share * logps[count:].sum(dim=1) / mask[count:].sum(dim=1)).sum()
+            return logps[:count, :logits_to_keep], entropies[:count, :logits_to_keep], None
         mask = attention_mask[:, width:].bool()
         logps = torch.zeros(mask.shape, device=mask.device)
         entropies = torch.zeros_like(logps)
@@ -297,6 +318,16 @@ class ReReTrainer(DurableRun, GRPOTrainer):
         return device.weights_are_sharded() or (torch.is_grad_enabled() and several)
 
     def _compute_loss(self, model: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
+        """As TRL's, plus the supervised loss on the targets."""
+        if not self.sft_weight:
+            return self._policy_loss(model, inputs)
+        self._targets_to_learn = inputs["target_ids"], inputs["target_mask"]
+        loss, supervised = self._policy_loss(model, inputs), self._supervised_loss
+        self._supervised_loss = None
+        self._metrics["train"]["sft_loss"].append(self.accelerator.gather(supervised.detach()).mean().item())
+        return loss + self.sft_weight * supervised / self.current_gradient_accumulation_steps
+
+    def _policy_loss(self, model: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
         """As TRL's, which computes the reference for every completion before the advantages are known. Here it is
         computed now, only for the completions that count, and in the batches of the policy, so that equal models give
         equal values."""
