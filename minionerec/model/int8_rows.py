@@ -49,34 +49,21 @@ class Rows:
 
 
 class Int8Layer(nn.Module):
-    """What both layers share. The bytes are the parameter named `weight`, by which PEFT and engines find what is tied;
-    the attribute `weight` is a `Rows`.
+    """What both layers share.
 
     Attributes:
+        packed: int8 [V, H + 4]; if FSDP or ZeRO-3 shards it, the same bytes as 16-bit values, since they shard tensors of
+            a floating dtype only. An embedding that stays on the CPU has it as a plain tensor: engines want all
+            parameters on one device.
         dtype: of the rows.
         used_on: the device that the model was loaded to.
         rows: what stands for the weight, one object for tied matrices.
-        on_cpu: the bytes of an embedding that stays on the CPU. It is no parameter, since engines want those of a model
-            on one device.
     """
 
+    packed: torch.Tensor
     dtype: torch.dtype
     used_on: torch.device
     rows: Rows
-    on_cpu: torch.Tensor
-
-    @property
-    def packed(self) -> torch.Tensor:
-        """int8 [V, H + 4]; if FSDP or ZeRO-3 shards them, the same bytes as 16-bit values: they shard tensors of a
-        floating dtype only."""
-        parameter = self._parameters.get("weight")
-        return self.on_cpu if parameter is None else parameter
-
-    def hold(self, packed: torch.Tensor) -> None:
-        if isinstance(packed, nn.Parameter):
-            self._parameters["weight"] = packed
-        else:
-            self.on_cpu = packed
 
     @property
     def width(self) -> int:
@@ -190,10 +177,23 @@ def quantize_ends(model: PreTrainedModel, used_on: torch.device) -> None:
         head.to(used_on)
     elif head.weight is embedding.weight:
         _store(sharing[head], used_on, used_on)
+        for module in model.modules():  # PEFT finds by the names of parameters what is tied
+            tied = getattr(module, "_tied_weights_keys", None)
+            if isinstance(tied, dict):
+                module.__dict__["_tied_weights_keys"] = {
+                    _renamed(module, k): _renamed(module, v) for k, v in tied.items()
+                }
     else:
         looked_up_on = embedding.weight.device if embedding.weight.is_meta else torch.device("cpu")
         _store([embedding], used_on, looked_up_on)
         _store([head], used_on, used_on)
+
+
+def _renamed(model: nn.Module, name: str) -> str:
+    """The name of a weight after it was packed."""
+    owner, _, leaf = name.rpartition(".")
+    packed = any(isinstance(module, Int8Layer) for found, module in model.named_modules() if found == owner)
+    return f"{owner}.packed" if packed and leaf == "weight" else name
 
 
 def _fits(model: nn.Module, module: nn.Module) -> bool:
@@ -224,7 +224,7 @@ def _store(layers: list[nn.Module], used_on: torch.device, stored_on: torch.devi
         del layer._parameters["weight"]
         kind: type = type(layer)
         layer.__class__ = Int8Head if isinstance(layer, nn.Linear) else _int8_embedding(kind)
-        layer.hold(packed)
+        layer.packed = packed
         layer.dtype, layer.used_on = weight.dtype, used_on
         layer.rows = rows = rows or Rows(layer)
         layer.to(used_on)  # a bias
@@ -250,7 +250,7 @@ def grow(model: PreTrainedModel, count: int) -> None:
             new = pack(torch.empty(count - old, layer.width).normal_(0, std)).to(packed.device)
             rows = torch.cat([_bytes(packed), new]).view(packed.dtype)
             grown[id(packed)] = nn.Parameter(rows, requires_grad=False) if isinstance(packed, nn.Parameter) else rows
-        layer.hold(grown[id(packed)])
+        layer.packed = grown[id(packed)]
         if isinstance(layer, nn.Embedding):
             layer.num_embeddings = count
             continue
@@ -264,13 +264,14 @@ def grow(model: PreTrainedModel, count: int) -> None:
 def dequantize_ends(model: nn.Module, dtype: torch.dtype) -> None:
     """Turns the layers in 8 bits into plain ones, in place, with the values that their bytes stand for."""
     weights: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        module.__dict__.pop("_tied_weights_keys", None)
     for layer in int8_layers(model):
         key = id(layer.packed)
         if key not in weights:
             weights[key] = nn.Parameter(unpack(_bytes(layer.packed), dtype).to(layer.used_on), requires_grad=False)
-        layer._parameters.pop("weight", None)
-        for name in ("dtype", "used_on", "rows", "on_cpu"):
-            layer.__dict__.pop(name, None)
+        for name in ("packed", "dtype", "used_on", "rows"):
+            delattr(layer, name)
         kind: type = type(layer)
         plain: type = nn.Linear if kind is Int8Head else nn.Embedding if kind is Int8Embedding else kind.__mro__[1]
         layer.__class__ = plain
