@@ -52,8 +52,8 @@ class Int8Layer(nn.Module):
     """What both layers share.
 
     Attributes:
-        packed: int8 [V, H + 4]; if FSDP or ZeRO-3 shards it, the same bytes as 16-bit values, since they shard tensors of
-            a floating dtype only. An embedding that stays on the CPU has it as a plain tensor: engines want all
+        packed: int8 [V, H + 4]; if FSDP or ZeRO-3 shards it, the same bytes as 16-bit values, since they shard only
+            tensors of a floating dtype. An embedding that stays on the CPU has it as a plain tensor: engines want all
             parameters on one device.
         dtype: of the rows.
         used_on: the device that the model was loaded to.
