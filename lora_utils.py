@@ -31,7 +31,7 @@ from transformers.pytorch_utils import Conv1D
 from minionerec.checkpoint import Checkpoint
 from minionerec.errors import InputError
 from minionerec.flags import AdapterFlags
-from minionerec.model import architecture, device, experts, loading
+from minionerec.model import architecture, device, experts, int8_rows, loading
 from minionerec.model.adapters import load_adapter, prepare_quantized, set_up_adapter
 
 DEFAULTS = AdapterFlags()
@@ -284,7 +284,9 @@ def load_adapted(
             f"adapter {checkpoint.path} does not fit the base {base_model}: these are not the weights it was trained "
             "on; name the base it was trained on"
         )
-    model = loading.load_base(base_model, quantization, dtype=None if quantization else merge_in)
+    model = loading.load_base(
+        base_model, quantization, dtype=None if quantization else merge_in, ends_in_8_bits=merge_in is None
+    )
     if merge_in is not None and quantization:
         model = model.dequantize(merge_in).to(merge_in)
     loading.fit_embeddings(model, tokenizer)
@@ -306,9 +308,12 @@ def load_checkpoint(checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerFast, 
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
-    """(trainable, all) parameters. Tied parameters count once, 4-bit ones as the values they store."""
-    trainable = total = 0
+    """(trainable, all) parameters. Tied parameters count once, those in 4 or 8 bits as the values they store."""
+    packed = {id(layer.packed): layer.weight.shape.numel() for layer in int8_rows.int8_layers(model)}
+    trainable, total = 0, sum(packed.values())
     for parameter in model.parameters():
+        if id(parameter) in packed:
+            continue
         count = parameter.numel()
         state = getattr(parameter, "quant_state", None)
         if state is not None:

@@ -195,7 +195,8 @@ def test_qlora_trains_loads_and_merges(tmp_path, name):
         far = (logits(model) - trained).abs().mean()
     with torch.autocast("cpu", torch.bfloat16):  # the same arithmetic: in another, routers choose other experts
         written_out = adapters.load_adapter(base().dequantize(torch.bfloat16), str(tmp_path / "adapter"))
-        assert (logits(written_out) - trained).abs().mean() < 0.01 * far
+        # Its embedding and head are rounded to bfloat16 once more.
+        assert (logits(written_out) - trained).abs().mean() < 0.03 * far
     whole = base().dequantize(torch.float32).to(torch.float32)
     loaded = adapters.load_adapter(whole, str(tmp_path / "adapter"))
     expected = logits(loaded)

@@ -16,7 +16,7 @@ import lora_utils
 from minionerec.dryrun import report
 from minionerec.dryrun.memory import GB, Step, _Alive, cache_gb, predict
 from minionerec.flags import OPTIMIZERS, AdapterFlags, memory_gb
-from minionerec.model import adapters
+from minionerec.model import adapters, loading
 from minionerec.process_memory import rss_gb
 from minionerec.training.logprobs import completion_logps
 from minionerec.training.sft_trainer import response_logits
@@ -145,7 +145,7 @@ def test_a_dry_run_of_rl_takes_plain_rows_where_rl_does(architecture, monkeypatc
 @pytest.mark.parametrize("bits", [4, 8])
 def test_what_a_quantized_base_weighs(base, bits):
     quantization = lora_utils.quantization_config(AdapterFlags(use_qlora=bits == 4, load_in_8bit=bits == 8))
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16, quantization_config=quantization)
+    model = loading.load_base(base, quantization)
     weights = 0
     for parameter in model.parameters():
         weights += parameter.numel() * parameter.element_size()

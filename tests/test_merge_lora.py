@@ -95,7 +95,7 @@ def test_four_bit_weights_are_merged_as_what_they_stand_for(trained, base):
     merged = lora_utils.load_adapted(
         Checkpoint.read(trained["4 bits"]), tokenizer, base, quantization, merge_in=torch.float32
     )
-    plain = loading.load_base(base, quantization).dequantize(torch.float32).to(torch.float32)
+    plain = loading.load_base(base, quantization, ends_in_8_bits=False).dequantize(torch.float32).to(torch.float32)
     loading.fit_embeddings(plain, tokenizer)
     adapted = adapters.load_adapter(plain, trained["4 bits"])
     ids = torch.arange(30).unsqueeze(0)

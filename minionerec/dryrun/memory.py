@@ -26,7 +26,7 @@ from transformers.integrations import moe
 from minionerec.dryrun.depth import BEFORE, HEAD, Depth, Piece, whole_where_needed
 from minionerec.errors import InputError
 from minionerec.flags import AdapterFlags
-from minionerec.model import adapters, architecture, low_rank
+from minionerec.model import adapters, architecture, int8_rows, low_rank
 from minionerec.model.token_trees import edge_losses
 from minionerec.process_memory import rss_gb
 from minionerec.training.logprobs import token_logps
@@ -35,6 +35,8 @@ GB = 1e9
 CUDA_CONTEXT = 0.6e9  # the driver and its libraries, roughly; torch.cuda.max_memory_allocated does not count it
 # The fraction of freed activations that the C library keeps, as measured: benchmarks/memory.py.
 HELD_BACK_ON_CPU = 0.65
+# What it keeps for a layer of a quantized base that is computed again, with gradient checkpointing, as measured.
+HELD_BACK_PER_LAYER = 12e6
 # The compiled bfloat16 matmuls that `cli.KERNEL_CACHE_LIMITS` keeps on a CPU, as measured.
 COMPILED_ON_CPU = 0.1e9
 
@@ -177,6 +179,12 @@ def predict(
     rounded = {id(layer.weight) for layer in architecture.matrices(model).layers.values()}
     quantized = architecture.quantized_weights(model, bits).values() if bits < 16 else ()
     stored = {id(weight) for weight in quantized}
+    elsewhere = None
+    if bits < 16:
+        int8_rows.quantize_ends(model, torch.device("meta"))
+        embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+        if on_gpu and isinstance(embedding, int8_rows.Int8Layer) and embedding.packed is not head.packed:
+            elsewhere = embedding.packed  # it stays on the CPU
     base_weights = {id(p): p for p in model.parameters()}
     times = depth.times(model)
     reference = sum(
@@ -186,6 +194,7 @@ def predict(
     weights = sum(
         times[key] * (_quantized_bytes(p, bits) if key in stored else p.numel() * p.element_size())
         for key, p in base_weights.items()
+        if p is not elsewhere
     )
     # A matmul dequantizes its weight first; an 8-bit one on a CPU to float32.
     width = 4 if bits == 8 and not on_gpu else 2
@@ -218,6 +227,8 @@ def predict(
         resized = config_rows < vocabulary and bits == 16
         runtime = rss_gb() * GB + HELD_BACK_ON_CPU * kept + resized * config_rows * hidden * dtype.itemsize
         runtime += COMPILED_ON_CPU * (dtype == torch.bfloat16)
+        if flags.gradient_checkpointing:
+            runtime += len(depth.order) * min(HELD_BACK_PER_LAYER, 2 * dequantized)
     if reference_copy:
         weights += reference
     parts = {

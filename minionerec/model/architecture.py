@@ -121,14 +121,18 @@ def _why_not(model: PreTrainedModel, name: str) -> str:
     owner = model.get_submodule(parent)
     kind: type = type(owner)
     # State-space mixers pass the weight to a fused kernel. Bloom's layers read it only if `slow_but_exact` is set.
-    read = re.search(rf"self\.{leaf}\.weight\b(?!\.(dtype|device))", _source(kind))
-    if read and getattr(owner, "slow_but_exact", True):
+    if reads(kind, f"{leaf}.weight") and getattr(owner, "slow_but_exact", True):
         return "weight read directly"
     try:
         LoraModel._check_target_module_compatiblity(None, LoraConfig(), model, leaf)
     except ValueError:
         return "PEFT refuses it"
     return ""
+
+
+def reads(kind: type, attribute: str) -> bool:
+    """Whether the code of a class reads the values of `self.attribute`, rather than their type or device."""
+    return re.search(rf"self\.{re.escape(attribute)}\b(?!\.(dtype|device))", _source(kind)) is not None
 
 
 @cache

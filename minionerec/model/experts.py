@@ -23,19 +23,21 @@ from peft.tuners.lora.layer import ParamWrapper
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.integrations import moe
-from transformers.integrations.bitsandbytes import Bnb4bitQuantize
+from transformers.integrations.bitsandbytes import Bnb4bitQuantize, Bnb8bitQuantize
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 from transformers.quantizers.quantizer_bnb_8bit import Bnb8BitHfQuantizer
 from transformers.quantizers.quantizers_utils import get_module_from_name
 
-from minionerec.model import architecture
+from minionerec.model import architecture, int8_rows
 
-if TYPE_CHECKING:  # what `LeanExperts` and `LeanParameter` are mixed into
+if TYPE_CHECKING:  # what the classes here are mixed into
     from peft.tuners.lora.layer import ParamWrapper as _Wrapper
     from torch.nn import Module as _Experts
+    from transformers.core_model_loading import ConversionOps as _Conversion
+    from transformers.quantizers.base import HfQuantizer as _Quantizer
 else:
-    _Experts = _Wrapper = object
+    _Experts = _Wrapper = _Conversion = _Quantizer = object
 
 
 def grouped(x: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
@@ -235,8 +237,55 @@ class _QuantizeExperts(Bnb4bitQuantize):
         return result
 
 
-class _SkipsLayers:
-    """Adds the layers of `architecture.not_to_quantize` to those that a quantizer skips."""
+class _EndsOnCPU(_Conversion):
+    """Leaves the embedding and the output head on the CPU while the other weights are loaded: `int8_rows.quantize_ends`
+    packs them there, so that a GPU never holds them in 16 bits."""
+
+    def convert(
+        self,
+        input_dict: dict[str, Any],
+        full_layer_name: str | None = None,
+        model: PreTrainedModel | None = None,
+        **kwargs: Any,
+    ) -> dict[str, torch.Tensor]:
+        name, value = next(iter(input_dict.items()))  # weights come one by one
+        assert model
+        if not _is_end(model, name):
+            return super().convert(input_dict, full_layer_name=full_layer_name, model=model, **kwargs)
+        value = value[0] if isinstance(value, list) else value
+        if value.shape != model.get_parameter(name).shape:
+            raise ValueError(f"{name} has the shape {list(value.shape)}, not {list(model.get_parameter(name).shape)}")
+        return {name: value.to("cpu")}
+
+
+def _is_end(model: PreTrainedModel, name: str) -> bool:
+    module, leaf = get_module_from_name(model, name)
+    return leaf == "weight" and (module is model.get_input_embeddings() or module is model.get_output_embeddings())
+
+
+class _Quantize4bit(_EndsOnCPU, _QuantizeExperts):
+    pass
+
+
+class _Quantize8bit(_EndsOnCPU, Bnb8bitQuantize):
+    pass
+
+
+class _OurQuantizer(_Quantizer):
+    """Adds the layers of `architecture.not_to_quantize` to those that a quantizer skips, and handles the embedding and
+    the output head itself."""
+
+    def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
+        return _is_end(model, param_name) or super().param_needs_quantization(model, param_name, **kwargs)
+
+    def param_element_size(self, model: PreTrainedModel, param_name: str, param: torch.Tensor) -> float:
+        """What transformers reserves on a GPU before it loads."""
+        return 0 if _is_end(model, param_name) else super().param_element_size(model, param_name, param)
+
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+        model = super()._dequantize(model, dtype=dtype)
+        int8_rows.dequantize_ends(model, dtype or model.config.dtype)
+        return model
 
     @staticmethod
     def get_modules_to_not_convert(model: PreTrainedModel, *args: Any, **kwargs: Any) -> list[str]:
@@ -244,15 +293,15 @@ class _SkipsLayers:
         return found + architecture.not_to_quantize(model)
 
 
-class _Quantizer4bit(_SkipsLayers, Bnb4BitHfQuantizer):
+class _With4BitExperts(Bnb4BitHfQuantizer):
     """transformers' 4-bit quantizer, extended to experts."""
 
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
         module, leaf = get_module_from_name(model, param_name)
         return leaf in architecture.expert_parameters(module) or super().param_needs_quantization(model, param_name)
 
-    def get_quantize_ops(self) -> _QuantizeExperts:
-        return _QuantizeExperts(self)
+    def get_quantize_ops(self) -> _Quantize4bit:
+        return _Quantize4bit(self)
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
         model = super()._dequantize(model, dtype=dtype)
@@ -265,14 +314,19 @@ class _Quantizer4bit(_SkipsLayers, Bnb4BitHfQuantizer):
         return model
 
 
-class _Quantizer8bit(_SkipsLayers, Bnb8BitHfQuantizer):
+class _Quantizer4bit(_OurQuantizer, _With4BitExperts):
     pass
+
+
+class _Quantizer8bit(_OurQuantizer, Bnb8BitHfQuantizer):
+    def get_quantize_ops(self) -> _Quantize8bit:
+        return _Quantize8bit(self)
 
 
 @contextmanager
 def quantizers() -> Iterator[None]:
-    """While open, transformers loads a base for QLoRA with its experts in 4 bits, and does not quantize the layers of
-    `architecture.not_to_quantize`."""
+    """While open, transformers loads a base for QLoRA with its experts in 4 bits, leaves the embedding and the output
+    head of a quantized base on the CPU, and does not quantize the layers of `architecture.not_to_quantize`."""
     ours = {"bitsandbytes_4bit": _Quantizer4bit, "bitsandbytes_8bit": _Quantizer8bit}
     with mock.patch.dict(AUTO_QUANTIZER_MAPPING, ours):
         yield

@@ -24,6 +24,7 @@ from transformers.utils import logging as transformers_logging
 from minionerec.data.sid_tokens import add_sid_tokens as add_to_tokenizer
 from minionerec.errors import InputError
 from minionerec.model import device
+from minionerec.process_memory import return_freed_memory
 
 
 def load_tokenizer(path: str) -> PreTrainedTokenizerFast:
@@ -110,6 +111,7 @@ def load_base(
     quantization: BitsAndBytesConfig | None = None,
     from_scratch: bool = False,
     dtype: torch.dtype | str | None = None,
+    ends_in_8_bits: bool = True,
 ) -> PreTrainedModel:
     """A causal LM on this process's device, for training or evaluation.
 
@@ -117,8 +119,9 @@ def load_base(
         quantization: how bitsandbytes stores the base; None for no quantization.
         from_scratch: random float32 weights from the configuration, instead of those of the checkpoint.
         dtype: of the weights that are not quantized; "auto" for the type they were saved in, None for `compute_dtype`.
+        ends_in_8_bits: whether embedding and output head of a quantized base are stored in 8 bits.
     """
-    from minionerec.model import architecture, experts
+    from minionerec.model import architecture, experts, int8_rows
 
     config = load_config(path)
     if getattr(config.get_text_config(), "output_router_logits", False):
@@ -149,6 +152,12 @@ def load_base(
     architecture.freeze_beside_text(model)
     if quantization is not None:
         _keep_training_layout(model)
+        if ends_in_8_bits:
+            int8_rows.quantize_ends(model, device.local_device())
+        else:
+            model.get_input_embeddings().to(device.local_device())
+            model.get_output_embeddings().to(device.local_device())
+    return_freed_memory()
     forget_sampling_defaults(model)
     return model
 
@@ -233,6 +242,12 @@ def add_sid_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, s
 def fit_embeddings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
     """Grows the embedding so that every token has a row. It never shrinks: models often have more rows than their
     tokenizer has tokens, and new tokens use the spare rows first."""
-    if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
+    from minionerec.model import int8_rows
+
+    if len(tokenizer) <= model.get_input_embeddings().weight.shape[0]:
+        return
+    if int8_rows.int8_layers(model):
+        int8_rows.grow(model, len(tokenizer))
+    else:
         # transformers' initialization from mean and covariance would take two float32 copies of the embedding.
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)

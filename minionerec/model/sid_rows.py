@@ -9,6 +9,7 @@ from peft.tuners.trainable_tokens import TrainableTokensLayer
 from torch import nn
 
 from minionerec.model.head import float32_linear
+from minionerec.model.int8_rows import Int8Layer
 
 
 class SidRows(TrainableTokensLayer):
@@ -36,6 +37,12 @@ class SidRows(TrainableTokensLayer):
             else:
                 result = self._overwrite_logits(result, x, rows, adapter)
         return result
+
+    def get_merged_weights(self, active_adapters: Sequence[str]) -> torch.Tensor:
+        """As PEFT's, which models ask for its type. The matrix of an 8-bit layer is not written out for that."""
+        if isinstance(self.base_layer, Int8Layer):
+            return self.base_layer.weight
+        return super().get_merged_weights(active_adapters)
 
     def _ids(self, adapter: str, device: torch.device) -> torch.Tensor:
         """The token ids of the rows, [n], cached on the device."""
