@@ -142,6 +142,25 @@ def test_a_dry_run_of_rl_takes_plain_rows_where_rl_does(architecture, monkeypatc
     assert "each repeat their prompt" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("architecture", "step"),
+    [
+        ("qwen2", Step(2, 20 + 3 * 3, 2 + 6 * 3, True, False, rewarded=True)),
+        ("bloom", Step(6, 24, 24, False, False, True)),
+    ],
+)
+def test_a_target_to_learn_is_one_more_completion(architecture, step, monkeypatch):
+    """4 completions of 2 prompts of 20 tokens, and SIDs of 4."""
+    steps = []
+    monkeypatch.setattr(report, "say_flags", lambda flags: None)
+    monkeypatch.setattr(report, "say_tasks", lambda *_: None)
+    monkeypatch.setattr(report, "predict", lambda *a, **k: steps.append(a[3]) or predict(*a, **k))
+    flags = RLFlags(gpu_memory="12GB", train_batch_size=4, num_generations=2, sft_weight=1.0)
+    inputs = report.Inputs(configuration(architecture), range(96), [], None, None, lora_utils.adapt)
+    report.rl(flags, inputs, [[1] * 20], 1, 4, continues=False)
+    assert steps[0] == step
+
+
 @pytest.mark.parametrize("bits", [4, 8])
 def test_what_a_quantized_base_weighs(base, bits):
     quantization = lora_utils.quantization_config(AdapterFlags(use_qlora=bits == 4, load_in_8bit=bits == 8))
