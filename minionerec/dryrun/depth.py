@@ -25,12 +25,13 @@ BEFORE, FORWARD, HEAD, BACKWARD = "before the layers", "forward", "head and loss
 class Piece:
     """A piece of a training step: a layer forward or backward (`place`, among those measured), or what stands around
     the layers. The bytes alive grow by `growth` from its start to its end, and by `peak` at most in between; around the
-    layers, `freed` of them were made by the layer at each place."""
+    layers, `freed` of them were made by the layer at each place. `flops` is the work of its matmuls."""
 
     phase: str
     place: int = -1
     growth: int = 0
     peak: int = 0
+    flops: int = 0
     freed: Counter[int] = field(default_factory=Counter)
 
     def add(self, size: int) -> None:

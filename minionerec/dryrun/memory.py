@@ -1,4 +1,4 @@
-"""Predicts the peak memory of a training step without its weights.
+"""Predicts the peak memory of a training step, and the work of its matmuls, without its weights.
 
 Forward and backward passes of the model that would train (its adapter, its checkpointing, its label-only loss) run on
 fake tensors, which have shapes but no storage, and every storage that would be alive is counted. So what an
@@ -20,6 +20,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
 from transformers import PreTrainedConfig, masking_utils
 from transformers.integrations import moe
 
@@ -65,8 +66,8 @@ class Step:
 
 
 class _Alive(TorchDispatchMode):
-    """Counts the bytes of the storages that operations make, for as long as anything holds them. Storages of `before`
-    do not count, since their views take no new memory."""
+    """Counts the bytes of the storages that operations make, for as long as anything holds them, and the work of
+    matmuls. Storages of `before` do not count, since their views take no new memory."""
 
     def __init__(self, before: list[torch.Tensor]):
         super().__init__()
@@ -77,6 +78,8 @@ class _Alive(TorchDispatchMode):
 
     def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         result = function(*args, **(kwargs or {}))
+        if function.overloadpacket in flop_registry:
+            self.pieces[-1].flops += flop_registry[function.overloadpacket](*args, **(kwargs or {}), out_val=result)
         for tensor in tree_leaves(result):
             if isinstance(tensor, torch.Tensor):
                 self._watch(tensor.untyped_storage())
@@ -129,10 +132,12 @@ def _quantized_bytes(weight: torch.Tensor, bits: int) -> int:
 
 @dataclass
 class Prediction:
-    """The peak memory of a training on one device by part, in GB (1e9 bytes), and how many parameters train."""
+    """The peak memory of a training on one device by part, in GB (1e9 bytes), how many parameters train, and the
+    floating-point operations of the matmuls of a micro-batch, both passes."""
 
     parts: dict[str, float]
     trainable: int
+    flops: int
 
     @property
     def total(self) -> float:
@@ -212,7 +217,7 @@ def predict(
     adapter = sum(size for key, size in sizes.items() if key not in base_weights)
     try:
         # As in the trainers: SFT with recomputed activations keeps none of autocast's copies of weights.
-        peak, kept, loss = _run(
+        peak, kept, loss, flops = _run(
             model, step, dtype, depth, cache_enabled=step.rewarded or not flags.gradient_checkpointing
         )
     except (DynamicOutputShapeException, DataDependentOutputException):
@@ -241,7 +246,7 @@ def predict(
         "runtime": runtime,
     }
     trainable = sum(times[id(p)] * p.numel() for p in trained)
-    return Prediction({name: size / GB for name, size in parts.items()}, trainable)
+    return Prediction({name: size / GB for name, size in parts.items()}, trainable, flops)
 
 
 def cache_gb(
@@ -258,9 +263,12 @@ def cache_gb(
     return (cached + rows * tokens * (3 * inner + 4 * text.hidden_size)) * size / GB
 
 
-def _run(model: nn.Module, step: Step, dtype: torch.dtype, depth: Depth, cache_enabled: bool) -> tuple[int, int, int]:
+def _run(
+    model: nn.Module, step: Step, dtype: torch.dtype, depth: Depth, cache_enabled: bool
+) -> tuple[int, int, int, int]:
     """(peak bytes of forward and backward passes, gradients included; bytes that the first forward pass keeps up to the
-    output head; bytes that the head and the loss add), all for the full depth that `model` was cut from."""
+    output head; bytes that the head and the loss add; FLOPs of a micro-batch), all for the full depth that `model` was
+    cut from."""
     model.train()
     # Replaces what depends on values, which fake tensors lack: the seed of a dropout mask, the search for packed rows.
     with (
@@ -295,12 +303,13 @@ def _run(model: nn.Module, step: Step, dtype: torch.dtype, depth: Depth, cache_e
                 loss.backward()
                 del logits, loss
         watch.remove()
-    peak = kept = at = 0
+    peak = kept = at = flops = 0
     for piece in depth.full(alive.pieces):
+        flops += piece.flops
         kept = kept or at * (piece.phase == HEAD)
         peak = max(peak, at + piece.peak)
         at += piece.growth
-    return peak, kept, of_loss
+    return peak, kept, of_loss, flops // (2 if step.accumulate else 1)
 
 
 def _of_one_expert(x: torch.Tensor, weight: torch.Tensor, offs: torch.Tensor) -> torch.Tensor:

@@ -4,6 +4,7 @@ fits the device."""
 import json
 import math
 import os
+import time
 from bisect import bisect_left
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
@@ -49,9 +50,10 @@ class Inputs:
         return predict(self.config, vocabulary, self.sid_token_ids, step, flags, self.adapt, on_gpu, reference_copy)
 
 
-def say_tasks(encoder: Encoder, rows_of: Callable[[str], Iterable]) -> tuple[int, int, int]:
-    """Prints a line for every task; returns how many examples there are, and the most tokens of one and a response."""
-    examples = longest = longest_response = 0
+def say_tasks(encoder: Encoder, rows_of: Callable[[str], Iterable]) -> tuple[int, int, int, int]:
+    """Prints a line for every task; returns how many examples there are, the tokens of all, and the most tokens of one
+    and of a response."""
+    examples = total = longest = longest_response = 0
     print(f"\n{'task':<32}{'rows':>10}{'weight':>8}{'tokens: median':>16}{'95%':>6}{'longest':>9}{'response':>10}")
     for task in encoder.prompts.tasks.values():
         lengths, responses = [], []
@@ -68,8 +70,9 @@ def say_tasks(encoder: Encoder, rows_of: Callable[[str], Iterable]) -> tuple[int
             f"{lengths[int(0.95 * (len(lengths) - 1))]:>6}{lengths[-1]:>9}{max(responses):>10}"
         )
         examples += len(lengths) * task.weight
+        total += sum(lengths) * task.weight
         longest, longest_response = max(longest, lengths[-1]), max(longest_response, *responses)
-    return examples, longest, longest_response
+    return examples, total, longest, longest_response
 
 
 def say_flags(flags: AdapterFlags) -> None:
@@ -134,7 +137,7 @@ def suggestion(flags: Any, batch: str, size: float, total_of: Callable[[Any], fl
 def sft(flags: Any, inputs: Inputs, training_examples: Callable[[], Dataset]) -> Prediction:
     """The dry run of sft.py, of its flags; `training_examples()` tokenizes them, or finds them in the cache."""
     say_flags(flags)
-    examples, tokens, response = say_tasks(inputs.encoder, inputs.rows_of)
+    examples, total, tokens, response = say_tasks(inputs.encoder, inputs.rows_of)
     steps = math.ceil(examples / flags.batch_size)
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     print(f"\n{examples:,} examples; {steps:,} steps an epoch, at most {steps * flags.num_epochs:,} in all")
@@ -164,7 +167,29 @@ def sft(flags: Any, inputs: Inputs, training_examples: Callable[[], Dataset]) ->
     def suggest() -> str:
         return suggestion(flags, "micro_batch_size", size, lambda flags: predicted(flags).total)
 
-    return say_memory(predicted(flags), size, name, suggest)
+    found, step = say_memory(predicted(flags), size, name, suggest), step_of(flags)
+    if not flags.gpu_memory:  # else the card is not here
+        nodes = _tree_batches(flags, prefixes, processes).survey()[1] if merges else total / examples * flags.batch_size
+        work = found.flops / (step.rows * step.tokens) * nodes / processes
+        speed = _matmul_speed(step.rows * step.tokens, inputs.config, device.compute_dtype(flags.bits < 16))
+        print(
+            f"at least {work / speed:.3g} s a step and {work / speed * steps / 3600:.3g} h an epoch: a step has "
+            f"{work / 1e12:.3g} TFLOP of matmuls, which reach {speed / 1e12:.3g} TFLOP/s here now"
+        )
+    return found
+
+
+def _matmul_speed(positions: int, config: PreTrainedConfig, dtype: torch.dtype) -> float:
+    """FLOP/s on this device: `positions` hidden states times a feed-forward weight of the model, median of five."""
+    text, where = config.get_text_config(), {"device": device.local_device(), "dtype": dtype}
+    hidden = torch.ones(positions, text.hidden_size, **where)
+    weight = torch.ones(text.hidden_size, getattr(text, "intermediate_size", None) or 4 * text.hidden_size, **where)
+    seconds = []
+    for _ in range(6):
+        started = time.perf_counter()
+        (hidden @ weight)[0, 0].item()  # waits for a GPU
+        seconds.append(time.perf_counter() - started)
+    return 2 * hidden.numel() * weight.shape[1] / median(seconds[1:])
 
 
 def _tree_batches(flags: Any, prefixes: Prefixes, processes: int) -> TreeBatches:
@@ -218,7 +243,7 @@ def rl(flags: Any, inputs: Inputs, prompts: list[list[int]], steps: int, depth: 
             asked = math.ceil(flags.eval_batch_size / flags.test_beam)
             cache = max(cache, cache_gb(config, asked, tokens, flags.test_beam, depth, on_gpu))
         parts["cache"] = max(cache - parts["activations"] - parts["logits"], 0.0)
-        return Prediction(parts, result.trainable)
+        return replace(result, parts=parts)
 
     def suggest() -> str:
         return suggestion(flags, "train_batch_size", size, lambda flags: predicted(flags).total, least=group)
