@@ -157,7 +157,7 @@ def trees(
     micro_batch_size: int = 8,
     pack_rows: int = -1,
     cutoff_len: int = 512,
-    num_hidden_layers: int = 10,
+    num_hidden_layers: int = 6,
     hidden_size: int = 896,
     num_attention_heads: int = 14,
     num_key_value_heads: int = 2,

@@ -133,11 +133,12 @@ def _quantized_bytes(weight: torch.Tensor, bits: int) -> int:
 @dataclass
 class Prediction:
     """The peak memory of a training on one device by part, in GB (1e9 bytes), how many parameters train, and the
-    floating-point operations of the matmuls of a micro-batch, both passes."""
+    floating-point operations of the matmuls of a micro-batch, both passes: of the layers, and of the output head."""
 
     parts: dict[str, float]
     trainable: int
     flops: int
+    head_flops: int
 
     @property
     def total(self) -> float:
@@ -217,7 +218,7 @@ def predict(
     adapter = sum(size for key, size in sizes.items() if key not in base_weights)
     try:
         # As in the trainers: SFT with recomputed activations keeps none of autocast's copies of weights.
-        peak, kept, loss, flops = _run(
+        peak, kept, loss, flops, head_flops = _run(
             model, step, dtype, depth, cache_enabled=step.rewarded or not flags.gradient_checkpointing
         )
     except (DynamicOutputShapeException, DataDependentOutputException):
@@ -246,7 +247,7 @@ def predict(
         "runtime": runtime,
     }
     trainable = sum(times[id(p)] * p.numel() for p in trained)
-    return Prediction({name: size / GB for name, size in parts.items()}, trainable, flops)
+    return Prediction({name: size / GB for name, size in parts.items()}, trainable, flops, head_flops)
 
 
 def cache_gb(
@@ -265,10 +266,10 @@ def cache_gb(
 
 def _run(
     model: nn.Module, step: Step, dtype: torch.dtype, depth: Depth, cache_enabled: bool
-) -> tuple[int, int, int, int]:
+) -> tuple[int, int, int, int, int]:
     """(peak bytes of forward and backward passes, gradients included; bytes that the first forward pass keeps up to the
-    output head; bytes that the head and the loss add; FLOPs of a micro-batch), all for the full depth that `model` was
-    cut from."""
+    output head; bytes that the head and the loss add; FLOPs of a micro-batch in the layers, and in the head), all for
+    the full depth that `model` was cut from."""
     model.train()
     # Replaces what depends on values, which fake tensors lack: the seed of a dropout mask, the search for packed rows.
     with (
@@ -303,13 +304,15 @@ def _run(
                 loss.backward()
                 del logits, loss
         watch.remove()
-    peak = kept = at = flops = 0
+    peak = kept = at = 0
+    flops = {True: 0, False: 0}
     for piece in depth.full(alive.pieces):
-        flops += piece.flops
+        flops[piece.phase == HEAD] += piece.flops
         kept = kept or at * (piece.phase == HEAD)
         peak = max(peak, at + piece.peak)
         at += piece.growth
-    return peak, kept, of_loss, flops // (2 if step.accumulate else 1)
+    micro_batches = 2 if step.accumulate else 1
+    return peak, kept, of_loss, flops[False] // micro_batches, flops[True] // micro_batches
 
 
 def _of_one_expert(x: torch.Tensor, weight: torch.Tensor, offs: torch.Tensor) -> torch.Tensor:

@@ -169,11 +169,19 @@ def sft(flags: Any, inputs: Inputs, training_examples: Callable[[], Dataset]) ->
 
     found, step = say_memory(predicted(flags), size, name, suggest), step_of(flags)
     if not flags.gpu_memory:  # else the card is not here
-        nodes = _tree_batches(flags, prefixes, processes).survey()[1] if merges else total / examples * flags.batch_size
-        work = found.flops / (step.rows * step.tokens) * nodes / processes
+        positions, predicting = total / examples * flags.batch_size, response * flags.batch_size
+        if merges:  # of one optimizer step
+            parts = [part for part in next(_tree_batches(flags, prefixes, processes).steps()) if len(part)]
+            positions = sum(prefixes.size(part).nodes for part in parts)
+            trees = (collate(dataset.__getitems__(part.tolist())) for part in parts)
+            predicting = sum(len(batch["predicted_by"].unique()) for batch in trees)
+        work = (
+            found.flops / (step.rows * step.tokens) * positions + found.head_flops / step.response_tokens * predicting
+        )
+        work /= processes
         speed = _matmul_speed(step.rows * step.tokens, inputs.config, device.compute_dtype(flags.bits < 16))
         print(
-            f"at least {work / speed:.3g} s a step and {work / speed * steps / 3600:.3g} h an epoch: a step has "
+            f"about {work / speed:.2g} s a step and {work / speed * steps / 3600:.2g} h an epoch, or more: a step has "
             f"{work / 1e12:.3g} TFLOP of matmuls, which reach {speed / 1e12:.3g} TFLOP/s here now"
         )
     return found
