@@ -181,10 +181,14 @@ def sft(flags: Any, inputs: Inputs, training_examples: Callable[[], Dataset]) ->
         work /= processes
         speed = _matmul_speed(step.rows * step.tokens, inputs.config, device.compute_dtype(flags.bits < 16))
         print(
-            f"about {work / speed:.2g} s a step and {work / speed * steps / 3600:.2g} h an epoch, or more: a step has "
-            f"{work / 1e12:.3g} TFLOP of matmuls, which reach {speed / 1e12:.3g} TFLOP/s here now"
+            f"about {_two_digits(work / speed)} s a step and {_two_digits(work / speed * steps / 3600)} h an epoch, or "
+            f"more: a step has {work / 1e12:.2g} TFLOP of matmuls, which reach {speed / 1e12:.2g} TFLOP/s here now"
         )
     return found
+
+
+def _two_digits(value: float) -> str:
+    return f"{float(f'{value:.2g}'):,g}"
 
 
 def _matmul_speed(positions: int, config: PreTrainedConfig, dtype: torch.dtype) -> float:
