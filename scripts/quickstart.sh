@@ -35,9 +35,8 @@ test_on() {
     --tasks sid_history_to_sid,title_to_sid,sid_to_title \
     --batch_size 32 --micro_batch_size 32 --num_epochs 6 --learning_rate 5e-3 --eval_step 0.2
 "$PYTHON" rl.py --model_path "$OUT/lora/final_checkpoint" --output_dir "$OUT/rl" "${FILES[@]}" --use_lora True \
-    "${INFO[@]}" --tasks sid_history_to_sid --beam_search True --reward_type ranking,prefix --reward_weights 1,0.5 \
-    --add_gt True --sft_weight 1 --beta 0.01 --train_batch_size 512 --learning_rate 1e-3 --mask_all_zero True \
-    --eval_batch_size 640 --eval_step 0.5 --save_steps 0.5
+    "${INFO[@]}" --tasks sid_history_to_sid --reward_type rule,prefix --add_gt True --sft_weight 1 --beta 0.01 \
+    --train_batch_size 512 --learning_rate 1e-3 --eval_batch_size 640 --eval_step 0.5 --save_steps 0.5
 for run in base lora rl; do test_on "$OUT/$run"; done
 "$PYTHON" scripts/table.py --train_file "$DATA/train/$CATEGORY.csv" "${TEST[@]}" \
     --runs "base=$OUT/base,LoRA SFT=$OUT/lora,LoRA SFT + RL=$OUT/rl"

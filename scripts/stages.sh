@@ -83,8 +83,8 @@ sft() {
 rl() {
     launch_training rl.py --model_path "${MODEL_PATH:-$OUT/sft/final_checkpoint}" --output_dir "$OUT/rl" "${FILES[@]}" \
         --info_file "$INFO_FILE" --train_batch_size 64 --gradient_accumulation_steps 2 --eval_batch_size 128 \
-        --beam_search True --reward_type ranking,prefix --reward_weights 1,0.5 --add_gt True --sft_weight 1 \
-        --learning_rate "$RL_RATE" "${METHOD_FLAGS[@]}" "${PRESET_FLAGS[@]}" "$@"
+        --reward_type rule,prefix --add_gt True --sft_weight 1 --learning_rate "$RL_RATE" \
+        "${METHOD_FLAGS[@]}" "${PRESET_FLAGS[@]}" "$@"
 }
 evaluate() { # evaluate folder flags...: evaluates the final checkpoint of a run
     launch evaluate.py --base_model "$1/final_checkpoint" --info_file "$INFO_FILE" --category "$CATEGORY" \
