@@ -124,7 +124,7 @@ def test_experts_go_through_all_commands(files, base_of, tmp_path, capsys):
     assert said in capsys.readouterr().out
     checkpoint = train(files, base, tmp_path / "sft", use_qlora=True)
     assert said in capsys.readouterr().out
-    small = {"test_beam": 4, "sample_train": True, "train_batch_size": 8}
+    small = {"test_during_training": False, "sample_train": True, "train_batch_size": 8}
     rl.train(**rl_flags(files, checkpoint, str(tmp_path / "rl"), use_qlora=True, **small))
     assert said in capsys.readouterr().out
     trained = str(tmp_path / "rl" / "final_checkpoint")

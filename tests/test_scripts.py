@@ -66,7 +66,7 @@ def test_the_pipeline_runs_from_the_default_paths(checkout, base):
     assert "| lora SFT + RL |" in result.stdout
     out = checkout / "output" / "Bolts_lora"
     flags = json.loads((out / "rl" / "final_checkpoint" / "minionerec.json").read_text())["flags"]
-    assert flags["seed"] == 7 and flags["beam_search"] and flags["num_generations"] == 8
+    assert flags["seed"] == 7 and flags["add_gt"] and flags["sft_weight"] == 1 and flags["num_generations"] == 8
     adapter = json.loads((out / "rl" / "final_checkpoint" / "adapter_config.json").read_text())
     assert adapter["r"] == 8 and len(adapter["target_modules"]) == 4
     again = bash(checkout, "evaluate.sh", "rl", "--num_beams", "5", METHOD="lora")
