@@ -66,7 +66,11 @@ part() {
         export RL_RATES_full=1e-6 RL_RATES_lora=1e-5 RL_RATES_qlora=1e-5
         export SFT_FLAGS="--num_epochs 2 --tasks sid_history_to_sid" RL_FLAGS="--tasks sid_history_to_sid"
         export EVAL_FLAGS="--num_beams 20 --batch_size 64"
-        [ -z "$TINY" ] || export SFT_FLAGS="$SFT_FLAGS --num_epochs 1 --sample 512"
+        if [ -n "$TINY" ]; then
+            for split in train valid test; do head -n 65 "$DATA/$split/$CATEGORY"*.csv >"$FLAT/tiny_$split.csv"; done
+            export TRAIN_FILE="$FLAT/tiny_train.csv" EVAL_FILE="$FLAT/tiny_valid.csv" TEST_FILE="$FLAT/tiny_test.csv"
+            export SFT_FLAGS="$SFT_FLAGS --num_epochs 1 --batch_size 16 --micro_batch_size 16"
+        fi
         measure bash scripts/compare.sh ;;
     esac
 }
