@@ -1,0 +1,444 @@
+"""The same LoRA SFT by other tools, side by side in one run: rows/s, peak memory in GB, losses, and the ranking of test
+rows by what each has trained.
+
+`ours` is sft.py with token trees, `ours_one_by_one` the same with `--pack_rows 0`. `trl` is TRL's SFTTrainer with PEFT,
+with padding, `trl_padding_free` and `trl_packing` its ways without. `llamafactory` is LLaMA-Factory, run by the Python
+of an environment of its own (benchmarks/requirements-peers.txt), since it needs older libraries.
+
+All start from one folder, in which the SID tokens are added and start at the mean row. All get the same token ids, learn
+from the response only, adapt the same layers, train the same SID rows, with the same seed, optimizer, schedule and
+precision. Two defaults of the others are changed for that: gradient checkpointing is off (it costs time, and saves
+memory), and LLaMA-Factory, which can only train an embedding as a whole, is told which rows to train. The rest is stock.
+Each way has its own process. They take optimizer steps in turn, so that other load on the machine slows all of them.
+Time and memory are those from the first step to the last; loading, saving and evaluating do not count.
+
+Without flash attention, packed rows get a mask of all their tokens by all their tokens, in which each row sees itself
+only, so `trl_padding_free` and `trl_packing` compute the same losses as `trl`. With packing, an optimizer step
+has about `batch_size` rows, in packs of up to `micro_batch_size` rows of average length.
+
+    python benchmarks/peers.py --data data/Industrial_and_Scientific --base_model out/smollm2 --rows 512
+    python benchmarks/peers.py --data data/Industrial_and_Scientific --base_model out/smollm2 --rows 512 \\
+        --ways ours,trl,llamafactory --llamafactory ~/llamafactory/bin/python
+"""
+
+import csv
+import glob
+import json
+import math
+import os
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from functools import partial
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
+from typing import Any
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path.insert(0, ROOT)
+
+from benchmarks.common import in_fresh_process, peak_memory_gb, print_json, print_table, quiet, reset_peak_memory
+from minionerec import cli
+from minionerec.checkpoint import check_base
+from minionerec.data.files import count_rows, read_catalogue
+from minionerec.data.prompts import RECOMMENDATION, load_prompts
+from minionerec.errors import Problems, RunError
+from minionerec.flags import check_batch, check_positive
+
+WAYS = ("ours", "ours_one_by_one", "trl", "trl_padding_free", "trl_packing", "llamafactory")
+EVAL_ROWS = 8  # of sft.py's validation file, which it cannot do without; only the last step is evaluated
+SEED = 42
+
+
+# --- What all ways start from -----------------------------------------------------------------------------------------
+
+
+def prepare(folder: str, flags: dict[str, Any]) -> dict[str, Any]:
+    """Writes the base with its SID tokens and the token ids of the rows. Returns what all ways have in common."""
+    import torch
+
+    import lora_utils
+    from minionerec.data.encoding import Encoder
+    from minionerec.data.examples import tokenized_dataset
+    from minionerec.flags import AdapterFlags
+    from minionerec.model import device, loading
+    from sft import SFTFlags, read_input
+
+    files = read_input(SFTFlags(**flags))
+    tokenizer = loading.load_tokenizer(flags["base_model"])
+    model = loading.load_base(flags["base_model"])
+    known = tokenizer.get_vocab()
+    sid_token_ids = loading.add_sid_tokens(model, tokenizer, files.catalogue.sid_tokens)
+
+    # A random start would put the first loss far above that of a random guess.
+    new = tokenizer.convert_tokens_to_ids([token for token in files.catalogue.sid_tokens if token not in known])
+    with torch.no_grad():
+        for matrix in (model.get_input_embeddings().weight, model.get_output_embeddings().weight):
+            matrix[new] = matrix[sorted(known.values())].float().mean(dim=0).to(matrix.dtype)
+    base = os.path.join(folder, "base")
+    model.save_pretrained(base)
+    tokenizer.save_pretrained(base)
+
+    sources = [flags[name] for name in ("train_file", "sid_index_path", "item_meta_path")]
+    encoder = Encoder(tokenizer, files.prompts, flags["cutoff_len"])
+    examples = tokenized_dataset(encoder, files.train_rows, sources, sample=flags["sample"], seed=SEED)
+    with open(os.path.join(folder, "examples.json"), "w", encoding="utf-8") as file:
+        json.dump([examples["input_ids"][:], examples["prompt_length"][:]], file)
+    adapter = lora_utils.lora_config(model, sid_token_ids, AdapterFlags(use_lora=True))
+    shared = ("r", "lora_alpha", "lora_dropout", "trainable_token_indices")
+    return {
+        "flags": {**flags, "base_model": base},
+        "lora": {"target_modules": sorted(adapter.target_modules), **{name: getattr(adapter, name) for name in shared}},
+        "precision": device.mixed_precision(quantized=False),
+        "cpu": device.local_device().type == "cpu",
+        "rows": len(examples),
+        "tokens": sum(examples["length"][:]),
+    }
+
+
+def sampled(path: str, copy: str, rows: int) -> None:
+    """Copies rows of a CSV file, chosen at random; -1 for all."""
+    with open(path, encoding="utf-8", newline="") as file:
+        head, *body = csv.reader(file)
+    chosen = body if rows < 0 else random.Random(SEED).sample(body, min(rows, len(body)))
+    with open(copy, "w", encoding="utf-8", newline="") as file:
+        csv.writer(file).writerows([head, *chosen])
+
+
+# --- The process of a way ---------------------------------------------------------------------------------------------
+
+
+def take_turns(connection: Connection) -> None:
+    """Makes every Trainer of this process wait for a word before each optimizer step, and send what the step took."""
+    import torch
+    from transformers import TrainerCallback, trainer
+
+    class Turns(TrainerCallback):
+        losses: list[float]
+        started = 0.0
+
+        def wait(self) -> None:
+            connection.recv()
+            self.started = time.perf_counter()
+
+        def on_train_begin(self, args, state, control, model=None, **kwargs):
+            self.losses = []
+            connection.send({"trained": sum(p.numel() for p in model.parameters() if p.requires_grad)})
+            reset_peak_memory()
+            self.wait()
+
+        def on_step_end(self, args, state, control, **kwargs):
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            seconds = time.perf_counter() - self.started
+            last = state.global_step == state.max_steps
+            connection.send({"seconds": seconds, "peak_gb": peak_memory_gb(), "last": last})
+            self.wait()
+
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            self.losses += [float(logs["loss"])] if "loss" in logs else []
+
+        def on_train_end(self, args, state, control, **kwargs):
+            connection.send({"losses": self.losses})
+
+    trainer.DEFAULT_CALLBACKS.append(Turns)
+
+
+def labelled(folder: str) -> list[dict[str, list[int]]]:
+    """The rows as token ids and labels, which are -100 on the prompt."""
+    with open(os.path.join(folder, "examples.json"), encoding="utf-8") as file:
+        rows, prompt_lengths = json.load(file)
+    return [
+        {"input_ids": ids, "labels": [-100] * length + ids[length:]}
+        for ids, length in zip(rows, prompt_lengths, strict=True)
+    ]
+
+
+def trainer_settings(job: dict[str, Any], output_dir: str) -> dict[str, Any]:
+    """The arguments of transformers' Trainer that the peers share. They are those of sft.py."""
+    flags = job["flags"]
+    steps = math.ceil(job["rows"] / flags["batch_size"]) * flags["num_epochs"]
+    return {
+        "output_dir": output_dir,
+        "per_device_train_batch_size": flags["micro_batch_size"],
+        "gradient_accumulation_steps": flags["batch_size"] // flags["micro_batch_size"],
+        "num_train_epochs": flags["num_epochs"],
+        "learning_rate": flags["learning_rate"],
+        "lr_scheduler_type": "linear",
+        "warmup_steps": min(20, steps // 10),
+        "optim": "adamw_torch_fused",
+        "logging_steps": 0.01,
+        "save_strategy": "no",
+        "report_to": "none",
+        "seed": SEED,
+        "use_cpu": job["cpu"],
+        "dataloader_pin_memory": not job["cpu"],
+        **job["precision"],
+    }
+
+
+def train_ours(job: dict[str, Any], folder: str, output_dir: str, way: str) -> None:
+    import sft
+
+    pack_rows = {"pack_rows": 0} if way == "ours_one_by_one" else {}
+    sft.train(**job["flags"], **pack_rows, output_dir=output_dir)
+
+
+def train_trl(job: dict[str, Any], folder: str, output_dir: str, way: str) -> None:
+    from datasets import Dataset
+    from peft import LoraConfig
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from trl import SFTConfig, SFTTrainer
+
+    flags, settings = job["flags"], trainer_settings(job, output_dir)
+    settings |= {"max_length": None, "padding_free": way == "trl_padding_free"}
+    if way == "trl_packing":
+        # A pack is a micro-batch, and has as many tokens as `trl` has in a micro-batch without its padding.
+        longest = flags["cutoff_len"]
+        settings |= {"packing": True, "per_device_train_batch_size": 1}
+        settings["max_length"] = max(longest, math.ceil(flags["micro_batch_size"] * job["tokens"] / job["rows"]))
+        packs = max(1, round(flags["batch_size"] * job["tokens"] / job["rows"] / settings["max_length"]))
+        settings["gradient_accumulation_steps"] = packs
+    trainer = SFTTrainer(
+        model=AutoModelForCausalLM.from_pretrained(flags["base_model"], dtype="auto"),
+        processing_class=AutoTokenizer.from_pretrained(flags["base_model"]),
+        peft_config=LoraConfig(task_type="CAUSAL_LM", **job["lora"]),
+        train_dataset=Dataset.from_list(labelled(folder)),
+        args=SFTConfig(**settings, gradient_checkpointing=False),
+    )
+    head = trainer.model.get_output_embeddings()
+    if not hasattr(head, "bias"):
+        head.register_parameter("bias", None)  # TRL 1.16 asks for it, and PEFT 0.21's head with trained rows has none
+    trainer.train()
+    trainer.save_model(os.path.join(output_dir, "final_checkpoint"))
+
+
+def train_llamafactory(job: dict[str, Any], folder: str, output_dir: str, way: str) -> None:
+    from datasets import Dataset, DatasetDict
+    from llamafactory.model import adapter
+    from llamafactory.train.tuner import run_exp
+
+    flags, lora = job["flags"], job["lora"]
+    rows = [{**row, "attention_mask": [1] * len(row["input_ids"])} for row in labelled(folder)]
+    tokenized = f"{output_dir}-rows"
+    DatasetDict({"train": Dataset.from_list(rows)}).save_to_disk(tokenized)
+    adapter.LoraConfig = partial(adapter.LoraConfig, trainable_token_indices=lora["trainable_token_indices"])
+    run_exp(
+        {
+            **trainer_settings(job, os.path.join(output_dir, "final_checkpoint")),
+            "stage": "sft",
+            "do_train": True,
+            "model_name_or_path": flags["base_model"],
+            "dataset": "none",  # must be named, is not read
+            "tokenized_path": tokenized,
+            "template": "empty",
+            "cutoff_len": flags["cutoff_len"],
+            "finetuning_type": "lora",
+            "lora_rank": lora["r"],
+            "lora_alpha": lora["lora_alpha"],
+            "lora_dropout": lora["lora_dropout"],
+            "lora_target": ",".join(lora["target_modules"]),
+            "disable_gradient_checkpointing": True,
+        }
+    )
+
+
+def run_way(way: str, folder: str, descriptor: int) -> None:
+    """Trains one way, in turns with the others, to `folder`/`way`/final_checkpoint."""
+    take_turns(Connection(descriptor))
+    with open(os.path.join(folder, "job.json"), encoding="utf-8") as file:
+        job = json.load(file)
+    train = {"ours": train_ours, "trl": train_trl, "llamafactory": train_llamafactory}[way.split("_")[0]]
+    train(job, folder, os.path.join(folder, way), way)
+
+
+# --- The benchmark ----------------------------------------------------------------------------------------------------
+
+
+def in_steps(folder: str, ways: list[str], llamafactory: str) -> dict[str, dict[str, Any]]:
+    """Trains all ways, one optimizer step of each in turn. Returns what their processes have sent."""
+    processes, connections = {}, {}
+    results: dict[str, dict[str, Any]] = {way: {"steps": []} for way in ways}
+
+    def received(way: str) -> dict[str, Any]:
+        try:
+            return connections[way].recv()
+        except EOFError:
+            with open(os.path.join(folder, f"{way}.log"), encoding="utf-8") as file:
+                raise RunError(f"{way} failed:\n{''.join(file.readlines()[-25:])}") from None
+
+    try:
+        for way in ways:
+            connections[way], theirs = Pipe()
+            python = llamafactory if way == "llamafactory" else sys.executable
+            command = [python, os.path.abspath(__file__), "--worker", way, folder, str(theirs.fileno())]
+            with open(os.path.join(folder, f"{way}.log"), "w") as log:
+                processes[way] = subprocess.Popen(
+                    command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, stdout=log, stderr=log
+                )
+            theirs.close()
+            results[way] |= received(way)
+        waiting = list(ways)
+        while waiting:
+            for way in list(waiting):
+                connections[way].send("step")
+                step = received(way)
+                results[way]["steps"].append(step["seconds"])
+                if step["last"]:
+                    waiting.remove(way)
+                    results[way]["peak_gb"] = step["peak_gb"]
+            print(f"{max(len(result['steps']) for result in results.values())} steps", file=sys.stderr)
+        # What follows the last step is not timed; one process at a time, so that nothing else is in memory for long.
+        for way in ways:
+            connections[way].send("finish")
+            results[way] |= received(way)
+            if processes[way].wait():
+                received(way)
+    finally:
+        for process in processes.values():
+            process.kill()
+            process.wait()
+    return results
+
+
+def ranked(folder: str, way: str, flags: dict[str, Any]) -> dict[str, float]:
+    """The metrics that evaluate.py computes with the adapter of a way."""
+    adapter, base = os.path.join(folder, way, "final_checkpoint"), os.path.join(folder, "base")
+    if not way.startswith("ours"):
+        for file in glob.glob(os.path.join(glob.escape(base), "tokenizer*")):
+            shutil.copy(file, adapter)  # as it was; other versions of transformers write it differently
+    result = os.path.join(folder, f"{way}.json")
+    argv = [f"--{name}={value}" for name, value in flags.items()]
+    command = [sys.executable, "evaluate.py", f"--base_model={adapter}", f"--result_json_data={result}", *argv]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if run.returncode:
+        raise RunError(f"evaluate.py failed on the adapter of {way}:\n{run.stderr[-2000:]}")
+    with open(result.removesuffix(".json") + ".metrics.json", encoding="utf-8") as file:
+        return json.load(file)
+
+
+def peers(
+    data: str = "",
+    base_model: str = "",
+    category: str = "Industrial_and_Scientific",
+    tasks: str = RECOMMENDATION,
+    ways: str = "ours,trl,trl_padding_free",
+    llamafactory: str = "",
+    rows: int = 512,
+    test_rows: int = 256,
+    epochs: int = 1,
+    batch_size: int = 64,
+    micro_batch_size: int = 8,
+    learning_rate: float = 1e-3,
+    cutoff_len: int = 512,
+    num_beams: int = 20,
+) -> None:
+    """Prints rows/s, peak memory, losses and ranking metrics of the same LoRA SFT by this project and by others.
+
+    Args:
+        data: folder that holds train.csv, test.csv, info.txt, an .index.json and an .item.json file.
+        base_model: folder or hub name of the model to start from.
+        category: what the items are, for the prompts.
+        tasks: all, or task names separated by commas.
+        ways: some of ours, ours_one_by_one, trl, trl_padding_free, trl_packing, llamafactory, separated by commas.
+        llamafactory: the Python of an environment with LLaMA-Factory.
+        rows: rows of each source to train on, chosen at random; -1 for all.
+        test_rows: rows of test.csv to rank, chosen at random; -1 for all, 0 for none.
+        epochs: passes over the rows.
+        batch_size: rows of an optimizer step.
+        micro_batch_size: rows of a forward pass.
+        learning_rate: peak of the schedule.
+        cutoff_len: tokens of a row at most.
+        num_beams: beams of a ranking.
+    """
+    # Check the flags and the files.
+    problems = Problems()
+    check_base(problems, base_model)
+    check_positive(problems, epochs=epochs, batch_size=batch_size, micro_batch_size=micro_batch_size)
+    check_positive(problems, learning_rate=learning_rate, num_beams=num_beams)
+    check_batch(problems, batch_size, micro_batch_size)
+    for name, value, least in (("rows", rows, 1), ("test_rows", test_rows, 0)):
+        if value < least and value != -1:
+            problems.add(f"--{name} {value}: must be {least} or more, or -1 for all")
+    chosen = list(dict.fromkeys(way.strip() for way in ways.split(",")))
+    problems += [f"--ways {way!r}: there are {', '.join(WAYS)}" for way in chosen if way not in WAYS]
+    if "llamafactory" in chosen and not shutil.which(llamafactory):
+        problems.add(f"--llamafactory {llamafactory!r}: give the Python of an environment with LLaMA-Factory")
+    names = ("train.csv", "test.csv", "info.txt", "*.index.json", "*.item.json")
+    found = [sorted(glob.glob(os.path.join(glob.escape(data), name))) for name in names]
+    if not all(found):
+        problems.add(f"--data {data}: must hold {', '.join(names)}")
+    prompts = problems.attempt(load_prompts, category, None, tasks)
+    problems.check()
+    train_file, test_file, info_file, sid_index_path, item_meta_path = (os.path.abspath(paths[0]) for paths in found)
+    catalogue = problems.attempt(read_catalogue, sid_index_path, item_meta_path)
+    sids = catalogue.sids if catalogue else None
+    problems.attempt(count_rows, train_file, "data", sids, titles=prompts.need_titles)
+    problems.attempt(count_rows, test_file, "data", titles=False)
+    problems.check()
+
+    with tempfile.TemporaryDirectory() as folder:
+        # Prepare what all ways start from.
+        eval_file, ranked_file = os.path.join(folder, "eval.csv"), os.path.join(folder, "test.csv")
+        sampled(train_file, eval_file, EVAL_ROWS)
+        sampled(test_file, ranked_file, test_rows)
+        flags = {
+            "base_model": base_model,
+            "train_file": train_file,
+            "eval_file": eval_file,
+            "sid_index_path": sid_index_path,
+            "item_meta_path": item_meta_path,
+            "category": category,
+            "tasks": tasks,
+            "sample": rows,
+            "seed": SEED,
+            "use_lora": True,
+            "num_epochs": epochs,
+            "batch_size": batch_size,
+            "micro_batch_size": micro_batch_size,
+            "learning_rate": learning_rate,
+            "cutoff_len": cutoff_len,
+            "eval_step": 0.9999,
+        }
+        job = in_fresh_process(prepare, folder, {**flags, "output_dir": folder})
+        del job["flags"]["output_dir"]
+        with open(os.path.join(folder, "job.json"), "w", encoding="utf-8") as file:
+            json.dump(job, file)
+
+        # Train, then rank with what each way has saved.
+        runs = in_steps(folder, chosen, llamafactory)
+        metrics: dict[str, dict[str, float]] = {way: {} for way in chosen}
+        if test_rows:
+            of_test = {"test_data_path": ranked_file, "info_file": info_file, "category": category}
+            metrics = {way: ranked(folder, way, {**of_test, "num_beams": num_beams}) for way in chosen}
+
+    table = []
+    for way, run in runs.items():
+        seconds = sum(run["steps"])
+        table.append(
+            {
+                "way": way,
+                "rows/s": job["rows"] * epochs / seconds,
+                f"{chosen[0]} times as fast": seconds / sum(runs[chosen[0]]["steps"]),
+                "peak GB": run["peak_gb"],
+                "trained parameters": run["trained"],
+                "steps": len(run["steps"]),
+                "first loss": run["losses"][0],
+                "last loss": run["losses"][-1],
+                **{name: metrics[way][name] for name in ("HR@10", "NDCG@10") if test_rows},
+            }
+        )
+    print_table(table)
+    sizes = {"batch_size": batch_size, "micro_batch_size": micro_batch_size, "epochs": epochs, "test_rows": test_rows}
+    print_json("peers", table=table, rows=job["rows"], tokens=job["tokens"], **sizes, runs=runs)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--worker"]:
+        quiet()
+        run_way(sys.argv[2], sys.argv[3], int(sys.argv[4]))
+    else:
+        cli.run(peers)
