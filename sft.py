@@ -19,7 +19,7 @@ from minionerec.data.files import Catalogue, Interaction, Item, read_catalogue, 
 from minionerec.data.prompts import Prompts, load_prompts
 from minionerec.data.texts import check_interactions, items_left_out
 from minionerec.errors import Problems
-from minionerec.flags import TrainingFlags, above_zero, check_batch, command, flag, fraction_of_training
+from minionerec.flags import TrainingFlags, above_zero, check_batch, command, flag, fraction_of_training, one_of
 from minionerec.process_memory import importing
 
 if TYPE_CHECKING:
@@ -71,6 +71,12 @@ class SFTFlags(TrainingFlags):
         "train only the SID rows of the embedding matrices (the original leaves an output head of its own frozen).",
     )
     train_from_scratch: bool = flag(False, "random weights from base_model's configuration.")
+    sid_init: str = flag(
+        "random",
+        "what the rows of new SID tokens start with: text (the mean of the title tokens of their items), mean (of all "
+        "tokens of the base), or random.",
+        one_of("text", "mean", "random"),
+    )
     eval_step: float = flag(
         0.05, "how often to evaluate and save, as a fraction of the training.", fraction_of_training
     )
@@ -164,6 +170,7 @@ def train(flags: SFTFlags) -> "dict | Prediction":
         from minionerec.data.sid_tokens import add_sid_tokens, check_sids
         from minionerec.decoding.probe import prove
         from minionerec.model import device, loading
+        from minionerec.model.sid_start import start_sid_rows
         from minionerec.plots import SFT_PANELS
         from minionerec.training.finish import finish
         from minionerec.training.resume import resume_point
@@ -174,6 +181,8 @@ def train(flags: SFTFlags) -> "dict | Prediction":
     reach = [lora_utils.check_adapter(config, flags)] if flags.adapted else []
     tokenizer = loading.load_tokenizer(flags.base_model)
     sid_tokens = files.catalogue.sid_tokens
+    vocabulary = tokenizer.get_vocab()
+    new_tokens = [token for token in sid_tokens if token not in vocabulary]
     add_sid_tokens(tokenizer, sid_tokens)
     encoder = Encoder(tokenizer, files.prompts, flags.cutoff_len)
     remedy = f"rename the SID tokens in --sid_index_path {flags.sid_index_path}, or take another base"
@@ -209,6 +218,8 @@ def train(flags: SFTFlags) -> "dict | Prediction":
         dtype=device.master_dtype() if flags.method == "full" else None,
     )
     sid_token_ids = loading.add_sid_tokens(model, tokenizer, sid_tokens)
+    if not flags.train_from_scratch:
+        start_sid_rows(model, tokenizer, new_tokens, files.catalogue, flags.sid_init)
     proof = prove(model, name=f"--base_model {flags.base_model}")
     if proof.why:
         state.print(f"decoding: {proof}")

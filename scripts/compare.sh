@@ -3,6 +3,7 @@
 # evaluation of each, one table and one figure in $OUT. Finished runs are kept, so the same command resumes it.
 #   METHODS="full lora qlora"   SEEDS=1 (3: seeds 42 to 44)   PRESET, BASE_MODEL, DATA, ...: scripts/stages.sh
 #   SFT_RATES_full, _lora, _qlora, RL_RATES_full, ...: learning rates to choose from on the validation file
+#   TRY_SFT="--sample 4000 --num_epochs 1": choose the rate of SFT in short runs with these flags, then train with it
 #   SFT_FLAGS, RL_FLAGS, EVAL_FLAGS: more flags for a stage
 source "$(dirname "$0")/stages.sh"
 SEEDS="${SEEDS:-1}" METHODS="${METHODS:-full lora qlora}"
@@ -28,7 +29,7 @@ trained() { # trained stage folder rate seed flags...: runs a stage, or resumes 
     unless_done "$2/metrics.json" "$1" --output_dir "$2" --learning_rate "$3" --seed "$4" --resume_from_checkpoint True \
         "${@:5}"
 }
-chosen() { # chosen stage name min|max rates flags...: tries all rates; sets CHOSEN (folder) and RATE
+chosen() { # chosen stage name min|max rates flags...: trains with every rate; sets CHOSEN (folder) and RATE
     local rate folders=()
     for rate in $4; do
         trained "$1" "$OUT/$METHOD/$2_$rate" "$rate" 42 "${@:5}"
@@ -44,7 +45,12 @@ RUNS+=("SASRec=$OUT/sasrec")
 for METHOD in $METHODS; do
     use_method
     sft_rates="SFT_RATES_$METHOD" rl_rates="RL_RATES_$METHOD"
-    chosen sft sft min "${!sft_rates:-$DEFAULT_SFT_RATES}" ${SFT_FLAGS:-}
+    sft_rates="${!sft_rates:-$DEFAULT_SFT_RATES}"
+    if [ -n "${TRY_SFT:-}" ]; then
+        chosen sft sft_try min "$sft_rates" ${SFT_FLAGS:-} $TRY_SFT
+        sft_rates="$RATE"
+    fi
+    chosen sft sft min "$sft_rates" ${SFT_FLAGS:-}
     sft_rate="$RATE"
     MODEL_PATH="$CHOSEN/final_checkpoint"
     sft_runs=("$CHOSEN")

@@ -5,7 +5,14 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 if [ -z "${PYTHON:-}" ]; then
     PYTHON=.venv/bin/python
-    [ -x "$PYTHON" ] || "${BASE_PYTHON:-python3}" -m venv .venv
+    if [ ! -x "$PYTHON" ]; then
+        BASE_PYTHON="${BASE_PYTHON:-python3}"
+        "$BASE_PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
+            echo "setup.sh: error: $BASE_PYTHON is older than Python 3.11; name a newer one: BASE_PYTHON=python3.12" >&2
+            exit 2
+        }
+        "$BASE_PYTHON" -m venv .venv
+    fi
     for file in requirements.txt ${DEV:+requirements-dev.txt}; do
         if ! cmp -s "$file" ".venv/$file"; then
             "$PYTHON" -m pip install --quiet --disable-pip-version-check -r "$file"

@@ -59,6 +59,15 @@ def test_a_cpu_computes_in_float32_and_beside_bitsandbytes_in_bfloat16():
     assert device.mixed_precision(False) == {"bf16": False, "fp16": False}
 
 
+def test_a_cpu_computes_in_bfloat16_where_it_is_asked_to(files, base, tmp_path, monkeypatch):
+    sft.train(**sft_flags(files, base, tmp_path / "float32", use_lora=True))
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    assert device.compute_dtype() == torch.bfloat16 and device.master_dtype() == torch.float32
+    sft.train(**sft_flags(files, base, tmp_path / "bfloat16", use_lora=True))
+    exact, rounded = (logged(tmp_path / name, "eval_loss") for name in ("float32", "bfloat16"))
+    assert exact != rounded and rounded == pytest.approx(exact, rel=0.01)
+
+
 @pytest.mark.parametrize("name", ["float16", "bfloat16"])
 def test_a_frozen_base_is_loaded_in_what_the_device_computes(base, monkeypatch, name):
     monkeypatch.setattr(device, "compute_dtype", answer(name))

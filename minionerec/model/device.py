@@ -49,10 +49,12 @@ def compute_dtype(quantized: bool = False) -> torch.dtype:
     """The precision of matmuls on this process's device; decided only here.
 
     A GPU with native bfloat16 (compute capability 8 and newer, or ROCm) uses bfloat16; an older one, which would
-    emulate it, float16. A CPU uses float32, or bfloat16 if bitsandbytes stores the base.
+    emulate it, float16. A CPU uses float32, or bfloat16 if bitsandbytes stores the base or accelerate's variable asks
+    for it.
     """
     if not torch.cuda.is_available():
-        return torch.bfloat16 if quantized else torch.float32
+        asked = os.environ.get("ACCELERATE_MIXED_PRECISION") == "bf16"
+        return torch.bfloat16 if quantized or asked else torch.float32
     native = torch.version.hip or torch.cuda.get_device_capability(local_device())[0] >= 8
     return torch.bfloat16 if native else torch.float16
 

@@ -261,6 +261,12 @@ def grow(model: PreTrainedModel, count: int) -> None:
     model.config.get_text_config().vocab_size = model.vocab_size = count
 
 
+def set_rows(layer: Int8Layer, ids: torch.Tensor, values: torch.Tensor) -> None:
+    """Overwrites the rows `ids` [N] of a layer by values [N, H], in place."""
+    stored = _bytes(layer.packed)
+    stored[ids.to(stored.device)] = pack(values).to(stored.device)
+
+
 def dequantize_ends(model: nn.Module, dtype: torch.dtype) -> None:
     """Turns the layers in 8 bits into plain ones, in place, with the values that their bytes stand for."""
     weights: dict[int, nn.Parameter] = {}

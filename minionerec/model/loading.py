@@ -148,7 +148,7 @@ def load_base(
                 device_map={"": device.local_device()},
             )
     except (OSError, SafetensorError) as error:
-        raise InputError(f"--base_model {path}: the weights cannot be loaded: {_first_line(error)}") from None
+        raise InputError(f"{path}: the weights cannot be loaded: {_first_line(error)}") from None
     architecture.freeze_beside_text(model)
     if quantization is not None:
         _keep_training_layout(model)
