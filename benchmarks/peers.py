@@ -5,16 +5,21 @@ rows by what each has trained.
 with padding, `trl_padding_free` and `trl_packing` its ways without. `llamafactory` is LLaMA-Factory, run by the Python
 of an environment of its own (benchmarks/requirements-peers.txt), since it needs older libraries.
 
-All start from one folder, in which the SID tokens are added and start at the mean row. All get the same token ids, learn
-from the response only, adapt the same layers, train the same SID rows, with the same seed, optimizer, schedule and
-precision. Two defaults of the others are changed for that: gradient checkpointing is off (it costs time, and saves
-memory), and LLaMA-Factory, which can only train an embedding as a whole, is told which rows to train. The rest is stock.
-Each way has its own process. They take optimizer steps in turn, so that other load on the machine slows all of them.
-Time and memory are those from the first step to the last; loading, saving and evaluating do not count.
+All start from one folder, in which the SID tokens are added. All get the same token ids, learn from the response only,
+adapt the same layers and train the same SID rows, with the same optimizer, schedule and precision. For that, two
+defaults of the others are changed: gradient checkpointing, which costs time and saves memory, is off, and
+LLaMA-Factory, which itself can only train an embedding as a whole, is told which rows to train. The rest is stock.
 
-Without flash attention, packed rows get a mask of all their tokens by all their tokens, in which each row sees itself
-only, so `trl_padding_free` and `trl_packing` compute the same losses as `trl`. With packing, an optimizer step
-has about `batch_size` rows, in packs of up to `micro_batch_size` rows of average length.
+Each way has its own process. They take optimizer steps in turn, so that other load on the machine slows all of them; on
+a GPU, its memory must hold all. Time and memory are those from the first step to the last: loading, saving and
+evaluating do not count. CPU seconds depend less on what else the machine does.
+
+What to know about TRL 1.16 with PEFT 0.21: its loss fails on a tied output head with trained rows, which lacks the
+attribute `bias`, so it is given one. Where there is no Triton, as on a CPU, it computes the logits of all positions, as
+LLaMA-Factory does everywhere, and not those of the responses only. Without flash attention, rows that follow each other
+without padding get a mask of all their tokens by all their tokens, in which each row sees only itself: the losses are
+those of `trl`. With packing, an optimizer step has about `batch_size` rows, in packs of `micro_batch_size` rows of
+average length, so the number of steps may differ.
 
     python benchmarks/peers.py --data data/Industrial_and_Scientific --base_model out/smollm2 --rows 512
     python benchmarks/peers.py --data data/Industrial_and_Scientific --base_model out/smollm2 --rows 512 \\
@@ -37,8 +42,7 @@ from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from typing import Any
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-sys.path.insert(0, ROOT)
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from benchmarks.common import in_fresh_process, peak_memory_gb, print_json, print_table, quiet, reset_peak_memory
 from minionerec import cli
@@ -48,6 +52,7 @@ from minionerec.data.prompts import RECOMMENDATION, load_prompts
 from minionerec.errors import Problems, RunError
 from minionerec.flags import check_batch, check_positive
 
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 WAYS = ("ours", "ours_one_by_one", "trl", "trl_padding_free", "trl_packing", "llamafactory")
 EVAL_ROWS = 8  # of sft.py's validation file, which it cannot do without; only the last step is evaluated
 SEED = 42
@@ -58,26 +63,21 @@ SEED = 42
 
 def prepare(folder: str, flags: dict[str, Any]) -> dict[str, Any]:
     """Writes the base with its SID tokens and the token ids of the rows. Returns what all ways have in common."""
-    import torch
-
     import lora_utils
     from minionerec.data.encoding import Encoder
     from minionerec.data.examples import tokenized_dataset
     from minionerec.flags import AdapterFlags
     from minionerec.model import device, loading
+    from minionerec.model.sid_start import start_sid_rows
     from sft import SFTFlags, read_input
 
     files = read_input(SFTFlags(**flags))
     tokenizer = loading.load_tokenizer(flags["base_model"])
     model = loading.load_base(flags["base_model"])
     known = tokenizer.get_vocab()
+    new_tokens = [token for token in files.catalogue.sid_tokens if token not in known]
     sid_token_ids = loading.add_sid_tokens(model, tokenizer, files.catalogue.sid_tokens)
-
-    # A random start would put the first loss far above that of a random guess.
-    new = tokenizer.convert_tokens_to_ids([token for token in files.catalogue.sid_tokens if token not in known])
-    with torch.no_grad():
-        for matrix in (model.get_input_embeddings().weight, model.get_output_embeddings().weight):
-            matrix[new] = matrix[sorted(known.values())].float().mean(dim=0).to(matrix.dtype)
+    start_sid_rows(model, tokenizer, new_tokens, files.catalogue, flags["sid_init"])
     base = os.path.join(folder, "base")
     model.save_pretrained(base)
     tokenizer.save_pretrained(base)
@@ -96,6 +96,7 @@ def prepare(folder: str, flags: dict[str, Any]) -> dict[str, Any]:
         "cpu": device.local_device().type == "cpu",
         "rows": len(examples),
         "tokens": sum(examples["length"][:]),
+        "longest": max(examples["length"][:]),
     }
 
 
@@ -118,11 +119,11 @@ def take_turns(connection: Connection) -> None:
 
     class Turns(TrainerCallback):
         losses: list[float]
-        started = 0.0
+        started = cpu_started = 0.0
 
         def wait(self) -> None:
             connection.recv()
-            self.started = time.perf_counter()
+            self.started, self.cpu_started = time.perf_counter(), time.process_time()
 
         def on_train_begin(self, args, state, control, model=None, **kwargs):
             self.losses = []
@@ -133,9 +134,9 @@ def take_turns(connection: Connection) -> None:
         def on_step_end(self, args, state, control, **kwargs):
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
-            seconds = time.perf_counter() - self.started
+            seconds, cpu = time.perf_counter() - self.started, time.process_time() - self.cpu_started
             last = state.global_step == state.max_steps
-            connection.send({"seconds": seconds, "peak_gb": peak_memory_gb(), "last": last})
+            connection.send({"seconds": seconds, "cpu": cpu, "peak_gb": peak_memory_gb(), "last": last})
             self.wait()
 
         def on_log(self, args, state, control, logs=None, **kwargs):
@@ -196,12 +197,12 @@ def train_trl(job: dict[str, Any], folder: str, output_dir: str, way: str) -> No
     flags, settings = job["flags"], trainer_settings(job, output_dir)
     settings |= {"max_length": None, "padding_free": way == "trl_padding_free"}
     if way == "trl_packing":
-        # A pack is a micro-batch, and has as many tokens as `trl` has in a micro-batch without its padding.
-        longest = flags["cutoff_len"]
-        settings |= {"packing": True, "per_device_train_batch_size": 1}
-        settings["max_length"] = max(longest, math.ceil(flags["micro_batch_size"] * job["tokens"] / job["rows"]))
-        packs = max(1, round(flags["batch_size"] * job["tokens"] / job["rows"] / settings["max_length"]))
-        settings["gradient_accumulation_steps"] = packs
+        # A pack is a micro-batch. Every row must fit into one, or it would be cut.
+        mean = job["tokens"] / job["rows"]
+        size = max(job["longest"], math.ceil(flags["micro_batch_size"] * mean))
+        packs = max(1, round(flags["batch_size"] * mean / size))
+        settings |= {"packing": True, "max_length": size}
+        settings |= {"per_device_train_batch_size": 1, "gradient_accumulation_steps": packs}
     trainer = SFTTrainer(
         model=AutoModelForCausalLM.from_pretrained(flags["base_model"], dtype="auto"),
         processing_class=AutoTokenizer.from_pretrained(flags["base_model"]),
@@ -261,7 +262,7 @@ def run_way(way: str, folder: str, descriptor: int) -> None:
 def in_steps(folder: str, ways: list[str], llamafactory: str) -> dict[str, dict[str, Any]]:
     """Trains all ways, one optimizer step of each in turn. Returns what their processes have sent."""
     processes, connections = {}, {}
-    results: dict[str, dict[str, Any]] = {way: {"steps": []} for way in ways}
+    results: dict[str, dict[str, Any]] = {way: {"steps": [], "cpu_s": 0.0} for way in ways}
 
     def received(way: str) -> dict[str, Any]:
         try:
@@ -287,11 +288,12 @@ def in_steps(folder: str, ways: list[str], llamafactory: str) -> dict[str, dict[
                 connections[way].send("step")
                 step = received(way)
                 results[way]["steps"].append(step["seconds"])
+                results[way]["cpu_s"] += step["cpu"]
                 if step["last"]:
                     waiting.remove(way)
                     results[way]["peak_gb"] = step["peak_gb"]
             print(f"{max(len(result['steps']) for result in results.values())} steps", file=sys.stderr)
-        # What follows the last step is not timed; one process at a time, so that nothing else is in memory for long.
+        # What follows the last step, such as saving, is not timed.
         for way in ways:
             connections[way].send("finish")
             results[way] |= received(way)
@@ -334,6 +336,7 @@ def peers(
     micro_batch_size: int = 8,
     learning_rate: float = 1e-3,
     cutoff_len: int = 512,
+    sid_init: str = "mean",
     num_beams: int = 20,
 ) -> None:
     """Prints rows/s, peak memory, losses and ranking metrics of the same LoRA SFT by this project and by others.
@@ -352,6 +355,7 @@ def peers(
         micro_batch_size: rows of a forward pass.
         learning_rate: peak of the schedule.
         cutoff_len: tokens of a row at most.
+        sid_init: what the rows of new SID tokens start with, as in sft.py.
         num_beams: beams of a ranking.
     """
     # Check the flags and the files.
@@ -401,6 +405,7 @@ def peers(
             "micro_batch_size": micro_batch_size,
             "learning_rate": learning_rate,
             "cutoff_len": cutoff_len,
+            "sid_init": sid_init,
             "eval_step": 0.9999,
         }
         job = in_fresh_process(prepare, folder, {**flags, "output_dir": folder})
@@ -423,6 +428,7 @@ def peers(
                 "way": way,
                 "rows/s": job["rows"] * epochs / seconds,
                 f"{chosen[0]} times as fast": seconds / sum(runs[chosen[0]]["steps"]),
+                "CPU s": run["cpu_s"],
                 "peak GB": run["peak_gb"],
                 "trained parameters": run["trained"],
                 "steps": len(run["steps"]),

@@ -52,9 +52,7 @@ def test_a_server_under_load_answers_as_the_batch_command(files, sft_run):
     ],
 )
 def test_a_benchmark_trains_the_rows_of_a_folder(files, tmp_path, script, flags, results):
-    names = {"train": "train.csv", "valid": "valid.csv", "index": "x.index.json", "item": "x.item.json"}
-    for kind, name in names.items():
-        shutil.copy(files[kind], tmp_path / name)
+    folder_of(files, tmp_path, valid="valid.csv")
     shape = "--num_hidden_layers 1 --hidden_size 32 --num_attention_heads 2 --intermediate_size 64 --vocab_size 2048"
     sizes = "--rows 16 --micro_batch_size 4"
     argv = [f"benchmarks/{script}.py", "--data", str(tmp_path), *shape.split(), *sizes.split(), *flags]
@@ -65,6 +63,49 @@ def test_a_benchmark_trains_the_rows_of_a_folder(files, tmp_path, script, flags,
     if script == "trees":
         assert record["nodes"] < record["tokens"]
         assert all(float(row["losses differ by"]) < 1e-5 for row in record["table"])
+
+
+def folder_of(files, folder, **names):
+    """A folder with the files under the names that the benchmarks look for."""
+    for kind, name in {"train": "train.csv", "index": "x.index.json", "item": "x.item.json", **names}.items():
+        shutil.copy(files[kind], folder / name)
+    return folder
+
+
+@pytest.mark.slow
+def test_peers_train_the_same_from_the_same_start(files, base, tmp_path):
+    data = folder_of(files, tmp_path, test="test.csv", info="info.txt")
+    # All rows are in one step, so that the first loss does not depend on their order.
+    sizes = {"rows": -1, "batch_size": 40, "micro_batch_size": 8, "epochs": 2, "num_beams": 10}
+    ways = ["ours", "trl", "trl_padding_free"]
+    result = run_command(
+        "benchmarks/peers.py", data=data, base_model=base, category="bolts", ways=",".join(ways), **sizes
+    )
+    assert result.returncode == 0, result.stderr
+    record = json.loads(result.stdout.splitlines()[-1])
+    ours, *others = record["table"]
+    assert [row["way"] for row in record["table"]] == ways and ours["ours times as fast"] == 1
+    for row in record["table"]:
+        assert row["steps"] == 2 and row["last loss"] < row["first loss"]
+        assert row["rows/s"] > 0 and row["peak GB"] > 0 and 0 < row["NDCG@10"] <= row["HR@10"] <= 1
+    for row in others:
+        assert row["trained parameters"] == ours["trained parameters"]
+        assert row["first loss"] == pytest.approx(ours["first loss"], rel=1e-5)
+
+
+def test_peers_refuses_what_it_cannot_run(files, base, tmp_path):
+    data = folder_of(files, tmp_path, test="test.csv")
+    flags = {"data": data, "base_model": base, "ways": "ours,llama,llamafactory", "rows": 0, "batch_size": 9}
+    result = run_command("benchmarks/peers.py", **flags)
+    assert result.returncode == 2
+    for problem in (
+        "--ways 'llama': there are ours",
+        "--llamafactory '': give the Python",
+        "--rows 0: must be 1 or more",
+        "--batch_size 9 is not a multiple",
+        "must hold train.csv, test.csv, info.txt",
+    ):
+        assert problem in result.stderr
 
 
 def gpu(*words, **settings) -> subprocess.CompletedProcess:
