@@ -72,9 +72,9 @@ class SFTFlags(TrainingFlags):
     )
     train_from_scratch: bool = flag(False, "random weights from base_model's configuration.")
     sid_init: str = flag(
-        "random",
+        "text",
         "what the rows of new SID tokens start with: text (the mean of the title tokens of their items), mean (of all "
-        "tokens of the base), or random.",
+        "tokens of the base), or random, as in the original.",
         one_of("text", "mean", "random"),
     )
     eval_step: float = flag(

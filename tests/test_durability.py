@@ -4,6 +4,7 @@ benchmarks/kill_and_resume.py."""
 import json
 import os
 import re
+import shutil
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -160,3 +161,13 @@ def test_a_truncated_checkpoint_is_never_resumed(tmp_path):
     with pytest.raises(InputError, match="is not a complete checkpoint"):
         resume_point(replace(flags, resume_from_checkpoint=str(tmp_path / "checkpoint-10")), RUN, said.append)
     assert json.loads((tmp_path / "checkpoint-5" / "trainer_state.json").read_text())["global_step"] == 5
+
+
+def test_resuming_a_finished_run_says_that_nothing_is_left(files, base, whole, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(whole, run)
+    done = run_command("sft.py", **sft_flags(files, base, run, **FLAGS, resume_from_checkpoint=True))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert re.search(r"nothing is left to train: \S+ is at step (\d+) of \1;", done.stdout)
+    assert "do not match" not in done.stderr
+    assert adapter_bytes(run) == adapter_bytes(whole)

@@ -5,16 +5,19 @@ from plain import EOS, exhaustive, random_sids, sids_of
 
 from minionerec.data.sid_tokens import PAD
 from minionerec.decoding.beam_search import constrained_beam_search, constrained_sample
+from minionerec.decoding.beams import TreeBeams
 from minionerec.decoding.trie import Trie
 
 
-def prompts(rows: int = 3, width: int = 7) -> tuple[torch.Tensor, torch.Tensor]:
-    """Prompts of different lengths, padded on the left."""
+def prompts(rows: int = 3, width: int = 7, shared: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Prompts of different lengths, padded on the left, which begin with `shared` equal tokens."""
     torch.manual_seed(1)
     mask = torch.ones(rows, width, dtype=torch.long)
+    ids = torch.randint(1, 96, (rows, width))
     for row in range(rows):
         mask[row, :row] = 0
-    return torch.randint(1, 96, (rows, width)) * mask, mask
+        ids[row, row : row + shared] = ids[0, :shared].clone()
+    return ids * mask, mask
 
 
 def test_trie_holds_each_sid_once():
@@ -88,13 +91,40 @@ ATTENTIONS = [(name, "eager") for name in ARCHITECTURES] + [
 
 
 @pytest.mark.parametrize(("architecture", "attention"), ATTENTIONS)
-def test_shared_cache_equals_copied_caches(architecture, attention):
-    model, (ids, mask) = make_model(architecture, scale=4.0, attn_implementation=attention), prompts()
+@pytest.mark.parametrize("shared", [0, 6])
+def test_shared_cache_equals_copied_caches(architecture, attention, shared):
+    model = make_model(architecture, scale=4.0, attn_implementation=attention)
+    ids, mask = prompts(width=9, shared=shared)
     trie = Trie(random_sids(60, (1, 2, 3, 4)), EOS)
     rows, scores = constrained_beam_search(model, ids, mask, trie, 8, tree=True)
     plain_rows, plain_scores = constrained_beam_search(model, ids, mask, trie, 8, tree=False)
     torch.testing.assert_close(scores, plain_scores, atol=1e-4, rtol=1e-4)
     assert torch.equal(rows, plain_rows)
+
+
+@pytest.mark.parametrize(
+    ("rows", "shared", "read"),
+    [(3, 6, [(1, 6), (3, 3)]), (3, 4, [(1, 4), (3, 5)]), (3, 3, [(3, 9)]), (1, 6, [(1, 9)])],
+)
+def test_what_all_prompts_begin_with_is_read_once(rows, shared, read):
+    """The shortest of three prompts has 7 tokens, of which one is always read with the rest."""
+    model, passes = make_model(), []
+    ids, mask = prompts(rows, width=9, shared=shared)
+    model.register_forward_pre_hook(
+        lambda _, args, kwargs: passes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+    )
+    TreeBeams(model, ids, mask)
+    assert passes == read
+
+
+def test_prompts_that_are_equal_are_read_once_but_for_their_last_token():
+    model, (ids, mask) = make_model(), prompts(1)
+    trie = Trie(random_sids(20, (3,)), EOS)
+    single = constrained_beam_search(model, ids, mask, trie, 8)
+    for one, many in zip(
+        single, constrained_beam_search(model, *(t.expand(4, -1) for t in (ids, mask)), trie, 8), strict=True
+    ):
+        torch.testing.assert_close(many, one.expand(4, -1), atol=1e-5, rtol=1e-5)
 
 
 def test_every_beam_is_a_distinct_sid():

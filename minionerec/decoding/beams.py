@@ -11,8 +11,11 @@ import torch
 from torch import nn
 from transformers import Cache, DynamicCache
 
+from minionerec.model.device import weights_are_sharded
 from minionerec.model.head import float32_head
 from minionerec.model.packed_rows import attention_masks
+
+SHARED = 4  # tokens that all prompts of a batch begin with, from which on they are computed once
 
 
 def select_rows(cache: Cache, rows: torch.Tensor) -> None:
@@ -35,19 +38,32 @@ class TreeBeams:
         # Without a config, the cache keeps every token. With one, a layer with a window would drop tokens by their
         # distance in the row, which is larger than the distance of their positions.
         self.model, self.cache = model, DynamicCache()
-        self.prompt = mask.bool()  # [B, P]
-        self.positions = (mask.cumsum(dim=1) - 1).clamp(min=0)  # [B, P + T]
         self.length = mask.sum(dim=1, keepdim=True)
         self.ancestors = mask.new_zeros((len(mask), 1, 0), dtype=torch.bool)  # [B, K, T]
-        with float32_head(model):
-            self.logits = model(
-                input_ids=input_ids,
-                attention_mask=mask,
-                position_ids=self.positions,
-                past_key_values=self.cache,
-                use_cache=True,
-                logits_to_keep=1,
-            ).logits[:, -1:]  # some models ignore logits_to_keep
+        shared = _shared_beginning(input_ids, self.length)
+        if shared:
+            start = input_ids.shape[1] - int(self.length[0])
+            self._read(input_ids[:1, start : start + shared])
+            select_rows(self.cache, self.length.new_zeros(len(mask)))
+            column = torch.arange(input_ids.shape[1] - shared, device=mask.device)
+            after = column + shared * (column >= mask.shape[1] - self.length)  # [B, P - shared], the padding stays
+            input_ids, mask = input_ids.gather(1, after), mask.gather(1, after)
+        self.prompt = torch.cat([mask.new_ones((len(mask), shared)), mask], dim=1).bool()  # [B, P]
+        self.positions = (self.prompt.cumsum(dim=1) - 1).clamp(min=0)  # [B, P + T]
+        visible = self.prompt.unsqueeze(1) & self.prompt.new_ones(self.prompt.shape[1:] * 2).tril()[shared:]
+        self.logits = self._read(
+            input_ids,
+            attention_mask=attention_masks(model, visible, self.positions) if shared else mask,
+            position_ids=self.positions[:, shared:],
+        )
+
+    def _read(self, input_ids: torch.Tensor, **inputs: object) -> torch.Tensor:
+        """Appends tokens to the cache; logits [B, 1, V] after the last one."""
+        with float32_head(self.model):
+            output = self.model(
+                input_ids=input_ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1, **inputs
+            )
+        return output.logits[:, -1:]  # some models ignore logits_to_keep
 
     def step(self, parent: torch.Tensor, token: torch.Tensor, depth: int) -> torch.Tensor:
         """Logits [B, K, V] after `token` [B, K], the token number `depth` (from 0) of the beams, written after the
@@ -67,6 +83,20 @@ class TreeBeams:
                 past_key_values=self.cache,
                 use_cache=True,
             ).logits
+
+
+def _shared_beginning(input_ids: torch.Tensor, length: torch.Tensor) -> int:
+    """How many tokens at the beginning of left-padded prompts [B, P] of `length` [B, 1] to compute once for all.
+
+    On a GPU none: it computes a few tokens more in the time that it takes to launch the kernels of one more pass. None
+    where weights are sharded, either: every process must run as many passes as the others.
+    """
+    if len(input_ids) == 1 or input_ids.device.type != "cpu" or weights_are_sharded():
+        return 0
+    place = torch.arange(int(length.min()) - 1)  # every prompt keeps a token, whose logits are wanted
+    beginning = input_ids.gather(1, input_ids.shape[1] - length + place)
+    shared = int((beginning == beginning[:1]).all(dim=0).cumprod(dim=0).sum())
+    return shared if shared >= SHARED else 0
 
 
 class CopiedBeams:

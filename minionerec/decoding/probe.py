@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import nn
 from transformers import PreTrainedConfig
 
-from minionerec.decoding.beams import CopiedBeams, RereadBeams, TreeBeams
+from minionerec.decoding.beams import SHARED, CopiedBeams, RereadBeams, TreeBeams
 from minionerec.errors import InputError, RunError
 from minionerec.model.head import float32_head, head_on
 from minionerec.model.packed_rows import shared_rows
@@ -175,6 +175,7 @@ class _Trial:
             return ids[torch.randint(len(ids), shape, generator=generator)].to(model.device)
 
         self.prompts = [draw(prompt), draw(math.ceil(prompt * 2 / 3))]
+        self.prompts[1][:SHARED] = self.prompts[0][:SHARED]  # as prompts with one instruction
         self.paths = draw(2, 4, 2)
         self.paths[:, 1, 0] = self.paths[:, 0, 0]  # two beams have the same parent
         count = max(4, math.ceil((row - prompt) / 2))

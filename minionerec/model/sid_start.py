@@ -28,8 +28,9 @@ def start_sid_rows(
     Args:
         model: with a row for every token, before an adapter is added.
         new_tokens: the SID tokens that the base did not have.
-        way: "text", the mean of the rows of the titles of the items whose SID has the token, or the mean row if none has
-            a title; "mean", the mean row of the tokens of the base; "random", as `resize_token_embeddings` left them.
+        way: "text", the mean of the rows of the titles of the items whose SID has the token, or the mean row where
+            none has a title; "mean", the mean row of the tokens of the base; "random", as `resize_token_embeddings`
+            left them.
     """
     if way == "random" or not new_tokens:
         return

@@ -105,7 +105,12 @@ class DurableRun(_Trainer):
         checkpoint that the run resumes from, because the run's folder may have been moved."""
         with _without_log("The best checkpoint", "Warning: The following arguments do not match"):
             trained = super()._init_training_state(max_steps, steps_per_epoch, epochs, resume_from_checkpoint, trial)
-        step = self.state.best_global_step
+        done, step = self.state.global_step, self.state.best_global_step
+        if resume_from_checkpoint and done >= max_steps:
+            self.accelerator.print(
+                f"nothing is left to train: {resume_from_checkpoint} is at step {done} of {max_steps}; the best "
+                "checkpoint becomes final_checkpoint"
+            )
         if resume_from_checkpoint and step is not None:
             folder = os.path.dirname(os.path.normpath(resume_from_checkpoint)) or os.curdir
             if os.path.isdir(self.args.output_dir) and os.path.samefile(folder, self.args.output_dir):
@@ -268,16 +273,18 @@ def writing(what: str) -> Iterator[None]:
 @contextmanager
 def _without_log(*beginnings: str) -> Iterator[None]:
     """While open, the Trainer logs no message that starts with one of these."""
-    logger = logging.getLogger("transformers.trainer")
+    loggers = [logging.getLogger(f"transformers.{name}") for name in ("trainer", "trainer_utils")]
 
     def wanted(record: logging.LogRecord) -> bool:
         return not record.getMessage().startswith(beginnings)
 
-    logger.addFilter(wanted)
+    for logger in loggers:
+        logger.addFilter(wanted)
     try:
         yield
     finally:
-        logger.removeFilter(wanted)
+        for logger in loggers:
+            logger.removeFilter(wanted)
 
 
 class _Stop(TrainerCallback):
