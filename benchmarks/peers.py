@@ -19,7 +19,7 @@ attribute `bias`, so it is given one. Where there is no Triton, as on a CPU, it 
 LLaMA-Factory does everywhere, and not those of the responses only. Without flash attention, rows that follow each other
 without padding get a mask of all their tokens by all their tokens, in which each row sees only itself: the losses are
 those of `trl`. With packing, an optimizer step has about `batch_size` rows, in packs of `micro_batch_size` rows of
-average length, so the number of steps may differ.
+average length.
 
     python benchmarks/peers.py --data data/Industrial_and_Scientific --base_model out/smollm2 --rows 512
     python benchmarks/peers.py --data data/Industrial_and_Scientific --base_model out/smollm2 --rows 512 \\
@@ -77,7 +77,7 @@ def prepare(folder: str, flags: dict[str, Any]) -> dict[str, Any]:
     known = tokenizer.get_vocab()
     new_tokens = [token for token in files.catalogue.sid_tokens if token not in known]
     sid_token_ids = loading.add_sid_tokens(model, tokenizer, files.catalogue.sid_tokens)
-    start_sid_rows(model, tokenizer, new_tokens, files.catalogue, flags["sid_init"])
+    start_sid_rows(model, tokenizer, new_tokens, files.catalogue, files.flags.sid_init)
     base = os.path.join(folder, "base")
     model.save_pretrained(base)
     tokenizer.save_pretrained(base)
@@ -192,22 +192,22 @@ def train_trl(job: dict[str, Any], folder: str, output_dir: str, way: str) -> No
     from datasets import Dataset
     from peft import LoraConfig
     from transformers import AutoModelForCausalLM, AutoTokenizer
-    from trl import SFTConfig, SFTTrainer
+    from trl import SFTConfig, SFTTrainer, pack_dataset
 
     flags, settings = job["flags"], trainer_settings(job, output_dir)
+    dataset = Dataset.from_list(labelled(folder))
     settings |= {"max_length": None, "padding_free": way == "trl_padding_free"}
     if way == "trl_packing":
-        # A pack is a micro-batch. Every row must fit into one, or it would be cut.
-        mean = job["tokens"] / job["rows"]
-        size = max(job["longest"], math.ceil(flags["micro_batch_size"] * mean))
-        packs = max(1, round(flags["batch_size"] * mean / size))
+        # A pack is a micro-batch. Every row must fit into one, or it would be cut. `trl` has as many steps, or more.
+        size = max(job["longest"], math.ceil(flags["micro_batch_size"] * job["tokens"] / job["rows"]))
+        packs = len(pack_dataset(dataset, size, "bfd")) / math.ceil(job["rows"] / flags["batch_size"])
         settings |= {"packing": True, "max_length": size}
-        settings |= {"per_device_train_batch_size": 1, "gradient_accumulation_steps": packs}
+        settings |= {"per_device_train_batch_size": 1, "gradient_accumulation_steps": math.ceil(packs)}
     trainer = SFTTrainer(
         model=AutoModelForCausalLM.from_pretrained(flags["base_model"], dtype="auto"),
         processing_class=AutoTokenizer.from_pretrained(flags["base_model"]),
         peft_config=LoraConfig(task_type="CAUSAL_LM", **job["lora"]),
-        train_dataset=Dataset.from_list(labelled(folder)),
+        train_dataset=dataset,
         args=SFTConfig(**settings, gradient_checkpointing=False),
     )
     head = trainer.model.get_output_embeddings()
@@ -336,7 +336,6 @@ def peers(
     micro_batch_size: int = 8,
     learning_rate: float = 1e-3,
     cutoff_len: int = 512,
-    sid_init: str = "mean",
     num_beams: int = 20,
 ) -> None:
     """Prints rows/s, peak memory, losses and ranking metrics of the same LoRA SFT by this project and by others.
@@ -355,7 +354,6 @@ def peers(
         micro_batch_size: rows of a forward pass.
         learning_rate: peak of the schedule.
         cutoff_len: tokens of a row at most.
-        sid_init: what the rows of new SID tokens start with, as in sft.py.
         num_beams: beams of a ranking.
     """
     # Check the flags and the files.
@@ -405,7 +403,6 @@ def peers(
             "micro_batch_size": micro_batch_size,
             "learning_rate": learning_rate,
             "cutoff_len": cutoff_len,
-            "sid_init": sid_init,
             "eval_step": 0.9999,
         }
         job = in_fresh_process(prepare, folder, {**flags, "output_dir": folder})
