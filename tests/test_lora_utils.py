@@ -342,15 +342,16 @@ def test_the_lean_update_on_4_bits_is_pefts(saved_base):
 
 def test_dropout_draws_the_same_mask_in_both_passes():
     torch.manual_seed(0)
-    x, a, b = (torch.randn(*shape, requires_grad=True) for shape in ((4, 3, 16), (2, 16), (8, 2)))
-    update = low_rank._LowRankUpdate.apply(x, a, b, 0.5, 0.25, 11, torch.float32)
-    mask = low_rank._dropout_mask(x.shape, 0.25, 11, x.device)
-    expected = (x * mask / 0.75) @ a.T @ b.T * 0.5
-    torch.testing.assert_close(update, expected)
-    weights = torch.randn_like(update)
+    shapes = ((4, 3, 8), (4, 3, 16), (2, 16), (8, 2))
+    result, x, a, b = inputs = [torch.randn(*shape, requires_grad=True) for shape in shapes]
+    updated = low_rank._LowRankUpdate.apply(*inputs, 0.5, 0.25, 11, torch.float32)
+    kept = low_rank._dropout_mask(x.shape, 0.25, 11, x.device)
+    expected = result + (x * kept / 0.75) @ a.T @ b.T * 0.5
+    torch.testing.assert_close(updated, expected)
+    weights = torch.randn_like(updated)
     for ours, plain in zip(
-        torch.autograd.grad((update * weights).sum(), (x, a, b)),
-        torch.autograd.grad((expected * weights).sum(), (x, a, b)),
+        torch.autograd.grad((updated * weights).sum(), inputs),
+        torch.autograd.grad((expected * weights).sum(), inputs),
         strict=True,
     ):
         torch.testing.assert_close(ours, plain)

@@ -29,11 +29,17 @@ else:
 
 
 class _LowRankUpdate(torch.autograd.Function):
-    """dropout(x) A^T B^T * scale for x [..., I], A [r, I], B [O, r]; saves x, A, B and dropout(x) A^T [..., r]."""
+    """result + dropout(x) A^T B^T * scale for the base layer's result [..., O], x [..., I], A [r, I], B [O, r]; saves
+    x, A, B and dropout(x) A^T [..., r].
+
+    The last matmul makes the sum and scales it, and the backward pass scales only what has the size of an adapter: no
+    pass over [..., O] is made for either.
+    """
 
     @staticmethod
     def forward(
         ctx: Any,
+        result: torch.Tensor,
         x: torch.Tensor,
         a: torch.Tensor,
         b: torch.Tensor,
@@ -49,7 +55,10 @@ class _LowRankUpdate(torch.autograd.Function):
             dropped = dropped * _dropout_mask(x.shape, dropout, seed, x.device)
         low = F.linear(dropped, a.to(dtype))
         ctx.save_for_backward(x, a, b, low)
-        return F.linear(low, b.to(dtype)).mul_(ctx.scale)
+        updated = torch.empty_like(result, dtype=dtype, memory_format=torch.contiguous_format)
+        pair = low.flatten(0, -2), b.to(dtype).T
+        torch.addmm(result.to(dtype).flatten(0, -2), *pair, alpha=ctx.scale, out=updated.flatten(0, -2))
+        return updated.to(result.dtype)
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
@@ -58,15 +67,16 @@ class _LowRankUpdate(torch.autograd.Function):
         if ctx.dropout:
             mask = _dropout_mask(x.shape, ctx.dropout, ctx.seed, x.device)
             dropped = dropped * mask
-        gradient = gradient.to(ctx.dtype).flatten(0, -2) * ctx.scale
-        grad_b = gradient.T @ low.flatten(0, -2)
-        grad_low = gradient @ b.to(ctx.dtype)
+        flat = gradient.to(ctx.dtype).flatten(0, -2)
+        grad_b = (flat.T @ low.flatten(0, -2)).mul_(ctx.scale)
+        grad_low = (flat @ b.to(ctx.dtype)).mul_(ctx.scale)
         grad_a = grad_low.T @ dropped.flatten(0, -2)
         grad_x = None
-        if ctx.needs_input_grad[0]:
+        if ctx.needs_input_grad[1]:
             grad_x = (grad_low @ a.to(ctx.dtype)).view(x.shape)
             grad_x = (grad_x.mul_(mask) if ctx.dropout else grad_x).to(x.dtype)
-        return grad_x, grad_a.to(a.dtype), grad_b.to(b.dtype), None, None, None, None
+        grad_result = gradient if ctx.needs_input_grad[0] else None
+        return grad_result, grad_x, grad_a.to(a.dtype), grad_b.to(b.dtype), None, None, None, None
 
 
 def _kept_fraction(dropout: float) -> float:
@@ -105,8 +115,7 @@ class _LeanForward(_Layer):
             seed = _draw_seed() if dropout else 0
             device = x.device.type
             dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else a.dtype
-            update = _LowRankUpdate.apply(x, a, b, self.scaling[adapter], dropout, seed, dtype)
-            result = result + update.to(result.dtype)
+            result = _LowRankUpdate.apply(result, x, a, b, self.scaling[adapter], dropout, seed, dtype)
         return result
 
 
