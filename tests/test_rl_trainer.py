@@ -315,6 +315,8 @@ def test_the_supervised_loss_is_that_of_the_targets(sft, tmp_path, start):
     torch.testing.assert_close(loss, expected, **tolerance)
     assert trainer._metrics["train"]["sft_loss"][-1] == pytest.approx(plain.item(), rel=1e-2)
     for name, gradient in gradients(loss).items():
+        if "QLoRA" in start:  # bfloat16 rounds every product that is summed
+            tolerance["atol"] = 0.02 * float(of_plain[name].abs().max())
         torch.testing.assert_close(gradient, of_plain[name], **tolerance)
 
 
