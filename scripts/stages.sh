@@ -38,9 +38,9 @@ fail() {
     exit 2
 }
 use_method() { # sets the flags of METHOD and PRESET, a default learning rate, and those that compare.sh tries
-    MICRO_BATCH=8 RL_RATE=1e-5 DEFAULT_SFT_RATES="1e-4 3e-4 1e-3" DEFAULT_RL_RATES="1e-5 1e-4"
+    MICRO_BATCH=8 RL_RATE=1e-5 DEFAULT_SFT_RATES="3e-4 1e-3 3e-3" DEFAULT_RL_RATES="1e-5 1e-4"
     case "$METHOD" in
-    full) METHOD_FLAGS=() RL_RATE=1e-6 DEFAULT_SFT_RATES="3e-5 1e-4 3e-4" DEFAULT_RL_RATES="1e-6 1e-5" ;;
+    full) METHOD_FLAGS=() RL_RATE=1e-6 DEFAULT_SFT_RATES="1e-4 3e-4 1e-3" DEFAULT_RL_RATES="1e-6 1e-5" ;;
     lora) METHOD_FLAGS=(--use_lora True) ;;
     qlora) METHOD_FLAGS=(--use_qlora True) MICRO_BATCH=16 ;;
     *) fail "METHOD=$METHOD: must be full, lora or qlora" ;;
