@@ -101,6 +101,29 @@ def test_a_comparison_refuses_what_it_does_not_know_before_it_trains(checkout, f
     assert result.returncode == 2 and result.stderr.startswith("compare.sh: error: ")
 
 
+@pytest.mark.slow
+def test_a_comparison_chooses_the_rate_in_short_runs(checkout, base):
+    """Both rates are tried in short runs, only the better one is trained with; the same command again trains nothing."""
+    settings = {
+        "METHODS": "lora", "BASE_MODEL": base, "OUT": "output/compared", "SFT_RATES_lora": "1e-6 1e-2",
+        "TRY_SFT": "--num_epochs 1", "RL_RATES_lora": "1e-3", "EVAL_FLAGS": "--num_beams 10",
+        "SFT_FLAGS": "--num_epochs 2 --batch_size 32 --eval_step 0.5 --tasks sid_history_to_sid",
+        "RL_FLAGS": "--train_batch_size 16 --num_generations 8 --gradient_accumulation_steps 1 --test_beam 10 "
+        "--tasks sid_history_to_sid --eval_step 0.5 --save_steps 0.5",
+    }  # fmt: skip
+    done = bash(checkout, "compare.sh", **settings)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "lora sft_try: learning rate 1e-2" in done.stdout and "| lora SFT + RL |" in done.stdout
+    runs = checkout / "output" / "compared" / "lora"
+    folders = {"sft_try_1e-6", "sft_try_1e-2", "sft_1e-2", "rl_from_1e-2_1e-3"}
+    assert {run.name for run in runs.iterdir()} == folders
+    epochs = {name: json.loads((runs / name / "metrics.json").read_text())["history"][-1]["epoch"] for name in folders}
+    assert (epochs["sft_try_1e-2"], epochs["sft_1e-2"]) == (1, 2)
+    before = {run: (runs / run / "metrics.json").stat().st_mtime for run in folders}
+    assert bash(checkout, "compare.sh", **settings).returncode == 0
+    assert before == {run: (runs / run / "metrics.json").stat().st_mtime for run in folders}
+
+
 @pytest.mark.parametrize("method", ["", "full", "lora"])
 def test_the_preset_for_little_memory(checkout, method):
     """QLoRA unless METHOD says otherwise, and checkpointing in any case."""
