@@ -103,7 +103,7 @@ def test_a_comparison_refuses_what_it_does_not_know_before_it_trains(checkout, f
 
 @pytest.mark.slow
 def test_a_comparison_chooses_the_rate_in_short_runs(checkout, base):
-    """Both rates are tried in short runs, only the better one is trained with; the same command again trains nothing."""
+    """Both rates are tried in short runs, and only the better one trains; the same command again trains nothing."""
     settings = {
         "METHODS": "lora", "BASE_MODEL": base, "OUT": "output/compared", "SFT_RATES_lora": "1e-6 1e-2",
         "TRY_SFT": "--num_epochs 1", "RL_RATES_lora": "1e-3", "EVAL_FLAGS": "--num_beams 10",
