@@ -181,8 +181,7 @@ def train(flags: SFTFlags) -> "dict | Prediction":
     reach = [lora_utils.check_adapter(config, flags)] if flags.adapted else []
     tokenizer = loading.load_tokenizer(flags.base_model)
     sid_tokens = files.catalogue.sid_tokens
-    vocabulary = tokenizer.get_vocab()
-    new_tokens = [token for token in sid_tokens if token not in vocabulary]
+    new_tokens = [token for token in sid_tokens if tokenizer.backend_tokenizer.token_to_id(token) is None]
     add_sid_tokens(tokenizer, sid_tokens)
     encoder = Encoder(tokenizer, files.prompts, flags.cutoff_len)
     remedy = f"rename the SID tokens in --sid_index_path {flags.sid_index_path}, or take another base"

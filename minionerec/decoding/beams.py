@@ -50,12 +50,11 @@ class TreeBeams:
             input_ids, mask = input_ids.gather(1, after), mask.gather(1, after)
         self.prompt = torch.cat([mask.new_ones((len(mask), shared)), mask], dim=1).bool()  # [B, P]
         self.positions = (self.prompt.cumsum(dim=1) - 1).clamp(min=0)  # [B, P + T]
-        visible = self.prompt.unsqueeze(1) & self.prompt.new_ones(self.prompt.shape[1:] * 2).tril()[shared:]
-        self.logits = self._read(
-            input_ids,
-            attention_mask=attention_masks(model, visible, self.positions) if shared else mask,
-            position_ids=self.positions[:, shared:],
-        )
+        seen: torch.Tensor | dict[str, torch.Tensor] = mask
+        if shared:
+            causal = self.prompt.new_ones(self.prompt.shape[1:] * 2).tril()[shared:]
+            seen = attention_masks(model, self.prompt.unsqueeze(1) & causal, self.positions)
+        self.logits = self._read(input_ids, attention_mask=seen, position_ids=self.positions[:, shared:])
 
     def _read(self, input_ids: torch.Tensor, **inputs: object) -> torch.Tensor:
         """Appends tokens to the cache; logits [B, 1, V] after the last one."""
