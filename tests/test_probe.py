@@ -2,6 +2,7 @@
 
 import copy
 import shutil
+from functools import partial
 
 import pytest
 import torch
@@ -39,7 +40,7 @@ def test_a_model_is_tried_once_and_left_as_it_was():
     model = make_model("mistral", sliding_window=64).train()
     seen, weights, state = forwards_of(model), copy.deepcopy(model.state_dict()), torch.get_rng_state()
     proof = prove(model)
-    assert proof.beams is TreeBeams and proof.shared and model.training and 0 < len(seen) < 10
+    assert proof.beams is TreeBeams and proof.shared and model.training and 0 < len(seen) <= 10
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())
     tried = len(seen)
@@ -75,6 +76,23 @@ def test_quantized_bases(architecture, bits, tmp_path):
     quantization = lora_utils.quantization_config(AdapterFlags(use_qlora=bits == 4, load_in_8bit=bits == 8))
     proof = prove(loading.load_base(str(tmp_path), quantization))
     assert proof.beams is (CopiedBeams if architecture in COPIED else TreeBeams) and proof.padding
+
+
+def test_a_kernel_for_few_tokens_may_round_differently():
+    model = build("qwen2").to(torch.bfloat16)
+    torch.manual_seed(0)
+    for layer in model.model.layers.modules():
+        if isinstance(layer, torch.nn.Linear):
+            layer.forward = partial(multiply_as_4_bits_on_a_gpu, layer)
+    proof = prove(model)
+    assert proof.beams is TreeBeams and proof.padding and proof.shared
+
+
+def multiply_as_4_bits_on_a_gpu(layer, x):
+    """On an H100, bitsandbytes multiplies up to 32 tokens of a small layer with a kernel of its own, whose weights are
+    rounded differently."""
+    rounded = layer.weight * (1 + 2**-7 * torch.randn_like(layer.weight))
+    return torch.nn.functional.linear(x, rounded if x.numel() <= 32 * x.shape[-1] else layer.weight, layer.bias)
 
 
 def test_layers_that_ignore_padding_get_one_prompt_at_a_time(monkeypatch):

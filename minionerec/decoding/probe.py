@@ -101,12 +101,14 @@ def _windows(config: PreTrainedConfig) -> list[int]:
 
 
 def _try_all(model: nn.Module, prompt: int, row: int, name: str) -> Proof:
-    training = model.training
+    training, tf32 = model.training, torch.backends.cudnn.allow_tf32
     model.eval()
+    torch.backends.cudnn.allow_tf32 = False  # its rounding in convolutions would hide small leaks
     try:
         return _first_that_holds(_Trial(model, prompt, row), name or "decoding")
     finally:
         model.train(training)
+        torch.backends.cudnn.allow_tf32 = tf32
 
 
 def _first_that_holds(trial: "_Trial", name: str) -> Proof:
@@ -152,6 +154,7 @@ class _Trial:
         filling: [2, K, 2], random tokens for the beams of a long row that are not compared.
         plain: [2, 4, 3, V], log-probabilities of plain rows.
         noise: how far equal log-probabilities are apart because other tokens are in the batch.
+        later: how far they are apart because of the tokens after them; rounding, if the model is causal.
         leak: how far they are apart if a beam sees the others.
         rounding: how far two exact ways may be apart in the precision of the model.
         tolerance: how far a way may be from plain rows and still count as exact.
@@ -159,6 +162,7 @@ class _Trial:
 
     plain: torch.Tensor
     noise: torch.Tensor
+    later: torch.Tensor
     leak: torch.Tensor
     rounding: torch.Tensor
     tolerance: torch.Tensor
@@ -198,15 +202,18 @@ class _Trial:
         return found
 
     def run_plain_rows(self) -> bool:
-        """Runs the plain rows, then runs them with tokens after them and with the other beams in between.
+        """Runs the plain rows, then runs them with tokens after them, one alone, and with the other beams in between.
 
-        Tokens after a row change only the rounding: their effect is how exact another way can be. Beams in between
-        change what is predicted: their effect is how exact another way must be.
+        Tokens after a row change only the rounding, and so does running a row alone: on a GPU, bitsandbytes multiplies
+        few tokens with another kernel. Their effect is how exact another way can be. Beams in between change what is
+        predicted: their effect is how exact another way must be.
         """
         start = len(self.prompts[0]) - 1
         self.plain = torch.stack([self._run(self._rows(i), len(self.prompts[i]) - 1 + torch.arange(3)) for i in (0, 1)])
         longer = torch.cat([self._rows(0), self._rows(1)[:, -PROMPT:]], dim=1)
-        self.noise = _distance(self._run(longer, start + torch.arange(3)), self.plain[0])
+        self.later = _distance(self._run(longer, start + torch.arange(3)), self.plain[0])
+        alone = self._run(self._rows(0)[:1], start + torch.arange(3))
+        self.noise = torch.maximum(self.later, _distance(alone.expand(4, -1, -1), self.plain[0, :1].expand(4, -1, -1)))
 
         first, second, _ = self._written(self.filling.shape[1])
         places = start + 1 + _compared(len(first[0]))
@@ -223,7 +230,7 @@ class _Trial:
 
     def is_causal(self) -> bool:
         """Whether no token saw the tokens after it."""
-        return bool(self.noise <= 5 * self.rounding)
+        return bool(self.later <= 5 * self.rounding)
 
     def leaks_exceed_rounding(self) -> bool:
         """Whether the scores of a beam that sees the others differ by more than rounding explains."""
@@ -314,4 +321,4 @@ def _rounding(model: nn.Module) -> float:
     exact = all(parameter.dtype == torch.float32 for parameter in model.parameters())
     if not exact or torch.is_autocast_enabled(model.device.type):  # 16 bits or fewer: errors grow with the depth
         return 0.005 * (2 * model.config.get_text_config().num_hidden_layers) ** 0.5
-    return 2e-3 if model.device.type == "cuda" else 2e-5  # convolutions on a GPU use TF32
+    return 2e-5
