@@ -36,7 +36,7 @@ def small_qwen2(vocab_size: int, hidden_size: int, num_hidden_layers: int, num_a
 
 
 def quiet() -> None:
-    """Turns off progress bars, warnings and the note about bitsandbytes' optional CPU kernel."""
+    """Turns off progress bars, warnings and the notes of bitsandbytes."""
     import logging
     import warnings
 
@@ -44,7 +44,7 @@ def quiet() -> None:
 
     transformers_logging.disable_progress_bar()
     warnings.simplefilter("ignore")
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 def in_fresh_process(function: Callable[..., Any], *args: Any) -> Any:
@@ -67,7 +67,8 @@ def in_turn(worker: Callable[..., None], ways: list[str], repeats: int, *setting
         processes.append(context.Process(target=worker, args=(theirs, way, *settings), daemon=True))
         processes[-1].start()
         theirs.close()
-        connections[way].recv()
+    for connection in connections.values():
+        connection.recv()
     steps: dict[str, list[Any]] = {way: [] for way in ways}
     for turn in range(repeats):
         for way, connection in connections.items():

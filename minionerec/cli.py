@@ -151,13 +151,14 @@ def run(command: Callable[..., object]) -> None:
     import fire
 
     set_environment()
-    # Warnings of three packages that a user can do nothing about: bitsandbytes lacks an optional kernel of a hub, PEFT
-    # reads a deprecated property while it wraps a model, TRL calls deprecated methods around generation.
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    # Warnings of three packages that a user can do nothing about: bitsandbytes lacks an optional kernel of a hub and
+    # names its types in every 8-bit matmul, PEFT reads a deprecated property while it wraps a model, TRL calls
+    # deprecated methods around generation.
+    for module in ("backends.cpu.ops", "autograd._functions"):
+        logging.getLogger(f"bitsandbytes.{module}").setLevel(logging.ERROR)
     # Checkpoints saved within a second of each other; the Trainer then orders them by their numbers, as is right.
     logging.getLogger("transformers.trainer_utils").addFilter(lambda r: not r.getMessage().startswith("mtime may not"))
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
-    warnings.filterwarnings("ignore", "MatMul8bitLt: inputs will be cast", UserWarning)  # in every 8-bit matmul
     warnings.filterwarnings("ignore", "Model has `tie_word_embeddings=True`", UserWarning)  # SID rows are tied by PEFT
     warnings.filterwarnings("ignore", "`gradient_checkpointing_(en|dis)able` is deprecated", FutureWarning)
     script = os.path.basename(sys.argv[0])

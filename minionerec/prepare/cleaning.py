@@ -7,7 +7,7 @@ with the users and items of a data set, and very little with its interactions.
 import os
 import re
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -28,7 +28,8 @@ def time_window(start_date: str, end_date: str) -> tuple[int, int]:
             if text:
                 if not re.fullmatch(r"\d{4}(-\d\d(-\d\d)?)?", text):
                     raise ValueError
-                moment = np.datetime64(text) + place  # the next year, month or day
+                unit: Literal["Y", "M", "D"] = "Y" if len(text) == 4 else "M" if len(text) == 7 else "D"
+                moment = np.datetime64(text) + np.timedelta64(place, unit)  # the next year, month or day
                 limits[place] = int(moment.astype("datetime64[us]").astype(np.int64))
         except ValueError:
             problems.append(f"--{flag} {text!r}: expected a year, a month or a day, such as 2018-10-31")
