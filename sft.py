@@ -19,7 +19,17 @@ from minionerec.data.files import Catalogue, Interaction, Item, read_catalogue, 
 from minionerec.data.prompts import Prompts, load_prompts
 from minionerec.data.texts import check_interactions, items_left_out
 from minionerec.errors import Problems
-from minionerec.flags import TrainingFlags, above_zero, check_batch, command, flag, fraction_of_training, one_of
+from minionerec.flags import (
+    TrainingFlags,
+    above_zero,
+    check_batch,
+    command,
+    engine,
+    flag,
+    fraction_of_training,
+    one_of,
+    zero_or_more,
+)
 from minionerec.process_memory import importing
 
 if TYPE_CHECKING:
@@ -48,6 +58,12 @@ class SFTFlags(TrainingFlags):
         3e-4,
         "peak of the schedule, which rises over 20 steps, or a tenth of a short run, and falls linearly.",
         above_zero,
+    )
+    sid_learning_rate: float = flag(
+        0.0,
+        "learning rate of the rows of SID tokens, which know nothing at the start; 0 for learning_rate. Full "
+        "fine-tuning of a pre-trained model needs it: what suits its weights is too slow for new rows.",
+        zero_or_more,
     )
     cutoff_len: int = flag(
         512,
@@ -101,6 +117,9 @@ class SFTFlags(TrainingFlags):
             problems.add(
                 "--freeze_LLM and --train_from_scratch exclude each other: a frozen random model learns nothing"
             )
+        if self.sid_learning_rate and engine():
+            rate = f"--sid_learning_rate {self.sid_learning_rate}"
+            problems.add(f"{rate}: not with {engine()}, which keeps the weights elsewhere; drop it")
         if not self.category.strip():
             problems.add("--category is missing; say what the items are, such as Industrial_and_Scientific")
         check_batch(problems, self.batch_size, self.micro_batch_size)
@@ -174,6 +193,7 @@ def train(flags: SFTFlags) -> "dict | Prediction":
         from minionerec.plots import SFT_PANELS
         from minionerec.training.finish import finish
         from minionerec.training.resume import resume_point
+        from minionerec.training.row_rate import SidRowRate, sid_weights
         from minionerec.training.sft_trainer import SFTTrainer, plan_trees
 
     # Prove that the base can have the adapter, and that every SID becomes its own tokens.
@@ -243,6 +263,10 @@ def train(flags: SFTFlags) -> "dict | Prediction":
     accumulation = trees.accumulation if trees else flags.batch_size // (flags.micro_batch_size * state.num_processes)
 
     # Train.
+    callbacks = [EarlyStoppingCallback(early_stopping_patience=3)]
+    if flags.sid_learning_rate:
+        times = flags.sid_learning_rate / flags.learning_rate
+        callbacks.append(SidRowRate(sid_weights(model, sid_token_ids), times))
     steps = math.ceil(len(train_dataset) / flags.batch_size) * flags.num_epochs
     trainer = SFTTrainer(
         model=model,
@@ -252,7 +276,7 @@ def train(flags: SFTFlags) -> "dict | Prediction":
         data_collator=Collator(tokenizer.pad_token_id),
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
-        callbacks=[EarlyStoppingCallback(early_stopping_patience=3)],
+        callbacks=callbacks,
         args=training_arguments(flags, steps, accumulation),
     )
     trainer.train(resume)

@@ -317,6 +317,14 @@ class TrainingFlags(DataFlags, RunFlags, AdapterFlags):
     """What sft.py and rl.py share."""
 
 
+def engine() -> str:
+    """The engine that accelerate was told to train with: DeepSpeed, FSDP, or empty."""
+    for name, variable in (("DeepSpeed", "ACCELERATE_USE_DEEPSPEED"), ("FSDP", "ACCELERATE_USE_FSDP")):
+        if os.environ.get(variable, "false").lower() == "true":
+            return name
+    return ""
+
+
 # --- Checks that other commands make too ------------------------------------------------------------------------------
 
 
