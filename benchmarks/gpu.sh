@@ -55,7 +55,8 @@ part() {
         measure "$PYTHON" benchmarks/sft_step.py --rows 16 --tokens 512 --repeats 10 --methods full_response,peft,lora,lora8,qlora \
             ${TINY:+"${small[@]}" --num_hidden_layers 2 --intermediate_size 128 --vocab_size 2048 --rows 2 --tokens 32 --repeats 1} ;;
     rl_step)
-        measure "$PYTHON" benchmarks/rl_step.py --repeats 5 ${TINY:+"${small[@]}" --num_hidden_layers 1 --prompts 4 --prompt_tokens 16 --repeats 1} ;;
+        measure "$PYTHON" benchmarks/rl_step.py --hidden_size 896 --num_hidden_layers 24 --num_attention_heads 14 \
+            --vocab_size 151936 --repeats 3 ${TINY:+"${small[@]}" --num_hidden_layers 1 --vocab_size 32000 --prompts 4 --prompt_tokens 16 --repeats 1} ;;
     decode)
         measure "$PYTHON" benchmarks/decode.py --repeats 5 ${TINY:+"${small[@]}" --num_hidden_layers 1 --prompts 2 --prompt_tokens 16 --large_catalogue 8000 --repeats 1} ;;
     trees)

@@ -201,6 +201,8 @@ def _measured(
         except EOFError:  # the process was killed because it ran out of memory
             return {**row, "measured GB": "out of memory"}
         row["measured GB"] = run["peak_gb"]
+        if run["loading_gb"] is not None:
+            row["while loading GB"] = run["loading_gb"]
         row["off by"] = f"{total / run['peak_gb'] - 1:+.0%}"
         row["rows/s"] = chosen / median(run["steps"])
     return row

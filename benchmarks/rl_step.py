@@ -81,7 +81,8 @@ def setting(shape: dict[str, int], sids: int, prompts: int, prompt_tokens: int, 
     tokenizer = sid_tokenizer(shape["vocab_size"])
     config = small_qwen2(**{**shape, "vocab_size": len(tokenizer)})
     dtype = device.compute_dtype()
-    model = AutoModelForCausalLM.from_config(config, dtype=dtype).to(device.local_device())
+    with device.local_device():
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     catalogue = random_sids(sids)
     sequences = sid_tokens.sid_sequences(tokenizer, catalogue)
     ids = sorted(set(sequences.flatten().tolist()))

@@ -52,9 +52,12 @@ def save_base(folder: str, shape: dict[str, int], tied: bool = True, dtype: str 
     from tokenizers import Tokenizer, models
     from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Config, set_seed
 
+    from minionerec.model.device import local_device
+
     set_seed(42)
     config = Qwen2Config(**shape, tie_word_embeddings=tied)
-    AutoModelForCausalLM.from_config(config, dtype=dtype).save_pretrained(folder)
+    with local_device():  # a CPU needs minutes for the random weights of a large model
+        AutoModelForCausalLM.from_config(config, dtype=dtype).save_pretrained(folder)
     entries = {f"t{i}": i for i in range(max(shape["vocab_size"] - SPARE_ROWS, 2))}
     tokenizer = Tokenizer(models.WordLevel(entries, unk_token="t1"))
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="t0", pad_token="t0").save_pretrained(folder)
@@ -71,7 +74,8 @@ def train(
     gradient_checkpointing: bool = False,
     adapter_flags: dict[str, Any] | None = None,
 ) -> None:
-    """Answers each request with the seconds of a step, and at the end with peak memory in GB and the first loss."""
+    """Answers each request with the seconds of a step, and at the end with peak memory in GB, that while the model was
+    loaded (on a GPU), and the first loss."""
     quiet()
     import torch
     import torch.nn.functional as F
@@ -122,9 +126,14 @@ def train(
         optimizer.zero_grad()
         losses.append(loss.item())
 
+    loading_gb = peak_memory_gb() if device.type == "cuda" else None
     reset_peak_memory()
     step()
-    answer(connection, lambda: seconds_of(step), lambda: {"peak_gb": peak_memory_gb(), "loss": losses[0]})
+
+    def end() -> dict[str, Any]:
+        return {"peak_gb": peak_memory_gb(), "loading_gb": loading_gb, "loss": losses[0]}
+
+    answer(connection, lambda: seconds_of(step), end)
 
 
 def sft_step(
@@ -174,13 +183,17 @@ def sft_step(
         "intermediate_size": intermediate_size,
         "vocab_size": vocab_size,
     }
+    import torch
+
+    # A GPU holds all ways at once; on a CPU, each takes its turns with full fine-tuning only.
+    groups = [chosen] if torch.cuda.is_available() else [[method] for method in chosen]
     table, results = [], {}
     with tempfile.TemporaryDirectory() as folder:
         in_fresh_process(save_base, folder, shape)
-        for method in chosen:
-            pair = in_turn(train, ["full", method], repeats, folder, rows, tokens, response_tokens, sids)
-            full = pair["full"]
-            for name, run in pair.items():
+        for group in groups:
+            runs = in_turn(train, ["full", *group], repeats, folder, rows, tokens, response_tokens, sids)
+            full = runs["full"]
+            for name, run in runs.items():
                 speed_up = median(f / s for f, s in zip(full["steps"], run["steps"], strict=True))
                 saved = 1 - run["peak_gb"] / full["peak_gb"]
                 table.append(
@@ -194,7 +207,8 @@ def sft_step(
                         "first loss": run["loss"],
                     }
                 )
-            results[method] = {"speed_up": speed_up, "memory_saved": saved, **pair}
+                if name != "full":
+                    results[name] = {"speed_up": speed_up, "memory_saved": saved, "full": full, name: run}
     print_table(table)
     print_json("sft_step", shape=shape, sids=sids, rows=rows, tokens=tokens, repeats=repeats, results=results)
 

@@ -40,11 +40,13 @@ def save_base(folder: str, item_file: str, shape: dict[str, int]) -> None:
     """Writes a Qwen2 model with random weights and a tokenizer trained on the catalogue's text."""
     from transformers import AutoModelForCausalLM, Qwen2Config, set_seed
 
+    from minionerec.model.device import local_device
     from scripts.make_base import make_base
 
     make_base(item_file, folder, vocab_size=32768, hidden_size=64, num_hidden_layers=1, num_attention_heads=4)
     set_seed(42)
-    AutoModelForCausalLM.from_config(Qwen2Config(**shape, tie_word_embeddings=True)).save_pretrained(folder)
+    with local_device():
+        AutoModelForCausalLM.from_config(Qwen2Config(**shape, tie_word_embeddings=True)).save_pretrained(folder)
 
 
 def train(
