@@ -52,7 +52,7 @@ part() {
     memory_*)
         measure "$PYTHON" benchmarks/memory.py --sizes "${1#memory_}" ${TINY:+--methods qlora --rows 1 --tokens 16 --repeats 1} ;;
     sft_step)
-        measure "$PYTHON" benchmarks/sft_step.py --rows 16 --tokens 512 --repeats 10 --methods full_response,peft,lora,lora8,qlora \
+        measure "$PYTHON" benchmarks/sft_step.py --rows 8 --tokens 512 --repeats 10 --methods full_response,peft,lora,lora8,qlora \
             ${TINY:+"${small[@]}" --num_hidden_layers 2 --intermediate_size 128 --vocab_size 2048 --rows 2 --tokens 32 --repeats 1} ;;
     rl_step)
         measure "$PYTHON" benchmarks/rl_step.py --hidden_size 896 --num_hidden_layers 24 --num_attention_heads 14 \
@@ -60,12 +60,12 @@ part() {
     decode)
         measure "$PYTHON" benchmarks/decode.py --repeats 5 ${TINY:+"${small[@]}" --num_hidden_layers 1 --prompts 2 --prompt_tokens 16 --large_catalogue 8000 --repeats 1} ;;
     trees)
-        measure "$PYTHON" benchmarks/trees.py --data "$FLAT" --category "$CATEGORY" --num_hidden_layers 24 --rows 512 --repeats 3 \
-            ${TINY:+"${small[@]}" --num_key_value_heads 4 --num_hidden_layers 1 --intermediate_size 128 --vocab_size 4096 --rows 32 --repeats 1} ;;
+        measure "$PYTHON" benchmarks/trees.py --data "$FLAT" --category "$CATEGORY" --num_hidden_layers 24 --rows 512 \
+            --micro_batch_size 32 --repeats 3 ${TINY:+"${small[@]}" --num_key_value_heads 4 --num_hidden_layers 1 --intermediate_size 128 --vocab_size 4096 --rows 32 --repeats 1} ;;
     compare)
-        export BASE_MODEL DATA CATEGORY OUT="$OUT/compare" SEEDS=1 SFT_RATES_full=1e-4 SFT_RATES_lora=5e-4 SFT_RATES_qlora=5e-4
-        export RL_RATES_full=1e-6 RL_RATES_lora=1e-5 RL_RATES_qlora=1e-5
-        export SFT_FLAGS="--num_epochs 2 --tasks sid_history_to_sid" RL_FLAGS="--tasks sid_history_to_sid"
+        export BASE_MODEL DATA CATEGORY OUT="$OUT/compare" SEEDS=1 SFT_RATES_full=3e-4 SFT_RATES_lora=3e-3 SFT_RATES_qlora=3e-3
+        export RL_RATES_full=3e-6 RL_RATES_lora=1e-5 RL_RATES_qlora=1e-5
+        export SFT_FLAGS="--num_epochs 3 --batch_size 64 --micro_batch_size 64 --tasks sid_history_to_sid" RL_FLAGS="--tasks sid_history_to_sid"
         export EVAL_FLAGS="--num_beams 20 --batch_size 64"
         if [ -n "$TINY" ]; then
             for split in train valid test; do head -n 65 "$DATA/$split/$CATEGORY"*.csv >"$FLAT/tiny_$split.csv"; done

@@ -69,7 +69,7 @@ def predicted(
     from transformers import Qwen2Config
 
     import lora_utils
-    from minionerec.dryrun.memory import Step, predict
+    from minionerec.dryrun.memory import CUDA_CONTEXT, GB, Step, predict
     from minionerec.flags import AdapterFlags
     from minionerec.model import loading
 
@@ -93,7 +93,7 @@ def predicted(
         on_gpu,
     )
     del tokenizer
-    return found.total - (found.parts["runtime"] if on_gpu else 0)
+    return found.total - (CUDA_CONTEXT / GB if on_gpu else 0)
 
 
 def memory(

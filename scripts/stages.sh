@@ -38,9 +38,12 @@ fail() {
     exit 2
 }
 use_method() { # sets the flags of METHOD and PRESET, a default learning rate, and those that compare.sh tries
-    MICRO_BATCH=8 RL_RATE=1e-5 DEFAULT_SFT_RATES="3e-4 1e-3 3e-3" DEFAULT_RL_RATES="1e-5 1e-4"
+    MICRO_BATCH=8 RL_RATE=1e-5 DEFAULT_SFT_RATES="3e-4 1e-3 3e-3" DEFAULT_RL_RATES="1e-5 1e-4" SID_RATE=()
     case "$METHOD" in
-    full) METHOD_FLAGS=() RL_RATE=1e-6 DEFAULT_SFT_RATES="1e-4 3e-4 1e-3" DEFAULT_RL_RATES="1e-6 1e-5" ;;
+    full)
+        METHOD_FLAGS=() RL_RATE=1e-6 DEFAULT_SFT_RATES="1e-4 3e-4 1e-3" DEFAULT_RL_RATES="1e-6 1e-5"
+        [ -n "${CONFIG:-}" ] || SID_RATE=(--sid_learning_rate 3e-3) # which DeepSpeed and FSDP do not take
+        ;;
     lora) METHOD_FLAGS=(--use_lora True) ;;
     qlora) METHOD_FLAGS=(--use_qlora True) MICRO_BATCH=16 ;;
     *) fail "METHOD=$METHOD: must be full, lora or qlora" ;;
@@ -78,7 +81,7 @@ launch_training() {
 }
 sft() {
     launch_training sft.py --base_model "$BASE_MODEL" --output_dir "$OUT/sft" "${FILES[@]}" --batch_size 512 \
-        --micro_batch_size "$MICRO_BATCH" "${METHOD_FLAGS[@]}" "${PRESET_FLAGS[@]}" "$@"
+        --micro_batch_size "$MICRO_BATCH" "${METHOD_FLAGS[@]}" "${PRESET_FLAGS[@]}" "${SID_RATE[@]}" "$@"
 }
 rl() {
     launch_training rl.py --model_path "${MODEL_PATH:-$OUT/sft/final_checkpoint}" --output_dir "$OUT/rl" "${FILES[@]}" \
