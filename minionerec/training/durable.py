@@ -72,6 +72,14 @@ class DurableRun(_Trainer):
         args["kwargs_handlers"][0].gradient_as_bucket_view = True
         return args
 
+    def unwrapped(self, model: nn.Module) -> nn.Module:
+        """The model inside what accelerate has wrapped it in. accelerate visits every module to find it, which takes
+        milliseconds in each micro-batch, so it is asked once."""
+        known = self.__dict__.setdefault("_unwrapped", {})
+        if model not in known:
+            known[model] = self.accelerator.unwrap_model(model)
+        return known[model]
+
     def train(self, resume: Checkpoint | None = None, **kwargs: Any) -> TrainOutput:
         """As the Trainer's, from a checkpoint if one is given (see `training.resume`)."""
         path = resume.path if resume else None

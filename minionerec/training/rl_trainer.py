@@ -302,7 +302,7 @@ class ReReTrainer(DurableRun, GRPOTrainer):
                     input_ids[kept, width:],
                     mask[kept],
                     self.temperature,
-                    self.accelerator.unwrap_model(model),
+                    self.unwrapped(model),
                 )
             logps = logps.index_copy(0, kept, values)
             entropies = entropies.index_copy(0, kept, entropy)
@@ -351,12 +351,19 @@ class ReReTrainer(DurableRun, GRPOTrainer):
     @contextmanager
     def _reference(self) -> Iterator[nn.Module]:
         """While open, the model that computes the log-probabilities of the reference."""
+        model = self.unwrapped(self.model)
         if self.ref_model is not None:
             yield self.ref_model
-        else:
-            model = self.accelerator.unwrap_model(self.model)
+        elif self.reference_adapter:
             with use_adapter(model, self.reference_adapter):
                 yield model
+        else:
+            # PEFT's `disable_adapter` describes every layer in words first, which takes 14 ms more at 24 layers.
+            model.base_model.disable_adapter_layers()
+            try:
+                yield model
+            finally:
+                model.base_model.enable_adapter_layers()
 
     # --- Evaluation and checkpoints -----------------------------------------------------------------------------------
 
@@ -373,7 +380,7 @@ class ReReTrainer(DurableRun, GRPOTrainer):
         self.model.eval()
         with self.accelerator.autocast():
             rankings = rank_prompts(
-                self.accelerator.unwrap_model(self.model),
+                self.unwrapped(self.model),
                 self.trie,
                 dataset["prompt"][:],
                 self._tokenizer.pad_token_id,
@@ -419,10 +426,10 @@ class ReReTrainer(DurableRun, GRPOTrainer):
         if not self.args.sync_ref_model:
             return {}
         if self.ref_model is not None:
-            return dict(self.accelerator.unwrap_model(self.ref_model).named_parameters())
+            return dict(self.unwrapped(self.ref_model).named_parameters())
         if self.reference_adapter is None:
             return {}
-        return adapters.adapter_parameters(self.accelerator.unwrap_model(self.model), self.reference_adapter)
+        return adapters.adapter_parameters(self.unwrapped(self.model), self.reference_adapter)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if self.state.global_step == 0 and not self.is_deepspeed_enabled:

@@ -174,7 +174,7 @@ class SFTTrainer(DurableRun, Trainer):
         super().__init__(*args, **kwargs)
         self.run, self.train_batches = run, train_batches
         if train_batches is not None:
-            model = self.accelerator.unwrap_model(self.model)
+            model = self.unwrapped(self.model)
             self.data_collator = tree_collator(model, self.data_collator.pad_token_id, self.args.device)
         # The Trainer then counts the response tokens of an accumulated batch and leaves the division to compute_loss.
         self.model_accepts_loss_kwargs = True
@@ -253,7 +253,7 @@ class SFTTrainer(DurableRun, Trainer):
 
     def _losses(self, model: nn.Module, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         """The cross-entropy of every response token, and its row: [N] each."""
-        unwrapped = self.accelerator.unwrap_model(model)
+        unwrapped = self.unwrapped(model)
         if self.train_batches is None:
             return row_losses(model, inputs, unwrapped)
         dtype = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else None
