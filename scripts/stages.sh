@@ -37,12 +37,14 @@ fail() {
     echo "$(basename "$0"): error: $1" >&2
     exit 2
 }
-use_method() { # sets the flags of METHOD and PRESET, a default learning rate, and those that compare.sh tries
-    MICRO_BATCH=8 RL_RATE=1e-5 DEFAULT_SFT_RATES="3e-4 1e-3 3e-3" DEFAULT_RL_RATES="1e-5 1e-4" SID_RATE=()
+use_method() { # sets the flags of METHOD and PRESET, default learning rates, and those that compare.sh tries
+    MICRO_BATCH=8 SFT_RATE=1e-3 RL_RATE=1e-5 DEFAULT_SFT_RATES="3e-4 1e-3 3e-3" DEFAULT_RL_RATES="1e-5 1e-4"
+    SID_RATE=(--sid_learning_rate 3e-3)
+    [ -z "${CONFIG:-}" ] || SID_RATE=() # DeepSpeed and FSDP do not take it
     case "$METHOD" in
     full)
-        METHOD_FLAGS=() RL_RATE=1e-6 DEFAULT_SFT_RATES="1e-4 3e-4 1e-3" DEFAULT_RL_RATES="1e-6 1e-5"
-        [ -n "${CONFIG:-}" ] || SID_RATE=(--sid_learning_rate 3e-3) # which DeepSpeed and FSDP do not take
+        METHOD_FLAGS=() SFT_RATE=3e-4 RL_RATE=1e-6
+        DEFAULT_SFT_RATES="1e-4 3e-4 1e-3" DEFAULT_RL_RATES="1e-6 1e-5"
         ;;
     lora) METHOD_FLAGS=(--use_lora True) ;;
     qlora) METHOD_FLAGS=(--use_qlora True) MICRO_BATCH=16 ;;
@@ -81,7 +83,8 @@ launch_training() {
 }
 sft() {
     launch_training sft.py --base_model "$BASE_MODEL" --output_dir "$OUT/sft" "${FILES[@]}" --batch_size 512 \
-        --micro_batch_size "$MICRO_BATCH" "${METHOD_FLAGS[@]}" "${PRESET_FLAGS[@]}" "${SID_RATE[@]}" "$@"
+        --micro_batch_size "$MICRO_BATCH" --learning_rate "$SFT_RATE" "${SID_RATE[@]}" "${METHOD_FLAGS[@]}" \
+        "${PRESET_FLAGS[@]}" "$@"
 }
 rl() {
     launch_training rl.py --model_path "${MODEL_PATH:-$OUT/sft/final_checkpoint}" --output_dir "$OUT/rl" "${FILES[@]}" \
