@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from minionerec.flags import engine
+
 if TYPE_CHECKING:
     from accelerate import PartialState
 
@@ -39,10 +41,7 @@ def process_state() -> "PartialState":
 
 def weights_are_sharded() -> bool:
     """Whether `accelerate launch` runs this process under FSDP or DeepSpeed ZeRO-3."""
-    return (
-        os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
-        or os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3"
-    )
+    return engine() == "FSDP" or os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3"
 
 
 def compute_dtype(quantized: bool = False) -> torch.dtype:
@@ -68,5 +67,4 @@ def mixed_precision(quantized: bool) -> dict[str, bool]:
 def master_dtype() -> torch.dtype:
     """The precision of the weights in full fine-tuning: float32, because for most weights an optimizer step is smaller
     than half a bfloat16 step. DeepSpeed keeps its own float32 copy, so it gets `compute_dtype`."""
-    deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
-    return compute_dtype() if deepspeed else torch.float32
+    return compute_dtype() if engine() == "DeepSpeed" else torch.float32
