@@ -12,7 +12,7 @@ from helpers import run_command, sft_flags, write_csv
 from minionerec.data.files import read_catalogue
 
 # What is compared with plain twins is compared on the CPU. test_gpu.py starts processes that see the cards.
-os.environ.setdefault("CARDS", os.environ.get("CUDA_VISIBLE_DEVICES", "all"))
+os.environ.setdefault("MINIONEREC_CARDS", os.environ.get("CUDA_VISIBLE_DEVICES", "all"))
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="minionerec-cache-")
 os.environ["HF_HUB_OFFLINE"] = "1"

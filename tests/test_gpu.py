@@ -15,8 +15,8 @@ pytestmark = pytest.mark.skipif(not list(Path("/dev").glob("nvidia[0-9]*")), rea
 def on_the_card(script: str, *words: str) -> str:
     """Runs a command that sees the card and returns what it printed. On standard error there are progress bars only."""
     shown = {name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES"}
-    if os.environ["CARDS"] != "all":
-        shown["CUDA_VISIBLE_DEVICES"] = os.environ["CARDS"]
+    if os.environ["MINIONEREC_CARDS"] != "all":
+        shown["CUDA_VISIBLE_DEVICES"] = os.environ["MINIONEREC_CARDS"]
     command = [sys.executable, str(ROOT / script), *words]
     done = subprocess.run(command, env={**shown, "TQDM_DISABLE": "1"}, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]

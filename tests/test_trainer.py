@@ -270,7 +270,6 @@ def test_a_final_checkpoint_appears_whole_or_not_at_all(tmp_path, monkeypatch):
     assert not (tmp_path / "final_checkpoint.partial").exists()
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="counts resident memory")
 def test_the_peak_of_loading_is_forgotten():
     loaded = torch.ones(100_000_000)
     before = peak_memory_gb()
