@@ -1,12 +1,18 @@
 """A learning rate of their own for the rows of SID tokens."""
 
+import shutil
+
 import pytest
 import torch
-from helpers import newest, sft_flags, tensors_of
+from architectures import CHANGES, build
+from helpers import newest, run_command, sft_flags, tensors_of
 from models import make_model
+from processes import assert_same_run, two_processes
 
+import lora_utils
 import sft
 from minionerec.errors import InputError
+from minionerec.flags import AdapterFlags
 from minionerec.training.row_rate import SidRowRate, sid_weights
 
 IDS = [3, 7, 8]
@@ -42,6 +48,31 @@ def test_a_whole_model_has_its_rows_in_both_matrices(tied):
     found = sid_weights(model, IDS)
     assert [ids.tolist() for _, ids in found] == [IDS] * (1 if tied else 2)
     assert found[0][0] is model.get_input_embeddings().weight and found[-1][0] is model.get_output_embeddings().weight
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_an_adapter_has_its_rows_apart(name):
+    model = build(name)
+    whole = sid_weights(model, IDS)
+    model = lora_utils.add_lora(model, lora_utils.lora_config(model, IDS, AdapterFlags()))
+    found = [weight for weight, _ in sid_weights(model, IDS)]
+    trained = [p for full, p in model.named_parameters() if p.requires_grad and "trainable_tokens_delta" in full]
+    assert len(found) == len(whole) == len(trained) and {len(weight) for weight in found} == {len(IDS)}
+    assert {id(weight) for weight in found} == {id(weight) for weight in trained}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", [{}, {"use_lora": True, "lora_dropout": 0.0}], ids=str)
+def test_two_processes_that_resume_train_as_one_does(files, base, tmp_path, method):
+    flags = {"micro_batch_size": 4, "learning_rate": 1e-3, "sid_learning_rate": 1e-2, **method}
+    one = run_command("sft.py", **sft_flags(files, base, tmp_path / "one", **flags))
+    assert one.returncode == 0, one.stderr[-3000:]
+    flags = sft_flags(files, base, tmp_path / "two", **flags)
+    two_processes("torchrun", tmp_path, "sft.py", flags)
+    shutil.rmtree(newest(tmp_path / "two"))
+    shutil.rmtree(tmp_path / "two" / "final_checkpoint")
+    two_processes("torchrun", tmp_path, "sft.py", {**flags, "resume_from_checkpoint": True})
+    assert_same_run(tmp_path / "one", tmp_path / "two", 1e-5)
 
 
 @pytest.mark.parametrize("method", [{}, {"use_lora": True}, {"use_qlora": True}, {"freeze_LLM": True}], ids=str)
