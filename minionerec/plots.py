@@ -1,4 +1,4 @@
-"""Plots the curves of a training run, and bar charts of metrics."""
+"""Plots the curves of a training run or of several, and bar charts of metrics."""
 
 from typing import Any
 
@@ -46,6 +46,18 @@ def plot_curves(history: list[dict[str, Any]], path: str, panels: Panels) -> Non
         axes.set(xlabel="optimizer step", ylabel=label)
         if len(axes.lines) > 1:
             axes.legend()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def plot_runs(curves: dict[str, dict[float, float]], path: str, x: str, y: str) -> None:
+    """Plots one curve per run to a PNG file. `curves` maps the name of a run to its points; `x` and `y` are labels."""
+    plt = _pyplot()
+    figure, axes = plt.subplots(figsize=(6.5, 4.5), layout="constrained")
+    for name, points in curves.items():
+        axes.plot(*zip(*sorted(points.items()), strict=True), label=name, marker="o", markersize=3)
+    axes.set(xlabel=x, ylabel=y)
+    axes.legend()
     figure.savefig(path, dpi=120)
     plt.close(figure)
 

@@ -48,15 +48,7 @@ def table(
     problems = Problems()
     problems.attempt(count_rows, train_file, "train_file", titles=False)
     rows = problems.attempt(count_rows, test_data_path, "test_data_path", titles=False)
-    folders: dict[str, list[str]] = {}
-    for run in (run for run in runs.split(",") if run):
-        name, equals, folder = run.partition("=")
-        if equals:
-            folders.setdefault(name, []).append(folder)
-        else:
-            problems.add(f"--runs: {run!r} is not a name=folder pair; paths must not contain a comma")
-    if not folders:
-        problems.add(f"--runs {runs!r}: give name=folder pairs, separated by commas")
+    folders = folders_of(problems, runs)
     if figure:
         check_writable(problems, "figure", os.path.dirname(figure) or ".")
     references = [word for word in against.split(",") if word]
@@ -151,6 +143,20 @@ def table(
                 values = row_means(name, metric)
                 bars[name] = (values.mean(), *interval(values[drawn].mean(axis=1)))
         plot_bars(panels, figure)
+
+
+def folders_of(problems: Problems, runs: str) -> dict[str, list[str]]:
+    """The folders under each name of `--runs`; what is wrong with it goes to `problems`."""
+    folders: dict[str, list[str]] = {}
+    for run in (run for run in runs.split(",") if run):
+        name, equals, folder = run.partition("=")
+        if equals:
+            folders.setdefault(name, []).append(folder)
+        else:
+            problems.add(f"--runs: {run!r} is not a name=folder pair; paths must not contain a comma")
+    if not folders:
+        problems.add(f"--runs {runs!r}: give name=folder pairs, separated by commas")
+    return folders
 
 
 def _read(path: str) -> Any:

@@ -1,10 +1,11 @@
-"""The table of scripts/table.py: means, spreads and ratios by hand."""
+"""The tables of scripts/table.py (means, spreads and ratios by hand) and scripts/curves.py."""
 
 import json
 
 import pytest
 
 from minionerec.errors import InputError
+from scripts.curves import curves
 from scripts.table import table
 
 
@@ -52,3 +53,40 @@ def test_what_the_table_refuses(tmp_path, make_run, files):
     with pytest.raises(InputError) as error:
         table(**paths, figure=f"{files['train']}/figure.png")
     assert [problem.split(" ")[0] for problem in error.value.problems] == ["--runs:", "--figure"]
+
+
+def test_curves_are_means_over_seeds(tmp_path, capsys):
+    runs = {"LoRA": [{0.5: 2.0, 1.0: 1.0}, {0.498: 3.0, 1.0: 2.0}], "full": [{0.25: 4.0, 0.5: 2.5, 1.0: 0.5}]}
+    pairs = []
+    for name, seeds in runs.items():
+        for i, losses in enumerate(seeds):
+            folder = tmp_path / f"{name}{i}"
+            folder.mkdir()
+            history = [{"loss": 9.0, "epoch": 0.1}, *({"eval_loss": loss, "epoch": at} for at, loss in losses.items())]
+            (folder / "metrics.json").write_text(json.dumps({"history": history}))
+            pairs.append(f"{name}={folder}")
+    curves(runs=",".join(pairs), figure=str(tmp_path / "curves.png"))
+    assert capsys.readouterr().out.splitlines() == [
+        "| after epochs | 0.2 | 0.5 | 1 |",
+        "|---|---|---|---|",
+        "| LoRA |  | 2.500 | 1.500 |",
+        "| full | 4.000 | 2.500 | 0.500 |",
+    ]
+    assert (tmp_path / "curves.png").stat().st_size > 1000
+
+
+def test_curves_keep_the_evaluations_of_a_run_apart(tmp_path, capsys):
+    history = [{"eval_loss": 3.0, "epoch": 0.051}, {"eval_loss": 2.0, "epoch": 0.102}]
+    (tmp_path / "metrics.json").write_text(json.dumps({"history": history}))
+    curves(runs=f"a={tmp_path}")
+    assert capsys.readouterr().out.splitlines()[0] == "| after epochs | 0.05 | 0.1 |"
+
+
+def test_what_curves_refuse(tmp_path, make_run, files):
+    with pytest.raises(InputError) as error:
+        curves(runs=f"a={make_run('a', [1, 1])},b,c={tmp_path}", figure=f"{files['train']}/figure.png")
+    assert [problem.split(" ")[0] for problem in error.value.problems] == [
+        "--runs:", "--runs:", f"{tmp_path}/metrics.json:", "--figure"
+    ]  # fmt: skip
+    with pytest.raises(InputError, match="give name=folder pairs"):
+        curves()
