@@ -26,6 +26,7 @@ from minionerec.flags import (
     TrainingFlags,
     above_zero,
     command,
+    engine,
     flag,
     fraction_of_training,
     one_of,
@@ -146,6 +147,11 @@ class RLFlags(TrainingFlags):
         "It keeps what SFT has learnt (the original has none).",
         zero_or_more,
     )
+    average_weights: bool = flag(
+        False,
+        "evaluate and save an average of the weights after every step, in which later steps count more; the learning "
+        "rate stays constant after its warm-up. Not with DeepSpeed or FSDP (the original has none).",
+    )
     sample_train: bool = flag(
         False, "leave out a random fifth of the prompts (the original: if model_path contains sft)."
     )
@@ -186,6 +192,8 @@ class RLFlags(TrainingFlags):
                 f"--num_generations {self.num_generations} does not divide --train_batch_size {self.train_batch_size} "
                 f"x --gradient_accumulation_steps {self.gradient_accumulation_steps} completions; groups must be whole"
             )
+        if self.average_weights and engine():
+            problems.add(f"--average_weights True: not with {engine()}, which shards or copies the weights")
         if self.dapo and self.gspo:
             problems.add("--dapo and --gspo exclude each other; keep one")
         if self.sync_ref_model and not self.beta:
@@ -433,6 +441,7 @@ def train(flags: RLFlags) -> "dict | Prediction":
         dynamic_sampling=flags.dynamic_sampling,
         mask_all_zero=flags.mask_all_zero,
         sft_weight=flags.sft_weight,
+        average_weights=flags.average_weights,
         test_beam=flags.test_beam,
         test_batch_size=math.ceil(flags.eval_batch_size / flags.test_beam),
     )
@@ -517,7 +526,7 @@ def grpo_config(
         gradient_accumulation_steps=flags.gradient_accumulation_steps,
         num_train_epochs=flags.num_train_epochs,
         learning_rate=flags.learning_rate,
-        lr_scheduler_type="cosine",
+        lr_scheduler_type="constant_with_warmup" if flags.average_weights else "cosine",
         warmup_steps=math.ceil(0.03 * steps),
         max_grad_norm=0.3,
         num_generations=flags.num_generations,

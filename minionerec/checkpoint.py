@@ -212,7 +212,7 @@ def check_model(problems: Problems, name: str, path: str) -> None:
         if not any(os.path.isfile(os.path.join(path, file)) for file in ("config.json", ADAPTER_FILE)):
             final = os.path.join(path, "final_checkpoint")
             meant = f"did you mean {final}?" if os.path.isdir(final) else "is it a model?"
-            problems.add(f"--{name} {path}: the folder has no config.json; {meant}")
+            problems.add(f"--{name} {path}: the folder has no config.json and no {ADAPTER_FILE}; {meant}")
     elif path.startswith((".", "/", "~")) or path.count("/") > 1 or os.path.exists(path):
         problems.add(f"--{name} {path}: no such folder")
 

@@ -39,8 +39,8 @@ fail() {
 }
 use_method() { # sets the flags of METHOD and PRESET, default learning rates, and those that compare.sh tries
     MICRO_BATCH=8 SFT_RATE=1e-3 RL_RATE=1e-5 DEFAULT_SFT_RATES="3e-4 1e-3 3e-3" DEFAULT_RL_RATES="1e-5 1e-4"
-    SID_RATE=(--sid_learning_rate 3e-3)
-    [ -z "${CONFIG:-}" ] || SID_RATE=() # DeepSpeed and FSDP do not take it
+    SID_RATE=(--sid_learning_rate 3e-3) AVERAGE=(--average_weights True)
+    [ -z "${CONFIG:-}" ] || SID_RATE=() AVERAGE=() # DeepSpeed and FSDP do not take them
     case "$METHOD" in
     full)
         METHOD_FLAGS=() SFT_RATE=3e-4 RL_RATE=1e-6
@@ -88,9 +88,9 @@ sft() {
 }
 rl() {
     launch_training rl.py --model_path "${MODEL_PATH:-$OUT/sft/final_checkpoint}" --output_dir "$OUT/rl" "${FILES[@]}" \
-        --info_file "$INFO_FILE" --train_batch_size 64 --gradient_accumulation_steps 2 --eval_batch_size 128 \
-        --reward_type rule,prefix --add_gt True --sft_weight 1 --learning_rate "$RL_RATE" \
-        "${METHOD_FLAGS[@]}" "${PRESET_FLAGS[@]}" "$@"
+        --info_file "$INFO_FILE" --train_batch_size 64 --gradient_accumulation_steps 2 --num_generations 4 \
+        --num_train_epochs 3 --eval_batch_size 128 --reward_type rule,prefix --add_gt True --sft_weight 1 --beta 0 \
+        --learning_rate "$RL_RATE" "${AVERAGE[@]}" "${METHOD_FLAGS[@]}" "${PRESET_FLAGS[@]}" "$@"
 }
 evaluate() { # evaluate folder flags...: evaluates the final checkpoint of a run
     launch evaluate.py --base_model "$1/final_checkpoint" --info_file "$INFO_FILE" --category "$CATEGORY" \

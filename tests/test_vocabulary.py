@@ -217,6 +217,15 @@ def test_a_damaged_tokenizer_is_named(tmp_path, content):
     assert "\n" not in str(error.value)
 
 
+def test_a_tokenizer_without_its_file_is_named(tmp_path):
+    """transformers makes one without any words from the model's type."""
+    config_of("qwen2").save_pretrained(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "Qwen2Tokenizer"}')
+    assert len(AutoTokenizer.from_pretrained(tmp_path)) < 5
+    with pytest.raises(InputError, match=r"has no vocabulary; is tokenizer.json missing\?"):
+        load_tokenizer(str(tmp_path))
+
+
 def test_a_tokenizer_is_what_its_file_says(tmp_path):
     """Whatever the type of the model beside it: transformers would make one over bytes of it, which drops spaces."""
     whole = prepending_tokenizer()

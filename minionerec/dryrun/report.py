@@ -247,6 +247,8 @@ def rl(flags: Any, inputs: Inputs, prompts: list[list[int]], steps: int, depth: 
         parts = dict(result.parts)
         if continues and flags.beta:
             parts["adapter"] *= 2  # the reference's
+        if flags.average_weights:
+            parts["average"] = parts["gradients"]  # as many float32 values
         # Completions are drawn before a step, in the place of its activations.
         drawn = group * 3 // 2 if flags.dynamic_sampling else group
         asked = min(completions, completions * flags.gradient_accumulation_steps // group)

@@ -12,7 +12,7 @@ import math
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import datasets
@@ -25,6 +25,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState
 from transformers.distributed.fsdp import get_fsdp_ckpt_kwargs
+from transformers.trainer_utils import TrainOutput
 from trl import GRPOConfig, GRPOTrainer
 from trl.models import unwrap_model_for_generation
 from trl.models.utils import prepare_deepspeed, prepare_fsdp
@@ -38,11 +39,14 @@ from minionerec.decoding.trie import Trie
 from minionerec.metrics import rank_of, ranking_metrics, watched_cutoff
 from minionerec.model import adapters, device
 from minionerec.model.sharding import gathered, overwrite, whole_tensors
+from minionerec.training.averaging import WeightAverage
 from minionerec.training.durable import DurableRun
 from minionerec.training.early_warning import EarlyWarning
 from minionerec.training.logprobs import completion_logps, with_targets
 
-REFERENCE_FILE = "reference.safetensors"  # in a checkpoint, the weights of a reference that moves with the policy
+# In a checkpoint: the weights of a reference that moves with the policy, and those that train on, where the checkpoint
+# itself has their average.
+REFERENCE_FILE, UNAVERAGED_FILE = "reference.safetensors", "unaveraged.safetensors"
 
 
 def choose(completions: Sequence[tuple[int, ...]], target: tuple[int, ...], count: int) -> list[tuple[int, ...]]:
@@ -88,6 +92,7 @@ class ReReTrainer(DurableRun, GRPOTrainer):
         dynamic_sampling: bool = False,
         mask_all_zero: bool = False,
         sft_weight: float = 0.0,
+        average_weights: bool = False,
         test_beam: int = 20,
         test_batch_size: int = 32,
         **kwargs: Any,
@@ -104,6 +109,7 @@ class ReReTrainer(DurableRun, GRPOTrainer):
             mask_all_zero: groups without any advantage add nothing to the loss, not even KL, and cost nothing.
             sft_weight: weight of the supervised loss: the mean over completions of the mean negative log-probability of
                 their target's tokens (nats), at `args.temperature`.
+            average_weights: evaluate and save the average of the weights over the steps; the policy itself trains on.
             test_beam, test_batch_size: beams and prompts of a forward pass in `evaluate`.
         """
         adapted = is_peft_model(model)
@@ -140,6 +146,9 @@ class ReReTrainer(DurableRun, GRPOTrainer):
                 self.ref_model = prepare(reference, self.accelerator)
             else:
                 self.ref_model = self.accelerator.prepare_model(reference, evaluation_mode=True)
+        self.average = WeightAverage(self.model) if average_weights else None
+        if self.average:
+            self.add_callback(self.average)
         if sync and self.ref_model is not None:
             self.add_callback(SyncRefModelCallback(self.ref_model, self.accelerator))
         elif sync and self.reference_adapter:
@@ -367,6 +376,20 @@ class ReReTrainer(DurableRun, GRPOTrainer):
 
     # --- Evaluation and checkpoints -----------------------------------------------------------------------------------
 
+    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        result = super().train(*args, **kwargs)
+        if self.average and not self.state.best_model_checkpoint:  # else the best checkpoint, an average, is loaded
+            self.average.swap()
+        return result
+
+    def _averaged(self) -> AbstractContextManager[None]:
+        """While open, the model has the weights to evaluate and save."""
+        return self.average.in_place() if self.average else nullcontext()
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        with self._averaged():
+            super()._save_checkpoint(model, trial)
+
     def evaluate(
         self,
         eval_dataset: datasets.Dataset | None = None,
@@ -378,7 +401,7 @@ class ReReTrainer(DurableRun, GRPOTrainer):
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         training = self.model.training
         self.model.eval()
-        with self.accelerator.autocast():
+        with self._averaged(), self.accelerator.autocast():
             rankings = rank_prompts(
                 self.unwrapped(self.model),
                 self.trie,
@@ -443,6 +466,9 @@ class ReReTrainer(DurableRun, GRPOTrainer):
         if tensors and self.args.should_save:
             with self._writing_checkpoint():
                 save_file(tensors, os.path.join(output_dir, REFERENCE_FILE))
+        if self.average and self.args.should_save:
+            with self._writing_checkpoint():
+                save_file(self.average.other, os.path.join(output_dir, UNAVERAGED_FILE))
         super()._save_optimizer_and_scheduler(output_dir)
 
     def _prepare_for_training(
@@ -452,6 +478,8 @@ class ReReTrainer(DurableRun, GRPOTrainer):
         reference = self._moving_reference()
         if reference and resume_from_checkpoint:
             overwrite(reference, load_file(os.path.join(resume_from_checkpoint, REFERENCE_FILE)))
+        if self.average and resume_from_checkpoint:
+            self.average.resume(load_file(os.path.join(resume_from_checkpoint, UNAVERAGED_FILE)))
         return prepared
 
 

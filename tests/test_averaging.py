@@ -1,0 +1,132 @@
+"""rl.py --average_weights: an average of the weights over the steps is what is evaluated, saved and final."""
+
+import json
+import shutil
+from math import prod
+from types import SimpleNamespace
+
+import pytest
+import torch
+from architectures import configuration
+from helpers import evaluate_flags, logged, newest, rl_flags, strings, tensors_of
+from processes import assert_same_run, two_processes
+from torch import nn
+
+import evaluate
+import lora_utils
+import rl
+from minionerec.dryrun import report
+from minionerec.errors import InputError
+from minionerec.training.averaging import POWER, WeightAverage
+
+METHOD = {"full": {}, "lora": {"use_lora": True}, "qlora": {"use_qlora": True}}
+
+
+def by_hand(steps: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    counts = [prod(range(step + 1, step + 1 + POWER)) for step in range(len(steps))]
+    return {
+        name: sum(count * weights[name].double() for count, weights in zip(counts, steps, strict=True)) / sum(counts)
+        for name in steps[0]
+    }
+
+
+@pytest.fixture
+def steps(monkeypatch) -> list[dict[str, torch.Tensor]]:
+    """The trained weights after every step of the runs of a test."""
+    recorded: list[dict[str, torch.Tensor]] = []
+    averaged = WeightAverage.on_step_end
+
+    def on_step_end(average, *args, **kwargs):
+        recorded.append({name: p.detach().clone() for name, p in average.weights.items()})
+        averaged(average, *args, **kwargs)
+
+    monkeypatch.setattr(WeightAverage, "on_step_end", on_step_end)
+    return recorded
+
+
+def test_later_steps_count_more():
+    torch.manual_seed(0)
+    model = nn.Linear(3, 2)
+    model.bias.requires_grad_(False)
+    average, steps = WeightAverage(model), []
+    for step in range(1, 8):
+        model.weight.data += torch.randn(2, 3)
+        steps.append({"weight": model.weight.detach().clone()})
+        average.on_step_end(None, SimpleNamespace(global_step=step), None)
+    with average.in_place():
+        torch.testing.assert_close(model.weight.double(), by_hand(steps)["weight"], atol=1e-6, rtol=1e-6)
+    assert torch.equal(model.weight, steps[-1]["weight"])
+
+
+@pytest.mark.parametrize("method", METHOD)
+def test_the_average_is_final(files, sft_run, tmp_path, steps, method):
+    start = sft_run(method) / "final_checkpoint"
+    flags = {**METHOD[method], "average_weights": True, "test_during_training": False}
+    metrics = rl.train(**strings(rl_flags(files, start, tmp_path / "run", **flags)))
+    assert len(steps) == metrics["steps"] == 10
+    final = tensors_of(tmp_path / "run" / "final_checkpoint")
+    saved = {name: name.replace(".default", "") for name in steps[0]}
+    checked = [name for name in saved if saved[name] in final]  # SID rows have another name in a file
+    assert len(checked) >= len(steps[0]) - 2
+    for name, average in by_hand(steps).items():
+        if name in checked:
+            torch.testing.assert_close(final[saved[name]].double(), average, atol=1e-5, rtol=1e-5)
+            assert not torch.allclose(final[saved[name]], steps[-1][name])
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_what_is_evaluated_is_saved_and_resumed(files, sft_run, tmp_path, method):
+    flags = {**METHOD[method], "average_weights": True, "num_train_epochs": 2, "beam_search": False}
+    flags |= {"eval_step": 0.2, "save_steps": 0.2, "sft_weight": 1.0}
+    whole, two = tmp_path / "whole", tmp_path / "two"
+    start = sft_run(method) / "final_checkpoint"
+    rl.train(**strings(rl_flags(files, start, whole, **flags)))
+    # The metrics of the last evaluation are those of the last checkpoint.
+    found = evaluate.evaluate(
+        **strings(evaluate_flags(files, tmp_path / "result.json", num_beams=10, base_model=newest(whole)))
+        | {"test_data_path": files["valid"]}
+    )
+    assert found["NDCG@10"] == pytest.approx(logged(whole, "eval_NDCG@10")[-1], abs=1e-6)
+    # A run that goes on from its first checkpoint ends as one that was never stopped.
+    shutil.copytree(whole, two)
+    shutil.rmtree(two / "final_checkpoint")
+    shutil.rmtree(newest(two))
+    assert (newest(two) / "unaveraged.safetensors").is_file()
+    rl.train(**strings(rl_flags(files, start, two, **flags, resume_from_checkpoint="True")))
+    assert_same_run(whole, two, 0.0)
+    assert all(
+        torch.equal(tensor, tensors_of(newest(two))[name]) for name, tensor in tensors_of(newest(whole)).items()
+    )
+
+
+@pytest.mark.slow
+def test_two_processes_average_as_one_does(files, sft_run, tmp_path):
+    flags = {"use_lora": True, "average_weights": True, "add_gt": True}
+    start = sft_run("lora") / "final_checkpoint"
+    rl.train(**strings(rl_flags(files, start, tmp_path / "one", **flags)))
+    two_processes(
+        "torchrun", tmp_path, "rl.py", rl_flags(files, start, tmp_path / "two", **flags, train_batch_size=8)
+    )
+    assert_same_run(tmp_path / "one", tmp_path / "two", 1e-4)
+
+
+def test_engines_refuse_it(files, sft_run, tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    flags = rl_flags(files, sft_run("lora") / "final_checkpoint", tmp_path, use_lora=True, average_weights=True)
+    with pytest.raises(InputError, match="--average_weights True: not with DeepSpeed"):
+        rl.train(**strings(flags))
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_the_dry_run_counts_it(monkeypatch, method):
+    monkeypatch.setattr(report, "say_flags", lambda flags: None)
+    monkeypatch.setattr(report, "say_tasks", lambda *_: None)
+    inputs = report.Inputs(configuration("qwen2"), range(96), [5], None, None, lora_utils.adapt)
+    flags = {**METHOD[method], "gpu_memory": "12GB", "train_batch_size": 4, "num_generations": 2}
+    plain, averaged = (
+        report.rl(rl.RLFlags(**flags, average_weights=on), inputs, [[1] * 20], 1, 4, continues=False)
+        for on in (False, True)
+    )
+    trained = averaged.trainable * 4 / 1e9
+    assert averaged.total - plain.total == pytest.approx(trained)
+    json.dumps(averaged.parts)
