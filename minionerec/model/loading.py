@@ -37,7 +37,7 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerFast:
         tokenizer = _of_tokenizer_file(AutoTokenizer.from_pretrained(path), path)
     except Exception as error:  # `tokenizers` raises a plain Exception for a damaged file
         raise InputError(f"{path}: no tokenizer can be loaded: {_first_line(error)}") from None
-    if tokenizer.is_fast and not tokenizer.backend_tokenizer.get_vocab_size(with_added_tokens=False):
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):  # what transformers makes of a model's type alone
         raise InputError(f"{path}: the tokenizer has no vocabulary; is tokenizer.json missing?")
     if tokenizer.eos_token_id is None or not tokenizer.is_fast:
         raise InputError(f"{path}: the tokenizer must be a fast one with an end-of-sequence token")
