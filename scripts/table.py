@@ -18,7 +18,7 @@ from minionerec.flags import check_writable
 from minionerec.metrics import popularity, rank_of, ranking_metrics
 
 RANKING = ("HR@1", "HR@5", "HR@10", "NDCG@5", "NDCG@10", "MRR")
-RELATIVE = ("NDCG@10", "MRR")
+RELATIVE = ("HR@10", "NDCG@10", "MRR")
 COSTS = ("trainable", "time (s)", "peak memory (GB)", "checkpoint (MB)")
 RESAMPLES = 1000
 RESULT = "result.json"
@@ -41,8 +41,8 @@ def table(
             with the same name are the seeds of one run, in the same order for all runs: their mean is printed.
         intervals: print 95% bootstrap intervals over the test rows, and the standard deviation over seeds (for a ratio,
             that of the ratios seed by seed).
-        against: methods to compare with, separated by commas: with full, the NDCG@10 and MRR of "lora SFT" are also
-            printed as a fraction of those of "full SFT".
+        against: methods to compare with, separated by commas: with full, the HR@10, NDCG@10 and MRR of "lora SFT" are
+            also printed as a fraction of those of "full SFT".
         figure: PNG file for a bar chart with the intervals.
     """
     problems = Problems()
