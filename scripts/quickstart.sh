@@ -35,8 +35,9 @@ test_on() {
     --tasks sid_history_to_sid,title_to_sid,sid_to_title \
     --batch_size 32 --micro_batch_size 32 --num_epochs 6 --learning_rate 5e-3 --eval_step 0.2
 "$PYTHON" rl.py --model_path "$OUT/lora/final_checkpoint" --output_dir "$OUT/rl" "${FILES[@]}" --use_lora True \
-    "${INFO[@]}" --tasks sid_history_to_sid --reward_type rule,prefix --add_gt True --sft_weight 1 --beta 0.01 \
-    --train_batch_size 512 --learning_rate 1e-3 --eval_batch_size 640 --eval_step 0.5 --save_steps 0.5
+    "${INFO[@]}" --tasks sid_history_to_sid --reward_type rule,prefix --add_gt True --sft_weight 1 --beta 0 \
+    --average_weights True --num_generations 4 --train_batch_size 128 --num_train_epochs 3 --learning_rate 2e-3 \
+    --eval_batch_size 640 --eval_step 0.5 --save_steps 0.5
 for run in base lora rl; do test_on "$OUT/$run"; done
 "$PYTHON" scripts/table.py --train_file "$DATA/train/$CATEGORY.csv" "${TEST[@]}" \
     --runs "base=$OUT/base,LoRA SFT=$OUT/lora,LoRA SFT + RL=$OUT/rl"
