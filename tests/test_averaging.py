@@ -94,9 +94,7 @@ def test_what_is_evaluated_is_saved_and_resumed(files, sft_run, tmp_path, method
     assert (newest(two) / "unaveraged.safetensors").is_file()
     rl.train(**strings(rl_flags(files, start, two, **flags, resume_from_checkpoint="True")))
     assert_same_run(whole, two, 0.0)
-    assert all(
-        torch.equal(tensor, tensors_of(newest(two))[name]) for name, tensor in tensors_of(newest(whole)).items()
-    )
+    assert all(torch.equal(tensor, tensors_of(newest(two))[name]) for name, tensor in tensors_of(newest(whole)).items())
 
 
 @pytest.mark.slow
@@ -104,9 +102,7 @@ def test_two_processes_average_as_one_does(files, sft_run, tmp_path):
     flags = {"use_lora": True, "average_weights": True, "add_gt": True}
     start = sft_run("lora") / "final_checkpoint"
     rl.train(**strings(rl_flags(files, start, tmp_path / "one", **flags)))
-    two_processes(
-        "torchrun", tmp_path, "rl.py", rl_flags(files, start, tmp_path / "two", **flags, train_batch_size=8)
-    )
+    two_processes("torchrun", tmp_path, "rl.py", rl_flags(files, start, tmp_path / "two", **flags, train_batch_size=8))
     assert_same_run(tmp_path / "one", tmp_path / "two", 1e-4)
 
 

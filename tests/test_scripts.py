@@ -86,6 +86,15 @@ def test_the_stage_scripts_pass_flags_on(checkout, base, script):
     assert line.startswith(f"{script.split('_')[0]}.py: error:")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("script", ["sft_lora.sh", "rl_lora.sh"])
+def test_an_engine_gets_no_flags_that_it_refuses(checkout, base, script):
+    settings = {"BASE_MODEL": base, "MODEL_PATH": base, "OUT": "output/other", "CONFIG": "configs/fsdp.yaml"}
+    result = bash(checkout, script, "--lora_dropout", "7", **settings)
+    (error,) = [line for line in result.stderr.splitlines() if ".py: error: " in line]
+    assert "--lora_dropout 7.0" in error
+
+
 @pytest.mark.parametrize("setting", [{"METHOD": "lori"}, {"PRESET": "fast"}, {"NPROC": "x"}, {"CONFIG": "zero2"}])
 def test_unknown_settings_are_refused(checkout, setting):
     result = bash(checkout, "pipeline.sh", **setting)
