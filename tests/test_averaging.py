@@ -97,6 +97,21 @@ def test_what_is_evaluated_is_saved_and_resumed(files, sft_run, tmp_path, method
     assert all(torch.equal(tensor, tensors_of(newest(two))[name]) for name, tensor in tensors_of(newest(whole)).items())
 
 
+def test_a_run_resumes_only_with_what_it_began_with(files, sft_run, tmp_path):
+    flags = {"use_lora": True, "average_weights": True, "test_during_training": False}
+    flags = rl_flags(files, sft_run("lora") / "final_checkpoint", tmp_path / "run", **flags)
+    rl.train(**strings(flags))
+    flags["resume_from_checkpoint"] = "True"
+    with pytest.raises(InputError, match="--average_weights is True there, False here"):
+        rl.train(**strings(flags | {"average_weights": False}))
+    with pytest.raises(InputError, match="--sync_ref_model is False there, True here"):
+        rl.train(**strings(flags | {"sync_ref_model": True}))
+    for damage in (lambda path: path.write_bytes(b"{"), lambda path: path.unlink()):
+        damage(newest(tmp_path / "run") / "unaveraged.safetensors")
+        with pytest.raises(InputError, match=r"has lost its unaveraged\.safetensors, or it is damaged"):
+            rl.train(**strings(flags))
+
+
 @pytest.mark.slow
 def test_two_processes_average_as_one_does(files, sft_run, tmp_path):
     flags = {"use_lora": True, "average_weights": True, "add_gt": True}

@@ -39,23 +39,23 @@ def resume_point(flags: RunFlags, run: dict, say: Callable[[str], None]) -> Chec
         return checkpoint
     here, there, recorded = run["flags"], checkpoint.flags, checkpoint.run
     shape = (*AdapterFlags.SHAPE, "load_in_8bit") if run["method"] in ("lora", "qlora") else ()
-    optim = AdapterFlags.optim  # of runs that do not record one
-    best_by = "ndcg" if "best_by" in here else None
+    # What runs of an older release did, by flags that decide what a checkpoint holds and which is the best.
+    before = {"optim": AdapterFlags.optim, "best_by": "ndcg", "sync_ref_model": False, "average_weights": False}
+    fixed = [name for name in before if name in here]
     problems = [
         f"--resume_from_checkpoint: {path} belongs to a different run: {what} is {old} there, {new} here"
         for what, old, new in (
             ("the command", recorded.get("command"), run["command"]),
             ("the method", recorded.get("method"), run["method"]),
             ("the base", checkpoint.base_fingerprint, run["base_fingerprint"]),
-            ("--optim", there.get("optim", optim), here.get("optim", optim)),
-            ("--best_by", there.get("best_by", best_by), here.get("best_by")),
+            *((f"--{name}", there.get(name, before[name]), here[name]) for name in fixed),
             *((f"--{name}", there.get(name), here[name]) for name in shape),
         )
         if old != new
     ]
     if problems:
         raise InputError(problems)
-    for name in sorted(set(here) - {*IGNORED_ON_RESUME, *shape, "optim", "best_by"}):
+    for name in sorted(set(here) - {*IGNORED_ON_RESUME, *shape, *fixed}):
         if name not in there:
             say(f"warning: --{name} is {here[name]} here, and {path}, of an older release, does not record it")
         elif here[name] != there[name]:

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from accelerate.utils import is_peft_model, save_fsdp_model
 from peft import PeftModel
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.data import DataLoader
@@ -36,6 +37,7 @@ from minionerec.data.encoding import left_padded
 from minionerec.decoding.beam_search import constrained_beam_search, constrained_sample
 from minionerec.decoding.ranking import rank_prompts
 from minionerec.decoding.trie import Trie
+from minionerec.errors import InputError
 from minionerec.metrics import rank_of, ranking_metrics, watched_cutoff
 from minionerec.model import adapters, device
 from minionerec.model.sharding import gathered, overwrite, whole_tensors
@@ -477,10 +479,20 @@ class ReReTrainer(DurableRun, GRPOTrainer):
         prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         reference = self._moving_reference()
         if reference and resume_from_checkpoint:
-            overwrite(reference, load_file(os.path.join(resume_from_checkpoint, REFERENCE_FILE)))
+            overwrite(reference, _tensors_in(resume_from_checkpoint, REFERENCE_FILE))
         if self.average and resume_from_checkpoint:
-            self.average.resume(load_file(os.path.join(resume_from_checkpoint, UNAVERAGED_FILE)))
+            self.average.resume(_tensors_in(resume_from_checkpoint, UNAVERAGED_FILE))
         return prepared
+
+
+def _tensors_in(checkpoint: str, name: str) -> dict[str, torch.Tensor]:
+    try:
+        return load_file(os.path.join(checkpoint, name))
+    except (OSError, SafetensorError):
+        raise InputError(
+            f"--resume_from_checkpoint: {checkpoint} has lost its {name}, or it is damaged; resume from another "
+            "checkpoint"
+        ) from None
 
 
 class _RowNumbers(torch.utils.data.Dataset):
