@@ -1,6 +1,5 @@
 """rl.py --average_weights: an average of the weights over the steps is what is evaluated, saved and final."""
 
-import json
 import shutil
 from math import prod
 from types import SimpleNamespace
@@ -140,4 +139,3 @@ def test_the_dry_run_counts_it(monkeypatch, method):
     )
     trained = averaged.trainable * 4 / 1e9
     assert averaged.total - plain.total == pytest.approx(trained)
-    json.dumps(averaged.parts)

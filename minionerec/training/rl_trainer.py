@@ -470,7 +470,8 @@ class ReReTrainer(DurableRun, GRPOTrainer):
                 save_file(tensors, os.path.join(output_dir, REFERENCE_FILE))
         if self.average and self.args.should_save:
             with self._writing_checkpoint():
-                save_file(self.average.other, os.path.join(output_dir, UNAVERAGED_FILE))
+                tensors = {name: tensor.contiguous() for name, tensor in self.average.other.items()}
+                save_file(tensors, os.path.join(output_dir, UNAVERAGED_FILE))
         super()._save_optimizer_and_scheduler(output_dir)
 
     def _prepare_for_training(
