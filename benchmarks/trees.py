@@ -37,16 +37,18 @@ from minionerec.flags import AdapterFlags, check_batch, check_positive
 
 
 def save_base(folder: str, item_file: str, shape: dict[str, int]) -> None:
-    """Writes a Qwen2 model with random weights and a tokenizer trained on the catalogue's text."""
+    """Writes a Qwen2 model with random weights, in the precision of matmuls here, and a tokenizer trained on the
+    catalogue's text."""
     from transformers import AutoModelForCausalLM, Qwen2Config, set_seed
 
-    from minionerec.model.device import local_device
+    from minionerec.model.device import compute_dtype, local_device
     from scripts.make_base import make_base
 
     make_base(item_file, folder, vocab_size=32768, hidden_size=64, num_hidden_layers=1, num_attention_heads=4)
     set_seed(42)
     with local_device():
-        AutoModelForCausalLM.from_config(Qwen2Config(**shape, tie_word_embeddings=True)).save_pretrained(folder)
+        config = Qwen2Config(**shape, tie_word_embeddings=True)
+        AutoModelForCausalLM.from_config(config, dtype=compute_dtype()).save_pretrained(folder)
 
 
 def train(

@@ -340,33 +340,59 @@ def test_the_lean_update_on_4_bits_is_pefts(saved_base):
         torch.testing.assert_close(results[1][name] / scale, grad / scale, atol=0.05, rtol=0.1)
 
 
-def test_dropout_draws_the_same_mask_in_both_passes():
+@pytest.mark.parametrize("dropout", [0.0, 0.25])
+@pytest.mark.parametrize("base", ["joined", "fresh", "view", "leaf"])
+def test_the_update_in_place_and_joined_with_its_matmul(base, dropout):
+    """Values and gradients of the sum as written, with one dropout mask in both passes."""
     torch.manual_seed(0)
-    shapes = ((4, 3, 8), (4, 3, 16), (2, 16), (8, 2))
-    result, x, a, b = inputs = [torch.randn(*shape, requires_grad=True) for shape in shapes]
-    updated = low_rank._LowRankUpdate.apply(*inputs, 0.5, 0.25, 11, torch.float32)
-    kept = low_rank._dropout_mask(x.shape, 0.25, 11, x.device)
-    expected = result + (x * kept / 0.75) @ a.T @ b.T * 0.5
+    x, a, b = inputs = [torch.randn(*shape, requires_grad=True) for shape in ((4, 3, 16), (2, 16), (8, 2))]
+    weight, bias = torch.randn(8, 16), torch.randn(8)
+    kept = low_rank._dropout_mask(x, dropout, 11) / (1 - dropout) if dropout else 1
+    plain_base = torch.nn.functional.linear(x.detach() if base == "leaf" else x, weight, bias)
+    expected = plain_base + (x * kept) @ a.T @ b.T * 0.5
+    given = None if base == "joined" else torch.nn.functional.linear(x, weight, bias)
+    given = given.clone() if base == "fresh" else given.detach() if base == "leaf" else given
+    matmul = (weight, bias) if base == "joined" else ()
+    updated = low_rank._LowRankUpdate.apply(given, *inputs, 0.5, dropout, 11, torch.float32, *matmul)
+    assert (updated is given) == (base == "fresh")  # in place
     torch.testing.assert_close(updated, expected)
     weights = torch.randn_like(updated)
-    for ours, plain in zip(
-        torch.autograd.grad((updated * weights).sum(), inputs),
-        torch.autograd.grad((expected * weights).sum(), inputs),
-        strict=True,
-    ):
+    found = torch.autograd.grad((updated * weights).sum(), inputs)
+    for ours, plain in zip(found, torch.autograd.grad((expected * weights).sum(), inputs), strict=True):
         torch.testing.assert_close(ours, plain)
+
+
+def test_a_base_layer_that_is_more_than_a_matmul_is_called():
+    """As ZeRO-3 needs it, whose hooks gather a layer's weight, and accelerate, which replaces its forward."""
+    ids = torch.tensor([[1, 90, 5, 7, 91, 3]])
+    model = adapted(make_model(scale=2.0))
+    layers = [module.base_layer for module in model.modules() if isinstance(module, low_rank._LeanForward)]
+    assert layers and all(low_rank._is_frozen_matmul(layer) for layer in layers)
+    logits = model(input_ids=ids).logits
+    called = []
+    handles = [layer.register_forward_hook(lambda *_: called.append(1)) for layer in layers]
+    torch.testing.assert_close(model(input_ids=ids).logits, logits)
+    assert len(called) == len(layers)
+    for handle in handles:
+        handle.remove()
+    layers[0].forward = lambda x: called.append(2) or torch.nn.Linear.forward(layers[0], x)
+    torch.testing.assert_close(model(input_ids=ids).logits, logits)
+    assert called[-1] == 2 and len(called) == len(layers) + 1
+    layers[1].weight.requires_grad_(True)
+    model(input_ids=ids, labels=ids).loss.backward()
+    assert layers[1].weight.grad.abs().sum() > 0
 
 
 @pytest.mark.parametrize("dropout", [0.05, 0.5])
 def test_dropout_masks_are_fair(dropout):
-    kept = low_rank._dropout_mask(torch.Size((401, 1001)), dropout, 3, torch.device("cpu"))
+    kept = low_rank._dropout_mask(torch.empty(401, 1001), dropout, 3)
     assert abs(low_rank._kept_fraction(dropout) - (1 - dropout)) < 1e-5
     error = 4 * (dropout * (1 - dropout) / (kept.numel() // 4)) ** 0.5  # four standard deviations of a lane's mean
     for lane in range(4):
         assert abs(kept.flatten()[lane::4].float().mean().item() - (1 - dropout)) < error
     neighbours = kept.flatten()[:-1].float(), kept.flatten()[1:].float()
     assert abs(torch.corrcoef(torch.stack(neighbours))[0, 1].item()) < 0.01
-    assert not torch.equal(kept, low_rank._dropout_mask(kept.shape, dropout, 4, kept.device))
+    assert not torch.equal(kept, low_rank._dropout_mask(kept, dropout, 4))
 
 
 def test_dropout_is_on_in_training_alone_and_follows_the_seed():

@@ -325,6 +325,42 @@ def test_attention_in_blocks(architecture, method, monkeypatch):
     assert "token_trees" not in json.dumps(model.config.to_dict())
 
 
+@pytest.mark.parametrize("key_heads", [1, 3, 6])
+def test_attention_by_matmuls_is_that_of_torch(key_heads):
+    torch.manual_seed(0)
+    shapes = (2, 6, 5, 8), (2, key_heads, 7, 8), (2, key_heads, 7, 4)
+    inputs = [torch.randn(shape, requires_grad=True) for shape in shapes]
+    mask = torch.where(torch.rand(2, 1, 5, 7) > 0.4, 0.0, torch.finfo(torch.float32).min)
+    plain = torch.nn.functional.scaled_dot_product_attention(*inputs, mask, scale=0.6, enable_gqa=True)
+    gradient = torch.randn_like(plain)
+    expected = (plain, *torch.autograd.grad(plain, inputs, gradient))
+    for dtype, error in ((torch.float32, 1e-5), (torch.bfloat16, 2e-2)):
+        rounded = [x.detach().to(dtype).requires_grad_() for x in inputs]
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            result = token_trees._MatmulAttention.apply(*rounded, mask.to(dtype), 0.6)
+        found = (result, *torch.autograd.grad(result, rounded, gradient.to(dtype)))
+        for ours, torchs in zip(found, expected, strict=True):
+            assert ours.dtype == dtype
+            assert (ours - torchs).norm() < error * torchs.norm()
+
+
+def test_blocks_attend_by_matmuls_in_16_bits(monkeypatch):
+    """The losses and gradients of whole rows in float32, up to the rounding, under autocast and in a 16-bit model."""
+    monkeypatch.setattr(token_trees, "BLOCK", 5)
+    model, rows = with_adapter(make_model("qwen2", scale=2.0)), of_users(12)
+    row_losses(model, Collator(0)(rows))[0].sum().backward()
+    expected = gradients(model)
+    assert attend_in_blocks(model)
+    monkeypatch.setattr(token_trees, "sdpa_attention_forward", lambda *_, **__: pytest.fail("torch's own attention"))
+    for under_autocast in (True, False):
+        if not under_autocast:
+            model.to(torch.bfloat16)
+        with torch.autocast("cpu", torch.bfloat16, enabled=under_autocast):
+            tree_losses(model, TreeCollator(0, None)(rows), dtype=torch.bfloat16)[0].sum().backward()
+        for name, grad in gradients(model).items():
+            assert (grad - expected[name]).norm() < 0.05 * expected[name].norm(), name
+
+
 @pytest.mark.parametrize("architecture", ["gpt_oss", "mpt", "two kinds of layers"])
 def test_models_whose_attention_takes_no_blocks_keep_their_own(architecture):
     if architecture == "two kinds of layers":

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 from peft.tuners import lora
+from torch import nn
 
 if TYPE_CHECKING:
     from peft.tuners.lora import Linear as _Layer  # what `_LeanForward` is mixed into
@@ -29,17 +30,18 @@ else:
 
 
 class _LowRankUpdate(torch.autograd.Function):
-    """result + dropout(x) A^T B^T * scale for the base layer's result [..., O], x [..., I], A [r, I], B [O, r]; saves
-    x, A, B and dropout(x) A^T [..., r].
+    """base(x) + dropout(x) A^T B^T * scale for x [..., I], A [r, I], B [O, r]; saves x, A, B and dropout(x) A^T.
 
-    The last matmul makes the sum and scales it, and the backward pass scales only what has the size of an adapter: no
-    pass over [..., O] is made for either.
+    `result` [..., O] is base(x), or None where base is a matmul with a frozen `weight` [O, I] and `bias` [O] or None,
+    which is made here. The last matmul adds the update to it, in place if nothing else holds it, and scales it; the
+    backward pass scales only what has the size of an adapter, and adds both parts of the gradient of x in a matmul. So
+    no pass over [..., O] or [..., I] is made for a sum or a scale.
     """
 
     @staticmethod
     def forward(
         ctx: Any,
-        result: torch.Tensor,
+        result: Any,
         x: torch.Tensor,
         a: torch.Tensor,
         b: torch.Tensor,
@@ -47,36 +49,56 @@ class _LowRankUpdate(torch.autograd.Function):
         dropout: float,
         seed: int,
         dtype: torch.dtype,
+        weight: torch.Tensor | None = None,
+        bias: torch.Tensor | None = None,
     ) -> torch.Tensor:
         ctx.dropout, ctx.seed, ctx.dtype = dropout, seed, dtype
         ctx.scale = scale / _kept_fraction(dropout)
         dropped = x.to(dtype)
+        if weight is not None:
+            in_place, result = True, F.linear(dropped, weight.to(dtype), None if bias is None else bias.to(dtype))
+        else:  # fresh from the base layer?
+            in_place = result.grad_fn and result.dtype == dtype and result.is_contiguous() and not result._is_view()
+            if in_place:
+                ctx.mark_dirty(result)
         if dropout:
-            dropped = dropped * _dropout_mask(x.shape, dropout, seed, x.device)
+            dropped = _dropout_mask(dropped, dropout, seed).mul_(dropped)
         low = F.linear(dropped, a.to(dtype))
-        ctx.save_for_backward(x, a, b, low)
-        updated = torch.empty_like(result, dtype=dtype, memory_format=torch.contiguous_format)
-        pair = low.flatten(0, -2), b.to(dtype).T
-        torch.addmm(result.to(dtype).flatten(0, -2), *pair, alpha=ctx.scale, out=updated.flatten(0, -2))
+        ctx.save_for_backward(x, a, b, low, weight)
+        layout = torch.contiguous_format
+        updated = result if in_place else torch.empty_like(result, dtype=dtype, memory_format=layout)
+        out = updated.flatten(0, -2)
+        of_base = out if in_place else result.to(dtype).flatten(0, -2)
+        torch.addmm(of_base, low.flatten(0, -2), b.to(dtype).T, alpha=ctx.scale, out=out)
         return updated.to(result.dtype)
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x, a, b, low = ctx.saved_tensors
+        x, a, b, low, weight = ctx.saved_tensors
         dropped = x.to(ctx.dtype)
-        if ctx.dropout:
-            mask = _dropout_mask(x.shape, ctx.dropout, ctx.seed, x.device)
-            dropped = dropped * mask
+        mask = _dropout_mask(dropped, ctx.dropout, ctx.seed) if ctx.dropout else None
         flat = gradient.to(ctx.dtype).flatten(0, -2)
-        grad_b = (flat.T @ low.flatten(0, -2)).mul_(ctx.scale)
-        grad_low = (flat @ b.to(ctx.dtype)).mul_(ctx.scale)
-        grad_a = grad_low.T @ dropped.flatten(0, -2)
+        grad_b = _scaled_matmul(flat.T, low.flatten(0, -2), ctx.scale)
+        grad_low = _scaled_matmul(flat, b.to(ctx.dtype), ctx.scale)
         grad_x = None
         if ctx.needs_input_grad[1]:
             grad_x = (grad_low @ a.to(ctx.dtype)).view(x.shape)
-            grad_x = (grad_x.mul_(mask) if ctx.dropout else grad_x).to(x.dtype)
+            if mask is not None:
+                grad_x.mul_(mask)
+            if weight is not None:
+                sums = grad_x.flatten(0, -2)
+                torch.addmm(sums, flat, weight.to(ctx.dtype), out=sums)
+            grad_x = grad_x.to(x.dtype)
+        if mask is not None:
+            dropped = mask.mul_(dropped)
+        grad_a = grad_low.T @ dropped.flatten(0, -2)
         grad_result = gradient if ctx.needs_input_grad[0] else None
-        return grad_result, grad_x, grad_a.to(a.dtype), grad_b.to(b.dtype), None, None, None, None
+        return grad_result, grad_x, grad_a.to(a.dtype), grad_b.to(b.dtype), *[None] * 6
+
+
+def _scaled_matmul(a: torch.Tensor, b: torch.Tensor, scale: float) -> torch.Tensor:
+    out = a.new_empty(a.shape[0], b.shape[1])
+    return torch.addmm(out, a, b, beta=0, alpha=scale, out=out)
 
 
 def _kept_fraction(dropout: float) -> float:
@@ -89,14 +111,16 @@ def _draw_seed() -> int:
     return int(torch.randint(2**62, ()))
 
 
-def _dropout_mask(shape: torch.Size, dropout: float, seed: int, device: torch.device) -> torch.Tensor:
-    """A mask (bool) of the elements to keep, the same for the same seed. A random number of 64 bits gives four elements
-    16 bits each, which on a CPU is several times as fast as a number per element."""
-    generator = torch.Generator(device).manual_seed(seed)
-    count = shape.numel()
-    numbers = torch.empty(math.ceil(count / 4), dtype=torch.int64, device=device)
+def _dropout_mask(like: torch.Tensor, dropout: float, seed: int) -> torch.Tensor:
+    """1 for the elements to keep and 0 for the others, shaped `like` a tensor, the same for the same seed. A random
+    number of 64 bits gives four elements 16 bits each, which on a CPU is several times as fast as a number per element,
+    as is a product of two tensors of one type."""
+    generator = torch.Generator(like.device).manual_seed(seed)
+    count = like.numel()
+    numbers = torch.empty(math.ceil(count / 4), dtype=torch.int64, device=like.device)
     bits = numbers.random_(-(2**63), None, generator=generator).view(torch.int16)[:count]
-    return (bits >= round(dropout * 65536) - 32768).view(shape)
+    mask = torch.empty(like.shape, dtype=like.dtype, device=like.device)
+    return torch.ge(bits.view(like.shape), round(dropout * 65536) - 32768, out=mask)
 
 
 class _LeanForward(_Layer):
@@ -106,17 +130,33 @@ class _LeanForward(_Layer):
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         if self.disable_adapters or self.merged or self.lora_variant or kwargs.get("adapter_names") is not None:
             return super().forward(x, *args, **kwargs)
-        result = self.base_layer(x, *args, **kwargs)
+        base, device = self.base_layer, x.device.type
+        autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        result = None
         for adapter in self.active_adapters:
             if adapter not in self.lora_A:
                 continue
             a, b = self.lora_A[adapter].weight, self.lora_B[adapter].weight
             dropout = getattr(self.lora_dropout[adapter], "p", 0.0) if self.training else 0.0
             seed = _draw_seed() if dropout else 0
-            device = x.device.type
-            dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else a.dtype
-            result = _LowRankUpdate.apply(result, x, a, b, self.scaling[adapter], dropout, seed, dtype)
-        return result
+            dtype = autocast or a.dtype
+            matmul: tuple = ()
+            if result is None and _is_frozen_matmul(base) and (autocast or base.weight.dtype == x.dtype == dtype):
+                matmul = base.weight, base.bias
+            elif result is None:
+                result = base(x, *args, **kwargs)
+            result = _LowRankUpdate.apply(result, x, a, b, self.scaling[adapter], dropout, seed, dtype, *matmul)
+        return base(x, *args, **kwargs) if result is None else result
+
+
+def _is_frozen_matmul(layer: nn.Module) -> bool:
+    """Whether calling `layer` is a matmul with a weight that is not trained, and nothing else."""
+    return (
+        type(layer) is nn.Linear
+        and "forward" not in vars(layer)  # accelerate's `device_map` replaces it
+        and not (layer._forward_hooks or layer._forward_pre_hooks)  # ZeRO-3 gathers the weight in one
+        and not layer.weight.requires_grad
+    )
 
 
 def _lean(kind: type) -> type:
