@@ -325,8 +325,10 @@ def test_attention_in_blocks(architecture, method, monkeypatch):
     assert "token_trees" not in json.dumps(model.config.to_dict())
 
 
+@pytest.mark.parametrize("native", [True, False])
 @pytest.mark.parametrize("key_heads", [1, 3, 6])
-def test_attention_by_matmuls_is_that_of_torch(key_heads):
+def test_attention_by_matmuls_is_that_of_torch(key_heads, native, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: native)
     torch.manual_seed(0)
     shapes = (2, 6, 5, 8), (2, key_heads, 7, 8), (2, key_heads, 7, 4)
     inputs = [torch.randn(shape, requires_grad=True) for shape in shapes]

@@ -290,21 +290,25 @@ def _attention(
 
 class _MatmulAttention(torch.autograd.Function):
     """Attention by plain matmuls for query [R, heads, Q, D], key and value [R, key heads, K, D] and a mask [R, 1, Q, K]
-    that is added to scores. For 16 bits, which torch's fused CPU kernel computes at half of this speed. As there, the
-    probabilities are computed again in the backward pass, and only the inputs are saved."""
+    that is added to scores. For 16 bits, which torch's fused CPU kernel computes at half of this speed, and where the
+    CPU has no such matmuls much slower. As there, the probabilities are computed again in the backward pass, and only
+    the inputs are saved."""
 
     @staticmethod
     def forward(
         ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor, scale: float
     ) -> torch.Tensor:
-        ctx.scale = scale
+        ctx.scale, dtype = scale, query.dtype
         ctx.save_for_backward(query, key, value, mask)
         with torch.autocast(query.device.type, enabled=False):
-            return (_probabilities(query, key, mask, scale) @ value).view(*query.shape[:3], -1)
+            query, key, value, mask = _in_fast_type(query, key, value, mask)
+            result = _probabilities(query, key, mask, scale) @ value
+        return result.view(*query.shape[:3], -1).to(dtype)
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        query, key, value, mask = ctx.saved_tensors
+        dtype = gradient.dtype
+        query, key, value, mask, gradient = _in_fast_type(*ctx.saved_tensors, gradient)
         probabilities = _probabilities(query, key, mask, ctx.scale)
         gradient = gradient.reshape(*value.shape[:2], -1, value.shape[-1])
         grad_value = probabilities.transpose(-1, -2) @ gradient
@@ -312,7 +316,13 @@ class _MatmulAttention(torch.autograd.Function):
         grad_scores = torch._softmax_backward_data(grad_scores, probabilities, -1, probabilities.dtype)
         grad_query = (grad_scores @ key).mul_(ctx.scale).view(query.shape)
         grad_key = (grad_scores.transpose(-1, -2) @ query.reshape(*key.shape[:2], -1, key.shape[-1])).mul_(ctx.scale)
-        return grad_query, grad_key, grad_value, None, None
+        return grad_query.to(dtype), grad_key.to(dtype), grad_value.to(dtype), None, None
+
+
+def _in_fast_type(*tensors: torch.Tensor) -> list[torch.Tensor]:
+    """Tensors in float32, or unchanged where they are in bfloat16 and the CPU multiplies it natively."""
+    native = tensors[0].dtype == torch.bfloat16 and torch.cpu._is_avx512_bf16_supported()
+    return list(tensors) if native else [tensor.float() for tensor in tensors]
 
 
 def _probabilities(query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor, scale: float) -> torch.Tensor:
