@@ -342,16 +342,19 @@ def test_the_lean_update_on_4_bits_is_pefts(saved_base):
 
 @pytest.mark.parametrize("dropout", [0.0, 0.25])
 @pytest.mark.parametrize("base", ["joined", "fresh", "view", "leaf"])
-def test_the_update_in_place_and_joined_with_its_matmul(base, dropout):
+@pytest.mark.parametrize("transposed", [False, True])
+def test_the_update_in_place_and_joined_with_its_matmul(base, dropout, transposed):
     """Values and gradients of the sum as written, with one dropout mask in both passes."""
     torch.manual_seed(0)
-    x, a, b = inputs = [torch.randn(*shape, requires_grad=True) for shape in ((4, 3, 16), (2, 16), (8, 2))]
+    x, a, b = (torch.randn(*shape, requires_grad=True) for shape in ((4, 3, 16), (2, 16), (8, 2)))
+    x = x.transpose(0, 1) if transposed else x
+    inputs = x, a, b
     weight, bias = torch.randn(8, 16), torch.randn(8)
     kept = low_rank._dropout_mask(x, dropout, 11) / (1 - dropout) if dropout else 1
     plain_base = torch.nn.functional.linear(x.detach() if base == "leaf" else x, weight, bias)
     expected = plain_base + (x * kept) @ a.T @ b.T * 0.5
-    given = None if base == "joined" else torch.nn.functional.linear(x, weight, bias)
-    given = given.clone() if base == "fresh" else given.detach() if base == "leaf" else given
+    of_base = torch.nn.functional.linear(x, weight, bias).clone()
+    given = {"joined": None, "fresh": of_base, "view": of_base.view_as(of_base), "leaf": of_base.detach()}[base]
     matmul = (weight, bias) if base == "joined" else ()
     updated = low_rank._LowRankUpdate.apply(given, *inputs, 0.5, dropout, 11, torch.float32, *matmul)
     assert (updated is given) == (base == "fresh")  # in place

@@ -55,22 +55,22 @@ class _LowRankUpdate(torch.autograd.Function):
         ctx.dropout, ctx.seed, ctx.dtype = dropout, seed, dtype
         ctx.scale = scale / _kept_fraction(dropout)
         dropped = x.to(dtype)
+        in_place = False
         if weight is not None:
-            in_place, result = True, F.linear(dropped, weight.to(dtype), None if bias is None else bias.to(dtype))
-        else:  # fresh from the base layer?
-            in_place = result.grad_fn and result.dtype == dtype and result.is_contiguous() and not result._is_view()
-            if in_place:
-                ctx.mark_dirty(result)
+            out = of_base = F.linear(dropped.flatten(0, -2), weight.to(dtype), None if bias is None else bias.to(dtype))
+        elif result.grad_fn and result.dtype == dtype and result.is_contiguous() and not result._is_view():
+            in_place = True  # fresh from the base layer
+            ctx.mark_dirty(result)
+            out = of_base = result.flatten(0, -2)
+        else:
+            of_base = result.to(dtype).flatten(0, -2)
+            out = torch.empty(of_base.shape, dtype=dtype, device=of_base.device)
         if dropout:
             dropped = _dropout_mask(dropped, dropout, seed).mul_(dropped)
-        low = F.linear(dropped, a.to(dtype))
+        low = F.linear(dropped.flatten(0, -2), a.to(dtype))
         ctx.save_for_backward(x, a, b, low, weight)
-        layout = torch.contiguous_format
-        updated = result if in_place else torch.empty_like(result, dtype=dtype, memory_format=layout)
-        out = updated.flatten(0, -2)
-        of_base = out if in_place else result.to(dtype).flatten(0, -2)
-        torch.addmm(of_base, low.flatten(0, -2), b.to(dtype).T, alpha=ctx.scale, out=out)
-        return updated.to(result.dtype)
+        torch.addmm(of_base, low, b.to(dtype).T, alpha=ctx.scale, out=out)
+        return result if in_place else out.view(*x.shape[:-1], -1).to(dtype if result is None else result.dtype)
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
@@ -78,17 +78,16 @@ class _LowRankUpdate(torch.autograd.Function):
         dropped = x.to(ctx.dtype)
         mask = _dropout_mask(dropped, ctx.dropout, ctx.seed) if ctx.dropout else None
         flat = gradient.to(ctx.dtype).flatten(0, -2)
-        grad_b = _scaled_matmul(flat.T, low.flatten(0, -2), ctx.scale)
+        grad_b = _scaled_matmul(flat.T, low, ctx.scale)
         grad_low = _scaled_matmul(flat, b.to(ctx.dtype), ctx.scale)
         grad_x = None
         if ctx.needs_input_grad[1]:
-            grad_x = (grad_low @ a.to(ctx.dtype)).view(x.shape)
+            grad_x = grad_low @ a.to(ctx.dtype)
             if mask is not None:
-                grad_x.mul_(mask)
+                grad_x.mul_(mask.flatten(0, -2))
             if weight is not None:
-                sums = grad_x.flatten(0, -2)
-                torch.addmm(sums, flat, weight.to(ctx.dtype), out=sums)
-            grad_x = grad_x.to(x.dtype)
+                torch.addmm(grad_x, flat, weight.to(ctx.dtype), out=grad_x)
+            grad_x = grad_x.view(x.shape).to(x.dtype)
         if mask is not None:
             dropped = mask.mul_(dropped)
         grad_a = grad_low.T @ dropped.flatten(0, -2)
