@@ -191,3 +191,23 @@ def test_commands_say_how_they_decode(files, checkpoint_of, tmp_path, capsys):
     rl.train(**rl_flags(files, start, str(tmp_path / "rl"), test_during_training=False, sample_train=True))
     shared = "decoding: beams share the prompt's cache under a tree mask; completions share a row with their prompt\n"
     assert shared in capsys.readouterr().out
+
+
+def test_an_expert_that_rounding_exchanges_does_not_make_a_model_look_ahead(monkeypatch):
+    """Scores that change with later tokens for one draw of tokens are the rounding's, for every draw the model's."""
+    draws = []
+
+    def later_than(limit):
+        def is_causal(trial):
+            draws.append(trial.prompts[0].tolist())
+            return len(draws) > limit
+
+        return is_causal
+
+    monkeypatch.setattr(probe._Trial, "is_causal", later_than(2))
+    assert prove(make_model()).beams
+    assert len(draws) == 3 and draws[0] != draws[1] != draws[2]
+    draws.clear()
+    monkeypatch.setattr(probe._Trial, "is_causal", later_than(3))
+    with pytest.raises(InputError, match="is not causal"):
+        prove(make_model())

@@ -70,7 +70,11 @@ class _LowRankUpdate(torch.autograd.Function):
         low = F.linear(dropped.flatten(0, -2), a.to(dtype))
         ctx.save_for_backward(x, a, b, low, weight)
         torch.addmm(of_base, low, b.to(dtype).T, alpha=ctx.scale, out=out)
-        return result if in_place else out.view(*x.shape[:-1], -1).to(dtype if result is None else result.dtype)
+        if in_place:
+            return result
+        # Not a view for autograd: a model may change its layer's result in place, as Llama 4 does.
+        updated = torch.ops.aten._unsafe_view(out, [*x.shape[:-1], out.shape[-1]])
+        return updated.to(dtype if result is None else result.dtype)
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
