@@ -76,6 +76,8 @@ def test_a_merged_checkpoint_equals_its_adapter(trained, base, untied_base, tmp_
     )
     adapted = lora_utils.load_adapted(Checkpoint.read(adapter), tokenizer, on, quantization)
     ids = tokenizer("Purchases: <a_0><b_0><c_0>, <a_1><b_0><c_1>\nAnswer:\n<a_2>", return_tensors="pt").input_ids
+    if quantization is not None:  # their errors are compared: many tokens, because the mean of a few says little
+        ids = torch.randint(3, len(tokenizer), (32, 24), generator=torch.Generator().manual_seed(0))
     ours, theirs = logits_of(merged, ids), logits_of(adapted, ids)
     with adapted.disable_adapter():
         without = logits_of(adapted, ids)
@@ -83,9 +85,7 @@ def test_a_merged_checkpoint_equals_its_adapter(trained, base, untied_base, tmp_
     assert far > 0.1
     if quantization is None:
         torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-5)
-    else:  # the adapter's own products are in 16 or 8 bits: many tokens, because the mean of a few says little
-        ids = torch.randint(3, len(tokenizer), (32, 24), generator=torch.Generator().manual_seed(0))
-        ours, theirs = logits_of(merged, ids), logits_of(adapted, ids)
+    else:  # the adapter's own products are in 16 or 8 bits
         assert (ours - theirs).abs().mean() < 0.02 * far
         original = lora_utils.load_adapted(Checkpoint.read(adapter), tokenizer, on, merge_in=torch.float32)
         assert (ours - theirs).abs().mean() < (logits_of(original, ids) - theirs).abs().mean()

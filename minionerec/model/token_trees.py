@@ -290,9 +290,8 @@ def _attention(
 
 class _MatmulAttention(torch.autograd.Function):
     """Attention by plain matmuls for query [R, heads, Q, D], key and value [R, key heads, K, D] and a mask [R, 1, Q, K]
-    that is added to scores. For 16 bits, which torch's fused CPU kernel computes at half of this speed, and where the
-    CPU has no such matmuls much slower. As there, the probabilities are computed again in the backward pass, and only
-    the inputs are saved."""
+    that is added to scores. For 16 bits on a CPU: torch's fused kernel takes twice as long there, or three times without
+    native 16-bit matmuls. As in it, the backward pass computes the probabilities again, and only the inputs are saved."""
 
     @staticmethod
     def forward(
