@@ -290,8 +290,9 @@ def _attention(
 
 class _MatmulAttention(torch.autograd.Function):
     """Attention by plain matmuls for query [R, heads, Q, D], key and value [R, key heads, K, D] and a mask [R, 1, Q, K]
-    that is added to scores. For 16 bits on a CPU: torch's fused kernel takes twice as long there, or three times without
-    native 16-bit matmuls. As in it, the backward pass computes the probabilities again, and only the inputs are saved."""
+    that is added to scores. For 16 bits on a CPU: torch's fused kernel takes twice as long there, or three times where
+    no such matmuls are native. As in it, the backward pass computes the probabilities again, and only the inputs are
+    saved."""
 
     @staticmethod
     def forward(
