@@ -20,7 +20,7 @@ def curves(runs: str = "", figure: str = "") -> None:
 
     Args:
         runs: name=folder of every run, separated by commas; a folder contains metrics.json. Folders with the same name
-            are the seeds of one run: their mean is printed.
+            are the seeds of one run, and their mean is printed.
         figure: PNG file for the plot.
     """
     problems = Problems()

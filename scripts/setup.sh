@@ -1,7 +1,12 @@
 #!/usr/bin/env bash
 # Makes .venv and installs requirements.txt into it, with DEV=1 requirements-dev.txt too; does nothing when that is done
-# already, or when PYTHON names an interpreter that has the packages. Sourced by the other scripts.
+# already, or when PYTHON names an interpreter that has the packages. Sourced by the other scripts, whose --help it prints:
+# the comments at their heads.
 set -euo pipefail
+if [[ " $* " == *" --help "* || " $* " == *" -h "* ]]; then
+    for ((i = ${#BASH_SOURCE[@]} - 1; i > 0; i--)); do sed -n '2,/^[^#]/ s/^# \{0,1\}//p' "${BASH_SOURCE[i]}"; done
+    exit 0
+fi
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 if [ -z "${PYTHON:-}" ]; then
     PYTHON=.venv/bin/python

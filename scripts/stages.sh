@@ -9,10 +9,6 @@
 #   TRAIN_FILE, EVAL_FILE, TEST_FILE, INFO_FILE, INDEX_FILE, ITEM_FILE instead of the files in DATA
 #   Relative paths start at the root of the repository.
 #   PYTHON=python to use your own environment instead of .venv
-if [[ " $* " == *" --help "* || " $* " == *" -h "* ]]; then
-    sed -sn '2,/^[^#]/ s/^# \{0,1\}//p' "$0" "${BASH_SOURCE[0]}"
-    exit 0
-fi
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 PRESET="${PRESET:-balanced}" NPROC="${NPROC:-1}"
 [ "$PRESET" != low_memory ] || METHOD="${METHOD:-qlora}"
@@ -38,12 +34,12 @@ fail() {
     exit 2
 }
 use_method() { # sets the flags of METHOD and PRESET, default learning rates, and those that compare.sh tries
-    MICRO_BATCH=8 SFT_RATE=1e-3 RL_RATE=1e-5 DEFAULT_SFT_RATES="3e-4 1e-3 3e-3" DEFAULT_RL_RATES="1e-5 1e-4"
+    MICRO_BATCH=8 RL_RATE=1e-5 DEFAULT_SFT_RATES="3e-4 1e-3 3e-3" DEFAULT_RL_RATES="1e-5 1e-4"
     SID_RATE=(--sid_learning_rate 3e-3) AVERAGE=(--average_weights True)
     [ -z "${CONFIG:-}" ] || SID_RATE=() AVERAGE=() # DeepSpeed and FSDP do not take them
     case "$METHOD" in
     full)
-        METHOD_FLAGS=() SFT_RATE=3e-4 RL_RATE=1e-6
+        METHOD_FLAGS=() RL_RATE=1e-6
         DEFAULT_SFT_RATES="1e-4 3e-4 1e-3" DEFAULT_RL_RATES="1e-6 1e-5"
         ;;
     lora) METHOD_FLAGS=(--use_lora True) ;;
@@ -51,13 +47,14 @@ use_method() { # sets the flags of METHOD and PRESET, default learning rates, an
     *) fail "METHOD=$METHOD: must be full, lora or qlora" ;;
     esac
     case "$PRESET" in
-    quick) PRESET_FLAGS=(--lora_r 8 --lora_alpha 16 --lora_dropout 0.05 --lora_target_modules qkv) ;;
-    balanced) PRESET_FLAGS=(--lora_r 16 --lora_alpha 32 --lora_dropout 0.05 --lora_target_modules all) ;;
-    best) PRESET_FLAGS=(--lora_r 32 --lora_alpha 64 --lora_dropout 0.1 --lora_target_modules all) ;;
-    low_memory) PRESET_FLAGS=(--lora_r 8 --lora_alpha 16 --lora_dropout 0.05 --lora_target_modules qkv) ;;
+    # A larger adapter wants a smaller rate, about as 1 / sqrt(r): benchmarks/RESULTS.md.
+    quick) SFT_RATE=2e-3 PRESET_FLAGS=(--lora_r 8 --lora_alpha 16 --lora_dropout 0.05 --lora_target_modules qkv) ;;
+    balanced) SFT_RATE=1.5e-3 PRESET_FLAGS=(--lora_r 16 --lora_alpha 32 --lora_dropout 0.05 --lora_target_modules all) ;;
+    best) SFT_RATE=1e-3 PRESET_FLAGS=(--lora_r 32 --lora_alpha 64 --lora_dropout 0.1 --lora_target_modules all) ;;
+    low_memory) SFT_RATE=2e-3 PRESET_FLAGS=(--lora_r 8 --lora_alpha 16 --lora_dropout 0.05 --lora_target_modules qkv) ;;
     *) fail "PRESET=$PRESET: must be quick, balanced, best or low_memory" ;;
     esac
-    [ "$METHOD" != full ] || PRESET_FLAGS=() # full fine-tuning has no adapter to configure
+    [ "$METHOD" != full ] || SFT_RATE=3e-4 PRESET_FLAGS=() # full fine-tuning has no adapter to configure
     [ "$PRESET" != low_memory ] || PRESET_FLAGS+=(--gradient_checkpointing True)
 }
 use_method

@@ -38,7 +38,7 @@ def table(
         train_file: CSV of training interactions, for the popularity baseline.
         test_data_path: CSV of the test interactions that the runs were evaluated on.
         runs: name=folder of every run, separated by commas; a folder contains metrics.json and result.json. Folders
-            with the same name are the seeds of one run, in the same order for all runs: their mean is printed.
+            with the same name are the seeds of one run, in the same order for all runs, and their mean is printed.
         intervals: print 95% bootstrap intervals over the test rows, and the standard deviation over seeds (for a ratio,
             that of the ratios seed by seed).
         against: methods to compare with, separated by commas: with full, the HR@10, NDCG@10 and MRR of "lora SFT" are

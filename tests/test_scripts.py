@@ -157,6 +157,16 @@ def test_help_says_what_a_script_does_and_runs_nothing(checkout, script):
     assert "METHOD=lora|qlora|full" in result.stdout
 
 
+@pytest.mark.parametrize(
+    ("script", "says"),
+    [("quickstart.sh", "bundled demo"), ("test.sh", "runs the tests"), ("get_smollm2.sh", "OUT=out/smollm2-fp32")],
+)
+def test_help_of_the_other_scripts_installs_nothing(checkout, script, says):
+    result = bash(checkout, script, "--help", PYTHON="")
+    assert result.returncode == 0 and says in result.stdout and not result.stderr
+    assert not (checkout / ".venv").exists()
+
+
 def run(line: str) -> str:
     script, *words = line.split()
     done = run_command(script, *words)
