@@ -94,7 +94,7 @@ def test_a_model_that_cannot_do_with_few_layers_is_measured_whole():
 
 
 def test_a_search_on_a_deep_model_takes_few_passes_through_few_layers():
-    """48 layers of 128 experts that fit nowhere: each of six ways to train is tried once."""
+    """48 layers of 128 experts that fit nowhere: each of nine ways to train is tried once."""
     config = deep("qwen3_moe", 48, num_experts=128)
     flags = SFTFlags(lora_dropout=0.0, micro_batch_size=64)
     tried, ran = [], []
@@ -107,7 +107,7 @@ def test_a_search_on_a_deep_model_takes_few_passes_through_few_layers():
     counting = register_module_forward_pre_hook(lambda module, _: ran.append(module) if type(module) is layer else None)
     with counting:
         assert suggestion(flags, "micro_batch_size", 0.0, total_of).startswith("nor does anything else")
-    assert len(tried) == 6 and len(ran) == 6 * 2 * 3  # 2 micro-batches through 3 layers
+    assert len(tried) == 9 and len(ran) == 9 * 2 * 3  # 2 micro-batches through 3 layers
 
 
 def test_a_search_halves_what_is_left():
@@ -123,3 +123,15 @@ def test_a_search_halves_what_is_left():
         fits = max(2**power for power in range(8) if 2**power <= largest)
         assert said == f"this does: --micro_batch_size {fits}"
         assert len(tried) <= 4
+
+
+def test_an_8_bit_base_and_an_8_bit_optimizer_are_tried_too():
+    flags = SFTFlags(use_lora=True, micro_batch_size=1)
+    tried = []
+    said = suggestion(flags, "micro_batch_size", 0.0, lambda changed: tried.append(changed) or 1.0)
+    assert said.startswith("nor does anything else")
+    ways = [(way.bits, way.gradient_checkpointing, way.optim) for way in tried]
+    assert ways == [
+        *((bits, checkpointing, flags.optim) for bits in (16, 8, 4) for checkpointing in (False, True)),
+        (4, True, "adamw_8bit"),
+    ]

@@ -19,7 +19,7 @@ from minionerec.data.encoding import Encoder, batches
 from minionerec.data.examples import BATCH_ROWS
 from minionerec.decoding.probe import may_share_rows
 from minionerec.dryrun.memory import GB, Adapt, Prediction, Step, cache_gb, predict
-from minionerec.flags import AdapterFlags, memory_gb
+from minionerec.flags import OPTIMIZERS, AdapterFlags, memory_gb
 from minionerec.model import device
 from minionerec.model.token_trees import TreeCollator
 from minionerec.training.sft_trainer import step_order
@@ -104,16 +104,20 @@ def say_memory(predicted: Prediction, size: float, name: str, suggest: Callable[
 
 
 def _settings_to_try(flags: AdapterFlags) -> Iterable[dict[str, Any]]:
-    """Settings to try, cheapest first: checkpointing, an adapter, a quantized base."""
+    """Settings to try, cheapest first: checkpointing, an adapter, a base in 8 and in 4 bits, an optimizer in 8 bits."""
     frozen = {"freeze_LLM": False} if flags.method == "freeze_LLM" else {}
     methods: list[dict] = [{}]
     if not flags.adapted:
         methods.append({"use_lora": True, **frozen})
+    if flags.bits == 16:
+        methods.append({"use_lora": True, "load_in_8bit": True, **frozen})
     if not flags.use_qlora:
         methods.append({"use_qlora": True, "use_lora": False, "load_in_8bit": False, **frozen})
     for method in methods:
         for checkpointing in sorted({flags.gradient_checkpointing, True}):
             yield {**method, "gradient_checkpointing": checkpointing}
+    if OPTIMIZERS[flags.optim] > OPTIMIZERS["adamw_8bit"]:
+        yield {**methods[-1], "gradient_checkpointing": True, "optim": "adamw_8bit"}
 
 
 def suggestion(flags: Any, batch: str, size: float, total_of: Callable[[Any], float], least: int = 1) -> str:
