@@ -56,6 +56,19 @@ def test_two_processes_of_an_engine_train_as_one_does(files, base, trained, tmp_
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("rows", "method"), [(26, "grouped lora"), (3, "full")])
+def test_rows_that_no_trees_share_out_train_once_on_three_processes(files, base, tmp_path, rows, method):
+    """The last step, or the only one, has too few rows for all processes: some have micro-batches without any."""
+    flags = {"batch_size": 12, "micro_batch_size": 2, "num_epochs": 3 if rows > 12 else 10, "learning_rate": 1e-3}
+    flags |= {"pack_rows": 0, "tasks": "sid_history_to_sid", "sample": rows, "eval_step": 0.3, **METHODS[method]}
+    one = run_command("sft.py", **sft_flags(files, base, tmp_path / "one", **flags))
+    assert one.returncode == 0, one.stderr[-3000:]
+    three = processes.start_command("sft.py", sft_flags(files, base, tmp_path / "three", **flags), ranks=3)
+    assert three.wait() == [0, 0, 0], three.errors[-3000:]
+    assert_same_run(tmp_path / "one", tmp_path / "three", 1e-5)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ENGINES)
 def test_an_engine_saves_a_tied_matrix_once(files, base, trained, tmp_path, engine):
     two_processes(engine, tmp_path, "sft.py", sft_flags(files, base, tmp_path / "two", **SMALL_STEPS))

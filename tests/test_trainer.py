@@ -1,4 +1,5 @@
 import gc
+import itertools
 import os
 import shutil
 import sys
@@ -7,7 +8,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
+from accelerate import skip_first_batches
+from architectures import build
 from models import adapted, examples, make_model, trainer_of
+from torch.utils.data import DataLoader
 from transformers import EarlyStoppingCallback, TrainerCallback
 
 from minionerec.checkpoint import Checkpoint
@@ -15,7 +19,7 @@ from minionerec.data.examples import Collator
 from minionerec.process_memory import forget_peak_of_loading, importing, peak_memory_gb
 from minionerec.training.finish import save_final
 from minionerec.training.resume import newest_checkpoint
-from minionerec.training.sft_trainer import SFTTrainer, StepSampler, response_logits
+from minionerec.training.sft_trainer import RowBatches, SFTTrainer, StepSampler, response_logits, row_losses
 
 
 @pytest.mark.parametrize("architecture", ["qwen2", "qwen3", "llama", "mistral", "gemma2", "phi3", "gpt2"])
@@ -89,6 +93,38 @@ def test_training_takes_its_examples_in_that_order(tmp_path):
         loader.set_epoch(epoch)
         taken = [ids[ids != 0].tolist() for batch in loader for ids in batch["input_ids"]]
         assert taken == expected
+
+
+def test_processes_take_every_row_once_and_as_many_micro_batches():
+    for rows, micro_rows, processes in itertools.product((1, 2, 5, 16, 23), (1, 3, 4), (1, 2, 3, 8)):
+        sampler = StepSampler([1] * rows, micro_rows * processes, seed=3)
+        shares = [RowBatches(sampler, micro_rows, processes, process) for process in range(processes)]
+        for epoch in range(2):
+            for batches in shares:
+                batches.set_epoch(epoch)
+            taken = [list(batches) for batches in shares]
+            assert {len(batches) for batches in taken} == {len(batches) for batches in shares} == {len(taken[0])}
+            in_turn = [row for turn in zip(*taken, strict=True) for batch in turn for row in batch]
+            assert in_turn == list(sampler) and sorted(in_turn) == list(range(rows))
+
+
+def test_a_resumed_process_goes_on_where_it_stopped():
+    loader = DataLoader(
+        range(23), batch_sampler=RowBatches(StepSampler([1] * 23, 12, seed=3), 2, 3, 1), collate_fn=list
+    )
+    assert list(skip_first_batches(loader, 2)) == list(loader)[2:]
+
+
+@pytest.mark.parametrize("architecture", ["qwen2", "gpt2", "rwkv", "mamba2", "lfm2", "qwen3_next", "mpt"])
+def test_a_micro_batch_without_rows_has_a_gradient_of_zero(architecture):
+    """Of every weight, since the processes add up theirs."""
+    model = build(architecture).train()
+    row_losses(model, Collator(0)(examples(2)))[0].sum().backward()
+    used = {name for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    row_losses(model, Collator(0)([]))[0].sum().backward()
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert gradients.keys() == used and not any(gradient.any() for gradient in gradients.values())
 
 
 def test_grouped_by_length_steps_are_of_similar_length():

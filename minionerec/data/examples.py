@@ -151,14 +151,15 @@ def prompt_dataset(
 class Collator:
     """Pads the examples of a batch on the right, to the length of the longest.
 
-    Returns input_ids and labels [B, L]; labels are IGNORE on the prompt and the padding.
+    Returns input_ids and labels [B, L]; labels are IGNORE on the prompt and the padding. A batch without examples
+    becomes two tokens without labels: with a single one, recurrent layers do not use all of their weights.
     """
 
     def __init__(self, pad_token_id: int):
         self.pad_token_id = pad_token_id
 
     def __call__(self, examples: list[dict]) -> dict[str, torch.Tensor]:
-        shape = (len(examples), max(len(example["input_ids"]) for example in examples))
+        shape = (max(len(examples), 1), max((len(example["input_ids"]) for example in examples), default=2))
         # Filled in NumPy, which converts a list several times as fast as torch.
         input_ids: np.ndarray = np.full(shape, self.pad_token_id, dtype=np.int64)
         labels = np.full_like(input_ids, IGNORE)

@@ -157,6 +157,36 @@ class StepSampler(Sampler):
         yield from order[np.lexsort((-self.lengths[order], place))].tolist()
 
 
+class RowBatches(Sampler):
+    """The micro-batches of one process, as lists of rows, where every row is computed by itself.
+
+    Consecutive ones go to the processes in turn. Every process has as many, because all must make the same number of
+    passes; the last ones of an epoch may be empty. accelerate would fill them with rows from the start of the epoch,
+    which would then train twice.
+
+    Args:
+        sampler: the order of the rows, the same in every process.
+        micro_rows: rows of a micro-batch.
+        process: the index of this process.
+    """
+
+    def __init__(self, sampler: Sampler, micro_rows: int, processes: int = 1, process: int = 0):
+        self.sampler, self.micro_rows, self.processes, self.process = sampler, micro_rows, processes, process
+
+    def set_epoch(self, epoch: int) -> None:
+        if hasattr(self.sampler, "set_epoch"):
+            self.sampler.set_epoch(epoch)
+
+    def __len__(self) -> int:
+        return math.ceil(math.ceil(len(self.sampler) / self.micro_rows) / self.processes)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        order = list(self.sampler)
+        for start in range(0, len(order), self.micro_rows * self.processes):
+            own = start + self.process * self.micro_rows
+            yield order[own : own + self.micro_rows]
+
+
 class SFTTrainer(DurableRun, Trainer):
     """Supervised fine-tuning on prompts and responses.
 
@@ -195,12 +225,13 @@ class SFTTrainer(DurableRun, Trainer):
         return StepSampler(self.train_dataset["length"][:], step_rows, args.seed, grouped)
 
     def get_train_dataloader(self) -> DataLoader:
-        if self.train_batches is None:
-            return super().get_train_dataloader()
         args = self.args
+        batches = self.train_batches or RowBatches(
+            self._get_train_sampler(), args.train_batch_size, args.world_size, args.process_index
+        )
         loader = DataLoader(
             self.train_dataset,
-            batch_sampler=self.train_batches,
+            batch_sampler=batches,
             collate_fn=self.data_collator,
             num_workers=args.dataloader_num_workers,
             pin_memory=args.dataloader_pin_memory,
