@@ -118,6 +118,8 @@ def load(folder: str) -> SASRec:
             raise ValueError("sids must be a list of texts")
         if not 0 < settings["layers"] <= len(weights):
             raise ValueError(f"the weights do not have {settings['layers']} layers")
+        if not all(torch.isfinite(tensor).all() for tensor in weights.values()):
+            raise ValueError("weights are NaN or infinite")
         with torch.device("meta"):
             model = SASRec(sids, **settings)
         model.load_state_dict(weights, assign=True)

@@ -75,7 +75,7 @@ def make_trainer(sft, start: str, output_dir, rows=8, switches=None, reward=None
 
     return ReReTrainer(
         model,
-        [reward or varied],
+        reward if isinstance(reward, list) else [reward or varied],
         GRPOConfig(**values),
         Dataset.from_dict({"prompt": prompts, "target": targets}),
         processing_class=tokenizer,
@@ -397,6 +397,31 @@ def test_silent_groups_cost_nothing(sft, tmp_path):
     torch.testing.assert_close(losses[True], losses[False])
     for name, grad in grads[False].items():
         torch.testing.assert_close(grads[True][name], grad, atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("size", [3, 7, 8, 16, 24])
+def test_groups_of_equal_fractions_are_silent(sft, tmp_path, size):
+    """Exactly: in the advantages, in what is masked and in the log. A group with the smallest difference is not."""
+    third = torch.tensor(1 / 3)
+    slightly = [third.item()] * (size - 1) + [torch.nextafter(third, third + 1).item()]
+
+    def thirds(prompts, **_):
+        rest = [0.1] * (len(prompts) - 3 * size)
+        return [*[1 / 3] * size, *slightly, *[None] * (size - 1), 0.9, *rest]
+
+    def tenths(prompts, **_):
+        return [0.1] * len(prompts)
+
+    trainer = make_trainer(
+        sft, "new LoRA", tmp_path, switches={"mask_all_zero": True}, reward=[thirds, tenths],
+        reward_weights=[0.7, 0.3], num_generations=size, per_device_train_batch_size=4 * size,
+    )  # fmt: skip
+    _, outputs = generated(trainer)
+    advantages = outputs["advantages"].view(4, size)
+    assert not advantages[[0, 3]].any() and advantages[1].any() and advantages[2].any()
+    counted = outputs["completion_mask"].view(4, size, -1).any(dim=2)
+    assert counted.tolist() == [[False] * size, [True] * size, [True] * size, [False] * size]
+    assert trainer._metrics["train"]["frac_reward_zero_std"] == [0.5]
 
 
 def test_a_batch_of_silent_groups_runs_no_model(sft, tmp_path):

@@ -43,6 +43,11 @@ def test_padding_and_unknown_items_change_nothing():
 def test_a_folder_without_a_model_is_refused(tmp_path):
     with pytest.raises(InputError, match="no SASRec model"):
         sasrec.load(str(tmp_path))
+    model = sasrec.SASRec(SIDS, hidden_size=16, length=8)
+    model.items.weight.data[3, 2] = torch.nan  # its scores would be no rewards
+    sasrec.save(model, str(tmp_path / "m"))
+    with pytest.raises(InputError, match="weights are NaN or infinite; train it again"):
+        sasrec.load(str(tmp_path / "m"))
 
 
 def test_the_command_trains_saves_and_evaluates(files, tmp_path):

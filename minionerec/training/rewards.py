@@ -7,8 +7,9 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
+import torch
 from safetensors import SafetensorError
-from safetensors.numpy import load_file
+from safetensors.torch import load_file
 
 from minionerec import sasrec
 from minionerec.data.files import Catalogue
@@ -63,6 +64,21 @@ def prefix(predicted: Sequence[str], targets: Sequence[str], levels_of: Mapping[
     return rewards
 
 
+def equal_in_group(rewards: torch.Tensor, group_size: int) -> torch.Tensor:
+    """[B / group_size], whether all completions of a group have the same reward, so that the group teaches nothing.
+
+    The rewards are compared, not their deviation from the mean: the float32 mean of eight times 1/3 is not 1/3. NaN
+    stands for no reward and equals any other.
+
+    Args:
+        rewards: [B], the sum over all reward functions; a multiple of `group_size`, group by group.
+    """
+    groups = rewards.view(-1, group_size)
+    no_reward = groups.isnan()
+    highest = groups.masked_fill(no_reward, -math.inf).amax(dim=1)
+    return highest <= groups.masked_fill(no_reward, math.inf).amin(dim=1)
+
+
 def semantic(predicted: Sequence[str], targets: Sequence[str], embeddings: Mapping[str, np.ndarray]) -> list[float]:
     """The cosine similarity of the embeddings of the recommended item and the target. `embeddings`: SID -> [d]."""
 
@@ -98,25 +114,33 @@ def read_embeddings(path: str, sid_of_item: Mapping[str, str]) -> dict[str, np.n
         path: `.npy`, or `.safetensors` with a single tensor; [items, d]. Nothing is unpickled.
         sid_of_item: item id -> SID.
 
-    Raises InputError if the file cannot be read or lacks the row of an item.
+    Raises InputError if the file cannot be read, or if the row of an item is not there, or not finite.
     """
     try:
         if path.endswith(".safetensors"):
             tensors = load_file(path)
             if len(tensors) != 1:
                 raise ValueError(f"expected one tensor, found {len(tensors)}")
-            matrix = next(iter(tensors.values()))
+            matrix = next(iter(tensors.values())).float().numpy()
         else:
             matrix = np.load(path, allow_pickle=False)
+            if not isinstance(matrix, np.ndarray):
+                raise ValueError("expected an array, found an archive of several")
+            with np.errstate(over="ignore"):
+                matrix = matrix.astype(np.float32)
         if matrix.ndim != 2:
             raise ValueError(f"expected a matrix [items, d], found shape {list(matrix.shape)}")
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, EOFError, ValueError, TypeError, SafetensorError) as error:
         raise InputError(f"--ada_path {path}: cannot be read: {error}") from None
     embeddings: dict[str, np.ndarray] = {}
     for item, sid in sid_of_item.items():
         if not item.isdigit() or int(item) >= len(matrix):
             raise InputError(f"--ada_path {path}: has {len(matrix)} rows, none of them for item {item!r}")
-        embeddings.setdefault(sid, matrix[int(item)].astype(np.float32))
+        if not np.isfinite(matrix[int(item)]).all():
+            raise InputError(
+                f"--ada_path {path}: row {item} has values that are NaN or infinite; embed item {item} again"
+            )
+        embeddings.setdefault(sid, matrix[int(item)])
     return embeddings
 
 

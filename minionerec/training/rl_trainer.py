@@ -45,6 +45,7 @@ from minionerec.training.averaging import WeightAverage
 from minionerec.training.durable import DurableRun
 from minionerec.training.early_warning import EarlyWarning
 from minionerec.training.logprobs import completion_logps, with_targets
+from minionerec.training.rewards import equal_in_group
 
 # In a checkpoint: the weights of a reference that moves with the policy, and those that train on, where the checkpoint
 # itself has their average.
@@ -77,6 +78,7 @@ class ReReTrainer(DurableRun, GRPOTrainer):
     control: TrainerControl
     _buffered_inputs: list[dict[str, Any]] | None
     _supervised_loss: torch.Tensor  # of the forward pass that was just made
+    _silent: torch.Tensor  # of the rewards that were just computed
 
     def __init__(
         self,
@@ -190,11 +192,22 @@ class ReReTrainer(DurableRun, GRPOTrainer):
             targets = [torch.tensor(target) for target in self._targets]
             ids = nn.utils.rnn.pad_sequence(targets, batch_first=True, padding_value=-1).to(self.accelerator.device)
             outputs["target_ids"], outputs["target_mask"] = ids.clamp(min=0), (ids >= 0).long()
+        # Where all rewards are equal, rounding leaves advantages that are not quite 0, and TRL sees a deviation.
+        own = self._silent.view(-1, len(inputs))[self.accelerator.process_index]
+        outputs["advantages"][own] = 0.0
+        self._metrics["train"]["frac_reward_zero_std"][-1] = self._silent.float().mean().item()
         if self.mask_all_zero:
-            # If any reward of a group differs, some advantage is about 1 or more; else rounding may leave a small one.
-            silent = (outputs["advantages"].view(-1, self.num_generations).abs() < 1e-3).all(dim=1)
-            outputs["completion_mask"][silent.repeat_interleave(self.num_generations)] = 0
+            outputs["completion_mask"][own] = 0
         return outputs
+
+    def _calculate_rewards(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """As TRL's: [B of all processes, reward functions]. Keeps which completions are of a group that teaches
+        nothing."""
+        rewards = super()._calculate_rewards(*args, **kwargs)
+        total = (rewards * self.reward_weights.to(rewards.device)).nansum(dim=1)
+        total[rewards.isnan().all(dim=1)] = math.nan
+        self._silent = equal_in_group(total, self.num_generations).repeat_interleave(self.num_generations)
+        return rewards
 
     def _generate_single_turn(
         self,
