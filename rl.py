@@ -126,16 +126,18 @@ class RLFlags(TrainingFlags):
     )
     mask_all_zero: bool = flag(
         False,
-        "leave groups whose rewards are all equal out of the loss, KL included; they then cost no pass (the original "
-        "ignores the flag).",
+        "leave groups whose rewards are all equal out of the loss, KL included; they then cost no pass. They still "
+        "count in its average, with dapo and gspo too, so the other groups weigh as much as without the flag (the "
+        "original ignores the flag).",
     )
     sync_ref_model: bool = flag(False, "let the reference follow the policy slowly.")
     test_beam: int = flag(20, "beams of an evaluation.", above_zero)
     reward_type: str = flag(
         "rule",
         "a reward, or several separated by commas, which add up: rule (1 for the target), ranking (rule, and a penalty "
-        "for wrong items by rank), ranking_only (only the penalty), prefix (fraction of leading SID levels that are "
-        "the target's), semantic (cosine of item embeddings), sasrec (score of a SASRec model).",
+        "for wrong items by rank, which needs beam_search), ranking_only (only the penalty), prefix (fraction of "
+        "leading SID levels that are the target's), semantic (cosine of item embeddings), sasrec (score of a SASRec "
+        "model).",
         _known_rewards,
     )
     reward_weights: str = flag(
@@ -316,6 +318,11 @@ def read_input(flags: RLFlags) -> RLInput:
     notes = check_interactions(problems, "train_file", flags.train_file, sids, prompts)[1]
     notes += check_interactions(problems, "eval_file", flags.eval_file, sids, validation)[1]
     notes += items_left_out(catalogue, prompts, flags.item_meta_path)
+    if not flags.beam_search and {"ranking", "ranking_only"} & set(_names(flags.reward_type)):
+        notes.append(
+            f"warning: --reward_type {flags.reward_type} penalizes wrong items by rank, but sampled completions have "
+            "no rank, only the order they were drawn in; give --beam_search True"
+        )
     problems.check()
     assert checkpoint and prompts and validation and wording and catalogue and sids  # nothing was wrong
 

@@ -98,6 +98,22 @@ def test_starts(files, sft, tmp_path, start, flags, written, said):
 
 
 @pytest.mark.parametrize(
+    ("reward_type", "beam_search", "warns"),
+    [
+        *(("ranking", False, True), ("ranking_only", False, True), ("prefix, ranking", False, True)),
+        *(("ranking", True, False), ("ranking_only,rule", True, False), ("rule,prefix", False, False)),
+    ],
+)
+def test_a_penalty_by_rank_needs_beams_that_have_one(files, sft, reward_type, beam_search, warns):
+    flags = rl_flags(files, sft["lora"], "never", reward_type=reward_type, beam_search=beam_search)
+    notes = [note for note in rl.read_input(rl.RLFlags(**flags)).notes if "rank" in note]
+    assert notes == warns * [
+        f"warning: --reward_type {reward_type} penalizes wrong items by rank, but sampled completions have no rank, "
+        "only the order they were drawn in; give --beam_search True"
+    ]
+
+
+@pytest.mark.parametrize(
     "flags",
     [
         {"reward_type": "rule", "beam_search": False, "dynamic_sampling": True, "gradient_accumulation_steps": 2},

@@ -240,11 +240,14 @@ def plain_loss(mode, logps, old, ref, mask, advantages, beta, epsilon=0.2):
     return torch.stack([row.mean() for row in rows]).mean()
 
 
+def loss_settings(mode: str) -> dict[str, str]:
+    level = "sequence" if mode == "gspo" else "token"
+    return {"loss_type": "dapo" if mode == "dapo" else "grpo", "importance_sampling_level": level}
+
+
 @pytest.mark.parametrize("mode", ["grpo", "dapo", "gspo"])
 def test_the_loss_is_the_formula(sft, tmp_path, mode):
-    settings = {"loss_type": "dapo" if mode == "dapo" else "grpo"}
-    settings["importance_sampling_level"] = "sequence" if mode == "gspo" else "token"
-    trainer = make_trainer(sft, "own LoRA", tmp_path, **settings)
+    trainer = make_trainer(sft, "own LoRA", tmp_path, **loss_settings(mode))
     trainer.train()  # so that policy and reference differ
     _, inputs = generated(trainer)
     inputs["completion_mask"][::3, 2:] = 0  # sequences of different lengths
@@ -374,7 +377,10 @@ def test_dynamic_sampling_draws_more_and_keeps_the_hit(sft, tmp_path):
     assert sids_of(trainer, kept)[:4] == [*six[:3], six[5]]
 
 
-def test_silent_groups_cost_nothing(sft, tmp_path):
+@pytest.mark.parametrize("mode", ["grpo", "dapo", "gspo"])
+def test_silent_groups_cost_nothing(sft, tmp_path, mode):
+    """The other groups weigh as much as without the flag, because masked ones still count in the average."""
+
     def first_prompt_only(completion_ids, prompts, **_):
         pairs = zip(completion_ids, prompts, strict=True)
         return [float(ids[0] % 2 + ids[1] % 3) if prompt == prompts[0] else 1.0 for ids, prompt in pairs]
@@ -383,8 +389,9 @@ def test_silent_groups_cost_nothing(sft, tmp_path):
     losses, grads = {}, {}
     for masked in (False, True):
         trainer = make_trainer(
-            sft, "own LoRA", tmp_path, switches={"mask_all_zero": masked}, reward=first_prompt_only, beta=0.0
-        )
+            sft, "own LoRA", tmp_path, switches={"mask_all_zero": masked}, reward=first_prompt_only, beta=0.0,
+            **loss_settings(mode),
+        )  # fmt: skip
         _, inputs = generated(trainer)
         trainer.current_gradient_accumulation_steps = 1
         trainer.model.get_base_model().model.register_forward_pre_hook(
