@@ -1,6 +1,8 @@
 """The plain twins of what is fast: SIDs and completions scored one by one, without cache, padding or trie; and checks
 that compare a model with them."""
 
+import os
+
 import numpy as np
 import torch
 
@@ -18,6 +20,11 @@ LENGTHS = (5, 31, 42)  # of prompts in one batch
 PROMPTS = [[5, 6, 7, 90, 8]] * 3 + [[9, 10, 91]] * 3 + [[11, 12, 13, 14]]
 COMPLETIONS = [[90, 5, 1], [91, 1], [90, 6, 1], [90, 5, 1], [1], [91, 6, 1], [91, 91, 1]]
 IDS = [90, 91, 5]
+
+
+def fuzz_seeds(count: int) -> range:
+    """The seeds of a test with random settings: `count` of them, or as many as FUZZ_SEEDS says."""
+    return range(int(os.environ.get("FUZZ_SEEDS", count)))
 
 
 def batch(rows=slice(None)):

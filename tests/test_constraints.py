@@ -1,5 +1,7 @@
 """Beam search under a mask of allowed SIDs equals beam search in a trie of the allowed SIDs only, and brute force."""
 
+import random
+
 import numpy as np
 import pytest
 import torch
@@ -7,8 +9,9 @@ from architectures import build
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import make_model
-from plain import EOS, exhaustive, prompts, random_sids, sids_of
+from plain import EOS, exhaustive, fuzz_seeds, prompts, random_sids, sids_of
 
+from minionerec.data.encoding import left_padded
 from minionerec.data.sid_tokens import PAD
 from minionerec.decoding.beam_search import constrained_beam_search
 from minionerec.decoding.probe import prove
@@ -91,6 +94,54 @@ def test_there_are_k_beams_wherever_k_are_allowed():
             rows, _ = constrained_beam_search(model, ids[:1], mask[:1], trie, beams, allowed=masks(trie, [worst]))
             found = [trie.source[row] for row in rows[0].tolist() if row != PAD]
             assert len(found) == len(set(found)) == min(beams, count) and set(found) <= set(worst)
+
+
+def searched_by_hand(model, prompt: list[int], sids: list[tuple[int, ...]], beams: int, length_penalty: float):
+    """The same beam search with lists, without a trie, a cache or padding: (SID, score), best first."""
+    running, ended = [((), 0.0)], []
+    for depth in range(max(map(len, sids), default=-1) + 1):
+        longer = []
+        for path, score in running:
+            with torch.no_grad():
+                logps = model(input_ids=torch.tensor([[*prompt, *path]])).logits[0, -1].float().log_softmax(-1)
+            for token in {[*sid, EOS][depth] for sid in sids if sid[:depth] == path and len(sid) >= depth}:
+                longer.append(((*path, token), score + logps[token].item()))
+        of_sids = [(path[:-1], score / (depth + 1) ** length_penalty) for path, score in longer if path[-1] == EOS]
+        ended = sorted(ended + of_sids, key=lambda pair: -pair[1])[:beams]
+        running = sorted((pair for pair in longer if pair[0][-1] != EOS), key=lambda pair: -pair[1])[:beams]
+    return ended
+
+
+@pytest.mark.parametrize("seed", fuzz_seeds(16))
+def test_random_searches_equal_one_by_hand(seed):
+    """Tries of any shape, a set of allowed SIDs for every prompt, fewer and more beams than those; brute force where
+    no beam is lost."""
+    chance = random.Random(seed)
+    architecture = chance.choice(["qwen2", "qwen2", "llama", "gemma2", "gpt2", "lfm2", "mpt", "mamba", "rwkv"])
+    model = build(architecture)
+    sids = random_sids(chance.randint(1, 40), tuple(chance.sample([1, 2, 3, 4, 5], chance.randint(1, 3))), seed)
+    lists = [chance.choices(range(1, 90), k=chance.randint(1, 9)) for _ in range(chance.randint(1, 3))]
+    beams, length_penalty = chance.choice([1, 2, 4, 9, 60]), chance.choice([0.0, 0.0, 1.0, 0.5])
+    trie = Trie(sids, EOS)
+    allowed = [
+        chance.sample(range(len(sids)), chance.choice([0, 1, len(sids), chance.randint(0, len(sids))])) for _ in lists
+    ]
+    free = chance.random() < 0.3
+    if free:
+        allowed = [range(len(sids))] * len(lists)
+    ids, mask = left_padded(lists, 0)
+    tree = chance.choice([None, True, False]) if architecture in ("qwen2", "llama") else None
+    chosen = None if free else masks(trie, allowed)
+    rows, scores = constrained_beam_search(model, ids, mask, trie, beams, length_penalty, tree, chosen)
+    assert rows.shape == scores.shape == (len(lists), min(beams, len(sids)))
+    for i, (prompt, indices) in enumerate(zip(lists, allowed, strict=True)):
+        expected = searched_by_hand(model, prompt, [sids[index] for index in indices], beams, length_penalty)
+        assert sids_of(trie, rows[i : i + 1, : len(expected)])[0] == [sid for sid, _ in expected]
+        assert scores[i, : len(expected)].tolist() == pytest.approx([score for _, score in expected], abs=1e-4)
+        assert (rows[i, len(expected) :] == PAD).all() and (scores[i, len(expected) :] == -torch.inf).all()
+        if beams >= len(sids) and indices:
+            every = exhaustive(model, torch.tensor([prompt]), torch.ones(1, len(prompt)), sids, length_penalty)[0]
+            assert [sid for sid, _ in expected] == [sid for sid, _ in every if sids.index(sid) in indices]
 
 
 def test_nothing_allowed_gives_nothing():
