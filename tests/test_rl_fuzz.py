@@ -6,6 +6,7 @@ FUZZ_SEEDS=500 tries as many settings.
 import math
 import random
 from dataclasses import dataclass
+from functools import cache
 from types import SimpleNamespace
 
 import numpy as np
@@ -26,7 +27,7 @@ from minionerec.model import device, loading
 from minionerec.training.rewards import reward_functions
 from minionerec.training.rl_trainer import ReReTrainer
 
-# The first four share a prompt's row among its completions, the others repeat it.
+# The first five share a prompt's row among its completions, the others repeat the prompt.
 ARCHITECTURES = ("qwen2", "qwen3", "llama", "gemma2", "gpt2", "lfm2", "mpt", "rwkv", "mamba", "qwen3_5_text")
 QUANTIZED = ("qwen2", "qwen3", "llama", "lfm2")
 METHODS = ("full", "new lora", "own lora", "new qlora", "own qlora")
@@ -56,15 +57,17 @@ class Settings:
         self.switches = {
             name: chance.random() < 0.5 for name in ("beam_search", "add_gt", "dynamic_sampling", "mask_all_zero")
         }
-        self.checkpointing = chance.random() < 0.2
+        self.checkpointing, self.tied = chance.random() < 0.2, chance.random() < 0.5
+        self.adapter = {"use_dora": chance.random() < 0.2, "lora_target_modules": chance.choice(["all", "all", "qkv"])}
         # A catalogue whose SIDs have 1 to 4 tokens, some of which others start with; and prompts with their targets.
         tokens = [*range(20, 26), *LEARNT]
         sids = {tuple(chance.choices(tokens, k=chance.randint(1, 4))) for _ in range(chance.randint(10, 40))}
         self.sequences = {f"s{i}": sid for i, sid in enumerate(sorted(sids))}
         sid_names = list(self.sequences)
         rows = self.groups + chance.randint(0, 2)
+        prompts = [chance.choices(range(20, 70), k=chance.randint(1, 12)) for _ in range(chance.randint(1, rows))]
         self.rows = {
-            "prompt": [chance.choices(range(20, 70), k=chance.randint(1, 12)) for _ in range(rows)],
+            "prompt": chance.choices(prompts, k=rows),
             "target": chance.choices(sid_names, k=rows),
             "history": [chance.choices(sid_names, k=chance.randint(0, 3)) for _ in range(rows)],
         }
@@ -72,7 +75,7 @@ class Settings:
 
 def start_of(settings: Settings, folder: str):
     """The model to train, the same for every call."""
-    flags = AdapterFlags(use_qlora="qlora" in settings.method, lora_r=4, lora_dropout=0.5)
+    flags = AdapterFlags(use_qlora="qlora" in settings.method, lora_r=4, lora_dropout=0.5, **settings.adapter)
     dtype = torch.float32 if settings.method == "full" else None
     torch.manual_seed(settings.seed)
     model = loading.load_base(folder, lora_utils.quantization_config(flags), dtype=dtype)
@@ -282,23 +285,22 @@ def check_step(settings: Settings, folder: str, tokenizer, tmp_path) -> None:
 
 @pytest.fixture(scope="module")
 def model_of(base, tmp_path_factory):
-    """`model_of(architecture)`: the folder of a random model, made once; and the tokenizer."""
+    """A tokenizer, and the folder of a random model of an architecture, made once."""
     tokenizer = loading.load_tokenizer(base)
-    folders: dict[str, str] = {}
 
-    def folder(architecture: str) -> str:
-        if architecture not in folders:
-            folders[architecture] = str(tmp_path_factory.mktemp(architecture))
-            build(architecture, vocab_size=len(tokenizer)).save_pretrained(folders[architecture])
-        return folders[architecture]
+    @cache
+    def folder(architecture: str, tied: bool) -> str:
+        path = str(tmp_path_factory.mktemp(architecture))
+        build(architecture, vocab_size=len(tokenizer), tie_word_embeddings=tied).save_pretrained(path)
+        return path
 
-    return folder, tokenizer
+    return tokenizer, folder
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", fuzz_seeds(20))
 def test_a_step_is_that_of_one_completion_at_a_time(model_of, tmp_path, monkeypatch, seed):
     monkeypatch.setattr(device, "compute_dtype", answer("float32"))
-    folder, tokenizer = model_of
+    tokenizer, folder = model_of
     settings = Settings(seed)
-    check_step(settings, folder(settings.architecture), tokenizer, tmp_path)
+    check_step(settings, folder(settings.architecture, settings.tied), tokenizer, tmp_path)
