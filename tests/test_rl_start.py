@@ -187,11 +187,11 @@ def test_the_start_is_kept_by_several_processes(files, sft_run, tmp_path, engine
 
 
 def said(
-    capsys, entries: list[dict], steps: int, names=("rule", "rank_penalty"), ends: bool = False, first: bool = True
+    capsys, entries: list[dict], steps: int, names=("rule", "rank_penalty"), ends=False, first=True, beam_search=True
 ) -> list[str]:
     """What is said about a run of `steps` steps with these entries of the log, one a step."""
     args = SimpleNamespace(num_generations=8, learning_rate=1e-3, beta=0.01)
-    state, watch = TrainerState(max_steps=steps, is_world_process_zero=first), EarlyWarning(names)
+    state, watch = TrainerState(max_steps=steps, is_world_process_zero=first), EarlyWarning(names, beam_search)
     for step, entry in enumerate(entries, 1):
         state.global_step = step
         state.log_history.append({"step": step, **entry})
@@ -219,6 +219,11 @@ def test_idle_groups_are_judged_in_time_and_once(capsys, steps, due):
 def test_a_dense_reward_is_not_told_to_be_dense(capsys):
     (line,) = said(capsys, idle(*[0.7] * 3), 20, names=("rule", "rank_penalty", "prefix"))
     assert line.endswith("have equal rewards. Try a --num_generations above 8")
+
+
+def test_a_penalty_by_rank_is_not_suggested_where_nothing_has_a_rank(capsys):
+    (line,) = said(capsys, idle(*[0.7] * 3), 20, names=("rule",), beam_search=False)
+    assert "Add a dense reward, such as --reward_type rule,prefix, or try" in line
 
 
 def test_a_policy_that_runs_away_is_named_once(capsys):

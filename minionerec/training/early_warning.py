@@ -25,8 +25,9 @@ class EarlyWarning(TrainerCallback):
     """Says, once each, that most groups have no signal and that KL explodes, soon after the start; and at the end, that
     no group had a signal. The lines name what helps. A resumed run judges from the logs of the whole run."""
 
-    def __init__(self, reward_names: Sequence[str]):
+    def __init__(self, reward_names: Sequence[str], beam_search: bool):
         self.dense = bool(DENSE & set(reward_names))
+        self.suggested = "ranking,prefix" if beam_search else "rule,prefix"  # sampled completions have no rank
         self.judged = self.drifted = False
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -62,7 +63,7 @@ class EarlyWarning(TrainerCallback):
         more = f"a --num_generations above {args.num_generations}"
         if self.dense:
             return f"Try {more}"
-        return f"Add a dense reward, such as --reward_type ranking,prefix, or try {more}"
+        return f"Add a dense reward, such as --reward_type {self.suggested}, or try {more}"
 
     def _say(self, state: TrainerState, text: str) -> None:
         if state.is_world_process_zero:

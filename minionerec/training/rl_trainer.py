@@ -135,7 +135,7 @@ class ReReTrainer(DurableRun, GRPOTrainer):
         self.mask_all_zero, self.sft_weight = mask_all_zero, sft_weight
         self._targets_to_learn: tuple[torch.Tensor, torch.Tensor] | None = None  # of the forward pass that is made
         self.test_beam, self.test_batch_size = test_beam, test_batch_size
-        self.add_callback(EarlyWarning(self.reward_func_names))
+        self.add_callback(EarlyWarning(self.reward_func_names, beam_search))
         self.reference_adapter: str | None = None
         if beta and adapted and (sync or not new_adapter):
             self.reference_adapter = "ref"
