@@ -462,7 +462,7 @@ def train(flags: RLFlags) -> "dict | Prediction":
         "train_prompts": len(train_dataset),
         "steps": trainer.state.global_step,
         "seconds": trainer.seconds,
-        f"best_eval_{watched}": trainer.state.best_metric,
+        f"best_eval_{watched}": trainer.best_metric,
         "best_checkpoint": trainer.best_checkpoint,
     }
     if flags.test_during_training:
@@ -567,6 +567,8 @@ def compared_with_start(trainer: "ReReTrainer", watched: str, cutoff: int) -> tu
         return None, f"the starting model was not evaluated; final_checkpoint is {final}"
     start, best = evaluated[0], evaluated[state.best_global_step]
     improved = best[f"eval_{watched}"] > start[f"eval_{watched}"]
+    if improved and not trainer.loads_best:
+        return None, f"the best checkpoint no longer exists; final_checkpoint is {final}"
     shown = [f"{name}@{cutoff} {start[f'eval_{name}@{cutoff}']:.4f}" for name in ("HR", "NDCG")]
     if improved:
         shown = [f"{text} -> {best['eval_' + text.split()[0]]:.4f}" for text in shown]

@@ -289,7 +289,7 @@ def train(flags: SFTFlags) -> "dict | Prediction":
         "train_examples": len(train_dataset),
         "steps": trainer.state.global_step,
         "seconds": trainer.seconds,
-        "best_eval_loss": trainer.state.best_metric,
+        "best_eval_loss": trainer.best_metric,
         "best_checkpoint": trainer.best_checkpoint,
     }
     saved_dtype = None if flags.adapted else loading.saved_dtype(flags.base_model)

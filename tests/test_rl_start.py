@@ -162,6 +162,32 @@ def test_a_start_that_is_gone_is_not_promised(files, sft_run, tmp_path, scored):
     )
 
 
+@pytest.mark.parametrize(
+    ("start", "average", "finished"), [("lora", False, False), ("lora", True, True), ("full", True, False)]
+)
+def test_a_run_resumed_without_evaluations_ends_with_its_last_model(
+    files, sft_run, tmp_path, scored, start, average, finished
+):
+    """The best model from before is not final, and metrics.json does not name it."""
+    flags = {"use_lora": start == "lora", "average_weights": average, **EVERY_2}
+    flags = rl_flags(files, sft_run(start) / "final_checkpoint", tmp_path / "run", **flags)
+    scored({0: GOOD, 4: BETTER}, None if finished else 8)
+    assert run_command("rl.py", **flags).returncode == (0 if finished else 130)
+    scored({})
+    flags |= {"resume_from_checkpoint": True, "test_during_training": False}
+    resumed = run_command("rl.py", **flags)
+    assert resumed.returncode == 0, resumed.stderr[-3000:]
+    assert ("checkpoint-10 is at step 10 of 10; it becomes final_checkpoint" in resumed.stdout) == finished
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert metrics["best_checkpoint"] is None and metrics["best_eval_mean@10"] is None and "improved" not in metrics
+    final, last = (tensors_of(tmp_path / "run" / name) for name in ("final_checkpoint", "checkpoint-10"))
+    assert all(torch.equal(final[name], last[name]) for name in final)
+    # With evaluations again, the best one is still there.
+    assert run_command("rl.py", **flags | {"test_during_training": True}).returncode == 0
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert metrics["best_checkpoint"] == "checkpoint-4" and metrics["best_eval_mean@10"] == pytest.approx(0.15**0.5)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("start", ["lora", "full"])
 @pytest.mark.parametrize("engine", ["torchrun", *ENGINES])

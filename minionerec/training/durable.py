@@ -98,10 +98,21 @@ class DurableRun(_Trainer):
         return result
 
     @property
+    def loads_best(self) -> bool:
+        """Whether the best checkpoint becomes the model at the end. A run that resumed without evaluations may still
+        know one from before."""
+        return self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None
+
+    @property
+    def best_metric(self) -> float | None:
+        """The metric of `best_checkpoint`."""
+        return self.state.best_metric if self.loads_best else None
+
+    @property
     def best_checkpoint(self) -> str | None:
-        """The best checkpoint, relative to the run's folder, which may be moved; `start` for the model before the first
-        step."""
-        best = self.state.best_model_checkpoint
+        """The checkpoint that the model has at the end as the best one, relative to the run's folder, which may be
+        moved; `start` for the model before the first step, None for the last model."""
+        best = self.state.best_model_checkpoint if self.loads_best else None
         if best and self.state.best_global_step == 0:
             return "start"
         return os.path.relpath(best, self.args.output_dir) if best else None
@@ -114,11 +125,6 @@ class DurableRun(_Trainer):
         with _without_log("The best checkpoint", "Warning: The following arguments do not match"):
             trained = super()._init_training_state(max_steps, steps_per_epoch, epochs, resume_from_checkpoint, trial)
         done, step = self.state.global_step, self.state.best_global_step
-        if resume_from_checkpoint and done >= max_steps:
-            self.accelerator.print(
-                f"nothing is left to train: {resume_from_checkpoint} is at step {done} of {max_steps}; the best "
-                "checkpoint becomes final_checkpoint"
-            )
         if resume_from_checkpoint and step is not None:
             folder = os.path.dirname(os.path.normpath(resume_from_checkpoint)) or os.curdir
             if os.path.isdir(self.args.output_dir) and os.path.samefile(folder, self.args.output_dir):
@@ -128,6 +134,11 @@ class DurableRun(_Trainer):
             self.state.best_model_checkpoint = best if is_complete(best) else None
             if not is_complete(best):
                 self.accelerator.print(f"warning: the best checkpoint, {best}, no longer exists")
+        if resume_from_checkpoint and done >= max_steps:
+            self.accelerator.print(
+                f"nothing is left to train: {resume_from_checkpoint} is at step {done} of {max_steps}; "
+                f"{'the best checkpoint' if self.loads_best else 'it'} becomes final_checkpoint"
+            )
         return trained
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:

@@ -393,7 +393,7 @@ class ReReTrainer(DurableRun, GRPOTrainer):
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
         result = super().train(*args, **kwargs)
-        if self.average and not self.state.best_model_checkpoint:  # else the best checkpoint, an average, is loaded
+        if self.average and not self.loads_best:  # else the best checkpoint, an average, was loaded
             self.average.swap()
         return result
 
