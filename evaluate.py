@@ -27,8 +27,10 @@ from minionerec.data.files import (
 from minionerec.data.items import Items
 from minionerec.data.prompts import RECOMMENDATION, Prompts, Task
 from minionerec.errors import InputError, Problems
-from minionerec.flags import PromptFlags, above_zero, check_writable, command, flag
+from minionerec.flags import PromptFlags, above_zero, check_new_file, command, flag
+from minionerec.locks import hold, lock_of_new
 from minionerec.metrics import format_metrics, popularity, rank_of, ranking_metrics
+from minionerec.output import writing
 from minionerec.process_memory import importing
 from minionerec.saving import write_json
 
@@ -46,7 +48,11 @@ class EvaluateFlags(PromptFlags):
     )
     info_file: str = flag("", "the catalogue, one SID, title and item id a line, separated by tabs.")
     test_data_path: str = flag("", "CSV of test interactions.")
-    result_json_data: str = flag("", "file for the rankings; the metrics go beside it, as .metrics.json.")
+    result_json_data: str = flag(
+        "",
+        "file for the rankings; the metrics go beside it, as .metrics.json, or as .metrics if its name is a number, as "
+        "that of a part in MiniOneRec's evaluate.sh.",
+    )
     batch_size: int = flag(4, "prompts of a forward pass.", above_zero)
     K: int = flag(0, "an additional cut-off besides 1, 3, 5, 10, 20, 50; 0 for none (the original ignores the flag).")
     seed: int = flag(42, "kept for MiniOneRec's argument lists; nothing here is random.")
@@ -56,14 +62,18 @@ class EvaluateFlags(PromptFlags):
     max_new_tokens: int = flag(256, "the most tokens a SID may have.", above_zero)
     num_beams: int = flag(50, "items ranked per row.", above_zero)
 
+    @property
+    def metrics_path(self) -> str:
+        """The file for the metrics. Beside a numbered result, MiniOneRec's evaluate.sh takes every other file named
+        *.json for one more part of the rankings."""
+        path, _ = os.path.splitext(self.result_json_data)
+        return f"{path}.metrics" if os.path.basename(path).isdigit() else f"{path}.metrics.json"
+
     def check(self, problems: Problems) -> None:
         super().check(problems)
         if not 0 <= self.K <= self.num_beams:
             problems.add(f"--K {self.K}: must be between 0 and --num_beams {self.num_beams}, the length of a ranking")
-        if not self.result_json_data or os.path.isdir(self.result_json_data):
-            problems.add(f"--result_json_data {self.result_json_data!r}: give the path of a file for the rankings")
-        else:
-            check_writable(problems, "result_json_data", os.path.dirname(os.path.abspath(self.result_json_data)))
+        check_new_file(problems, "result_json_data", self.result_json_data, "the rankings")
 
 
 @dataclass(frozen=True)
@@ -150,6 +160,7 @@ def evaluate(flags: EvaluateFlags) -> dict[str, float]:
     # Check the flags, the checkpoint and every row of the files, before anything heavy is imported.
     files = read_input(flags)
     checkpoint, sids = files.checkpoint, files.sids
+    hold("result_json_data", flags.result_json_data, lock_of_new)
 
     with importing():
         import lora_utils
@@ -206,11 +217,13 @@ def evaluate(flags: EvaluateFlags) -> dict[str, float]:
             {"input": tokenizer.decode(ids), "output": example.sid, "predict": ranking}
             for ids, example, ranking in zip(prompts, files.examples, rankings, strict=True)
         ]
-        os.makedirs(os.path.dirname(os.path.abspath(flags.result_json_data)), exist_ok=True)
-        write_json(flags.result_json_data, results)
+        with writing(flags.result_json_data):
+            os.makedirs(os.path.dirname(os.path.abspath(flags.result_json_data)), exist_ok=True)
+            write_json(flags.result_json_data, results)
         seconds = {"decode_seconds": decode_seconds, "seconds": time.perf_counter() - started}
         summary = {**metrics, **({"items": by_item} if by_item else {}), "rows": len(results), **seconds}
-        write_json(os.path.splitext(flags.result_json_data)[0] + ".metrics.json", summary)
+        with writing(flags.metrics_path):
+            write_json(flags.metrics_path, summary)
         print(format_metrics(metrics))
         if files.items and by_item:
             print(f"items instead of SIDs, {files.items.num_sharing} of {len(files.items)} share theirs:")

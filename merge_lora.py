@@ -9,7 +9,6 @@ it works in an unmodified MiniOneRec checkout and in vLLM.
 
 import os
 import re
-import shutil
 from dataclasses import dataclass
 from itertools import islice
 
@@ -19,6 +18,8 @@ from minionerec.data.files import Catalogue, Interaction, read_catalogue, read_i
 from minionerec.data.prompts import RECOMMENDATION, Prompts
 from minionerec.errors import Problems
 from minionerec.flags import Flags, above_zero, check_new_folder, command, flag, one_of
+from minionerec.locks import hold, lock_of_new
+from minionerec.output import whole_folder, writing
 from minionerec.process_memory import importing
 from minionerec.saving import make_portable, write_json
 
@@ -114,6 +115,7 @@ def merge(flags: MergeFlags) -> dict:
     # Check the flags, the adapter and the rows to compare on, before anything heavy is imported.
     files = read_input(flags)
     checkpoint = files.checkpoint
+    hold("output_dir", flags.output_dir, lock_of_new)
 
     with importing():
         import torch
@@ -126,7 +128,6 @@ def merge(flags: MergeFlags) -> dict:
         from minionerec.decoding.trie import Trie
         from minionerec.model import loading
         from minionerec.model.merging import merge_and_count
-        from minionerec.training.durable import writing
 
     tokenizer = loading.load_tokenizer(checkpoint.path)
     quantization = lora_utils.quantization_config(checkpoint.adapter_flags)
@@ -165,21 +166,17 @@ def merge(flags: MergeFlags) -> dict:
     report |= {"dtype": precision, "updated_weights": updated, "changed_weights": changed}
 
     # Save beside the output folder, compare, and put it in its place.
-    partial = f"{flags.output_dir.rstrip(os.sep)}.partial"
-    with writing(flags.output_dir):
-        shutil.rmtree(partial, ignore_errors=True)
+    with writing(flags.output_dir), whole_folder(flags.output_dir) as partial:
         model.save_pretrained(partial, max_shard_size=flags.max_shard_size)
         tokenizer.save_pretrained(partial)
         make_portable(partial)
-    del model
-    if before is not None:
-        pairs = list(zip(before, rankings(loading.load_base(partial)), strict=True))
-        report["compared_rows"] = len(pairs)
-        report["same_first"] = sum(old[0] == new[0] for old, new in pairs) / len(pairs)
-        report["same_of_10"] = sum(len({*old} & {*new}) / len(old) for old, new in pairs) / len(pairs)
-    with writing(flags.output_dir):
+        del model
+        if before is not None:
+            pairs = list(zip(before, rankings(loading.load_base(partial)), strict=True))
+            report["compared_rows"] = len(pairs)
+            report["same_first"] = sum(old[0] == new[0] for old, new in pairs) / len(pairs)
+            report["same_of_10"] = sum(len({*old} & {*new}) / len(old) for old, new in pairs) / len(pairs)
         write_json(os.path.join(partial, RUN_FILE), {**checkpoint.run, "method": "full", "merged": report})
-        os.replace(partial, flags.output_dir)
 
     # Say how well the merged model stands for the adapter.
     if before is None:

@@ -20,7 +20,8 @@ from minionerec.data.files import read_info_items, read_item_ids
 from minionerec.data.items import ItemColumns, Items, read_item_list
 from minionerec.data.prompts import RECOMMENDATION, Prompts
 from minionerec.errors import InputError, Problems
-from minionerec.flags import PromptFlags, above_zero, check_writable, command, flag
+from minionerec.flags import PromptFlags, above_zero, check_new_file, command, flag
+from minionerec.locks import hold, lock_of_new
 from minionerec.process_memory import importing
 from minionerec.recommending.requests import Request, RequestReader
 
@@ -78,12 +79,10 @@ class RecommendFlags(PromptFlags):
             problems.add("--history is missing; give one, a file of --histories, or --serve 8000")
         elif len(ways) > 1:
             problems.add(f"--{' and --'.join(ways)} exclude each other; give one of them")
-        if self.histories and (not self.output or os.path.isdir(self.output)):
-            problems.add(f"--output {self.output!r}: give the path of a file for the recommendations")
-        elif self.output and not self.histories:
-            problems.add("--output has no effect without --histories")
+        if self.histories:
+            check_new_file(problems, "output", self.output, "the recommendations")
         elif self.output:
-            check_writable(problems, "output", os.path.dirname(os.path.abspath(self.output)))
+            problems.add("--output has no effect without --histories")
         if self.where and not self.item_meta_path:
             problems.add("--where needs --item_meta_path, the file with the columns of the items")
         if self.serve and not _port(self.serve):
@@ -151,6 +150,7 @@ def read_input(flags: RecommendFlags) -> RecommendInput:
         names = ("info_file", "histories", "train_file", "allow", "deny", "item_meta_path", "prompt_file")
         files = [path for name in names if (path := getattr(flags, name))]
         settings = settings_of({**flags.to_dict(), "output": ""}, files, checkpoint.path)
+        problems.attempt(hold, "output", flags.output, lock_of_new)  # before the rows that are there are counted
         done = problems.attempt(check_output, flags.output, settings) or 0
     problems.check()
     assert checkpoint and base and prompts and items and reader  # nothing was wrong

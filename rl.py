@@ -365,6 +365,7 @@ def train(flags: RLFlags) -> "dict | Prediction":
     # Check the flags, the checkpoint and every row of the files, before anything heavy is imported.
     files = read_input(flags)
     flags, checkpoint = files.flags, files.checkpoint
+    flags.hold_output_dir()
 
     with importing():
         from transformers import set_seed

@@ -178,6 +178,7 @@ def train(flags: SFTFlags) -> "dict | Prediction":
     """
     # Check the flags and every row of the files, before anything heavy is imported.
     files = read_input(flags)
+    flags.hold_output_dir()
 
     with importing():
         from datasets import Dataset

@@ -7,13 +7,13 @@ and its annotation before the command starts, and Fire receives values that can 
 """
 
 import difflib
-import errno
 import inspect
 import logging
 import math
 import os
 import re
 import sys
+import threading
 import types
 import typing
 import warnings
@@ -21,6 +21,7 @@ from collections.abc import Callable
 from typing import Any
 
 from minionerec.errors import InputError, RunError
+from minionerec.output import why_not_written
 
 # On a CPU, PyTorch and oneDNN each keep 1024 compiled kernels, one for every width a batch has had: 1.2 GB of a QLoRA
 # run on a small base, and the older ones save no time. Read when torch is imported.
@@ -42,7 +43,6 @@ SAVES_MEMORY = {
 # processes use too, a thread then spins while the one it waits for has no core: a step takes ten times as long.
 # libgomp, which is part of PyTorch's CPU and CUDA wheels, reads it when torch is imported.
 THREADS_SLEEP = {"OMP_WAIT_POLICY": "PASSIVE"}
-CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 def parse_value(text: str, annotation: Any) -> object:
@@ -151,6 +151,7 @@ def run(command: Callable[..., object]) -> None:
     import fire
 
     set_environment()
+    threading.excepthook = _in_thread
     # Warnings of three packages that a user can do nothing about: bitsandbytes lacks an optional kernel of a hub and
     # names its types in every 8-bit matmul, PEFT reads a deprecated property while it wraps a model, TRL calls
     # deprecated methods around generation.
@@ -182,6 +183,7 @@ def run(command: Callable[..., object]) -> None:
             serialize=lambda result: None,
         )
         _end_together()
+        sys.stdout.flush()
     except InputError as error:
         _complain(script, *error.problems, everywhere=True)
         sys.exit(2)
@@ -191,17 +193,32 @@ def run(command: Callable[..., object]) -> None:
     except KeyboardInterrupt:
         _complain(script, "stopped", everywhere=True)
         sys.exit(130)
-    except BrokenPipeError:  # the reader, such as `head`, has seen enough; what Python flushes at its exit goes nowhere
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # the reader, such as `head`, has seen enough
         sys.exit(141)
     except Exception as error:
-        if isinstance(error, OSError) and error.errno in CANNOT_WRITE:
-            _complain(script, f"cannot write: {error}")
+        if why := why_not_written(error):
+            _complain(script, f"cannot write: {why}")
         elif _out_of_memory(error):
             _complain(script, _what_saves_memory(parameters, values))
         else:
             raise
         sys.exit(1)
+    finally:
+        _drop_unwritten_output()
+
+
+def _in_thread(failed: threading.ExceptHookArgs) -> None:
+    """As Python's hook, but silent about files that a tracker's thread cannot write: the command says so itself."""
+    if failed.exc_value is None or not why_not_written(failed.exc_value):
+        threading.__excepthook__(failed)
+
+
+def _drop_unwritten_output() -> None:
+    """Python flushes standard output again at its exit. Where that failed before, it goes nowhere."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _end_together() -> None:

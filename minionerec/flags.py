@@ -26,6 +26,7 @@ from dataclasses import asdict, dataclass, field, fields
 from importlib.util import find_spec
 from typing import Any
 
+from minionerec import locks
 from minionerec.errors import Problems
 
 # --- What flags are made of -------------------------------------------------------------------------------------------
@@ -119,7 +120,8 @@ def command(kind: type[Flags]) -> Callable[[Callable], Callable]:
                 close = difflib.get_close_matches(unknown[0], by_name, n=1)
                 hint = f"; did you mean {close[0]!r}?" if close else ""
                 raise TypeError(f"{function.__name__}() got an unexpected keyword argument {unknown[0]!r}{hint}")
-            return function(kind(**_typed(values, by_name)))
+            with locks.releasing():
+                return function(kind(**_typed(values, by_name)))
 
         called.__name__ = called.__qualname__ = function.__name__
         called.__module__ = function.__module__
@@ -216,6 +218,11 @@ class RunFlags(Flags):
             problems.add(f"--wandb_project {self.wandb_project}: {wrong}")
         if not self.dry_run:  # which writes nothing
             check_output_dir(problems, self.output_dir, resume=self.resume_from_checkpoint is not None)
+
+    def hold_output_dir(self) -> None:
+        """Keeps other runs out of the output folder until the command ends. Raises InputError if one is in it."""
+        if not self.dry_run:
+            locks.hold("output_dir", self.output_dir, locks.lock_of_folder)
 
 
 # The Trainer's optimizers that need no further package: how many states they keep per weight, and the bits of each.
@@ -327,6 +334,8 @@ def engine() -> str:
 
 # --- Checks that other commands make too ------------------------------------------------------------------------------
 
+LONGEST_NAME, LONGEST_PATH = 220, 3900  # bytes; file systems take 255 and 4096, and endings are added
+
 
 def check_positive(problems: Problems, **values: float) -> None:
     """Values that must be above 0, by the names of their flags."""
@@ -351,6 +360,8 @@ def check_output_dir(problems: Problems, output_dir: str, resume: bool) -> None:
     """A run never overwrites another one."""
     if not output_dir:
         problems.add("--output_dir is missing; give a folder for the checkpoints")
+    elif not locks.check_free(problems, "output_dir", output_dir, locks.lock_of_folder):
+        return
     elif os.path.isdir(output_dir) and not resume:
         held = [name for name in os.listdir(output_dir) if name.startswith(("checkpoint-", "final_checkpoint"))]
         if held:
@@ -366,15 +377,36 @@ def check_new_folder(problems: Problems, output_dir: str) -> None:
     """A folder that a command makes as a whole: it must not exist yet."""
     if not output_dir:
         problems.add("--output_dir is missing; give the name of a new folder")
+    elif not locks.check_free(problems, "output_dir", output_dir, locks.lock_of_new):
+        return
     elif os.path.exists(output_dir):
         problems.add(f"--output_dir {output_dir}: exists already; name another folder, or remove it")
     else:
         check_writable(problems, "output_dir", output_dir)
 
 
+def check_new_file(problems: Problems, name: str, path: str, what: str) -> None:
+    """A file that a command makes as a whole, or replaces; `what` it is, for the message."""
+    if not path or os.path.isdir(path):
+        problems.add(f"--{name} {path!r}: give the path of a file for {what}")
+    elif _fits(problems, name, path) and locks.check_free(problems, name, path, locks.lock_of_new):
+        check_writable(problems, name, os.path.dirname(os.path.abspath(path)))
+
+
+def _fits(problems: Problems, name: str, path: str) -> bool:
+    """A path that is short enough for a file system, with what is written under it and next to it."""
+    parts = os.path.abspath(path).split(os.sep)
+    fits = max(len(os.fsencode(part)) for part in parts) <= LONGEST_NAME and len(os.fsencode(path)) <= LONGEST_PATH
+    if not fits:
+        problems.add(f"--{name} {path[:50]}...: is too long for a file system; give a shorter path")
+    return fits
+
+
 def check_writable(problems: Problems, name: str, path: str) -> None:
     """A path that can be made, or written where it exists."""
     above = os.path.abspath(path)
+    if not _fits(problems, name, path):
+        return
     while not os.path.exists(above):
         above = os.path.dirname(above)
     if not os.path.isdir(above) or not os.access(above, os.W_OK | os.X_OK):

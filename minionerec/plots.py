@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from minionerec.output import whole_file
+
 # The label of each panel, and its curves: key of the log history -> name in the legend.
 Panels = dict[str, dict[str, str]]
 
@@ -30,6 +32,13 @@ def _pyplot() -> Any:
     return matplotlib.pyplot
 
 
+def _save(figure: Any, path: str) -> None:
+    """Writes a figure to a PNG file and frees its memory."""
+    with whole_file(path) as partial:
+        figure.savefig(partial, dpi=120, format="png")
+    _pyplot().close(figure)
+
+
 def plot_curves(history: list[dict[str, Any]], path: str, panels: Panels) -> None:
     """Plots values of a Trainer's log history over optimizer steps, with the panels side by side, to a PNG file.
 
@@ -46,8 +55,7 @@ def plot_curves(history: list[dict[str, Any]], path: str, panels: Panels) -> Non
         axes.set(xlabel="optimizer step", ylabel=label)
         if len(axes.lines) > 1:
             axes.legend()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    _save(figure, path)
 
 
 def plot_runs(curves: dict[str, dict[float, float]], path: str, x: str, y: str) -> None:
@@ -58,8 +66,7 @@ def plot_runs(curves: dict[str, dict[float, float]], path: str, x: str, y: str) 
         axes.plot(*zip(*sorted(points.items()), strict=True), label=name, marker="o", markersize=3)
     axes.set(xlabel=x, ylabel=y)
     axes.legend()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    _save(figure, path)
 
 
 def plot_bars(panels: dict[str, dict[str, tuple[float, float, float]]], path: str) -> None:
@@ -75,5 +82,4 @@ def plot_bars(panels: dict[str, dict[str, tuple[float, float, float]]], path: st
         axes.bar(range(len(bars)), heights, yerr=errors, capsize=3, color=[f"C{i}" for i in range(len(bars))])
         axes.set_xticks(range(len(bars)), list(bars), rotation=30, ha="right")
         axes.set(title=label)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    _save(figure, path)

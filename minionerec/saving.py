@@ -4,15 +4,14 @@ import json
 import os
 
 from minionerec.checkpoint import read_json
+from minionerec.output import whole_file
 
 
 def write_json(path: str, data: object) -> None:
     """Writes JSON whole or not at all."""
-    partial = f"{path}.{os.getpid()}.partial"
-    with open(partial, "w", encoding="utf-8") as file:
+    with whole_file(path) as partial, open(partial, "w", encoding="utf-8") as file:
         json.dump(data, file, indent=2, ensure_ascii=False)
         file.write("\n")
-    os.replace(partial, path)
 
 
 def make_portable(path: str) -> None:

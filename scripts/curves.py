@@ -11,7 +11,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from minionerec import cli
 from minionerec.checkpoint import read_json
 from minionerec.errors import InputError, Problems
-from minionerec.flags import check_writable
+from minionerec.flags import check_new_file
 from scripts.table import folders_of
 
 
@@ -29,7 +29,7 @@ def curves(runs: str = "", figure: str = "") -> None:
         for name, folders in folders_of(problems, runs).items()
     }
     if figure:
-        check_writable(problems, "figure", os.path.dirname(figure) or ".")
+        check_new_file(problems, "figure", figure, "the plot")
     problems.check()
 
     # Runs are evaluated at slightly different epochs: round them, but keep the evaluations of a run apart.

@@ -8,16 +8,19 @@ It is a Qwen2 model with random weights, and a byte-level BPE tokenizer trained 
 import json
 import os
 import sys
+import tempfile
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from minionerec import cli
+from minionerec import cli, locks
 from minionerec.data.files import read_titles_and_descriptions
 from minionerec.data.prompts import TASKS
 from minionerec.errors import Problems
 from minionerec.flags import check_positive, check_writable
+from minionerec.output import writing
 
 
+@locks.releasing()
 def make_base(
     item_meta_path: str = "",
     output_dir: str = "",
@@ -64,8 +67,10 @@ def make_base(
     elif os.path.exists(os.path.join(output_dir, "config.json")):
         problems.add(f"--output_dir {output_dir}: already contains a model; name another folder")
     else:
+        locks.check_free(problems, "output_dir", output_dir, locks.lock_of_folder)
         check_writable(problems, "output_dir", output_dir)
     problems.check()
+    locks.hold("output_dir", output_dir, locks.lock_of_folder)
 
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Config, set_seed
@@ -98,8 +103,13 @@ def make_base(
         pad_token_id=tokenizer.pad_token_id,
     )
     model = AutoModelForCausalLM.from_config(config)
-    model.save_pretrained(output_dir)
-    tokenizer.save_pretrained(output_dir)
+    with writing(output_dir):
+        os.makedirs(output_dir, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".base-", dir=output_dir) as partial:
+            model.save_pretrained(partial)
+            tokenizer.save_pretrained(partial)
+            for name in sorted(os.listdir(partial), key="config.json".__eq__):  # last, because it says "a model"
+                os.replace(os.path.join(partial, name), os.path.join(output_dir, name))
     print(json.dumps({"parameters": model.num_parameters(), "vocabulary": len(tokenizer), "saved": output_dir}))
 
 

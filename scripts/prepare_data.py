@@ -15,7 +15,7 @@ import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from minionerec import cli
+from minionerec import cli, locks
 from minionerec.checkpoint import check_model
 from minionerec.errors import Problems
 from minionerec.flags import check_new_folder, check_positive
@@ -33,6 +33,7 @@ FOR_ADDING = (
 )
 
 
+@locks.releasing()
 def prepare_data(
     interactions: str = "",
     items: str = "",
@@ -89,6 +90,8 @@ def prepare_data(
     flags = dict(locals())
     problems = Problems()
     check_new_folder(problems, output_dir)
+    if not problems:
+        locks.hold("output_dir", output_dir, locks.lock_of_new)
     if encoder:
         check_model(problems, "encoder", encoder)
     if encoder and embeddings:

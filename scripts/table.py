@@ -14,7 +14,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from minionerec import cli
 from minionerec.data.files import count_rows, read_interactions
 from minionerec.errors import InputError, Problems
-from minionerec.flags import check_writable
+from minionerec.flags import check_new_file
 from minionerec.metrics import popularity, rank_of, ranking_metrics
 
 RANKING = ("HR@1", "HR@5", "HR@10", "NDCG@5", "NDCG@10", "MRR")
@@ -50,7 +50,7 @@ def table(
     rows = problems.attempt(count_rows, test_data_path, "test_data_path", titles=False)
     folders = folders_of(problems, runs)
     if figure:
-        check_writable(problems, "figure", os.path.dirname(figure) or ".")
+        check_new_file(problems, "figure", figure, "the plot")
     references = [word for word in against.split(",") if word]
     for word in references:
         if not any(name.split(" ")[0] == word for name in folders):

@@ -10,16 +10,18 @@ import time
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from minionerec import cli
+from minionerec import cli, locks
 from minionerec.data.files import count_rows, read_info, read_interactions
 from minionerec.errors import Problems
 from minionerec.flags import check_new_folder, check_positive
 from minionerec.metrics import format_metrics, rank_of, ranking_metrics, watched_cutoff
+from minionerec.output import whole_folder, writing
 
 LENGTH = 50  # items of a ranking
 PATIENCE = 5  # training ends after this many epochs without a gain on the validation file
 
 
+@locks.releasing()
 def train_sasrec(
     train_file: str = "",
     eval_file: str = "",
@@ -62,6 +64,7 @@ def train_sasrec(
         if path or flag != "test_data_path":
             problems.attempt(count_rows, path, flag, sids, titles=False)
     problems.check()
+    locks.hold("output_dir", output_dir, locks.lock_of_new)
 
     import random
 
@@ -114,22 +117,24 @@ def train_sasrec(
             break
     seconds = time.perf_counter() - started
     model.load_state_dict(weights)
-    sasrec.save(model, output_dir)
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    metrics = {
-        "method": "sasrec",
-        "trainable_parameters": parameters,
-        "total_parameters": parameters,
-        "seconds": seconds,
-        "peak_memory_gb": peak_memory_gb(),
-        "checkpoint_mb": folder_size_mb(output_dir),
-        f"best_eval_{watched}": best,
-    }
-    write_json(os.path.join(output_dir, "metrics.json"), metrics)
-    if test_data_path:
-        results = ranked(test_data_path, "test_data_path")
-        write_json(os.path.join(output_dir, "result.json"), results)
-        write_json(os.path.join(output_dir, "result.metrics.json"), score(results))
+    results = ranked(test_data_path, "test_data_path") if test_data_path else []
+    with writing(output_dir), whole_folder(output_dir) as partial:
+        sasrec.save(model, partial)
+        parameters = sum(parameter.numel() for parameter in model.parameters())
+        metrics = {
+            "method": "sasrec",
+            "trainable_parameters": parameters,
+            "total_parameters": parameters,
+            "seconds": seconds,
+            "peak_memory_gb": peak_memory_gb(),
+            "checkpoint_mb": folder_size_mb(partial),
+            f"best_eval_{watched}": best,
+        }
+        write_json(os.path.join(partial, "metrics.json"), metrics)
+        if results:
+            write_json(os.path.join(partial, "result.json"), results)
+            write_json(os.path.join(partial, "result.metrics.json"), score(results))
+    if results:
         print(format_metrics(score(results)))
     return metrics
 

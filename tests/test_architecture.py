@@ -8,7 +8,10 @@ from helpers import ROOT
 
 # From the lowest to the highest: the rooms (folders) and files of minionerec/, and the files beside it.
 FLOORS = [
-    ["minionerec", "minionerec.errors", "minionerec.metrics", "minionerec.plots", "minionerec.process_memory"],
+    [
+        "minionerec",
+        *(f"minionerec.{name}" for name in ["errors", "locks", "metrics", "output", "plots", "process_memory"]),
+    ],
     ["minionerec.cli", "minionerec.data", "minionerec.flags", "minionerec.sasrec"],
     ["minionerec.checkpoint", "minionerec.recorded", "minionerec.saving"],
     ["minionerec.model"],

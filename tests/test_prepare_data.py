@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 import sft
 from minionerec.data import files as data_files
-from minionerec.errors import InputError
+from minionerec.errors import InputError, RunError
 from minionerec.prepare import semantic_ids, writing
 from minionerec.training.rewards import read_embeddings
 from scripts.prepare_data import prepare_data
@@ -413,7 +413,7 @@ def test_a_full_disk_leaves_nothing(raw, tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(semantic_ids, "fit", lambda *args: full())
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(RunError, match="a/d cannot be written: .*No space"):
         prepare_data(**flags_of(raw, tmp_path / "a" / "d"))
     assert os.listdir(tmp_path) == []
 

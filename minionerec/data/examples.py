@@ -20,6 +20,7 @@ import torch
 
 from minionerec.data.encoding import Encoder, batches
 from minionerec.data.files import Interaction, Item
+from minionerec.output import whole_file, writing
 from minionerec.process_memory import without_collector
 
 IGNORE = -100  # the label of a token without loss
@@ -48,22 +49,21 @@ def write_examples(
     A row that lacks a text of a task gives no example for it. `rows_of("interaction")` and `rows_of("item")` each start
     a pass over the rows. The file is renamed into place when it is complete.
     """
-    partial = f"{path}.{os.getpid()}.partial"
     count = 0
-    try:
-        with without_collector(), pa.OSFile(partial, "wb") as sink, pa.ipc.new_stream(sink, SCHEMA) as writer:
-            for kind in ("interaction", "item"):
-                tasks = [task for task in encoder.prompts.tasks.values() if task.rows == kind]
-                for rows in batches(rows_of(kind) if tasks else [], batch_rows):
-                    for task in tasks:
-                        batch = _record_batch(encoder.encode(task, list(filter(task.suits, rows))))
-                        for _ in range(task.weight):
-                            writer.write_batch(batch)
-                            count += batch.num_rows
-        os.replace(partial, path)
-    finally:
-        if os.path.exists(partial):
-            os.remove(partial)
+    with (
+        whole_file(path) as partial,
+        without_collector(),
+        pa.OSFile(partial, "wb") as sink,
+        pa.ipc.new_stream(sink, SCHEMA) as writer,
+    ):
+        for kind in ("interaction", "item"):
+            tasks = [task for task in encoder.prompts.tasks.values() if task.rows == kind]
+            for rows in batches(rows_of(kind) if tasks else [], batch_rows):
+                for task in tasks:
+                    batch = _record_batch(encoder.encode(task, list(filter(task.suits, rows))))
+                    for _ in range(task.weight):
+                        writer.write_batch(batch)
+                        count += batch.num_rows
     return count
 
 
@@ -113,11 +113,12 @@ def tokenized_dataset(
     for source in sources:
         digest.update(_file_digest(source).encode())
     folder = os.path.join(datasets.config.HF_DATASETS_CACHE, "minionerec")
-    os.makedirs(folder, exist_ok=True)
     path = os.path.join(folder, f"{digest.hexdigest()[:32]}.arrow")
     if not _is_whole(path):
-        write_examples(path, encoder, rows_of)
-        Path(f"{path}.sha256").write_text(_file_digest(path))
+        with writing(f"{folder} (tokenized examples; HF_DATASETS_CACHE names another folder)"):
+            os.makedirs(folder, exist_ok=True)
+            write_examples(path, encoder, rows_of)
+            Path(f"{path}.sha256").write_text(_file_digest(path))
     return datasets.Dataset.from_file(path)
 
 

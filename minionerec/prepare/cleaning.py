@@ -55,7 +55,7 @@ class Spool:
         for number, rows in enumerate(np.split(order, ends[:-1])):
             if len(rows):
                 with open(self._paths[number], "ab") as file:
-                    records[rows].tofile(file)
+                    file.write(records[rows].tobytes())  # `tofile` would lose what no longer fits, without an error
 
     def load(self, part: int) -> np.ndarray:
         """The records of a part."""
@@ -64,7 +64,8 @@ class Spool:
 
     def replace(self, part: int, records: np.ndarray) -> None:
         """Overwrites a part."""
-        records.tofile(self._paths[part])
+        with open(self._paths[part], "wb") as file:
+            file.write(records.tobytes())
 
     def __iter__(self) -> Iterator[np.ndarray]:
         return map(self.load, range(self.parts))

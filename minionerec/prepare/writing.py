@@ -19,11 +19,12 @@ import re
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
 from minionerec.errors import InputError
+from minionerec.output import writing
 from minionerec.prepare.cleaning import SPLITS
 from minionerec.prepare.item_embeddings import TextModel
 from minionerec.prepare.semantic_ids import COLLISIONS, save_codebooks, tokens
@@ -61,13 +62,14 @@ def files_of(category: str) -> dict[str, str]:
 
 @contextmanager
 def scratch_folder(output_dir: str) -> Iterator[str]:
-    """A temporary folder, on the disk of `output_dir` if that can be written to. It is removed at the end."""
+    """A temporary folder, on the disk of `output_dir` if that can be written to. It is removed at the end.
+
+    Raises RunError where the files of the data set cannot be written."""
     above = os.path.dirname(os.path.abspath(output_dir))
     while not os.path.isdir(above):
         above = os.path.dirname(above)
-    with tempfile.TemporaryDirectory(
-        prefix=".prepare-", dir=above if os.access(above, os.W_OK | os.X_OK) else None
-    ) as folder:
+    where = above if os.access(above, os.W_OK | os.X_OK) else None
+    with writing(output_dir), tempfile.TemporaryDirectory(prefix=".prepare-", dir=where) as folder:
         yield folder
 
 
@@ -81,6 +83,19 @@ def digest(path: str) -> str:
     """The SHA-256 of a file."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+class _Writer:
+    """What `np.save` writes to piece by piece, because it is not a file."""
+
+    def __init__(self, file: BinaryIO):
+        self.write = file.write
+
+
+def save_array(path: str, array: np.ndarray) -> None:
+    """As `np.save`, which writes to files by C's stdio and so loses without an error what no longer fits on a disk."""
+    with open(path, "wb") as file:
+        np.save(_Writer(file), array)
 
 
 def write_catalogue(
@@ -103,7 +118,7 @@ def write_catalogue(
     with open(paths["info"], "w", encoding="utf-8", newline="\n") as file:
         for item, sid in index.items():
             file.write(f"{''.join(sid)}\t{metadata[item]['title']}\t{item}\n")
-    np.save(paths["embeddings"], embeddings)
+    save_array(paths["embeddings"], embeddings)
     save_codebooks(paths["codebooks"], codebooks)
     if text_model is not None:
         text_model.save(paths["tfidf"])

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils import gather_object
-from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     EarlyStoppingCallback,
@@ -32,6 +31,7 @@ from minionerec.checkpoint import RUN_FILE, Checkpoint, is_complete, newest_chec
 from minionerec.errors import InputError, RunError
 from minionerec.model import adapters
 from minionerec.model.sharding import local_shard
+from minionerec.output import why_not_written, writing
 from minionerec.process_memory import forget_peak_of_loading
 from minionerec.saving import record_dtype, write_json
 
@@ -87,7 +87,12 @@ class DurableRun(_Trainer):
         self._started = time.perf_counter()
         forget_peak_of_loading()
         with _stop_on_signals(self) as stop, _unpickling_nothing(path):
-            result = super().train(path, **kwargs)
+            try:
+                result = super().train(path, **kwargs)
+            except Exception as error:
+                if not (why := why_not_written(error)):  # checkpoints are written below; this was a tracker's log
+                    raise
+                raise RunError(f"the run cannot write its log: {why}; {self._how_to_go_on()}") from None
         if stop.stopped:
             raise RunError(
                 f"stopped at step {self.state.global_step} of {self.state.max_steps} and saved {self._last_good()}; "
@@ -204,13 +209,18 @@ class DurableRun(_Trainer):
         except RunError as error:
             if error.everywhere:
                 raise
-            problem = (
-                f"{error}; the last good checkpoint is {self._last_good()}. Make room, then the same command with "
-                "--resume_from_checkpoint True continues from it"
-            )
+            problem = f"{error}; {self._how_to_go_on()}"
             if at_once:
                 raise RunError(problem) from None
             self._fail_later(problem)
+
+    def _how_to_go_on(self) -> str:
+        """What is left where a file could not be written, and what to do."""
+        goes_on = "continues from it" if newest_checkpoint(self.args.output_dir) else "starts anew"
+        return (
+            f"the last good checkpoint is {self._last_good()}. Make room, then the same command with "
+            f"--resume_from_checkpoint True {goes_on}"
+        )
 
     def _last_good(self) -> str:
         return newest_checkpoint(self.args.output_dir) or "none: nothing has been saved yet"
@@ -254,7 +264,7 @@ class DurableRun(_Trainer):
             with self._writing_checkpoint(at_once=self.is_deepspeed_enabled or self.is_fsdp_enabled):
                 super()._save_checkpoint(model, trial)
             self._fail_together()
-        except RunError:
+        except BaseException:
             shutil.rmtree(os.path.join(self.args.output_dir, f"checkpoint-{step}"), ignore_errors=True)
             raise
 
@@ -276,17 +286,6 @@ def _unpickling_nothing(checkpoint: str | None) -> Iterator[None]:
             f"--resume_from_checkpoint {checkpoint}: a .pt or .pth file there contains more than tensors and plain "
             "values and is not loaded; resume from another checkpoint"
         ) from None
-
-
-@contextmanager
-def writing(what: str) -> Iterator[None]:
-    """Turns the errors that libraries raise if a file cannot be written into RunError."""
-    try:
-        yield
-    except (OSError, SafetensorError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "inline_container" not in str(error):  # how torch.save fails
-            raise
-        raise RunError(f"{what} cannot be written: {str(error).strip().splitlines()[0]}") from None
 
 
 @contextmanager

@@ -1,16 +1,15 @@
 """The end of a run: final_checkpoint, metrics.json and curves.png."""
 
 import os
-import shutil
 
 import torch
 from transformers import Trainer
 
 from minionerec.model import device, loading
 from minionerec.model.sharding import with_sid_rows_merged
+from minionerec.output import whole_folder, writing
 from minionerec.process_memory import peak_memory_gb
 from minionerec.saving import make_portable, write_json
-from minionerec.training.durable import writing
 
 
 def folder_size_mb(path: str) -> float:
@@ -25,24 +24,20 @@ def save_final(trainer: Trainer, path: str, merge: bool = False, dtype: torch.dt
     the saved weights if it differs from that of training: the float32 weights of full fine-tuning stay in the
     checkpoints that a run resumes from. Every process must call it.
     """
-    partial = f"{path}.partial"
-    if trainer.args.should_save:
-        shutil.rmtree(partial, ignore_errors=True)
     trainer.save_dtype = dtype
-    if merge:
-        state = _merge(trainer)
-        if trainer.args.should_save and dtype not in (None, trainer.model.dtype):  # loading had rounded the base
-            state = state if state is not None else trainer.model.state_dict()
-            state = loading.unrounded(state, trainer.model.config._name_or_path, dtype)
-        trainer.model.config.use_cache = True
-        trainer._save(partial, state)  # not by the engine, which still holds the adapted model
-    else:
-        trainer.model.config.use_cache = True
-        trainer.save_model(partial)
-    if trainer.args.should_save:
-        make_portable(partial)
-        shutil.rmtree(path, ignore_errors=True)
-        os.replace(partial, path)
+    with whole_folder(path, trainer.args.should_save) as partial:
+        if merge:
+            state = _merge(trainer)
+            if trainer.args.should_save and dtype not in (None, trainer.model.dtype):  # loading had rounded the base
+                state = state if state is not None else trainer.model.state_dict()
+                state = loading.unrounded(state, trainer.model.config._name_or_path, dtype)
+            trainer.model.config.use_cache = True
+            trainer._save(partial, state)  # not by the engine, which still holds the adapted model
+        else:
+            trainer.model.config.use_cache = True
+            trainer.save_model(partial)
+        if trainer.args.should_save:
+            make_portable(partial)
     trainer.accelerator.wait_for_everyone()
 
 
@@ -75,14 +70,19 @@ def finish(
     metrics = {**metrics, "peak_memory_gb": peak_memory_gb()}
     output_dir = trainer.args.output_dir
     final = os.path.join(output_dir, "final_checkpoint")
-    with writing(final):
+    then = "; make room, then the same command with --resume_from_checkpoint True writes it"
+    with writing(final, then):
         save_final(trainer, final, merge, dtype)
     if trainer.args.should_save:
         from minionerec.plots import plot_curves
 
+        print(f"saved {final}")
         metrics["checkpoint_mb"] = folder_size_mb(final)
         history = trainer.state.log_history
-        write_json(os.path.join(output_dir, "metrics.json"), {**metrics, "history": history})
-        plot_curves(history, os.path.join(output_dir, "curves.png"), panels)
-        print(f"saved {final}")
+        path = os.path.join(output_dir, "metrics.json")
+        with writing(path, then):
+            write_json(path, {**metrics, "history": history})
+        path = os.path.join(output_dir, "curves.png")
+        with writing(path, then):
+            plot_curves(history, path, panels)
     return metrics

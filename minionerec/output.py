@@ -1,0 +1,79 @@
+"""Writing files so that they appear whole or not at all, and so that a full disk ends in one line.
+
+Only the standard library is imported.
+"""
+
+import errno
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
+from minionerec.errors import RunError
+
+# No room (on the disk, in a quota, below a limit on files), no permission, too long a name, a broken device.
+CANNOT_WRITE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
+CANNOT_WRITE |= {errno.ENAMETOOLONG, errno.EIO}
+
+
+def why_not_written(error: BaseException) -> str | None:
+    """In one line, why a file could not be written; None for an error of another kind.
+
+    The libraries have errors of their own: tokenizers raises `Exception`, safetensors SafetensorError, both with the
+    number of the system's error in their text; torch.save raises RuntimeError, in one of two texts, without a reason.
+    """
+    text = " ".join(str(error).split())
+    if isinstance(error, OSError):
+        return text if error.errno in CANNOT_WRITE else None
+    by_torch = ("iostream error", "inline_container")
+    if isinstance(error, RuntimeError) and any(part in text for part in by_torch) and "StreamReader" not in text:
+        return "torch.save failed; is the disk full?"
+    if type(error) is Exception or type(error).__name__ == "SafetensorError":
+        number = re.search(r"\(os error (\d+)\)", text)
+        return text if number and int(number[1]) in CANNOT_WRITE else None
+    return None
+
+
+@contextmanager
+def writing(what: str, then: str = "") -> Iterator[None]:
+    """Turns the errors of Python and of libraries for a file that cannot be written into RunError, which names `what`
+    was written and ends with `then`."""
+    try:
+        yield
+    except Exception as error:
+        why = why_not_written(error) or (" ".join(str(error).split()) if isinstance(error, OSError) else None)
+        if why is None:
+            raise
+        raise RunError(f"{what} cannot be written: {why}{then}") from None
+
+
+@contextmanager
+def whole_file(path: str) -> Iterator[str]:
+    """Yields where to write a file, which gets the name `path` when it is complete, and is removed if it fails."""
+    partial = f"{path}.{os.getpid()}.partial"
+    try:
+        yield partial
+        os.replace(partial, path)
+    except BaseException:
+        with suppress(OSError):
+            os.remove(partial)
+        raise
+
+
+@contextmanager
+def whole_folder(path: str, writes: bool = True) -> Iterator[str]:
+    """As `whole_file`, for a folder, which replaces one of that name. `writes`: whether this process of several makes
+    the folder; the others only learn where it is."""
+    partial = f"{path.rstrip(os.sep)}.partial"
+    if writes:
+        shutil.rmtree(partial, ignore_errors=True)
+    try:
+        yield partial
+        if writes:
+            shutil.rmtree(path, ignore_errors=True)
+            os.replace(partial, path)
+    except Exception:
+        if writes:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise
