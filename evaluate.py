@@ -61,6 +61,16 @@ class EvaluateFlags(PromptFlags):
     )
     max_new_tokens: int = flag(256, "the most tokens a SID may have.", above_zero)
     num_beams: int = flag(50, "items ranked per row.", above_zero)
+    temperature: float = flag(
+        1.0, "kept for MiniOneRec's argument lists; without effect, because beams are not sampled.", above_zero
+    )
+    guidance_scale: float = flag(1.0, "kept for MiniOneRec's argument lists, which ignore it too.")
+
+    @property
+    def notes(self) -> list[str]:
+        """A line for each flag that is only kept and was set to something else."""
+        kept = (name for name in ("temperature", "guidance_scale") if getattr(self, name) != 1)
+        return [f"--{name} {getattr(self, name):g} changes nothing: rankings are by beam search" for name in kept]
 
     @property
     def metrics_path(self) -> str:
@@ -125,6 +135,7 @@ def read_input(flags: EvaluateFlags) -> EvaluateInput:
     problems.check()
     assert checkpoint and base and prompts and sids and examples  # nothing was wrong
     items, targets, notes = _told_apart(flags, listed, examples) if len(listed) > len(sids) else (None, None, [])
+    notes += flags.notes
     if outside:
         notes.append(f"{outside} of {len(examples)} rows have a target that --info_file lacks; they count as misses")
     if flags.prompt_file:

@@ -168,10 +168,16 @@ class RLFlags(TrainingFlags):
     dapo: bool = flag(False, "average the loss over all tokens of a batch instead of over sequences first.")
     gspo: bool = flag(False, "importance ratios of sequences instead of tokens.")
     save_steps: float = flag(
-        0.199,
-        "how often to save a checkpoint, as a fraction of the training (the original: 0.1).",
-        fraction_of_training,
+        0.0,
+        "how often to save a checkpoint, as a fraction of the training: a multiple of eval_step, because the best is "
+        "one of the saved models. 0: after every evaluation; without test_during_training, 0.199 (the original: 0.1).",
+        lambda value: None if value == 0 else fraction_of_training(value),
     )
+
+    @property
+    def save_fraction(self) -> float:
+        """`save_steps` as a fraction of the training."""
+        return self.save_steps or (self.eval_step if self.test_during_training else 0.199)
 
     @property
     def rewards(self) -> dict[str, float]:
@@ -200,10 +206,10 @@ class RLFlags(TrainingFlags):
             problems.add("--dapo and --gspo exclude each other; keep one")
         if self.sync_ref_model and not self.beta:
             problems.add("--sync_ref_model needs a reference, and --beta 0 drops it; give --beta above 0")
-        if self.test_during_training and not _is_multiple(self.save_steps, self.eval_step):
+        if self.test_during_training and not _is_multiple(self.save_fraction, self.eval_step):
             problems.add(
                 f"--save_steps {self.save_steps}: must be a multiple of --eval_step {self.eval_step}, so that the best "
-                "evaluated model is a saved one; or give --test_during_training False"
+                "evaluated model is a saved one; without the flag, every evaluated model is saved"
             )
         embeddings = self.ada_path.endswith((".npy", ".safetensors")) and os.path.isfile(self.ada_path)
         if "semantic" in rewards and not embeddings:
@@ -317,7 +323,7 @@ def read_input(flags: RLFlags) -> RLInput:
         )
     notes = check_interactions(problems, "train_file", flags.train_file, sids, prompts)[1]
     notes += check_interactions(problems, "eval_file", flags.eval_file, sids, validation)[1]
-    notes += items_left_out(catalogue, prompts, flags.item_meta_path)
+    notes += items_left_out(catalogue, prompts, flags.item_meta_path) + flags.notes
     if not flags.beam_search and {"ranking", "ranking_only"} & set(_names(flags.reward_type)):
         notes.append(
             f"warning: --reward_type {flags.reward_type} penalizes wrong items by rank, but sampled completions have "
@@ -524,9 +530,9 @@ def grpo_config(
 
     # Counted in steps, and every save is after an evaluation; as fractions, each would be rounded separately.
     evaluate_every = math.ceil(flags.eval_step * steps)
-    save_every = math.ceil(flags.save_steps * steps)
+    save_every = math.ceil(flags.save_fraction * steps)
     if flags.test_during_training:
-        save_every = evaluate_every * round(flags.save_steps / flags.eval_step)
+        save_every = evaluate_every * round(flags.save_fraction / flags.eval_step)
     return GRPOConfig(
         **shared_arguments(flags),
         per_device_train_batch_size=flags.train_batch_size,

@@ -164,7 +164,7 @@ def read_input(flags: SFTFlags) -> SFTInput:
     eval_prompts = prompts and prompts.for_validation()
     num_rows, notes = check_interactions(problems, "train_file", flags.train_file, sids, prompts)
     notes += check_interactions(problems, "eval_file", flags.eval_file, sids, eval_prompts)[1]
-    notes += items_left_out(catalogue, prompts, flags.item_meta_path)
+    notes += items_left_out(catalogue, prompts, flags.item_meta_path) + flags.notes
     problems.check()
     assert prompts and eval_prompts and catalogue  # nothing was wrong
     return SFTInput(flags, prompts, eval_prompts, catalogue, num_rows, notes)

@@ -197,7 +197,7 @@ class RunFlags(Flags):
     resume_from_checkpoint: str | None = flag(
         None, "a checkpoint folder, or True for the newest one in output_dir.", _existing_checkpoint
     )
-    wandb_project: str = flag("", "Weights & Biases project; given, the run reports there.")
+    wandb_project: str = flag("", "Weights & Biases project; given, the run reports there, if wandb is installed.")
     wandb_run_name: str = flag("", "name of the run in the trackers.")
     report_to: str = flag("none", "none, tensorboard or wandb.", _report_to)
     dry_run: bool = flag(False, "check the input, print examples, steps and the predicted peak memory, and stop.")
@@ -210,12 +210,16 @@ class RunFlags(Flags):
     @property
     def tracker(self) -> str:
         """Where the run reports."""
-        return "wandb" if self.wandb_project else self.report_to
+        return "wandb" if self.wandb_project and not _report_to("wandb") else self.report_to
+
+    @property
+    def notes(self) -> list[str]:
+        """A line, or none, about a project that gets no report: MiniOneRec's sft.sh always names one."""
+        wrong = self.wandb_project and _report_to("wandb")
+        return [f"--wandb_project {self.wandb_project}: {wrong}; the run is not tracked there"] if wrong else []
 
     def check(self, problems: Problems) -> None:
         super().check(problems)
-        if self.wandb_project and (wrong := _report_to("wandb")):
-            problems.add(f"--wandb_project {self.wandb_project}: {wrong}")
         if not self.dry_run:  # which writes nothing
             check_output_dir(problems, self.output_dir, resume=self.resume_from_checkpoint is not None)
 

@@ -413,7 +413,7 @@ def test_a_full_disk_leaves_nothing(raw, tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(semantic_ids, "fit", lambda *args: full())
-    with pytest.raises(RunError, match="a/d cannot be written: .*No space"):
+    with pytest.raises(RunError, match=r"a/d cannot be written: .*No space"):
         prepare_data(**flags_of(raw, tmp_path / "a" / "d"))
     assert os.listdir(tmp_path) == []
 

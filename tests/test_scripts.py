@@ -1,13 +1,20 @@
 """The shell scripts, over a folder laid out like the public MiniOneRec release."""
 
+import csv
 import json
 import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from helpers import ROOT, run_command
+
+import evaluate
+import rl
+from minionerec import flags as flags_of_all
+from minionerec.errors import Problems
 
 
 @pytest.fixture(scope="module")
@@ -174,34 +181,95 @@ def run(line: str) -> str:
     return done.stdout
 
 
+def split_like_the_original(path: Path, folder: Path, parts: int) -> None:
+    """Writes a file in parts 0.csv, 1.csv, ..., with the number of each row in front, in a column without a name."""
+    folder.mkdir(parents=True)
+    with open(path, encoding="utf-8", newline="") as file:
+        header, *rows = csv.reader(file)
+    for part in range(parts):
+        with open(folder / f"{part}.csv", "w", encoding="utf-8", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(["", *header])
+            first, end = (number * len(rows) // parts for number in (part, part + 1))
+            writer.writerows([number, *rows[number]] for number in range(first, end))
+
+
+def merged_like_the_original(folder: Path) -> list[dict]:
+    """The rows of every file that `ls *.json` lists."""
+    listed = subprocess.run(f"ls {folder}/*.json", shell=True, capture_output=True, text=True, check=True)
+    return [row for path in listed.stdout.split() for row in json.loads(Path(path).read_text(encoding="utf-8"))]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("lora", ["", " --use_lora True --lora_r 8"])
 def test_the_argument_lists_of_the_original_run_unchanged(checkout, base, lora, monkeypatch):
-    """With the flags that MiniOneRec's own scripts pass, and sizes that fit this test given after them."""
+    """With the flags that MiniOneRec's own scripts pass, and sizes that fit this test given after them; then their
+    steps from the parts of the test file to the metrics."""
     monkeypatch.chdir(checkout)
+    installed = flags_of_all.find_spec
+    monkeypatch.setattr(flags_of_all, "find_spec", lambda name: installed(name) if name != "wandb" else None)
     data, out = "data/Amazon", f"out{'_lora' if lora else ''}"
     shared = f"--category Bolts --sid_index_path ./{data}/index/Bolts.index.json --item_meta_path "
-    shared += f"./{data}/index/Bolts.item.json --train_file ./{data}/train/Bolts_5_2016-10-2018-11.csv --eval_file "
+    shared += f"./{data}/index//Bolts.item.json --train_file ./{data}/train/Bolts_5_2016-10-2018-11.csv --eval_file "
     shared += f"./{data}/valid/Bolts_5_2016-10-2018-11.csv"
     info = f"./{data}/info/Bolts_5_2016-10-2018-11.txt"
-    run(
-        f"sft.py --base_model {base} --batch_size 1024 --micro_batch_size 16 --output_dir {out}/sft --wandb_run_name x "
-        f"--train_from_scratch False --seed 42 --freeze_LLM False {shared}{lora} --batch_size 32 --num_epochs 1",
+    printed = run(
+        f"sft.py --base_model {base} --batch_size 1024 --micro_batch_size 16 --output_dir {out}/sft --wandb_project p "
+        f"--wandb_run_name x --train_from_scratch False --seed 42 --freeze_LLM False {shared}{lora} --batch_size 32 "
+        "--num_epochs 1",
     )
+    line = "--wandb_project p: wandb is not installed; pip install wandb; the run is not tracked there"
+    assert printed.splitlines().count(line) == 1
     run(
         f"rl.py --model_path {out}/sft/final_checkpoint --train_batch_size 64 --eval_batch_size 128 "
         f"--num_train_epochs 2 --gradient_accumulation_steps 2 --info_file {info} --sample_train False "
         "--eval_step 0.0999 --reward_type ranking --num_generations 16 --mask_all_zero False --dynamic_sampling False "
         "--sync_ref_model True --beam_search True --test_during_training False --temperature 1.0 --learning_rate 1e-5 "
         f"--add_gt False --beta 1e-3 --dapo False --output_dir {out}/rl --wandb_run_name x {shared}{lora} "
-        "--num_train_epochs 1",
+        f"--num_train_epochs 1 --test_during_training {bool(lora)}",
     )
-    printed = run(
-        f"evaluate.py --base_model {out}/rl/final_checkpoint --info_file {info} --category Bolts --test_data_path "
-        f"./{data}/test/Bolts_5_2016-10-2018-11.csv --result_json_data ./{out}/final.json --batch_size 8 "
-        "--num_beams 50 --max_new_tokens 256 --length_penalty 0.0",
-    )
-    assert "NDCG@K" in printed
-    results = json.loads((checkout / out / "final.json").read_text())
+    parts = checkout / "temp" / f"Bolts-{out}"
+    split_like_the_original(checkout / data / "test" / "Bolts_5_2016-10-2018-11.csv", parts, 2)
+    for part in range(2):
+        printed = run(
+            f"evaluate.py --base_model ./{out}/rl/final_checkpoint --info_file {info} --category Bolts "
+            f"--test_data_path {parts}/{part}.csv --result_json_data {parts}/{part}.json --batch_size 8 --num_beams 50 "
+            "--max_new_tokens 256 --temperature 1.0 --guidance_scale 1.0 --length_penalty 0.0",
+        )
+        assert "NDCG@K" in printed and "changes nothing" not in printed
+    results = merged_like_the_original(parts)
     assert len(results) == 10 and all(len(row["predict"]) == 39 for row in results)
+    known = {line.split("\t")[0].strip() for line in Path(info).read_text(encoding="utf-8").splitlines()}
+    hits, reciprocal = 0, 0.0
+    for row in results:
+        assert set(row["predict"]) <= known
+        place = row["predict"].index(row["output"].strip(' \n"'))
+        hits, reciprocal = hits + (place < 10), reciprocal + 1 / (place + 1)
+    each = [json.loads((parts / f"{part}.metrics").read_text()) for part in range(2)]
+    assert hits / 10 == pytest.approx(sum(one["HR@10"] for one in each) / 2)
+    assert reciprocal / 10 == pytest.approx(sum(one["MRR"] for one in each) / 2)
     assert (checkout / out / "rl" / "final_checkpoint" / "adapter_config.json").exists() == bool(lora)
+
+
+def test_every_evaluated_model_is_saved_unless_flags_say_otherwise():
+    """MiniOneRec's rl.sh names an eval_step and has no save_steps."""
+    for flags, fraction in (
+        ({"eval_step": 0.0999}, 0.0999),
+        ({}, 0.199),
+        ({"eval_step": 0.0999, "test_during_training": False}, 0.199),
+        ({"eval_step": 0.1, "save_steps": 0.2}, 0.2),
+    ):
+        problems = Problems()
+        chosen = rl.RLFlags(output_dir="out", **flags)
+        chosen.check(problems)
+        assert chosen.save_fraction == fraction and not [line for line in problems if "save_steps" in line]
+    rl.RLFlags(output_dir="out", eval_step=0.1, save_steps=0.15).check(problems)
+    assert problems[-1].endswith("without the flag, every evaluated model is saved")
+
+
+def test_flags_that_are_kept_say_when_they_change_nothing():
+    flags = evaluate.EvaluateFlags(temperature=0.7, guidance_scale=2.0)
+    assert flags.notes == [
+        "--temperature 0.7 changes nothing: rankings are by beam search",
+        "--guidance_scale 2 changes nothing: rankings are by beam search",
+    ]
