@@ -205,6 +205,8 @@ def evaluate(flags: EvaluateFlags) -> dict[str, float]:
 
     # Rank.
     prompts = encoder.encode_prompts(task, files.examples, [encoder.cutoff_len - trie.depth] * len(files.examples))
+    if encoder.control_note:
+        state.print(encoder.control_note)
     longest, length = max(map(len, prompts)), min(flags.num_beams, len(trie))
     state.print(f"decoding: {prove(model, longest, longest + length * trie.depth, f'--base_model {files.base}')}")
     decoding = time.perf_counter()

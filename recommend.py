@@ -253,6 +253,8 @@ def recommend(flags: RecommendFlags) -> None:
             flags.batch_size,
             state.is_main_process,
         )
+    if recommender.encoder.control_note:
+        state.print(recommender.encoder.control_note)
     state.print(f"{count} rows in {flags.output}")
 
 

@@ -415,6 +415,8 @@ def train(flags: RLFlags) -> "dict | Prediction":
         inputs = report.Inputs(config, tokenizer, sid_token_ids, encoded.encoder, files.train_rows, lora_utils.adapt)
         return report.rl(flags, inputs, list(train_dataset["prompt"]), steps, trie.depth, files.continues)
     eval_dataset = encoded.eval_dataset
+    for note in encoded.notes:
+        state.print(note)
     state.print(f"prompts: {len(train_dataset):,} to train on, {len(eval_dataset):,} to validate; steps: {steps:,}")
 
     # Find the checkpoint to resume from.
@@ -483,12 +485,14 @@ def train(flags: RLFlags) -> "dict | Prediction":
 
 @dataclass(frozen=True)
 class Encoded:
-    """The input as token ids: prompts to train on and to validate, and the trie of the SIDs that complete them."""
+    """The input as token ids: prompts to train on and to validate, the trie of the SIDs that complete them, and lines
+    about their texts."""
 
     encoder: "Encoder"
     trie: "Trie"
     train_dataset: "Dataset"
     eval_dataset: "Dataset"
+    notes: list[str]
 
 
 def encode(files: RLInput, tokenizer: "PreTrainedTokenizerFast") -> Encoded:
@@ -516,7 +520,9 @@ def encode(files: RLInput, tokenizer: "PreTrainedTokenizerFast") -> Encoded:
         train_dataset = train_dataset.shuffle(seed=flags.seed)
         train_dataset = train_dataset.select(range(int(LEFT_OUT * len(train_dataset)), len(train_dataset)))
     eval_encoder = Encoder(tokenizer, files.validation, files.cutoff_len)
-    return Encoded(encoder, trie, train_dataset, prompt_dataset(eval_encoder, files.eval_rows, budget))
+    eval_dataset = prompt_dataset(eval_encoder, files.eval_rows, budget)
+    notes = list(filter(None, dict.fromkeys([encoder.control_note, eval_encoder.control_note])))
+    return Encoded(encoder, trie, train_dataset, eval_dataset, notes)
 
 
 def grpo_config(

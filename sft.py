@@ -254,6 +254,8 @@ def train(flags: SFTFlags) -> "dict | Prediction":
     with state.local_main_process_first():
         train_dataset = training_examples()
         eval_dataset = tokenized_dataset(eval_encoder, files.eval_rows, [flags.eval_file])
+    for note in filter(None, dict.fromkeys([encoder.control_note, eval_encoder.control_note])):
+        state.print(note)
     state.print(f"training examples: {len(train_dataset):,}; validation examples: {len(eval_dataset):,}")
 
     # Plan the micro-batches: as token trees, where the model takes them.

@@ -3,6 +3,7 @@
 import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from itertools import chain, islice, product, takewhile
 from typing import TYPE_CHECKING
 
@@ -10,7 +11,8 @@ import numpy as np
 import tokenizers
 import torch
 
-from minionerec.data.files import Interaction, Item
+from minionerec.data.control_tokens import DATA_FIELDS, ControlTokens
+from minionerec.data.files import Interaction, Item, shorten
 from minionerec.data.prompts import SEPARATOR, Prompts, Task
 from minionerec.errors import InputError
 
@@ -28,6 +30,10 @@ def _fields(row: Interaction | Item) -> dict[str, str]:
         "sid": row.sid,
         "title": row.title,
     }
+
+
+def _response(task: Task, fields: dict[str, str]) -> str:
+    return task.response.format(**fields)
 
 
 class Pieces:
@@ -79,6 +85,8 @@ class Pieces:
 class Encoder:
     """Turns rows into token ids: a prompt, and the response with its end-of-sequence token.
 
+    Titles and descriptions are text: a control token or SID in them is tokenized as ordinary text.
+
     No sequence is longer than `cutoff_len`. A prompt that is too long first drops the oldest items of its history; if
     that is not enough, its longest field is cut at the end. The instruction is never cut: InputError if it takes more
     than three quarters of `cutoff_len`.
@@ -92,41 +100,82 @@ class Encoder:
         self.start = [token for token, _ in takewhile(lambda pair: pair[1], pairs)]
 
         self.pieces = Pieces(tokenizer.backend_tokenizer)
+        self.control = ControlTokens(tokenizer.backend_tokenizer)
+        self.control_texts: dict[str, str] = {}  # texts that hold a control token -> the first one
+        self.control_note: str | None = None  # a line about them
+        self._crossing = {task.name for task in prompts.tasks.values() if self._can_cross(task)}
         for task in prompts.tasks.values():
             empty = dict.fromkeys(("sid_history", "title_history", "sid", "title", "description"), "")
-            instruction = len(self.start) + len(self._ids([prompts.render(task, empty)])[0])
+            instruction = len(self.start) + len(self.pieces.encode([prompts.render(task, empty)])[0])
             if instruction > cutoff_len * 3 // 4:
                 raise InputError(
                     f"--cutoff_len {cutoff_len}: the instruction of task {task.name} has {instruction} tokens, which "
                     f"leaves too little room for the row; give {math.ceil(instruction * 4 / 3)} or more"
                 )
 
-    def _ids(self, texts: list[str]) -> list[list[int]]:
-        return self.pieces.encode(texts)
+    def _can_cross(self, task: Task) -> bool:
+        """Whether the wording of a task and its texts can make control tokens together: its rows are then all encoded
+        as those with control tokens."""
+        if task.fields.isdisjoint(DATA_FIELDS):
+            return False
+        forms = (partial(self.prompts.render, task), partial(_response, task))
+        return any(self.control.can_cross(form, SEPARATOR) for form in forms)
+
+    def _with_control_tokens(self, task: Task, rows: Sequence[dict[str, str]]) -> list[int]:
+        """The rows, by number, in whose data the tokenizer would find control tokens."""
+        if task.name in self._crossing:
+            return list(range(len(rows)))
+        names = [name for name in DATA_FIELDS if name in task.fields]
+        return sorted({i for name in names for i in self.control.first_in([fields[name] for fields in rows])})
+
+    def _note(self, row: Interaction | Item) -> None:
+        """Counts the texts of a row that hold control tokens."""
+        texts = [row.title, row.description] if isinstance(row, Item) else [row.title, *row.title_history]
+        self.control_texts.update({texts[i]: token for i, token in self.control.first_in(texts).items()})
+        if self.control_texts:
+            token = next(iter(self.control_texts.values()))
+            self.control_note = (
+                f"titles and descriptions with control tokens such as {shorten(token)}: {len(self.control_texts):,}; "
+                "there these are tokenized as text"
+            )
 
     def responses(self, task: Task, rows: list[Interaction | Item]) -> list[list[int]]:
         """Token ids of the responses, each at most half of `cutoff_len`; equal texts are tokenized once."""
-        texts = [task.response.format(**_fields(row)) for row in rows]
+        fields = list(map(_fields, rows))
+        texts = [_response(task, one) for one in fields]
         distinct = list(dict.fromkeys(texts))
-        limit = self.cutoff_len // 2 - 1
-        ids = {
-            text: [*ids[:limit], self.tokenizer.eos_token_id]
-            for text, ids in zip(distinct, self._ids(distinct), strict=True)
-        }
-        return [ids[text] for text in texts]
+        limit, end = self.cutoff_len // 2 - 1, self.tokenizer.eos_token_id
+        ids = {text: [*ids[:limit], end] for text, ids in zip(distinct, self.pieces.encode(distinct), strict=True)}
+        encoded = [ids[text] for text in texts]
+        held = self._with_control_tokens(task, fields)
+        for i, one in zip(held, self.control.encode(partial(_response, task), [fields[i] for i in held]), strict=True):
+            self._note(rows[i])
+            encoded[i] = [*one[:limit], end]
+        return encoded
 
     def encode_prompts(self, task: Task, rows: Sequence[Interaction | Item], budgets: list[int]) -> list[list[int]]:
         """Token ids of the prompts; that of row i has at most `budgets[i]`."""
-        texts = [self.prompts.render(task, _fields(row)) for row in rows]
-        encoded = [self.start + ids for ids in self._ids(texts)]
+        fields = list(map(_fields, rows))
+        held = self._with_control_tokens(task, fields)
+        encoded = self._prompts(task, fields, held)
+        for i in held:
+            self._note(rows[i])
         for i, budget in enumerate(budgets):
             if len(encoded[i]) > budget:
                 encoded[i] = self._shortened(task, rows[i], budget)
         return encoded
 
+    def _prompts(self, task: Task, rows: Sequence[dict[str, str]], held: Sequence[int]) -> list[list[int]]:
+        """Token ids of whole prompts, from the fields of rows; `held` is what `_with_control_tokens` found."""
+        form = partial(self.prompts.render, task)
+        encoded = self.pieces.encode(list(map(form, rows)))
+        for i, ids in zip(held, self.control.encode(form, [rows[i] for i in held]), strict=True):
+            encoded[i] = ids
+        return [self.start + ids for ids in encoded]
+
     def _shortened(self, task: Task, row: Interaction | Item, budget: int) -> list[int]:
         def ids_of(fields: dict[str, str]) -> list[int]:
-            return self.start + self._ids([self.prompts.render(task, fields)])[0]
+            return self._prompts(task, [fields], self._with_control_tokens(task, [fields]))[0]
 
         if isinstance(row, Interaction):
             while len(row.sid_history) > 1:

@@ -100,6 +100,8 @@ def tokenized_dataset(
             the key of the cache entry, which is in the cache folder of Hugging Face datasets (HF_DATASETS_CACHE). A
             damaged entry is built again.
 
+    Sets the encoder's `control_note`, also where the examples come from the cache.
+
     Returns:
         columns input_ids (int32 list: prompt, then response), prompt_length, length.
     """
@@ -114,11 +116,14 @@ def tokenized_dataset(
         digest.update(_file_digest(source).encode())
     folder = os.path.join(datasets.config.HF_DATASETS_CACHE, "minionerec")
     path = os.path.join(folder, f"{digest.hexdigest()[:32]}.arrow")
+    note = Path(f"{path}.note")
     if not _is_whole(path):
         with writing(f"{folder} (tokenized examples; HF_DATASETS_CACHE names another folder)"):
             os.makedirs(folder, exist_ok=True)
             write_examples(path, encoder, rows_of)
+            note.write_text(encoder.control_note or "", encoding="utf-8")
             Path(f"{path}.sha256").write_text(_file_digest(path))
+    encoder.control_note = note.read_text(encoding="utf-8") or None if note.exists() else None
     return datasets.Dataset.from_file(path)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from minionerec.data.control_tokens import ControlTokens
 from minionerec.data.encoding import batches
 from minionerec.data.files import Catalogue
 from minionerec.model import int8_rows
@@ -62,9 +63,10 @@ def _title_rows(
     """For every new token, the sum [N, H] of the mean rows of the titles of its items, and how many these are, [N]."""
     number = {token: place for place, token in enumerate(new_tokens)}
     total, count = torch.zeros(len(number), weight.shape[1]), torch.zeros(len(number))
+    control = ControlTokens(tokenizer.backend_tokenizer)
     titled = [item for item in catalogue.items.values() if item.title]
     for items in batches(titled, 1024):
-        words = tokenizer([item.title for item in items], add_special_tokens=False)["input_ids"]
+        words = control.tokenize([item.title for item in items])
         lengths = torch.tensor([len(title) for title in words])
         flat = torch.tensor([token for title in words for token in title], dtype=torch.long)
         read = weight[flat].detach().float().cpu()
