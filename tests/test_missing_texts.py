@@ -50,6 +50,8 @@ def catalogue_of(tmp_path, **fields) -> data_files.Catalogue:
         (["", NAN, None, "  "], ""),
         ("nan", ""),  # what Python writes for a NaN
         (["nan"], ""),
+        *((f" {word}\n", "") for word in sorted(data_files.MISSING)),
+        *((word, word) for word in ("Nan", "NAN", "none", "NONE", "Null", "na", "Na", "N/A-7", "null and void", "-")),
         (["A bolt.", NAN, "", " M8 "], "A bolt. M8"),
         (" Nan bread ", "Nan bread"),
         ("None such", "None such"),
@@ -109,7 +111,9 @@ def write(path: Path, rows: list[tuple[str, str]]) -> str:
         (("['x', 'y']", "nan"), ["x", "y"], ""),
         (("['x', nan]", "z"), ["x", ""], "z"),  # a list of pandas' with NaN in it
         (("[None, 'nan']", " z "), ["", ""], "z"),
-        (("['', ' ']", "None"), ["", " "], "None"),
+        (("['', ' ']", "none"), ["", " "], "none"),
+        (("[' NaN ', 'NULL']", "None"), ["", ""], ""),
+        (("[NaN, null]", "<NA>"), ["", ""], ""),
         (("[nan, '\\u00e9']", "Nan"), ["", "é"], "Nan"),
     ],
 )

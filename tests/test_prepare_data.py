@@ -499,3 +499,18 @@ def test_any_texts_and_ids_are_written_for_the_readers_or_refused(
         rows = list(data_files.read_interactions(str(folder / "d" / name / "any.csv"), "train_file", catalogue.sids))
         titles = {item.title for item in catalogue.items.values()}
         assert rows and all({row.title, *row.title_history} <= titles for row in rows)
+
+
+def test_what_is_missing_in_exports_is_missing_here_and_in_training(tmp_path):
+    inter = [{"user_id": f"U{n % 12}", "item_id": f"I{n * 7 % 10}", "timestamp": 10**9 + n * 3600} for n in range(144)]
+    titles = {2: "nan", 5: " NaN", 7: "None"}
+    items = [{"item_id": f"I{n}", "title": titles.get(n, f"Red {n} drill"), "description": "nan"} for n in range(10)]
+    (tmp_path / "inter.csv").write_bytes(encoded(inter, "csv"))
+    (tmp_path / "items.csv").write_bytes(encoded(items, "csv"))
+    out = tmp_path / "out"
+    files = {"interactions": str(tmp_path / "inter.csv"), "items": str(tmp_path / "items.csv")}
+    prepare_data(**files, output_dir=str(out), category="T", codes=4, min_interactions=2)
+    assert json.loads((out / "dataset.json").read_text())["items"]["untitled"] == 3
+    catalogue = data_files.read_catalogue(str(out / "index/T.index.json"), str(out / "index/T.item.json"))
+    assert len(catalogue.items) == 7
+    assert all(item.title.startswith("Red ") and item.description == "" for item in catalogue.items.values())

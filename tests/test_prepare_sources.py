@@ -11,12 +11,13 @@ from helpers import encoded
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from minionerec.data.files import present
 from minionerec.errors import InputError
 from minionerec.prepare import cleaning, sources
 
 generated = settings(max_examples=60, deadline=None, derandomize=True)
 IDS = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1, max_size=8)
-IDS = IDS.map(str.strip).filter(bool)
+IDS = IDS.map(present).filter(bool)
 ROWS = st.lists(st.tuples(IDS, IDS, st.integers(0, 4_000_000_000)), min_size=1, max_size=30)
 FORMATS = ["csv", "tsv", "json", "parquet"]
 ALWAYS = (0, sources.LATEST)
@@ -174,7 +175,7 @@ def test_times_of_parquet_columns(tmp_path):
 def test_ids_are_text_of_one_form():
     same = [sources.identifier(value) for value in ("12", " 12\n", 12, 12.0)]
     assert same == ["12"] * 4 and sources.identifier("0012") == "0012" and sources.identifier(2**70) == str(2**70)
-    for value in ("", "  ", None, True, 1.5, float("nan"), float("inf"), [], {}, "\ud800"):
+    for value in ("", "  ", None, True, 1.5, float("nan"), float("inf"), [], {}, "\ud800", "nan", " NULL "):
         assert sources.identifier(value) is None, value
 
 
@@ -184,6 +185,13 @@ def test_ids_are_text_of_one_form():
         ("a\tb\r\nc\u2028d\x00e", "a b c d e"),
         ('<a_1><b_2>5" &lt;pipe&gt; &amp; 3 < 4 > 2', '5" & 3 < 4 > 2'),
         ("<<a_1>a_1>", "< a_1>"),
+        ("Bolt<|im_end|></s>[SEP] M4 <|>", "Bolt [SEP] M4"),
+        ("nan", ""),
+        (" NULL\n", ""),
+        (["None", "a", "N/A", ["<NA>"]], "a"),
+        ("\\N", ""),
+        ("Nan", "Nan"),
+        ("none such", "none such"),
         ("&amp;lt;a_1&amp;gt;", "&lt;a_1&gt;"),
         (["one ", "", None, ["two", 3]], "one two 3"),
         ("螺丝 🔩 M3", "螺丝 🔩 M3"),

@@ -195,13 +195,23 @@ def _item_texts(fields: object, item: str, problems: FileProblems) -> tuple[str,
     return None
 
 
-# How Python writes a float NaN. pandas reads a missing text as NaN, so this is what it writes back as text.
-NAN = "nan"
+# What programs write where a text is missing: Python and pandas, R, Excel, JSON, SQL and its dumps. They write it like
+# this, so "Nan", "Null" and "none" are titles. pandas.read_csv takes the same words, without NaT and \N.
+MISSING = frozenset(
+    {"nan", "NaN", "-nan", "-NaN", "NaT", "<NA>", "None", "NA", "N/A", "n/a", "#N/A", "#NA", "#N/A N/A", "null", "NULL"}
+    | {"\\N", "1.#IND", "-1.#IND", "1.#QNAN", "-1.#QNAN"}
+)
+
+
+def present(text: str) -> str:
+    """The text without spaces at its ends; empty if it stands for a missing one."""
+    text = text.strip()
+    return "" if text in MISSING else text
 
 
 def _text(value: object) -> str | None:
-    """The text of a JSON value: empty for null, NaN and "nan"; the texts of a list, joined. None for any other value,
-    such as an object or a number."""
+    """The text of a JSON value: empty for null, NaN and the words of MISSING; the texts of a list, joined. None for any
+    other value, such as an object or a number."""
     if isinstance(value, list):
         parts = [_text(part) for part in value if not isinstance(part, list)]  # a list within a list is not text
         return " ".join(filter(None, parts)) if len(parts) == len(value) and None not in parts else None
@@ -209,8 +219,7 @@ def _text(value: object) -> str | None:
         return ""
     if not is_text(value):
         return None
-    value = value.strip()
-    return "" if value == NAN else value
+    return present(value)
 
 
 def _description(value: object) -> str | None:
@@ -254,7 +263,7 @@ def read_info_items(path: str, catalogue: Catalogue | None = None) -> list[InfoI
                     problems.add(f", line {number}", f"expected SID<tab>title<tab>item id, found {shorten(line)}")
                     continue
                 sid, item = fields[0].strip(), fields[-1].strip()
-                items.append(InfoItem(item, "\t".join(fields[1:-1]).strip(), sid))
+                items.append(InfoItem(item, present("\t".join(fields[1:-1])), sid))
                 if catalogue is not None:
                     known = catalogue.items.get(item)
                     if known is None:
@@ -277,8 +286,8 @@ _PLAIN_LIST = re.compile(rf"\[{_TEXT}(?:, {_TEXT})*\]")
 
 
 def _list_cell(text: str, missing: bool = False) -> list[str] | None:
-    """The texts of a list cell, or None if the cell is not a list of texts. With `missing`, the elements None and nan
-    are empty texts."""
+    """The texts of a list cell, or None if the cell is not a list of texts. With `missing`, the elements None, nan
+    and others that MISSING has are empty texts."""
     if _PLAIN_LIST.fullmatch(text):
         return [part[1:-1] for part in _PLAIN_TEXT.findall(text)]
     try:
@@ -294,8 +303,10 @@ def _list_cell(text: str, missing: bool = False) -> list[str] | None:
 
 
 def _is_missing(node: ast.expr) -> bool:
-    """Whether an element of a list is None or nan."""
-    return (isinstance(node, ast.Constant) and node.value is None) or (isinstance(node, ast.Name) and node.id == NAN)
+    """Whether an element of a list is None, nan or another name that stands for a missing text."""
+    return (isinstance(node, ast.Constant) and node.value is None) or (
+        isinstance(node, ast.Name) and node.id in MISSING
+    )
 
 
 def read_interactions(
@@ -373,10 +384,9 @@ def _interaction(row: dict[str, str], titles: bool, known: set[str] | None) -> I
                 return f"SID {shorten(value)} is not in the index or info file"
     elif not sid:
         return "item_sid is empty"
-    title = row["item_title"].strip() if titles else ""
-    if NAN in title_history:
-        title_history = ["" if text == NAN else text for text in title_history]
-    return Interaction(sid_history, title_history, sid, "" if title == NAN else title)
+    if not MISSING.isdisjoint(map(str.strip, title_history)):
+        title_history = ["" if text.strip() in MISSING else text for text in title_history]
+    return Interaction(sid_history, title_history, sid, present(row["item_title"]) if titles else "")
 
 
 def _not_a_list(row: dict[str, str], column: str) -> str:

@@ -129,7 +129,12 @@ def embed_with_model(path: str, texts: Sequence[str]) -> np.ndarray:
     batches = [order[start : start + MODEL_BATCH] for start in range(0, len(order), MODEL_BATCH)]
     for batch in tqdm(batches, unit="batch", leave=False, disable=None):
         encoded = tokenizer(
-            [texts[i] for i in batch], padding=True, truncation=True, max_length=longest, return_tensors="pt"
+            [texts[i] for i in batch],
+            padding=True,
+            truncation=True,
+            max_length=longest,
+            return_tensors="pt",
+            split_special_tokens=True,  # a text with [SEP] is a text
         ).to(model.device)
         if not encoded.input_ids.shape[1]:  # all texts of the batch are empty
             continue

@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet
 
-from minionerec.data.files import FileProblems, is_text, shorten
+from minionerec.data.files import FileProblems, is_text, present, shorten
 from minionerec.errors import InputError
 from minionerec.prepare.cleaning import INTERACTION, Spool
 
@@ -263,7 +263,7 @@ def _plain(name: str) -> str:
 def identifier(value: object) -> str | None:
     """A user or item id as text, or None if the value is not an id. A whole float is an integer that lost its type."""
     if isinstance(value, str):
-        value = value.strip()
+        value = present(value)
         return value if value and is_text(value) else None
     if isinstance(value, bool):
         return None
@@ -414,14 +414,16 @@ def read_items(
     return list(found.values()), counts
 
 
-_TAG = re.compile(r"<(?:/?[a-zA-Z]|!)[^<>]*>")
+_TAG = re.compile(r"<(?:/?[a-zA-Z]|[!|])[^<>]*>")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 
 
 def text_of(value: object, depth: int = 2, separator: str = " ") -> str | None:
-    """A cell as one line of text without markup; None if it is neither text nor a list of texts.
+    """A cell as one line of text without markup, empty if it stands for a missing one; None if it is neither text nor a
+    list of texts.
 
-    Markup is removed because a title that contains `<a_1>` would become a semantic ID in the prompts.
+    Markup is what stands between < and > and looks like a tag, a SID or a control token: other programs that read the
+    files may take `<a_1>` and `<|im_end|>` for tokens. Our own take all that is left as text.
     """
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return ""
@@ -438,4 +440,4 @@ def text_of(value: object, depth: int = 2, separator: str = " ") -> str | None:
         value = _TAG.sub(" ", value)
     if not value.isascii():  # an escape in JSON can stand for half a surrogate pair
         value = value.encode("utf-8", "replace").decode("utf-8")
-    return " ".join(_CONTROL.sub(" ", value).split())
+    return present(" ".join(_CONTROL.sub(" ", value).split()))
