@@ -46,8 +46,8 @@ class RecommendFlags(PromptFlags):
     )
     histories: str = flag(
         "",
-        'a file of histories: JSON lines such as {"history": ["12", "40"]}, or a CSV file of interactions, of which '
-        "only the histories are used.",
+        'a file of histories: JSON lines such as {"history": ["12", "40"]}, or a CSV file with the column '
+        "history_item_sid.",
     )
     output: str = flag("", "file for the recommendations for histories, as JSON lines.")
     K: int = flag(10, "items to recommend.", above_zero)
@@ -210,7 +210,7 @@ def recommend(flags: RecommendFlags) -> None:
         from tqdm import tqdm
 
         from minionerec.model import device
-        from minionerec.recommending.batch import write_recommendations
+        from minionerec.recommending import batch
 
     state = device.process_state()
     for line in files.notes:
@@ -220,6 +220,8 @@ def recommend(flags: RecommendFlags) -> None:
     # One history: a line for each item.
     if files.request:
         (items,) = recommender.recommend([files.request], tqdm(disable=True))
+        if not items:
+            state.print("nothing is left to recommend: the constraints allow no item of the catalogue")
         for place, item in enumerate(items, 1):
             state.print(f"{place:>3}  {item['score']:9.4f}  {item['id']}  {item['sid']}  {item['title']}")
         return
@@ -238,24 +240,27 @@ def recommend(flags: RecommendFlags) -> None:
         uvicorn.run(app, host=flags.host, port=flags.serve, log_level="warning")
         return
 
-    # A file of histories: a line of JSON for each.
+    # A file of histories: a line of JSON for each. The processes of a distributed run divide its batches.
     kept = files.done
     if kept:
         state.print(f"{flags.output}.partial: {kept} of {files.requests} rows are there already")
     rows = files.reader.read_file(flags.histories, "histories")
+    chunk = batch.BATCHES * flags.batch_size
     with tqdm(total=files.requests, unit="row", leave=False, disable=not state.is_main_process) as bar:
-        count = write_recommendations(
+        count = batch.write_recommendations(
             flags.output,
             files.settings,
             kept,
             rows,
-            lambda requests: recommender.recommend(requests, bar),
-            flags.batch_size,
+            lambda requests: recommender.recommend(requests, bar, chunk),
+            chunk * state.num_processes,
             state.is_main_process,
         )
     if recommender.encoder.control_note:
         state.print(recommender.encoder.control_note)
     state.print(f"{count} rows in {flags.output}")
+    if state.is_main_process and (empty := batch.count_empty(flags.output)):
+        print(f"{empty} of them have no items: their constraints allow none of the catalogue")
 
 
 if __name__ == "__main__":

@@ -177,6 +177,71 @@ def test_flags_are_the_defaults_of_requests(files, checkpoint, tmp_path):
     assert len(found[1]["items"]) == 2
 
 
+CSV = {
+    "no target column": ("h.csv", "history_item_sid\n", ""),
+    "empty targets": ("h.csv", "history_item_sid,item_sid\n", ","),
+    "capitals": ("H.CSV", "history_item_sid,item_sid\n", ",<a_1><b_0><c_1>"),
+}
+
+
+@pytest.mark.parametrize("kind", CSV)
+def test_a_csv_file_needs_histories_only(files, checkpoint, tmp_path, kind):
+    name, header, target = CSV[kind]
+    histories = [["<a_0><b_0><c_0>"], ["<a_1><b_2><c_2>", "<a_2><b_2><c_0>"]]
+    lines = "".join(f'"{history}"{target}\n' for history in histories)
+    (tmp_path / name).write_text(header + lines)
+    found = recommended(files, checkpoint, tmp_path / "o.jsonl", histories=tmp_path / name)
+    assert [row["history"] for row in found] == histories and all(len(row["items"]) == 20 for row in found)
+
+
+def test_bad_histories_of_a_csv_file_are_named_with_their_lines(files, checkpoint, tmp_path):
+    cells = ["\"['<a_0><b_0><c_0>']\"", "[]", "'x'", "\"['<a_0>\n']\"", "\"['<a_0><b_0><c_0>']\""]
+    (tmp_path / "h.csv").write_text("user,history_item_sid\n" + "".join(f"u,{cell}\n" for cell in cells) + "u\n")
+    done = run_command("recommend.py", **flags_of(files, checkpoint, tmp_path / "o", histories=tmp_path / "h.csv"))
+    places = [line.split("h.csv")[1] for line in done.stderr.strip().splitlines()]
+    assert done.returncode == 2 and [place[:9] for place in places] == [f", line {line}:" for line in (3, 4, 6, 8)]
+    assert "history_item_sid is empty" in places[0] and "the row ends before it" in places[3]
+
+
+def test_a_line_says_that_nothing_is_left(files, checkpoint, tmp_path):
+    (tmp_path / "one.txt").write_text(Path(files["info"]).read_text(encoding="utf-8").splitlines()[0] + "\n")
+    flags = {"info_file": tmp_path / "one.txt", "exclude_seen": True}
+    done = run_command("recommend.py", **flags_of(files, checkpoint, history="0", **flags))
+    assert done.returncode == 0 and "the constraints allow no item of the catalogue" in done.stdout
+    rows = requests_file(tmp_path / "r", [{"history": ["0"]}, {"history": ["0"], "exclude_seen": False}])
+    more = {"histories": rows, **flags}
+    done = run_command("recommend.py", **flags_of(files, checkpoint, tmp_path / "o.jsonl", **more))
+    assert done.returncode == 0 and "1 of them have no items: their constraints allow none" in done.stdout
+
+
+def test_batches_stay_within_their_chunk(files, checkpoint, tmp_path, monkeypatch):
+    """So a file is ranked in the same batches, whether its chunks come one by one or as many as there are processes."""
+    from minionerec.decoding import ranking
+
+    rows = [{"history": [str(i % 40) for i in range(n % 5 + 1)]} for n in range(20)]
+    path = requests_file(tmp_path / "r", rows)
+    batches = []
+
+    def decode(model, input_ids, *args, real=ranking.constrained_beam_search, **more):
+        batches.append(input_ids.tolist())
+        return real(model, input_ids, *args, **more)
+
+    monkeypatch.setattr(batch, "BATCHES", 2)
+    monkeypatch.setattr(ranking, "constrained_beam_search", decode)
+    written = []
+    for processes in (1, 3):
+
+        def several(*args, real=batch.write_recommendations, processes=processes):
+            return real(*args[:5], args[5] * processes, args[6])
+
+        with monkeypatch.context() as patch:
+            patch.setattr(batch, "write_recommendations", several)
+            recommended(files, checkpoint, tmp_path / "o.jsonl", histories=path, batch_size=4)
+        written.append(((tmp_path / "o.jsonl").read_bytes(), batches[:]))
+        batches.clear()
+    assert written[0] == written[1] and len(written[0][1]) == 5
+
+
 class Killed(BaseException):
     pass
 
@@ -219,7 +284,10 @@ def test_a_killed_run_continues_to_the_same_bytes(files, checkpoint, tmp_path, m
 
 @pytest.mark.slow
 def test_two_processes_write_what_one_writes(files, checkpoint, tmp_path):
-    rows = recommended(files, checkpoint, tmp_path / "one.jsonl", batch_size=2)
-    started = start_command("recommend.py", flags_of(files, checkpoint, tmp_path / "two.jsonl", batch_size=2), ranks=2)
+    """The bytes: the file has several chunks of one process."""
+    path = requests_file(tmp_path / "r", [{"history": [str(i % 40) for i in range(n % 5 + 1)]} for n in range(70)])
+    recommended(files, checkpoint, tmp_path / "one.jsonl", batch_size=2, histories=path)
+    flags = flags_of(files, checkpoint, tmp_path / "two.jsonl", batch_size=2, histories=path)
+    started = start_command("recommend.py", {**flags, "histories": path}, ranks=2)
     assert started.wait() == [0, 0], started.errors[-3000:]
-    assert [json.loads(line) for line in (tmp_path / "two.jsonl").read_text().splitlines()] == rows
+    assert (tmp_path / "two.jsonl").read_bytes() == (tmp_path / "one.jsonl").read_bytes()

@@ -332,6 +332,18 @@ def read_interactions(
     problems.check()
 
 
+def read_histories(path: str, flag: str, problems: FileProblems) -> Iterator[tuple[int, list[str]]]:
+    """The SIDs of the histories of an interactions file, each with its line. The file needs no other column: those who
+    are to get recommendations have no next item yet. Bad cells go to `problems`. Raises InputError where the file
+    cannot be read."""
+    for line, row in _csv_rows(path, flag, SID_COLUMNS[:1]):
+        history = "the row ends before it" if row[SID_COLUMNS[0]] is None else _sid_history(row)
+        if isinstance(history, str):
+            problems.add(f", line {line}", history)
+        else:
+            yield line, history
+
+
 def read_item_ids(path: str, flag: str) -> list[str]:
     """The item id of the target of every row of an interactions file, its column ITEM_COLUMN. Raises InputError where
     there is no such column, or the file cannot be read."""
@@ -367,14 +379,12 @@ def _interaction(row: dict[str, str], titles: bool, known: set[str] | None) -> I
     for column in SID_COLUMNS + (TITLE_COLUMNS if titles else ()):
         if row[column] is None:  # how DictReader fills a row that is too short
             return f"the row ends before column {column}"
-    sid_history = _list_cell(row["history_item_sid"])
-    if sid_history is None:
-        return _not_a_list(row, "history_item_sid")
+    sid_history = _sid_history(row)
+    if isinstance(sid_history, str):
+        return sid_history
     title_history = _list_cell(row["history_item_title"], missing=True) if titles else []
     if title_history is None:
         return _not_a_list(row, "history_item_title")
-    if not sid_history:
-        return "history_item_sid is empty; a row needs at least one past item"
     if titles and len(title_history) != len(sid_history):
         return f"history_item_title has {len(title_history)} entries, history_item_sid {len(sid_history)}"
     sid = row["item_sid"].strip()
@@ -387,6 +397,14 @@ def _interaction(row: dict[str, str], titles: bool, known: set[str] | None) -> I
     if not MISSING.isdisjoint(map(str.strip, title_history)):
         title_history = ["" if text.strip() in MISSING else text for text in title_history]
     return Interaction(sid_history, title_history, sid, present(row["item_title"]) if titles else "")
+
+
+def _sid_history(row: dict[str, str]) -> list[str] | str:
+    """The SIDs of a row's history, or what is wrong with them, as text."""
+    history = _list_cell(row[SID_COLUMNS[0]])
+    if history is None:
+        return _not_a_list(row, SID_COLUMNS[0])
+    return history or f"{SID_COLUMNS[0]} is empty; a row needs at least one past item"
 
 
 def _not_a_list(row: dict[str, str], column: str) -> str:

@@ -43,6 +43,7 @@ def score_prompts(
     length_penalty: float = 0.0,
     allowed: Callable[[int], np.ndarray | None] | None = None,
     bar: tqdm | None = None,
+    chunk: int | None = None,
 ) -> list[list[tuple[int, float]]]:
     """As `rank_prompts`, with the score of every SID: the sum of its tokens' log-probabilities, in nats, divided by
     their number to the power of `length_penalty`.
@@ -54,6 +55,8 @@ def score_prompts(
         allowed: called with the number of a prompt, gives the rows of `trie.sequences` that it may get, [S] of bool, or
             None for all.
         bar: a progress bar to move on by the number of prompts; None for a new one.
+        chunk: batches are formed within chunks of so many prompts, a multiple of `batch_size`; None for one chunk. A
+            score depends on its batch in the last digits, so the same chunks give the same bytes, whoever ranks them.
 
     Raises RunError, in all processes, if a score is NaN.
     """
@@ -63,7 +66,7 @@ def score_prompts(
         batch_size = 1  # so that all processes run the same number of forward passes
     # Prompts of similar length are in one batch. The longest come first, so a run that does not fit into memory fails
     # at its start. Batches go to the processes in turn, so each process gets short and long ones.
-    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+    order = sorted(range(len(prompts)), key=lambda i: (i // (chunk or len(prompts)), -len(prompts[i])))
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
     mine = batches[state.process_index :: state.num_processes]
     # If the weights are sharded, all processes must take part in every forward pass: those with one batch fewer repeat
@@ -87,7 +90,9 @@ def score_prompts(
                 (i, [(int(trie.source[row]), score) for row, score in zip(rows, of_rows, strict=True) if row != PAD])
                 for i, rows, of_rows in found
             ]
-            (own if bar is None else bar).update(len(batch))
+            own.update(len(batch))
+            if bar is not None:
+                bar.update(len(batch) * state.num_processes)
     # All processes raise together: if only one did, the others would wait for it forever.
     if not all(gather_object([finite])):
         raise RunError(

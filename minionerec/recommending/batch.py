@@ -16,7 +16,7 @@ from minionerec.errors import InputError, RunError
 from minionerec.recommending.requests import Request
 from minionerec.saving import write_json
 
-BATCHES = 16  # that are sorted by length together, and written together
+BATCHES = 16  # that are sorted by length together
 
 
 def settings_of(flags: dict[str, object], files: Iterable[str], model: str) -> dict[str, object]:
@@ -55,13 +55,15 @@ def write_recommendations(
     done: int,
     requests: Iterator[Request],
     recommend: Callable[[Sequence[Request]], list[list[dict[str, object]]]],
-    batch_size: int,
+    chunk: int,
     writes: bool,
 ) -> int:
     """Writes one line of JSON for each request, in order: its history and its items. Returns their number.
 
     Args:
         done: rows of an earlier run, as `check_output` counted them.
+        chunk: requests that are ranked and written together. It does not change the rows if it is a multiple of the
+            size of the chunks in which `recommend` forms batches.
         writes: whether this process of a distributed run writes.
     """
     partial = f"{output}.partial"
@@ -73,13 +75,13 @@ def write_recommendations(
         with open(partial if writes else os.devnull, "ab") as file:
             if writes:
                 file.truncate(_end_of_line(partial, done))
-            while chunk := list(islice(requests, BATCHES * batch_size)):
-                count += len(chunk)
+            while taken := list(islice(requests, chunk)):
+                count += len(taken)
                 if count <= done:
                     continue
-                rows = zip(chunk, recommend(chunk), strict=True)
+                rows = zip(taken, recommend(taken), strict=True)
                 lines = [_line({"history": request.given, "items": items}) for request, items in rows]
-                file.write(b"".join(lines[max(0, done - count + len(chunk)) :]))
+                file.write(b"".join(lines[max(0, done - count + len(taken)) :]))
                 file.flush()
         if writes:
             os.replace(partial, output)
@@ -87,6 +89,12 @@ def write_recommendations(
     except OSError as error:
         raise RunError(f"{output} cannot be written: {error}; the same command continues after {partial}") from None
     return count
+
+
+def count_empty(output: str) -> int:
+    """The rows of a written file that have no items."""
+    with open(output, "rb") as file:
+        return sum(line.endswith(b'"items": []}\n') for line in file)
 
 
 def _line(row: dict[str, object]) -> bytes:

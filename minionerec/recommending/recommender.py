@@ -51,9 +51,12 @@ class Recommender:
         self.row = np.fromiter((row_of[item.sid] for item in items.all), np.int64, len(items))  # [N], of the trie
         self._only: dict[tuple[frozenset[int], ...], np.ndarray] = {}
 
-    def recommend(self, requests: Sequence[Request], bar: tqdm | None = None) -> list[list[dict[str, object]]]:
+    def recommend(
+        self, requests: Sequence[Request], bar: tqdm | None = None, chunk: int | None = None
+    ) -> list[list[dict[str, object]]]:
         """For every request its K items, best first, each with id, title, SID and score (the log-probability of its
-        SID, in nats); fewer where fewer are allowed. `bar` shows the progress. Raises RunError if a score is NaN."""
+        SID, in nats); fewer where fewer are allowed. `bar` and `chunk` are those of
+        `score_prompts`. Raises RunError if a score is NaN."""
         prompts = self.encoder.encode_prompts(
             self.task,
             [self._row(request) for request in requests],
@@ -68,6 +71,7 @@ class Recommender:
             self.batch_size,
             allowed=lambda i: self._allowed_rows(requests[i]),
             bar=bar,
+            chunk=chunk,
         )
         return [self._expand(*one) for one in zip(requests, ranked, strict=True)]
 

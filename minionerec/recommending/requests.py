@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from minionerec.data.files import FileProblems, is_text, open_text, read_interactions, shorten
+from minionerec.data.files import FileProblems, is_text, open_text, read_histories, shorten
 from minionerec.data.items import ItemColumns, Items
 from minionerec.errors import InputError, Problems
 
@@ -106,13 +106,14 @@ class RequestReader:
         return self.columns.where(condition)
 
     def read_file(self, path: str, flag: str) -> Iterator[Request]:
-        """The requests of a file, streamed: a CSV file of interactions, of which the histories are used, or JSON lines.
+        """The requests of a file, streamed: a CSV file with histories of SIDs, or JSON lines.
 
         Raises InputError after the last row, naming the lines of the first bad ones.
         """
         problems = FileProblems(f"--{flag} {path}")
         count = 0
-        for line, data in _csv_histories(path, flag) if path.endswith(".csv") else _json_lines(path, flag, problems):
+        read = _csv_histories if path.lower().endswith(".csv") else _json_lines
+        for line, data in read(path, flag, problems):
             count += 1
             try:
                 yield self.read(data)
@@ -151,10 +152,9 @@ def _texts(name: str, value: object) -> list[str]:
     return texts
 
 
-def _csv_histories(path: str, flag: str) -> Iterator[tuple[int, dict]]:
-    """The histories of an interactions file; rows are counted from line 2."""
-    for row, interaction in enumerate(read_interactions(path, flag, titles=False)):
-        yield row + 2, {"history": interaction.sid_history}
+def _csv_histories(path: str, flag: str, problems: FileProblems) -> Iterator[tuple[int, object]]:
+    for line, history in read_histories(path, flag, problems):
+        yield line, {"history": history}
 
 
 def _json_lines(path: str, flag: str, problems: FileProblems) -> Iterator[tuple[int, object]]:
