@@ -9,6 +9,7 @@ is in minionerec/recommending/requests.py.
 """
 
 import os
+import re
 import socket
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from minionerec import cli
 from minionerec.checkpoint import Checkpoint, read_model
-from minionerec.data.files import read_info_items, read_item_ids
+from minionerec.data.files import open_text, read_info_items, read_item_ids
 from minionerec.data.items import ItemColumns, Items, read_item_list
 from minionerec.data.prompts import RECOMMENDATION, Prompts
 from minionerec.errors import InputError, Problems
@@ -27,6 +28,9 @@ from minionerec.recommending.requests import Request, RequestReader
 
 if TYPE_CHECKING:
     from minionerec.recommending.recommender import Recommender
+
+
+SERVER_PACKAGES = ("fastapi", "uvicorn", "prometheus-client")
 
 
 def _port(value: int) -> str | None:
@@ -68,6 +72,12 @@ class RecommendFlags(PromptFlags):
         "the address to listen on with serve; 0.0.0.0 for every network.",
         lambda value: None if value.strip() else "must be an address, such as 127.0.0.1",
     )
+    api_key_file: str = flag("", "file of keys for serve, one per line; each request must then have one.")
+    allowed_hosts: str = flag(
+        "",
+        "names that requests may call the server, separated by commas, such as shop.example,*.shop.example; * for any. "
+        "Without it any, or localhost if it listens to this machine only.",
+    )
     max_waiting: int = flag(256, "requests that may wait with serve; further ones are refused (503).", above_zero)
 
     def check(self, problems: Problems) -> None:
@@ -87,13 +97,35 @@ class RecommendFlags(PromptFlags):
             problems.add("--where needs --item_meta_path, the file with the columns of the items")
         if self.serve and not _port(self.serve):
             self._check_server(problems)
+        for name in ("api_key_file", "allowed_hosts"):
+            if getattr(self, name) and not self.serve:
+                problems.add(f"--{name} has no effect without --serve")
+        for name in self.hosts:
+            if not re.fullmatch(r"(\*\.)?[\w.-]+|\[[\da-fA-F:.]+\]|\*", name):
+                problems.add(f"--allowed_hosts {name!r}: must be a name such as shop.example, *.shop.example or [::1]")
+
+    @property
+    def url(self) -> str:
+        """Where the server listens."""
+        return f"http://{f'[{self.host}]' if ':' in self.host else self.host}:{self.serve}"
+
+    @property
+    def hosts(self) -> list[str]:
+        """The names that a request may call the server. One that listens to this machine only answers to no other name:
+        a page of another site could otherwise ask it, by a name that leads here."""
+        if self.allowed_hosts:
+            return [name.strip() for name in self.allowed_hosts.split(",")]
+        local = self.host == "localhost" or self.host.startswith("127.") or self.host == "::1"
+        return ["localhost", "127.0.0.1", "[::1]", self.host.replace("::1", "[::1]")] if local else ["*"]
 
     def _check_server(self, problems: Problems) -> None:
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             problems.add(f"--serve {self.serve}: one process serves; start it without torchrun")
-        missing = [name for name in ("fastapi", "uvicorn") if find_spec(name) is None]
+        missing = [name for name in SERVER_PACKAGES if find_spec(name.replace("-", "_")) is None]
         if missing:
-            problems.add(f"--serve {self.serve}: needs {' and '.join(missing)}; pip install fastapi uvicorn")
+            problems.add(
+                f"--serve {self.serve}: needs {' and '.join(missing)}; pip install {' '.join(SERVER_PACKAGES)}"
+            )
         try:
             family = socket.AF_INET6 if ":" in self.host else socket.AF_INET
             with socket.create_server((self.host, self.serve), family=family):
@@ -110,6 +142,7 @@ class RecommendInput:
         requests: how many `histories` has.
         request: of --history.
         settings, done: of an output file (see `recommending.batch`).
+        keys: of --api_key_file.
     """
 
     checkpoint: Checkpoint
@@ -121,6 +154,7 @@ class RecommendInput:
     requests: int
     settings: dict[str, object]
     done: int
+    keys: list[str]
     notes: list[str]
 
 
@@ -129,6 +163,11 @@ def read_input(flags: RecommendFlags) -> RecommendInput:
     wrong."""
     problems = Problems()
     flags.check(problems)
+    return read_files(problems, flags)
+
+
+def read_files(problems: Problems, flags: RecommendFlags) -> RecommendInput:
+    """`read_input` after the flags were checked: a server reads its files again when it takes a new checkpoint."""
     checkpoint, base = read_model(problems, "model", flags.model, flags.adapter)
     prompts = None
     if checkpoint:
@@ -152,13 +191,30 @@ def read_input(flags: RecommendFlags) -> RecommendInput:
         settings = settings_of({**flags.to_dict(), "output": ""}, files, checkpoint.path)
         problems.attempt(hold, "output", flags.output, lock_of_new)  # before the rows that are there are counted
         done = problems.attempt(check_output, flags.output, settings) or 0
+    keys = problems.attempt(_read_keys, flags.api_key_file) if flags.api_key_file else []
     problems.check()
+    assert keys is not None
     assert checkpoint and base and prompts and items and reader  # nothing was wrong
     if flags.prompt_file:
         notes = checkpoint.differing_prompts(prompts)
     else:
         notes = checkpoint.differing_flags(flags.to_dict(), ("category",))
-    return RecommendInput(checkpoint, base, prompts, items, reader, request, count, settings, done, notes)
+    return RecommendInput(checkpoint, base, prompts, items, reader, request, count, settings, done, keys, notes)
+
+
+def _read_keys(path: str) -> list[str]:
+    """The keys of a file, one per line."""
+    with open_text(path, "api_key_file") as file:
+        try:
+            keys = [line.strip() for line in file if line.strip()]
+        except UnicodeDecodeError as error:
+            raise InputError(f"--api_key_file {path}: is not UTF-8 text: {error.reason}") from None
+    bad = [number for number, key in enumerate(keys, 1) if not re.fullmatch(r"[!-~]+", key)]
+    if bad:  # the key itself stays out of logs
+        raise InputError(f"--api_key_file {path}: key {bad[0]} has spaces or other than ASCII; a header cannot have it")
+    if not keys:
+        raise InputError(f"--api_key_file {path}: lists no keys")
+    return keys
 
 
 def _reader(problems: Problems, flags: RecommendFlags, items: Items) -> RequestReader | None:
@@ -200,11 +256,45 @@ def load(flags: RecommendFlags, files: RecommendInput) -> "Recommender":
     return Recommender(model, tokenizer, encoder, task, trie, files.items, flags.num_beams, flags.batch_size)
 
 
+def serve(flags: RecommendFlags, files: RecommendInput) -> None:
+    """Recommends over HTTP until a signal stops it."""
+    from minionerec.recommending.connections import run
+    from minionerec.recommending.server import make_app
+    from minionerec.recommending.worker import Loaded
+
+    read = [files]
+
+    def load_checkpoint() -> Loaded:
+        """In the thread that asks the model. From the second time on, the files are read again."""
+        again = not read
+        files = read_files(Problems(), flags) if again else read.pop()
+        with importing():
+            from tqdm import tqdm
+
+            from minionerec.model import device
+
+        device.process_state()
+        for line in files.notes:
+            print(line, flush=True)
+        recommender = load(flags, files)
+        if not again:
+            print(f"{flags.url} recommends from {len(files.items)} items; Ctrl-C stops", flush=True)
+        return Loaded(files.reader, lambda requests: recommender.recommend(requests, tqdm(disable=True)))
+
+    app = make_app(load_checkpoint, flags.batch_size, flags.max_waiting, files.keys, flags.hosts)
+    run(app, flags.host, flags.serve)
+
+
 @command(RecommendFlags)
 def recommend(flags: RecommendFlags) -> None:
     """Recommends items for one history, for a file of histories, or over HTTP."""
     # Check the flags, the checkpoint, the catalogue and every request, before anything heavy is imported.
     files = read_input(flags)
+
+    # Over HTTP, until it is stopped. It says that the model is loading meanwhile.
+    if flags.serve:
+        serve(flags, files)
+        return
 
     with importing():
         from tqdm import tqdm
@@ -224,20 +314,6 @@ def recommend(flags: RecommendFlags) -> None:
             state.print("nothing is left to recommend: the constraints allow no item of the catalogue")
         for place, item in enumerate(items, 1):
             state.print(f"{place:>3}  {item['score']:9.4f}  {item['id']}  {item['sid']}  {item['title']}")
-        return
-
-    # Over HTTP, until it is stopped.
-    if flags.serve:
-        import uvicorn
-
-        from minionerec.recommending.server import make_app
-
-        app = make_app(
-            lambda requests: recommender.recommend(requests, tqdm(disable=True)),
-            *(files.reader, flags.batch_size, flags.max_waiting),
-        )
-        print(f"http://{flags.host}:{flags.serve} recommends from {len(files.items)} items; Ctrl-C stops", flush=True)
-        uvicorn.run(app, host=flags.host, port=flags.serve, log_level="warning")
         return
 
     # A file of histories: a line of JSON for each. The processes of a distributed run divide its batches.

@@ -1,12 +1,17 @@
 """recommend.py --serve: shared batches, a bounded queue, answers for every body, and the page in a real browser."""
 
 import asyncio
+import contextlib
+import http.client
 import json
+import os
 import signal
+import socket
 import threading
 import time
 import urllib.error
 import urllib.request
+from types import SimpleNamespace
 
 import pytest
 from browser import Browser, needs_browser
@@ -15,14 +20,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from processes import free_port, start_command
 
-pytest.importorskip("fastapi", reason="pip install fastapi uvicorn")
+for package in ("fastapi", "uvicorn", "prometheus_client"):
+    pytest.importorskip(package, reason="pip install fastapi uvicorn prometheus-client")
 httpx = pytest.importorskip("httpx", reason="pip install httpx")
 
 from minionerec.data.files import read_info_items  # noqa: E402
 from minionerec.data.items import Items  # noqa: E402
-from minionerec.errors import RunError  # noqa: E402
+from minionerec.errors import InputError, RunError  # noqa: E402
+from minionerec.recommending import checks, connections  # noqa: E402
+from minionerec.recommending import server as server_module  # noqa: E402
 from minionerec.recommending.requests import RequestReader  # noqa: E402
-from minionerec.recommending.server import MOST_BYTES, make_app  # noqa: E402
+from minionerec.recommending.server import make_app  # noqa: E402
+from minionerec.recommending.worker import Loaded  # noqa: E402
 
 
 class Model:
@@ -47,27 +56,48 @@ def model() -> Model:
     return Model()
 
 
+@pytest.fixture(scope="module")
+def reader(files) -> RequestReader:
+    return RequestReader(Items(read_info_items(files["info"]), files["info"]), None, K=5, most=20)
+
+
+@contextlib.asynccontextmanager
+async def client_of(app):
+    """A client of an application whose model is loaded."""
+    async with app.router.lifespan_context(app):
+        await until(lambda: app.state.worker.loaded)
+        transport = httpx.ASGITransport(app, raise_app_exceptions=True)
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            yield client
+
+
 @pytest.fixture
-def ask(files, model):
+def ask(reader, model):
     """`ask(steps)` runs steps(post, get) against an application with batches of 4 and at most 6 waiting requests."""
-    reader = RequestReader(Items(read_info_items(files["info"]), files["info"]), None, K=5, most=20)
 
     def run(steps):
         async def main():
-            app = make_app(model, reader, batch_size=4, max_waiting=6)
-            async with app.router.lifespan_context(app):
-                transport = httpx.ASGITransport(app, raise_app_exceptions=True)
-                async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            async with client_of(make_app(lambda: Loaded(reader, model), batch_size=4, max_waiting=6)) as client:
 
-                    def post(body):
-                        content = body if isinstance(body, bytes) else json.dumps(body)
-                        return client.post("/recommend", content=content)
+                def post(body):
+                    content = body if isinstance(body, bytes) else json.dumps(body)
+                    return client.post("/recommend", content=content)
 
-                    return await steps(post, client.get)
+                return await steps(post, client.get)
 
         return asyncio.run(main())
 
     return run
+
+
+def with_client(app, steps):
+    """Runs steps(client) against an application."""
+
+    async def main():
+        async with client_of(app) as client:
+            return await steps(client)
+
+    return asyncio.run(main())
 
 
 async def until(condition) -> None:
@@ -113,18 +143,228 @@ def test_a_full_queue_answers_503_and_recovers(ask, model):
         assert answer.headers["Retry-After"] == "1"
 
 
-def test_a_model_that_fails_answers_500_and_goes_on(ask, model):
+def test_a_model_that_fails_answers_a_plain_500_and_goes_on(ask, model, caplog):
     async def steps(post, get):
-        model.error = RunError("the model's predictions are NaN\nsecond line")
+        model.error = RunError("/secret/path")
         failed = await asyncio.gather(post({"history": ["0"]}), post({"history": ["1"]}))
+        health, ready = await get("/health"), await get("/ready")
         model.error = None
-        return failed, await post({"history": ["1"]}), await get("/health")
+        return failed, health, ready, await post({"history": ["1"]}), await get("/health")
 
-    failed, good, health = ask(steps)
+    failed, ill, ready, good, health = ask(steps)
     for answer in failed:
-        assert answer.status_code == 500
-        assert answer.json() == {"detail": ["the model failed: RunError: the model's predictions are NaN"]}
+        id = answer.headers["x-request-id"]
+        assert answer.status_code == 500 and "secret" not in answer.text
+        assert answer.json() == {"detail": [f"the model failed; the server's log says more of request {id}"]}
+        assert id in caplog.text
+    assert "RunError: /secret/path" in caplog.text and "Traceback" in caplog.text
+    assert ill.status_code == 503 and ready.status_code == 200
     assert good.status_code == 200 and health.json() == {"status": "ok", "items": 40, "waiting": 0}
+
+
+def test_an_endpoint_that_fails_answers_a_plain_500(reader, model, monkeypatch, caplog):
+    def fail(*_):
+        raise RuntimeError("/secret/path")
+
+    monkeypatch.setattr(server_module, "_health", fail)
+    answer = with_client(make_app(lambda: Loaded(reader, model), 4, 6), lambda client: client.get("/ready"))
+    assert answer.status_code == 500 and "the server failed" in answer.text and "secret" not in answer.text
+    assert "RuntimeError: /secret/path" in caplog.text and answer.headers["x-request-id"] in caplog.text
+
+
+def test_every_request_has_a_line_in_the_log_and_a_number(ask, caplog):
+    caplog.set_level("INFO", "minionerec.serve")
+
+    async def steps(post, get):
+        kept = await get("/health", headers={"X-Request-ID": "shop:17"})
+        made = await get("/a%0Ab", headers={"X-Request-ID": "two words\x01"})
+        await post({"history": ["1"]})
+        return kept, made, await get("/metrics")
+
+    kept, made, metrics = ask(steps)
+    assert kept.headers["x-request-id"] == "shop:17" and made.headers["x-request-id"] != "two words\x01"
+    lines = [record.getMessage() for record in caplog.records]
+    assert [line.split(" ", 2)[2].rsplit(" ", 2)[0] for line in lines[:3]] == [
+        '"GET /health" 200', '"GET /a%0Ab" 404', '"POST /recommend" 200'
+    ]  # fmt: skip
+    assert lines[0].startswith("shop:17 127.0.0.1 ") and lines[0].endswith(" ms")
+    for line in ('requests_total{path="/recommend",status="200"} 1.0', 'requests_total{path="other",status="404"} 1.0'):
+        assert f"minionerec_{line}" in metrics.text
+    assert "minionerec_batch_size_count 1.0" in metrics.text and "process_resident_memory_bytes" in metrics.text
+
+
+def test_a_server_that_loads_says_so(reader, model):
+    gate = threading.Event()
+
+    def load():
+        assert gate.wait(20)
+        return Loaded(reader, model)
+
+    async def main():
+        app = make_app(load, 4, 6)
+        async with app.router.lifespan_context(app):
+            transport = httpx.ASGITransport(app)
+            async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+                before = [await client.get("/health"), await client.get("/ready")]
+                before += [await client.post("/recommend", json={"history": ["1"]}), await client.get("/items?title=a")]
+                gate.set()
+                await until(lambda: app.state.worker.loaded)
+                return before, await client.get("/ready")
+
+    (health, *others), ready = asyncio.run(main())
+    assert health.json() == {"status": "loading", "items": 0, "waiting": 0} and health.status_code == 200
+    for answer in others:
+        assert answer.status_code == 503 and answer.json() == {"detail": ["the model is loading; try again later"]}
+        assert answer.headers["Retry-After"] == "5"
+    assert ready.json()["status"] == "ok"
+
+
+def test_keys_are_asked_for(reader, model):
+    async def steps(client):
+        codes = {}
+        for path in ("/health", "/ready", "/", "/docs", "/openapi.json", "/items?title=a", "/columns", "/metrics"):
+            codes[path] = (await client.get(path)).status_code
+        post = [{"Authorization": text} for text in ("Bearer one", "bearer two", "Bearer three", "Basic one", "one")]
+        answers = [await client.post("/recommend", json={"history": ["1"]}, headers=headers) for headers in post]
+        return codes, answers, await client.get("/metrics", headers=post[0])
+
+    app = make_app(lambda: Loaded(reader, model), 4, 6, keys=["one", "two"])
+    codes, answers, metrics = with_client(app, steps)
+    assert list(codes.values()) == [200] * 5 + [401] * 3 and metrics.status_code == 200
+    assert [answer.status_code for answer in answers] == [200, 200, 401, 401, 401]
+    assert "--api_key_file" in answers[-1].json()["detail"][0] and answers[-1].headers["WWW-Authenticate"] == "Bearer"
+
+
+def test_a_server_answers_to_its_names(reader, model):
+    names = ["localhost", "[::1]", "*.shop.example"]
+
+    async def steps(client):
+        hosts = ("localhost:8000", "[::1]:8000", "api.shop.example", "evil.example", "shop.example.evil")
+        codes = [(await client.get("/items?title=a", headers={"Host": host})).status_code for host in hosts]
+        return codes, (await client.get("/ready", headers={"Host": "10.0.0.7"})).status_code
+
+    app = make_app(lambda: Loaded(reader, model), 4, 6, allowed_hosts=names)
+    assert with_client(app, steps) == ([200, 200, 200, 400, 400], 200)
+
+
+def test_a_body_must_be_json_by_its_type(reader, model):
+    kinds = {"application/json; charset=utf-8": 200, "application/ld+json": 200, "text/plain": 415}
+    kinds |= {"multipart/form-data; boundary=x": 415, "application/x-www-form-urlencoded": 200}
+
+    async def steps(client):
+        body = b'{"history": ["1"]}'
+        answers = [await client.post("/recommend", content=body, headers={"Content-Type": kind}) for kind in kinds]
+        return [answer.status_code for answer in answers]
+
+    assert with_client(make_app(lambda: Loaded(reader, model), 4, 6), steps) == list(kinds.values())
+
+
+class Checkpoints:
+    """What a server loads: each time the next of these models, or an error."""
+
+    def __init__(self, reader, *models):
+        self.reader, self.models = reader, list(models)
+
+    def __call__(self):
+        if isinstance(self.models[0], Exception):
+            raise self.models.pop(0)
+        return Loaded(self.reader, self.models.pop(0))
+
+
+def test_a_reload_loses_no_request(reader):
+    old, new = Model(), Model()
+    app = make_app(Checkpoints(reader, old, new), 4, 60, keys=["one"])
+
+    async def steps(client):
+        client.headers["Authorization"] = "Bearer one"
+        old.gate.clear()
+        posts = [asyncio.ensure_future(client.post("/recommend", json={"history": [str(i)]})) for i in range(6)]
+        await until(lambda: app.state.worker.waiting == 5 or (old.batches and app.state.worker.waiting >= 2))
+        reload = asyncio.ensure_future(client.post("/reload"))
+        await until(lambda: app.state.worker._reload)
+        second = await client.post("/reload")
+        posts += [asyncio.ensure_future(client.post("/recommend", json={"history": [str(i)]})) for i in range(6, 12)]
+        await asyncio.sleep(0.05)
+        old.gate.set()
+        answers = [await post for post in posts]
+        return answers, await reload, second, await client.post("/recommend", json={"history": ["39"]})
+
+    answers, reload, second, last = with_client(app, steps)
+    assert [answer.json()["items"][0]["id"] for answer in answers] == [str(i) for i in range(12)]
+    assert reload.json() == {"status": "ok", "items": 40, "waiting": reload.json()["waiting"]}
+    assert second.status_code == 409 and last.status_code == 200
+    assert new.batches[-1] == [["39"]] and all(["39"] not in batch for batch in old.batches)
+
+
+def test_a_checkpoint_that_cannot_be_loaded_leaves_the_one_there_is(reader, model, caplog):
+    bad = [InputError(["--model x: no such folder", "--info_file y: is empty"]), RuntimeError("/secret/path")]
+    app = make_app(Checkpoints(reader, model, *bad), 4, 6, keys=["one"])
+
+    async def steps(client):
+        client.headers["Authorization"] = "Bearer one"
+        answers = [await client.post("/reload"), await client.post("/reload")]
+        return *answers, await client.post("/recommend", json={"history": ["1"]}), await client.get("/health")
+
+    refused, failed, good, health = with_client(app, steps)
+    assert refused.status_code == 422 and refused.json()["detail"] == bad[0].problems
+    assert failed.status_code == 500 and "secret" not in failed.text and "/secret/path" in caplog.text
+    assert good.status_code == health.status_code == 200
+
+
+def test_the_signal_sighup_reloads(reader):
+    old, new = Model(), Model()
+    app = make_app(Checkpoints(reader, old, new), 4, 6)
+
+    async def steps(client):
+        without_key = await client.post("/reload")
+        os.kill(os.getpid(), signal.SIGHUP)
+        await until(lambda: app.state.worker.loaded.recommend is new)
+        return without_key
+
+    without_key = with_client(app, steps)
+    assert without_key.status_code == 403 and "SIGHUP" in without_key.json()["detail"][0]
+
+
+def asgi_post(app, body: bytes, messages: list[dict]):
+    """A POST by hand: what the client sends after its body, and what it gets."""
+    scope = {"type": "http", "method": "POST", "path": "/recommend", "raw_path": b"/recommend", "query_string": b""}
+    scope |= {"headers": [(b"host", b"test")], "client": ("1.2.3.4", 5), "state": {}}
+    waiting, sent = [{"type": "http.request", "body": body, "more_body": not body.endswith(b"}")}, *messages], []
+
+    async def receive():
+        return waiting.pop(0)
+
+    async def send(message):
+        sent.append(message)
+
+    return app(scope, receive, send), sent
+
+
+def test_the_work_of_clients_that_left_is_dropped(reader, model, caplog):
+    caplog.set_level("INFO", "minionerec.serve")
+    app = make_app(lambda: Loaded(reader, model), batch_size=4, max_waiting=6)
+    gone = [{"type": "http.disconnect"}]
+
+    async def steps(client):
+        model.gate.clear()
+        first = asyncio.ensure_future(client.post("/recommend", json={"history": ["0"]}))
+        await until(lambda: model.batches)
+        for _ in range(20):  # more than may wait
+            call, sent = asgi_post(app, b'{"history": ["7"]}', gone[:])
+            await call
+            assert not sent
+        call, sent = asgi_post(app, b'{"hist', gone[:])  # in the middle of the body
+        await call
+        assert not sent
+        last = asyncio.ensure_future(client.post("/recommend", json={"history": ["1"]}))
+        await until(lambda: ["1"] in [one.request.given for one in app.state.worker._waiting])
+        model.gate.set()
+        return [(await answer).status_code for answer in (first, last)], (await client.get("/metrics")).text
+
+    codes, metrics = with_client(app, steps)
+    assert codes == [200, 200] and model.batches == [[["0"]], [["1"]]]
+    assert 'status="499"} 21.0' in metrics and "minionerec_dropped_total 20.0" in metrics
+    assert "Traceback" not in caplog.text and caplog.text.count('"POST /recommend" 499') == 21
 
 
 BAD = [
@@ -155,11 +395,16 @@ def test_bad_bodies_are_named(ask, model, body, message):
 
 def test_all_that_is_wrong_with_a_request_comes_together(ask):
     async def steps(post, get):
-        return await post({"history": ["x", "y"], "K": 0, "k": 1}), await post(b" " * (MOST_BYTES + 1))
+        return await post({"history": ["x", "y"], "K": 0, "k": 1}), await post(b" " * (checks.MOST_BYTES + 1))
 
     answer, large = ask(steps)
     assert len(answer.json()["detail"]) == 4
     assert large.status_code == 413 and large.json() == {"detail": ["the body has more than 1,000,000 bytes"]}
+
+
+@pytest.fixture(scope="module")
+def plain_app(reader):
+    return make_app(lambda: Loaded(reader, Model()), batch_size=4, max_waiting=6)
 
 
 VALUES = st.recursive(
@@ -175,22 +420,53 @@ VALUES = st.recursive(
 KEYS = st.sampled_from(["history", "K", "exclude_seen", "allow", "deny", "where"])
 
 
+@pytest.mark.parametrize("name", ["K", "exclude_seen", "allow", "deny", "where"])
+def test_null_stands_for_what_is_not_given(reader, name):
+    assert reader.read({"history": ["1", "2"], name: None}) == reader.read({"history": ["1", "2"]})
+
+
+HUGE = {
+    "items that are not known": {"history": ["1"], "deny": ["zz"] * 15_000},
+    "keys that are not known": {"history": ["1"], **{f"k{i}": 1 for i in range(15_000)}},
+    "items of other types": {"history": ["1"], "allow": [[1.5] * 5000] * 10},
+    "a long text": {"history": ["z" * 400_000], "where": "z" * 400_000},
+}
+
+
+@pytest.mark.parametrize("kind", HUGE)
+def test_errors_have_a_bounded_size(ask, kind):
+    async def steps(post, get):
+        return await post(HUGE[kind])
+
+    answer = ask(steps)
+    assert answer.status_code == 422 and len(answer.content) < 2_000
+    if len(answer.json()["detail"]) > 5:
+        assert answer.json()["detail"][5:] == ["14,995 more problems like these"]
+
+
+def test_lists_and_searches_are_limited(ask):
+    async def steps(post, get):
+        lists = [await post({"history": ["1"], name: ["1"] * 20_001}) for name in ("allow", "deny")]
+        searches = [await get("/items", params={"title": text}) for text in ("a " * 21, "a" * 1001, "a " * 20)]
+        return lists, searches
+
+    lists, searches = ask(steps)
+    for answer, name in zip(lists, ("allow", "deny"), strict=True):
+        assert answer.json() == {"detail": [f'"{name}" has 20,001 items; at most 20,000 are allowed']}
+    assert [answer.status_code for answer in searches] == [422, 422, 200]
+    assert searches[0].json() == {"detail": ["title: at most 20 words are allowed"]} and len(searches[1].content) < 200
+
+
 @given(st.lists(st.binary(max_size=40) | st.dictionaries(KEYS, VALUES, max_size=6), min_size=1, max_size=8))
 @settings(max_examples=40, deadline=None)
-def test_no_body_ends_in_a_traceback(files, bodies):
-    reader = RequestReader(Items(read_info_items(files["info"]), files["info"]), None, K=5, most=20)
+def test_no_body_ends_in_a_traceback(plain_app, bodies):
+    async def steps(client):
+        for body in bodies:
+            content = body if isinstance(body, bytes) else json.dumps(body).encode()
+            answer = await client.post("/recommend", content=content)
+            assert answer.status_code in (200, 422) and isinstance(answer.json(), dict)
 
-    async def main():
-        app = make_app(Model(), reader, batch_size=4, max_waiting=6)
-        async with app.router.lifespan_context(app):
-            transport = httpx.ASGITransport(app, raise_app_exceptions=True)
-            async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
-                for body in bodies:
-                    content = body if isinstance(body, bytes) else json.dumps(body).encode()
-                    answer = await client.post("/recommend", content=content)
-                    assert answer.status_code in (200, 422) and isinstance(answer.json(), dict)
-
-    asyncio.run(main())
+    with_client(plain_app, steps)
 
 
 def test_items_are_found_by_the_words_of_their_titles(ask):
@@ -215,9 +491,121 @@ def test_the_interface_describes_itself(ask):
     body = interface["paths"]["/recommend"]["post"]["requestBody"]["content"]["application/json"]["schema"]
     assert set(body["properties"]) == {"history", "K", "exclude_seen", "allow", "deny", "where"}
     assert {"200", "422", "500", "503"} <= set(interface["paths"]["/recommend"]["post"]["responses"])
-    assert set(interface["paths"]) == {"/recommend", "/items", "/health"}
-    assert docs.status_code == 200 and nowhere.status_code == 404
-    assert "://" not in page.text and "src=" not in page.text  # nothing from elsewhere
+    paths = {"/recommend", "/items", "/columns", "/health", "/ready", "/metrics", "/reload"}
+    assert set(interface["paths"]) == paths
+    assert nowhere.status_code == 404 and nowhere.json() == {"detail": ["Not Found"]}
+    for shown in (page, docs):
+        assert shown.status_code == 200 and "default-src 'none'" in shown.headers["Content-Security-Policy"]
+        assert "://" not in shown.text and "src=" not in shown.text  # nothing from elsewhere
+
+
+@pytest.fixture
+def listening(reader, model, monkeypatch):
+    """The port of a server on a socket, in a thread, whose clients have a second and which ends in a second."""
+    monkeypatch.setattr(connections, "_log_to_standard_error", lambda: None)
+    monkeypatch.setattr(connections, "CLIENT_SECONDS", 0.5)
+    monkeypatch.setattr(connections, "SHUTDOWN_SECONDS", 1)
+    monkeypatch.setattr(checks, "BODY_SECONDS", 0.5)
+    monkeypatch.setattr(connections, "most_connections", lambda: 8)
+    made = []
+
+    def keep(config, real=connections.uvicorn.Server):
+        config.timeout_notify = 0
+        made.append(real(config))
+        return made[-1]
+
+    monkeypatch.setattr(connections.uvicorn, "Server", keep)
+    port, app = free_port(), make_app(lambda: Loaded(reader, model), 4, 6)
+    thread = threading.Thread(target=connections.run, args=(app, "127.0.0.1", port))
+    thread.start()
+    deadline = time.monotonic() + 20
+    while not (made and made[0].started):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+    def stop():
+        made[0].should_exit = True
+        started = time.monotonic()
+        thread.join(20)
+        return time.monotonic() - started
+
+    yield SimpleNamespace(port=port, stop=stop)
+    stop()
+    assert not thread.is_alive()
+
+
+def connected(port: int, *parts: bytes) -> socket.socket:
+    client = socket.create_connection(("127.0.0.1", port), timeout=20)
+    for part in parts:
+        client.sendall(part)
+    return client
+
+
+POST = b"POST /recommend HTTP/1.1\r\nHost: localhost\r\nContent-Length: 500\r\n\r\n"
+
+
+def test_slow_clients_are_closed(listening, caplog):
+    """One that says nothing, one that stops in the head, one that stops in the body, and one that takes no answer."""
+    greedy = socket.socket()
+    greedy.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
+    greedy.connect(("127.0.0.1", listening.port))
+    greedy.settimeout(20)
+    idle, head = connected(listening.port), connected(listening.port, b"GET / HTTP/1.1\r\nHost: lo")
+    body = connected(listening.port, POST, b"{")
+    with pytest.raises(ConnectionError):
+        while True:
+            greedy.sendall(b"GET /openapi.json HTTP/1.1\r\nHost: localhost\r\n\r\n" * 100)
+    for client in (idle, head):
+        with contextlib.suppress(ConnectionResetError):
+            assert client.recv(100) == b""
+    assert body.recv(100).startswith(b"HTTP/1.1 408 ")
+    assert "Traceback" not in caplog.text
+
+
+def test_too_many_connections_are_refused(listening):
+    clients = [connected(listening.port, POST) for _ in range(8)]
+    refused = [connected(listening.port) for _ in range(3)]
+    for client in refused:
+        assert client.recv(100).startswith(b"HTTP/1.1 503 ")
+    for client in clients:
+        client.close()
+    time.sleep(0.1)
+    with urllib.request.urlopen(f"http://127.0.0.1:{listening.port}/ready", timeout=20) as answer:
+        assert answer.status == 200
+
+
+def test_a_head_request_gets_the_head_of_the_answer(listening):
+    answers = {}
+    for method in ("GET", "HEAD"):
+        client = http.client.HTTPConnection("127.0.0.1", listening.port, timeout=20)
+        client.request(method, "/docs")
+        answer = client.getresponse()
+        answers[method] = (answer.status, answer.getheader("Content-Length"), len(answer.read()))
+        client.close()
+    status, length, size = answers["GET"]
+    assert status == 200 and int(length) == size and answers["HEAD"] == (200, length, 0)
+
+
+def test_a_client_that_trickles_does_not_hold_up_the_end(listening, model, caplog):
+    model.gate.clear()
+    client = connected(listening.port, POST)
+    ending = threading.Event()
+
+    def trickle():
+        with contextlib.suppress(OSError):
+            while not ending.wait(0.05):
+                client.sendall(b" ")
+
+    checks.BODY_SECONDS = 60  # the fixture sets it back
+    thread = threading.Thread(target=trickle)
+    thread.start()
+    waiting = connected(listening.port, POST.replace(b"500", b"18"), b'{"history": ["1"]}')
+    time.sleep(0.3)
+    assert listening.stop() < 8
+    ending.set()
+    thread.join()
+    model.gate.set()
+    assert waiting.recv(12) == b"HTTP/1.1 503" and "Traceback" not in caplog.text
 
 
 @pytest.fixture(scope="module")
@@ -230,7 +618,7 @@ def server(files, sft_run):
     deadline = time.monotonic() + 120
     while True:
         try:
-            urllib.request.urlopen(f"{address}/health", timeout=5).close()
+            urllib.request.urlopen(f"{address}/ready", timeout=5).close()
             break
         except OSError:
             assert time.monotonic() < deadline and started.processes[0].is_alive(), started.errors[-3000:]
@@ -312,6 +700,11 @@ def test_the_page_recommends_for_a_history_that_is_clicked_together(server, tmp_
         ({"serve": 8000, "host": " "}, "--host ' ': must be an address"),
         ({"serve": 8000, "host": "x" * 70}, "cannot listen on --host xxx"),
         ({"serve": 8000, "max_waiting": 0}, "--max_waiting 0: must be above 0"),
+        ({"serve": 8000, "api_key_file": "nowhere"}, "--api_key_file nowhere: no such file"),
+        ({"serve": 8000, "api_key_file": os.devnull}, f"--api_key_file {os.devnull}: no such file"),
+        ({"serve": 8000, "api_key_file": __file__}, "has spaces or other than ASCII; a header cannot have it"),
+        ({"history": "1", "api_key_file": __file__}, "--api_key_file has no effect without --serve"),
+        ({"serve": 8000, "allowed_hosts": "x,http://y"}, "--allowed_hosts 'http://y': must be a name such as"),
     ],
 )
 def test_what_cannot_be_served_is_refused(files, base, flags, message):
@@ -319,8 +712,6 @@ def test_what_cannot_be_served_is_refused(files, base, flags, message):
 
 
 def test_a_port_that_is_taken_is_refused(files, base):
-    import socket
-
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         flags = {"model": base, "info_file": files["info"], "category": "bolts", "serve": port}
@@ -331,3 +722,12 @@ def test_one_process_serves(files, base, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     flags = {"model": base, "info_file": files["info"], "category": "bolts", "serve": free_port()}
     refused("recommend.py", "one process serves; start it without torchrun", **flags)
+
+
+@pytest.mark.slow
+def test_a_checkpoint_of_another_catalogue_ends_the_server(files, sft_run, tmp_path):
+    (tmp_path / "info.txt").write_text("<a_0><b_0><c_0>\tBolt\t1\n<z_1>\tNut\t2\n")
+    flags = {"model": sft_run("lora") / "final_checkpoint", "info_file": tmp_path / "info.txt", "serve": free_port()}
+    started = start_command("recommend.py", flags)
+    assert started.wait(60) == [2] and "is of another catalogue" in started.errors
+    assert "Traceback" not in started.errors

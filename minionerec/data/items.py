@@ -138,8 +138,21 @@ class ItemColumns:
         self.rows = [metadata.get(item.id) for item in items.all]
         self.names = sorted({name for row in self.rows if isinstance(row, dict) for name in row})
         self._numbers: dict[str, dict[str, set[int]]] = {}
+        self._choices: dict[str, list[str]] | None = None
         if not self.names:
             raise InputError(f"--item_meta_path {item_meta_path}: has none of the items of the info file")
+
+    def choices(self, most: int) -> dict[str, list[str]]:
+        """The columns with values that several items share, each with at most `most` values as the file writes them,
+        the most common first. Titles and descriptions are no choice."""
+        if self._choices is None:
+            self._choices = {}
+            for name in set(self.names) - {"title", "description"}:
+                cells = (row.get(name) for row in self.rows if isinstance(row, dict))
+                values = Counter(text for cell in cells for text in _parts(cell))
+                if values and len(values) * 2 <= values.total():
+                    self._choices[name] = [text for text, _ in values.most_common(most)]
+        return self._choices
 
     def where(self, condition: str) -> frozenset[int]:
         """The items that `column=value` selects: those whose column is the value, is a list that contains it, or is
@@ -165,6 +178,15 @@ class ItemColumns:
             hint = f"; did you mean {shorten(close[0])}?" if close else ""
             raise InputError(f"where {shorten(condition)}: no item has this value{hint}")
         return frozenset(found)
+
+
+def _parts(value: object) -> Iterator[str]:
+    """The values of a cell as it writes them, the whole of a text with commas left out."""
+    if isinstance(value, list):
+        for part in value:
+            yield from () if isinstance(part, list) else _parts(part)
+    elif isinstance(value, bool | int | float) or is_text(value):
+        yield from dict.fromkeys(part for part in map(str.strip, str(value).split(",")) if part)
 
 
 def _values(value: object) -> Iterator[str]:

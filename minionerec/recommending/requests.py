@@ -3,20 +3,43 @@
     {"history": ["12", "<a_1><b_2><c_3>", "Bolt, M4"], "K": 5, "exclude_seen": true, "allow": ["7", "8"],
      "deny": ["9"], "where": "brand=3M"}
 
-Only "history" is needed. Only the standard library is imported.
+Only "history" is needed; null stands for what is not given. Only the standard library is imported.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from minionerec.data.files import FileProblems, is_text, open_text, read_histories, shorten
+from minionerec.data.files import MOST_PROBLEMS, FileProblems, is_text, open_text, read_histories, shorten
 from minionerec.data.items import ItemColumns, Items
 from minionerec.errors import InputError, Problems
 
 MOST_HISTORY = 1_000  # items of a history; longer ones are refused, since a model reads a few dozen
 LISTS = ("history", "allow", "deny")
 KEYS = {"history", "K", "exclude_seen", "allow", "deny", "where"}
+
+
+class RequestProblems(Problems):
+    """What is wrong with one request: the first few problems, and the number of the others. A request may name 100,000
+    items; the answer must not be longer than it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
+
+    def extend(self, problems: Iterable[str]) -> None:
+        for problem in problems:
+            self.add(problem)
+
+    def add(self, problem: str) -> None:
+        self.total += 1
+        if self.total <= MOST_PROBLEMS:
+            self.append(problem)
+
+    def check(self) -> None:
+        if self.total > MOST_PROBLEMS:
+            self.append(f"{self.total - MOST_PROBLEMS:,} more problems like these")
+        super().check()
 
 
 @dataclass(frozen=True)
@@ -60,14 +83,17 @@ class RequestReader:
         self.items, self.columns, self.K, self.most = items, columns, K, most
         self.exclude_seen, self.only = exclude_seen, only
 
-    def read(self, data: object) -> Request:
-        """The request in a JSON value. Raises InputError with everything that is wrong with it."""
+    def read(self, data: object, most_listed: int | None = None) -> Request:
+        """The request in a JSON value, with at most `most_listed` items in "allow" and in "deny". Raises InputError
+        with what is wrong with it."""
         if not isinstance(data, dict):
             raise InputError(f'expected an object such as {{"history": ["12", "40"]}}, found {shorten(data)}')
-        problems = Problems()
+        problems = RequestProblems()
         for name in sorted(set(data) - KEYS, key=str):
             problems.add(f"{shorten(name)} is unknown; a request may have {', '.join(sorted(KEYS))}")
-        given = {name: problems.attempt(_texts, name, data.get(name, [])) or [] for name in LISTS}
+        data = {name: value for name, value in data.items() if value is not None}
+        most = {"history": MOST_HISTORY, "allow": most_listed, "deny": most_listed}
+        given = {name: problems.attempt(_texts, name, data.get(name, []), most[name]) or [] for name in LISTS}
         if not given["history"] and not problems:
             problems.add('"history" is missing or empty; give at least one item')
         K, exclude_seen, where = data.get("K", self.K), data.get("exclude_seen", self.exclude_seen), data.get("where")
@@ -139,12 +165,12 @@ class RequestReader:
             return [part.strip() for part in text.split(",")] if "," in text else [text]
 
 
-def _texts(name: str, value: object) -> list[str]:
-    """A list of texts; item ids may be written as numbers."""
+def _texts(name: str, value: object, most: int | None) -> list[str]:
+    """A list of at most `most` texts; item ids may be written as numbers."""
     if not isinstance(value, list):
         raise InputError(f'"{name}" must be a list of items, found {shorten(value)}')
-    if name == "history" and len(value) > MOST_HISTORY:
-        raise InputError(f'"history" has {len(value):,} items; at most {MOST_HISTORY:,} are allowed')
+    if most is not None and len(value) > most:
+        raise InputError(f'"{name}" has {len(value):,} items; at most {most:,} are allowed')
     texts = [str(part) if type(part) is int and abs(part) < 10**18 else part for part in value]
     for part in texts:
         if not is_text(part):

@@ -1,184 +1,236 @@
-"""Recommends over HTTP. Requests that arrive together share a batch.
+"""Recommends over HTTP.
 
 | path | what it does |
 |---|---|
 | POST /recommend | recommends for a request (see `recommending.requests`); 422 for a bad one, 503 if too many wait |
 | GET /items?title=WORDS | finds items by the words of their titles |
-| GET /health | says whether the model can be asked |
+| GET /columns | the columns that `where` may choose by |
+| GET /health | says whether the server works: not if the model failed when it was last asked |
+| GET /ready | says whether the model is loaded |
+| GET /metrics | numbers for Prometheus |
+| POST /reload | loads the checkpoint and its files again, as SIGHUP does |
 | GET / | a page to try it |
 | GET /docs, /openapi.json | the interface, described |
+
+`worker` owns the model, `guard` is around every request, `checks` come before an answer, and `connections` runs all of
+it on uvicorn.
 """
 
 import asyncio
+import contextlib
 import json
 import os
-import queue
-import threading
+import signal
 from collections.abc import AsyncIterator, Callable, Sequence
-from concurrent.futures import Future
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Annotated, Any
 
 import fastapi
-from fastapi.responses import HTMLResponse, JSONResponse
-from pydantic import BaseModel, Field
+from fastapi import Depends, HTTPException, Query
+from fastapi.concurrency import run_in_threadpool
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import HTMLResponse, JSONResponse, Response
+from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.exceptions import HTTPException as AnyHTTPException
+from starlette.requests import ClientDisconnect
 
 from minionerec.errors import InputError
-from minionerec.recommending.requests import Request, RequestReader
+from minionerec.recommending.checks import Serving, check_key, invalid, read_body, refused
+from minionerec.recommending.guard import Guard, problem
+from minionerec.recommending.interface import MOST_LISTED, Answer, Asked, Column, FoundItem, Health, Problem
+from minionerec.recommending.metrics import Metrics
+from minionerec.recommending.requests import Request
+from minionerec.recommending.worker import Loaded, TooManyWaiting, Worker
 
-MOST_BYTES = 1_000_000  # of a body
 MOST_FOUND = 100  # items of a search
-
-Recommended = list[dict[str, object]]
-
-
-class Asked(BaseModel):
-    """A request. Items are named by id, SID or title."""
-
-    # It only describes the interface: `RequestReader` checks requests.
-
-    history: list[str | int] = Field(description="what was bought, oldest first", examples=[["12", "40"]])
-    K: int | None = Field(None, description="how many items to recommend")
-    exclude_seen: bool | None = Field(None, description="leave out the items of the history")
-    allow: list[str | int] | None = Field(None, description="recommend only these")
-    deny: list[str | int] | None = Field(None, description="do not recommend these")
-    where: str | None = Field(None, description="column=value of the item file", examples=["brand=3M"])
-
-
-class FoundItem(BaseModel):
-    """An item of the catalogue."""
-
-    id: str
-    title: str
-    sid: str
-
-
-class RecommendedItem(FoundItem):
-    """An item and the log-probability of its SID, in nats."""
-
-    score: float
-
-
-class Answer(BaseModel):
-    """The items for a history, best first; fewer than K where fewer are allowed."""
-
-    history: list[str]
-    items: list[RecommendedItem]
-
-
-class Problem(BaseModel):
-    """What is wrong."""
-
-    detail: list[str]
-
-
-class Batcher:
-    """One thread that asks the model. The requests that wait when it is free share a batch."""
-
-    def __init__(self, recommend: Callable[[Sequence[Request]], list[Recommended]], batch_size: int, max_waiting: int):
-        self.recommend, self.batch_size = recommend, batch_size
-        self.waiting: queue.Queue[tuple[Request, Future] | None] = queue.Queue(max_waiting)
-        self.thread = threading.Thread(target=self._work, name="recommend", daemon=True)
-        self.thread.start()
-
-    def submit(self, request: Request) -> "Future[Recommended]":
-        """The items of a request, in the future. Raises queue.Full if as many wait as may."""
-        future: Future[Recommended] = Future()
-        self.waiting.put_nowait((request, future))
-        return future
-
-    def close(self) -> None:
-        """Stops the thread after what waits."""
-        self.waiting.put(None)
-        self.thread.join()
-
-    def _work(self) -> None:
-        while (taken := self.waiting.get()) is not None:
-            batch = [taken]
-            while len(batch) < self.batch_size and not self.waiting.empty():  # no other thread takes from it
-                if (taken := self.waiting.get()) is None:
-                    break
-                batch.append(taken)
-            batch = [(request, future) for request, future in batch if future.set_running_or_notify_cancel()]
-            try:
-                answers = self.recommend([request for request, _ in batch]) if batch else []
-                for (_, future), items in zip(batch, answers, strict=True):
-                    future.set_result(items)
-            except Exception as error:  # whatever it is, those who wait must know, and the next batch may do
-                for _, future in batch:
-                    if not future.done():
-                        future.set_exception(error)
-            if taken is None:
-                return
+MOST_WORDS = 20  # of a search
+MOST_VALUES = 200  # of a column
+CLOSING_SECONDS = 2  # for the model to end what it does
+# The pages load nothing from elsewhere, and no other page may show them.
+PAGE_HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
+    "connect-src 'self'; img-src data:; frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
+}
 
 
 def make_app(
-    recommend: Callable[[Sequence[Request]], list[Recommended]],
-    reader: RequestReader,
+    load: Callable[[], Loaded],
     batch_size: int,
     max_waiting: int,
+    keys: Sequence[str] = (),
+    allowed_hosts: Sequence[str] = ("*",),
 ) -> fastapi.FastAPI:
-    """The web application.
+    """The web application. Its `state` has the `Worker` and the `Metrics`.
 
     Args:
-        recommend: called in one thread, with at most `batch_size` requests.
+        load: called in one thread when the application starts, and again for each reload.
+        batch_size: most requests of a call of `Loaded.recommend`, which is made in the same thread.
         max_waiting: requests that may wait for it; further ones get 503.
+        keys: one of which a request must have; none if there are no keys.
+        allowed_hosts: names that a request may call the server; `*` for any.
     """
-    batcher = Batcher(recommend, batch_size, max_waiting)
+    metrics = Metrics()
 
     @asynccontextmanager
-    async def lifespan(_app: fastapi.FastAPI) -> AsyncIterator[None]:
+    async def lifespan(app: fastapi.FastAPI) -> AsyncIterator[None]:
+        worker = app.state.worker = Worker(load, batch_size, max_waiting, metrics)
+        metrics.watch(lambda: worker.waiting)
+        with contextlib.suppress(RuntimeError, ValueError):  # signals reach the main thread only
+            asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, worker.reload)
         yield
-        await asyncio.to_thread(batcher.close)
+        with contextlib.suppress(RuntimeError, ValueError):
+            asyncio.get_running_loop().remove_signal_handler(signal.SIGHUP)
+        await asyncio.to_thread(worker.close, CLOSING_SECONDS)
 
-    app = fastapi.FastAPI(title="MiniOneRec-LoRA", description="Recommends items for a history.", lifespan=lifespan)
-    with open(os.path.join(os.path.dirname(__file__), "page.html"), encoding="utf-8") as file:
-        page = file.read()
-    schema = {"required": True, "content": {"application/json": {"schema": Asked.model_json_schema()}}}
-    responses: dict[int | str, dict[str, Any]] = {code: {"model": Problem} for code in (413, 422, 500, 503)}
-    responses[200] = {"model": Answer}
-
-    @app.post("/recommend", responses=responses, openapi_extra={"requestBody": schema})
-    async def recommend_items(http: fastapi.Request) -> fastapi.Response:
-        """Recommends items for a history."""
-        body = b""
-        async for part in http.stream():
-            body += part
-            if len(body) > MOST_BYTES:
-                return _problem(413, f"the body has more than {MOST_BYTES:,} bytes")
-        try:
-            request = reader.read(json.loads(body))
-        except InputError as error:
-            return _problem(422, *error.problems)
-        except (ValueError, RecursionError) as error:
-            return _problem(422, f"the body is not JSON: {error}")
-        try:
-            items = await asyncio.wrap_future(batcher.submit(request))
-        except queue.Full:
-            return _problem(503, f"{max_waiting} requests are waiting; try again later")
-        except Exception as error:
-            lines = str(error).strip().splitlines()
-            return _problem(500, f"the model failed: {type(error).__name__}{f': {lines[0]}' if lines else ''}")
-        return JSONResponse({"history": request.given, "items": items})
-
-    @app.get("/items")
-    def find_items(title: str, limit: int = fastapi.Query(20, ge=1, le=MOST_FOUND)) -> list[FoundItem]:
-        """Finds items whose titles contain all the words, in any case."""
-        return [FoundItem(id=item.id, title=item.title, sid=item.sid) for item in reader.items.search(title, limit)]
-
-    @app.get("/health", responses={503: {"model": Problem}})
-    async def health() -> fastapi.Response:
-        """Says whether the model can be asked, and how many requests wait for it."""
-        if not batcher.thread.is_alive():
-            return _problem(503, "the thread that asks the model has ended")
-        return JSONResponse({"status": "ok", "items": len(reader.items), "waiting": batcher.waiting.qsize()})
-
-    @app.get("/", response_class=HTMLResponse, include_in_schema=False)
-    async def start() -> str:
-        return page
-
+    app = fastapi.FastAPI(
+        title="MiniOneRec-LoRA",
+        description="Recommends items for a history.",
+        lifespan=lifespan,
+        docs_url=None,
+        redoc_url=None,
+    )
+    app.state.metrics, app.state.keys = metrics, [key.encode() for key in keys]
+    app.add_middleware(Guard, metrics=metrics, allowed_hosts=list(allowed_hosts))
+    app.add_exception_handler(AnyHTTPException, refused)
+    app.add_exception_handler(RequestValidationError, invalid)
+    app.include_router(_open)
+    app.include_router(_guarded, dependencies=[Depends(check_key)] if keys else [])
     return app
 
 
-def _problem(code: int, *details: str) -> JSONResponse:
-    return JSONResponse({"detail": list(details)}, code, headers={"Retry-After": "1"} if code == 503 else None)
+# --- Without a key ----------------------------------------------------------------------------------------------------
+
+_open = fastapi.APIRouter()
+_unready: dict[int | str, dict[str, Any]] = {503: {"model": Problem}}
+
+
+def _health(http: fastapi.Request) -> Response:
+    worker = http.app.state.worker
+    items = len(worker.loaded.reader.items) if worker.loaded else 0
+    status = "ok" if worker.loaded else "loading"
+    return JSONResponse({"status": status, "items": items, "waiting": worker.waiting})
+
+
+@_open.get("/health", responses=_unready, response_model=Health)
+async def health(http: fastapi.Request) -> Response:
+    """Says whether the server works: not if the model failed when it was last asked."""
+    worker = http.app.state.worker
+    if worker.failing:
+        return problem(503, "the model failed when it was last asked")
+    return _health(http) if worker.thread.is_alive() else problem(503, "the thread that asks the model has ended")
+
+
+@_open.get("/ready", responses=_unready, response_model=Health)
+async def ready(http: fastapi.Request, _: Serving) -> Response:
+    """Says whether the model is loaded."""
+    return _health(http)
+
+
+def _page(name: str) -> Callable:
+    with open(os.path.join(os.path.dirname(__file__), name), encoding="utf-8") as file:
+        text = file.read()
+
+    async def page() -> Response:
+        return HTMLResponse(text, headers=PAGE_HEADERS)
+
+    return page
+
+
+_open.add_api_route("/", _page("page.html"), include_in_schema=False)
+_open.add_api_route("/docs", _page("docs.html"), include_in_schema=False)
+
+
+# --- With a key, if there are keys ------------------------------------------------------------------------------------
+
+_guarded = fastapi.APIRouter()
+_problems: dict[int | str, dict[str, Any]] = {code: {"model": Problem} for code in (401, 408, 413, 415, 422, 500, 503)}
+
+
+def _read(loaded: Loaded, body: bytes) -> Request:
+    try:
+        return loaded.reader.read(json.loads(body), MOST_LISTED)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"the body is not JSON: {error}") from None
+
+
+@_guarded.post(
+    "/recommend",
+    responses={200: {"model": Answer}, **_problems},
+    openapi_extra={
+        "requestBody": {"required": True, "content": {"application/json": {"schema": Asked.model_json_schema()}}}
+    },
+)
+async def recommend_items(http: fastapi.Request, loaded: Serving) -> Response:
+    """Recommends items for a history."""
+    worker, id = http.app.state.worker, http.state.id
+    try:
+        request = await run_in_threadpool(_read, loaded, await read_body(http))
+        future = worker.submit(request, loaded, id)
+    except InputError as error:
+        return problem(422, *error.problems)
+    except TooManyWaiting:
+        details = f"{worker.max_waiting} requests are waiting; try again later"
+        return problem(503, details, **{"Retry-After": "1"})
+    answer, left = asyncio.wrap_future(future), asyncio.ensure_future(_client_left(http))
+    try:
+        await asyncio.wait((answer, left), return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        left.cancel()
+        if not answer.done():
+            future.cancel()  # nobody takes it
+            answer.cancel()
+    if answer.cancelled():
+        raise ClientDisconnect
+    if answer.exception():
+        return problem(500, f"the model failed; the server's log says more of request {id}")
+    return JSONResponse({"history": request.given, "items": answer.result()})
+
+
+async def _client_left(http: fastapi.Request) -> None:
+    while (await http.receive())["type"] != "http.disconnect":
+        pass
+
+
+@_guarded.get("/items", responses=_problems)
+def find_items(
+    loaded: Serving,
+    title: Annotated[str, Query(max_length=1_000)],
+    limit: Annotated[int, Query(ge=1, le=MOST_FOUND)] = 20,
+) -> list[FoundItem]:
+    """Finds items whose titles contain all the words, in any case."""
+    if len(title.split()) > MOST_WORDS:
+        raise HTTPException(422, f"title: at most {MOST_WORDS} words are allowed")
+    return [FoundItem(id=item.id, title=item.title, sid=item.sid) for item in loaded.reader.items.search(title, limit)]
+
+
+@_guarded.get("/columns", responses=_problems)
+def list_columns(loaded: Serving) -> list[Column]:
+    """The columns of the item file that several items share values of, each with its most common values."""
+    columns = loaded.reader.columns
+    choices = columns.choices(MOST_VALUES) if columns else {}
+    return [Column(name=name, values=values) for name, values in choices.items()]
+
+
+@_guarded.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
+async def show_metrics(http: fastapi.Request) -> Response:
+    """Numbers for Prometheus."""
+    return Response(http.app.state.metrics.text(), media_type=CONTENT_TYPE_LATEST)
+
+
+@_guarded.post(
+    "/reload", responses={code: {"model": Problem} for code in (401, 403, 409, 422, 500)}, response_model=Health
+)
+async def reload(http: fastapi.Request) -> Response:
+    """Loads the checkpoint and its files again. Requests wait meanwhile; if it fails, what is loaded stays."""
+    if not http.app.state.keys:
+        return problem(403, "needs a server with --api_key_file; without one, send it the signal SIGHUP")
+    future = http.app.state.worker.reload()
+    if future is None:
+        return problem(409, "a checkpoint is being loaded already")
+    try:
+        await asyncio.wrap_future(future)
+    except InputError as error:
+        return problem(422, *error.problems)
+    except Exception:
+        return problem(500, "the checkpoint cannot be loaded, so it stays as it was; the server's log says more")
+    return _health(http)
