@@ -19,9 +19,10 @@ from minionerec.data.prompts import RECOMMENDATION, Prompts
 from minionerec.errors import Problems
 from minionerec.flags import Flags, above_zero, check_new_folder, command, flag, one_of
 from minionerec.locks import hold, lock_of_new
+from minionerec.model_card import write_card
 from minionerec.output import whole_folder, writing
 from minionerec.process_memory import importing
-from minionerec.saving import make_portable, write_json
+from minionerec.saving import make_portable, make_readable, write_json
 
 COMPARED = 10  # the best items of a row that are compared
 
@@ -176,7 +177,10 @@ def merge(flags: MergeFlags) -> dict:
             report["compared_rows"] = len(pairs)
             report["same_first"] = sum(old[0] == new[0] for old, new in pairs) / len(pairs)
             report["same_of_10"] = sum(len({*old} & {*new}) / len(old) for old, new in pairs) / len(pairs)
-        write_json(os.path.join(partial, RUN_FILE), {**checkpoint.run, "method": "full", "merged": report})
+        run = {**checkpoint.run, "method": "full", "merged": report}
+        write_json(os.path.join(partial, RUN_FILE), run)
+        write_card(partial, {**run, "method": checkpoint.run.get("method", "lora")}, report)
+        make_readable(partial)
 
     # Say how well the merged model stands for the adapter.
     if before is None:

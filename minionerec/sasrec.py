@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from safetensors.torch import save as to_bytes
 from torch import nn
 
 from minionerec.errors import InputError
@@ -101,7 +102,8 @@ def loss_of(model: SASRec, histories: Sequence[Sequence[str]], targets: Sequence
 def save(model: SASRec, folder: str) -> None:
     """Writes the model to a folder; the configuration last, so a folder with a configuration is complete."""
     os.makedirs(folder, exist_ok=True)
-    save_file(model.state_dict(), os.path.join(folder, WEIGHTS))
+    with open(os.path.join(folder, WEIGHTS), "wb") as file:  # one of `save_file` could be read by its owner only
+        file.write(to_bytes({name: tensor.contiguous() for name, tensor in model.state_dict().items()}))
     with open(os.path.join(folder, CONFIG), "w", encoding="utf-8") as file:
         json.dump({"settings": model.settings, "sids": model.sids}, file)
 

@@ -1,4 +1,4 @@
-"""Writing the JSON files of a checkpoint: whole or not at all, and readable by older releases of transformers."""
+"""Writing the files of a checkpoint: whole or not at all, and readable by other users and older releases."""
 
 import json
 import os
@@ -9,9 +9,23 @@ from minionerec.output import whole_file
 
 def write_json(path: str, data: object) -> None:
     """Writes JSON whole or not at all."""
+    write_text(path, json.dumps(data, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_text(path: str, text: str) -> None:
+    """Writes text whole or not at all."""
     with whole_file(path) as partial, open(partial, "w", encoding="utf-8") as file:
-        json.dump(data, file, indent=2, ensure_ascii=False)
-        file.write("\n")
+        file.write(text)
+
+
+def make_readable(folder: str) -> None:
+    """Lets those read the weights in a folder who may read the files next to them: safetensors writes files that only
+    their owner can read."""
+    mask = os.umask(0)
+    os.umask(mask)
+    for entry in os.scandir(folder):
+        if entry.name.endswith(".safetensors"):
+            os.chmod(entry.path, 0o666 & ~mask)
 
 
 def make_portable(path: str) -> None:

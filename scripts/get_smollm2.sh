@@ -51,5 +51,6 @@ if "Paris" not in answer:
 model.save_pretrained(saved)
 tokenizer.save_pretrained(saved)
 CONVERT
+chmod --reference "$OUT.partial/config.json" "$OUT.partial"/*.safetensors # else only their owner can read them
 mv "$OUT.partial" "$OUT"
 echo "saved $OUT ($DTYPE); train it with: python sft.py --base_model $OUT ..."

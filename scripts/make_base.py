@@ -18,6 +18,7 @@ from minionerec.data.prompts import TASKS
 from minionerec.errors import Problems
 from minionerec.flags import check_positive, check_writable
 from minionerec.output import writing
+from minionerec.saving import make_readable
 
 
 @locks.releasing()
@@ -108,6 +109,7 @@ def make_base(
         with tempfile.TemporaryDirectory(prefix=".base-", dir=output_dir) as partial:
             model.save_pretrained(partial)
             tokenizer.save_pretrained(partial)
+            make_readable(partial)
             for name in sorted(os.listdir(partial), key="config.json".__eq__):  # last, because it says "a model"
                 os.replace(os.path.join(partial, name), os.path.join(output_dir, name))
     print(json.dumps({"parameters": model.num_parameters(), "vocabulary": len(tokenizer), "saved": output_dir}))

@@ -24,8 +24,8 @@ from safetensors.torch import load_file
 
 ROOT = Path(__file__).resolve().parent.parent
 # The files of checkpoints, by what they are, and what those in the middle of a run hold too.
-CHECKPOINT = {"minionerec.json", "tokenizer.json", "tokenizer_config.json"}
-ADAPTER = CHECKPOINT | {"README.md", "adapter_config.json", "adapter_model.safetensors"}
+CHECKPOINT = {"README.md", "minionerec.json", "tokenizer.json", "tokenizer_config.json"}
+ADAPTER = CHECKPOINT | {"adapter_config.json", "adapter_model.safetensors"}
 WHOLE = CHECKPOINT | {"config.json", "generation_config.json", "model.safetensors"}
 STATE = {"optimizer.pt", "rng_state.pth", "scheduler.pt", "trainer_state.json"}
 COLUMNS = ["user_id", "history_item_title", "item_title", "history_item_id", "item_id", "history_item_sid", "item_sid"]

@@ -13,7 +13,7 @@ FLOORS = [
         *(f"minionerec.{name}" for name in ["errors", "locks", "metrics", "output", "plots", "process_memory"]),
     ],
     ["minionerec.cli", "minionerec.data", "minionerec.flags", "minionerec.sasrec"],
-    ["minionerec.checkpoint", "minionerec.recorded", "minionerec.saving"],
+    ["minionerec.checkpoint", "minionerec.model_card", "minionerec.recorded", "minionerec.saving"],
     ["minionerec.model"],
     ["minionerec.decoding", "minionerec.prepare"],
     ["minionerec.recommending"],

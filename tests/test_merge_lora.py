@@ -64,6 +64,8 @@ def test_a_merged_checkpoint_equals_its_adapter(trained, base, untied_base, tmp_
     assert (digests(adapter), digests(on)) == before
     assert not (tmp_path / "merged.partial").exists()
     assert len(list((tmp_path / "merged").glob("*.safetensors"))) > 1
+    assert len({file.stat().st_mode for file in (tmp_path / "merged").iterdir()}) == 1
+    assert "library_name: transformers" in (tmp_path / "merged" / "README.md").read_text(encoding="utf-8")
 
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")

@@ -31,9 +31,10 @@ from minionerec.checkpoint import RUN_FILE, Checkpoint, is_complete, newest_chec
 from minionerec.errors import InputError, RunError
 from minionerec.model import adapters
 from minionerec.model.sharding import local_shard
+from minionerec.model_card import write_card
 from minionerec.output import why_not_written, writing
 from minionerec.process_memory import forget_peak_of_loading
-from minionerec.saving import record_dtype, write_json
+from minionerec.saving import make_readable, record_dtype, write_json
 
 if TYPE_CHECKING:
     from transformers import Trainer as _Trainer  # what `DurableRun` is mixed into
@@ -241,6 +242,8 @@ class DurableRun(_Trainer):
                     record_dtype(folder, str(self.save_dtype).removeprefix("torch."))
                 os.remove(os.path.join(folder, "training_args.bin"))  # a pickle, which nothing here reads
                 write_json(os.path.join(folder, RUN_FILE), {**self.run, "seconds": self.seconds})
+                write_card(folder, self.run)
+                make_readable(folder)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         self._fail_together()

@@ -7,6 +7,7 @@ from transformers import Trainer
 
 from minionerec.model import device, loading
 from minionerec.model.sharding import with_sid_rows_merged
+from minionerec.model_card import write_card
 from minionerec.output import whole_folder, writing
 from minionerec.process_memory import peak_memory_gb
 from minionerec.saving import make_portable, write_json
@@ -82,6 +83,8 @@ def finish(
         path = os.path.join(output_dir, "metrics.json")
         with writing(path, then):
             write_json(path, {**metrics, "history": history})
+        with writing(final, then):
+            write_card(final, trainer.run, metrics)
         path = os.path.join(output_dir, "curves.png")
         with writing(path, then):
             plot_curves(history, path, panels)

@@ -41,6 +41,7 @@ from minionerec.errors import InputError
 from minionerec.metrics import rank_of, ranking_metrics, watched_cutoff
 from minionerec.model import adapters, device
 from minionerec.model.sharding import gathered, overwrite, whole_tensors
+from minionerec.saving import make_readable
 from minionerec.training.averaging import WeightAverage
 from minionerec.training.durable import DurableRun
 from minionerec.training.early_warning import EarlyWarning
@@ -485,6 +486,8 @@ class ReReTrainer(DurableRun, GRPOTrainer):
             with self._writing_checkpoint():
                 tensors = {name: tensor.contiguous() for name, tensor in self.average.other.items()}
                 save_file(tensors, os.path.join(output_dir, UNAVERAGED_FILE))
+        if self.args.should_save:
+            make_readable(output_dir)
         super()._save_optimizer_and_scheduler(output_dir)
 
     def _prepare_for_training(
