@@ -157,7 +157,7 @@ def test_a_training_leaves_no_checkpoint_without_its_end(files, base, disk, kilo
         result = run_command("sft.py", **flags)
         assert_one_line(result, "sft.py: error: the checkpoint of step 8 cannot be written: ")
         assert "nothing has been saved yet. Make room, then the same command" in result.stderr
-        assert left_in(folder) == ["run"]
+        assert left_in(folder) in ([], ["run"])  # the log, which another thread writes, may have come in or not
 
 
 def test_rl_keeps_its_start_and_no_half_checkpoint(files, sft_run, disk):
