@@ -17,6 +17,7 @@ The functions are called by `sft.py` before training and by `rl.py` before it bu
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from itertools import chain
 from operator import methodcaller
 from typing import Any
 
@@ -269,7 +270,8 @@ def load_adapted(
     """The model of an adapter checkpoint on its base, or, with `merge_in`, what `merge` makes of it on a base of that
     precision: one whole model.
 
-    What was trained on a quantized base is merged into the values that its 4 or 8 bits stand for.
+    What was trained on a quantized base is merged into the values that its 4 or 8 bits stand for, and into the other
+    weights as published.
 
     Args:
         base_model: where the base is, if not where the adapter says.
@@ -284,11 +286,14 @@ def load_adapted(
             f"adapter {checkpoint.path} does not fit the base {base_model}: these are not the weights it was trained "
             "on; name the base it was trained on"
         )
-    model = loading.load_base(
-        base_model, quantization, dtype=None if quantization else merge_in, ends_in_8_bits=merge_in is None
-    )
-    if merge_in is not None and quantization:
-        model = model.dequantize(merge_in).to(merge_in)
+    if merge_in is None or quantization is None:
+        model = loading.load_base(base_model, quantization, dtype=merge_in)
+    else:
+        published = loading.unquantized_weights(base_model, quantization, merge_in)
+        model = loading.load_base(base_model, quantization, ends_in_8_bits=False).dequantize(merge_in).to(merge_in)
+        for name, tensor in chain(model.named_parameters(), model.named_buffers()):
+            if name in published:
+                tensor.data = published[name].to(tensor.device)
     loading.fit_embeddings(model, tokenizer)
     wrapped = load_adapter(model, checkpoint.path, trainable)
     return wrapped if merge_in is None else merge(wrapped)

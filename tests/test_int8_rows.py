@@ -298,18 +298,27 @@ def runs(files, base, tmp_path_factory):
     return found
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("tied", [True, False])
-def test_an_adapter_is_merged_into_the_published_rows(runs, tied):
+def test_an_adapter_is_merged_into_the_published_rows(runs, tied, bits, dtype):
+    """Whatever did not train and is not in 4 or 8 bits: rows of ordinary tokens, norms, biases, rotary frequencies."""
     base, output, _ = runs[tied]
     checkpoint = Checkpoint.read(os.path.join(output, "final_checkpoint"))
     tokenizer = loading.load_tokenizer(checkpoint.path)
-    merged = lora_utils.load_adapted(checkpoint, tokenizer, base, storage(4), merge_in=torch.float32)
+    merged = lora_utils.load_adapted(checkpoint, tokenizer, base, storage(bits), merge_in=dtype)
     adapter = load_file(os.path.join(checkpoint.path, "adapter_model.safetensors"))
-    published = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
+    published = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)  # of float32
     for part, of in (("embed_tokens", "get_input_embeddings"), ("lm_head", "get_output_embeddings")):
         weight, original = getattr(merged, of)().weight, getattr(published, of)().weight
         rows = next(t for name, t in adapter.items() if "tokens_delta" in name and (tied or part in name))
-        assert torch.equal(weight, torch.cat([original.float(), rows])) and len(weight) == len(tokenizer)
+        assert torch.equal(weight, torch.cat([original, rows.to(dtype)])) and len(weight) == len(tokenizer)
+    found = {**dict(merged.named_parameters()), **dict(merged.named_buffers())}
+    kept = [n for n in found if ("norm" in n or "bias" in n or "inv_freq" in n) and "proj.weight" not in n]
+    assert len(kept) > 8
+    for name in kept:
+        value = published.get_buffer(name) if "inv_freq" in name else published.get_parameter(name)
+        assert found[name].dtype == value.dtype and torch.equal(found[name], value), name
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+from itertools import chain
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -162,6 +163,14 @@ def load_base(
     return_freed_memory()
     forget_sampling_defaults(model)
     return model
+
+
+def unquantized_weights(path: str, quantization: BitsAndBytesConfig, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """The parameters and buffers that a quantized base keeps as they are, by name: as published, in `dtype`, on the
+    CPU. Those of a base that trains are rounded to its compute dtype."""
+    model = load_base(path, quantization, dtype=dtype, ends_in_8_bits=False)
+    tensors = chain(model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False))
+    return {name: tensor.data.cpu() for name, tensor in tensors if tensor.is_floating_point()}
 
 
 def forget_sampling_defaults(model: PreTrainedModel) -> None:
