@@ -325,25 +325,37 @@ def test_attention_in_blocks(architecture, method, monkeypatch):
     assert "token_trees" not in json.dumps(model.config.to_dict())
 
 
-@pytest.mark.parametrize("native", [True, False])
 @pytest.mark.parametrize("key_heads", [1, 3, 6])
-def test_attention_by_matmuls_is_that_of_torch(key_heads, native, monkeypatch):
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: native)
+@pytest.mark.parametrize("size", [0.3, 3.0, 12.0])
+def test_attention_by_matmuls_errs_less_than_torchs(key_heads, size):
+    """In values and gradients, for scores of any size, against float64."""
     torch.manual_seed(0)
-    shapes = (2, 6, 5, 8), (2, key_heads, 7, 8), (2, key_heads, 7, 4)
-    inputs = [torch.randn(shape, requires_grad=True) for shape in shapes]
-    mask = torch.where(torch.rand(2, 1, 5, 7) > 0.4, 0.0, torch.finfo(torch.float32).min)
-    plain = torch.nn.functional.scaled_dot_product_attention(*inputs, mask, scale=0.6, enable_gqa=True)
-    gradient = torch.randn_like(plain)
-    expected = (plain, *torch.autograd.grad(plain, inputs, gradient))
-    for dtype, error in ((torch.float32, 1e-5), (torch.bfloat16, 2e-2)):
-        rounded = [x.detach().to(dtype).requires_grad_() for x in inputs]
-        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
-            result = token_trees._MatmulAttention.apply(*rounded, mask.to(dtype), 0.6)
-        found = (result, *torch.autograd.grad(result, rounded, gradient.to(dtype)))
-        for ours, torchs in zip(found, expected, strict=True):
-            assert ours.dtype == dtype
-            assert (ours - torchs).norm() < error * torchs.norm()
+    nodes = torch.arange(150)
+    seen = (nodes <= nodes[:, None]) & (torch.rand(150, 150) > 0.4) | torch.eye(150, dtype=torch.bool)
+    mask = torch.zeros(1, 1, 150, 150).masked_fill_(~seen, torch.finfo(torch.bfloat16).min)
+    cuts = [(slice(i, i + 40), slice(i + 40)) for i in range(0, 150, 40)]
+    blocks = [(nodes[queries], nodes[keys], mask[..., queries, keys].bfloat16()) for queries, keys in cuts]
+    shapes = (1, 6, 150, 16), (1, key_heads, 150, 16), (1, key_heads, 150, 8)
+    inputs = [torch.randn(shape).bfloat16() for shape in shapes]
+    inputs[0] *= size
+    gradient = torch.randn(1, 6, 150, 8).bfloat16()
+
+    def results(attend, dtype):
+        given = [tensor.detach().to(dtype, copy=True).requires_grad_() for tensor in inputs]
+        result = attend(*given)
+        return result, *torch.autograd.grad(result, given, gradient.to(dtype))
+
+    def torchs(*given):
+        mask_of = mask.to(given[0].dtype)
+        return torch.nn.functional.scaled_dot_product_attention(*given, mask_of, scale=0.6, enable_gqa=True)
+
+    exact, other = results(torchs, torch.float64), results(torchs, torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = results(lambda *given: token_trees._MatmulAttention.apply(*given, 0.6, blocks), torch.bfloat16)
+    for found, theirs, wanted in zip(ours, other, exact, strict=True):
+        assert found.dtype == torch.bfloat16 and found.shape == wanted.shape
+        assert (found - wanted).norm() < 1.02 * (theirs - wanted).norm() + 1e-5 * wanted.norm()
+        assert (found - wanted).norm() < 5e-3 * wanted.norm()
 
 
 def test_blocks_attend_by_matmuls_in_16_bits(monkeypatch):
@@ -360,7 +372,7 @@ def test_blocks_attend_by_matmuls_in_16_bits(monkeypatch):
         with torch.autocast("cpu", torch.bfloat16, enabled=under_autocast):
             tree_losses(model, TreeCollator(0, None)(rows), dtype=torch.bfloat16)[0].sum().backward()
         for name, grad in gradients(model).items():
-            assert (grad - expected[name]).norm() < 0.05 * expected[name].norm(), name
+            assert (grad - expected[name]).norm() < 0.06 * expected[name].norm(), name
 
 
 @pytest.mark.parametrize("architecture", ["gpt_oss", "mpt", "two kinds of layers"])

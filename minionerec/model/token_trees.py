@@ -274,61 +274,71 @@ def _attention(
         return sdpa_attention_forward(module, query, key, value, attention_mask, **settings)
     device = query.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else query.dtype
-    by_matmuls = torch.finfo(dtype).bits == 16 and not settings.get("dropout")
-    if by_matmuls:
-        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-    scale = settings.get("scaling") or query.shape[-1] ** -0.5
+    if torch.finfo(dtype).bits == 16 and not settings.get("dropout"):
+        scale = settings.get("scaling") or query.shape[-1] ** -0.5
+        result = _MatmulAttention.apply(query.to(dtype), key.to(dtype), value.to(dtype), scale, tree_blocks)
+        return result.transpose(1, 2), None
     results = []
     for queries, keys, mask in tree_blocks:
-        of_block = query[:, :, queries[0] : queries[-1] + 1], key.index_select(2, keys), value.index_select(2, keys)
-        if by_matmuls:
-            results.append(_MatmulAttention.apply(*of_block, mask, scale).transpose(1, 2))
-        else:
-            results.append(sdpa_attention_forward(module, *of_block, mask, **settings)[0])
+        of_block = _of_block(query, queries), key.index_select(2, keys), value.index_select(2, keys)
+        results.append(sdpa_attention_forward(module, *of_block, mask, **settings)[0])
     return torch.cat(results, dim=1), None
 
 
+def _of_block(query: torch.Tensor, queries: torch.Tensor) -> torch.Tensor:
+    """The queries [R, heads, Q, D] of a block, whose nodes are adjacent, in [R, heads, L, D]."""
+    return query[:, :, queries[0] : queries[-1] + 1]
+
+
 class _MatmulAttention(torch.autograd.Function):
-    """Attention by plain matmuls for query [R, heads, Q, D], key and value [R, key heads, K, D] and a mask [R, 1, Q, K]
-    that is added to scores. For 16 bits on a CPU: torch's fused kernel takes twice as long there, or three times where
-    no such matmuls are native. As in it, the backward pass computes the probabilities again, and only the inputs are
-    saved."""
+    """Attention in blocks by plain float32 matmuls, for query [R, heads, L, D], key and value [R, key heads, L, D] in
+    16 bits on a CPU: torch's fused kernel takes longer there, and rounds probabilities and gradients of scores. The
+    backward pass recomputes the probabilities, so only the inputs are saved."""
 
     @staticmethod
     def forward(
-        ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor, scale: float
+        ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, blocks: list[tuple]
     ) -> torch.Tensor:
-        ctx.scale, dtype = scale, query.dtype
-        ctx.save_for_backward(query, key, value, mask)
+        ctx.scale, ctx.blocks = scale, blocks
+        ctx.save_for_backward(query, key, value)
+        rows, heads, nodes, _ = query.shape
+        result = query.new_empty(rows, nodes, heads, value.shape[3]).transpose(1, 2)  # models join the heads of a node
+        key, value = key.float(), value.float()
         with torch.autocast(query.device.type, enabled=False):
-            query, key, value, mask = _in_fast_type(query, key, value, mask)
-            result = _probabilities(query, key, mask, scale) @ value
-        return result.view(*query.shape[:3], -1).to(dtype)
+            for queries, keys, mask in blocks:
+                of_block, part = _of_block(query, queries), _of_block(result, queries)
+                probabilities = _probabilities(of_block.float(), key.index_select(2, keys), mask, scale)
+                part.copy_((probabilities @ value.index_select(2, keys)).view(part.shape))
+        return result
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        dtype = gradient.dtype
-        query, key, value, mask, gradient = _in_fast_type(*ctx.saved_tensors, gradient)
-        probabilities = _probabilities(query, key, mask, ctx.scale)
-        gradient = gradient.reshape(*value.shape[:2], -1, value.shape[-1])
-        grad_value = probabilities.transpose(-1, -2) @ gradient
-        grad_scores = gradient @ value.transpose(-1, -2)
-        grad_scores = torch._softmax_backward_data(grad_scores, probabilities, -1, probabilities.dtype)
-        grad_query = (grad_scores @ key).mul_(ctx.scale).view(query.shape)
-        grad_key = (grad_scores.transpose(-1, -2) @ query.reshape(*key.shape[:2], -1, key.shape[-1])).mul_(ctx.scale)
-        return grad_query.to(dtype), grad_key.to(dtype), grad_value.to(dtype), None, None
+        query, key, value = ctx.saved_tensors
+        dtype, key, value = query.dtype, key.float(), value.float()
+        grad_query, grad_key, grad_value = torch.empty_like(query), torch.zeros_like(key), torch.zeros_like(value)
+        with torch.autocast(query.device.type, enabled=False):
+            for queries, keys, mask in ctx.blocks:
+                q, k, v = _of_block(query, queries).float(), key.index_select(2, keys), value.index_select(2, keys)
+                probabilities = _probabilities(q, k, mask, ctx.scale)
+                of_block = _by_key_head(_of_block(gradient, queries).float(), v)
+                grad_value.index_add_(2, keys, probabilities.mT @ of_block)
+                grad_scores = torch._softmax_backward_data(of_block @ v.mT, probabilities, -1, torch.float32)
+                grad_scores.mul_(ctx.scale)
+                _of_block(grad_query, queries).copy_((grad_scores @ k).view(q.shape))
+                grad_key.index_add_(2, keys, grad_scores.mT @ _by_key_head(q, k))
+        return grad_query, grad_key.to(dtype), grad_value.to(dtype), None, None
 
 
-def _in_fast_type(*tensors: torch.Tensor) -> list[torch.Tensor]:
-    """Tensors in float32, or unchanged where they are in bfloat16 and the CPU multiplies it natively."""
-    native = tensors[0].dtype == torch.bfloat16 and torch.cpu._is_avx512_bf16_supported()
-    return list(tensors) if native else [tensor.float() for tensor in tensors]
+def _by_key_head(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+    """[R, key heads, heads / key heads * Q, D]: the query heads that share a key head one after another."""
+    return query.reshape(*key.shape[:2], query.shape[1] // key.shape[1] * query.shape[2], query.shape[3])
 
 
 def _probabilities(query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor, scale: float) -> torch.Tensor:
-    """[R, key heads, heads / key heads * Q, K], of the query heads that share a key head one after another."""
-    scores = (query * scale).reshape(*key.shape[:2], -1, key.shape[-1]) @ key.transpose(-1, -2)
-    scores.view(*key.shape[:2], -1, *mask.shape[-2:]).add_(mask.unsqueeze(1))
+    """[R, key heads, heads / key heads * Q, K], of float32 query and key and a mask [R, 1, Q, K] that is added to
+    scores."""
+    scores = (_by_key_head(query, key) * scale) @ key.mT
+    scores.unflatten(2, (query.shape[1] // key.shape[1], query.shape[2])).add_(mask.unsqueeze(1))
     return scores.softmax(dim=-1)
 
 
