@@ -43,6 +43,8 @@ else:
 def grouped(x: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
     """The matmul of x [S, I] and weight [E, I, O]: expert e gets the rows from ends[e - 1] to ends[e], with `ends` [E].
     Returns [S, O] in the type of the weight."""
+    if not len(x):  # which torch refuses
+        return x.to(weight.dtype) @ weight[0]
     return moe._grouped_mm(x, weight, ends)
 
 
@@ -106,7 +108,7 @@ class LeanExperts(_Experts):
         if self.has_post_expert_norm:
             x = self.post_expert_norm(x)
         x = x * weights.flatten()[order].unsqueeze(-1)
-        outputs = x[order.argsort()].view(*chosen.shape, -1).sum(dim=1)
+        outputs = x[order.argsort()].view(*chosen.shape, x.shape[1]).sum(dim=1)
         return outputs.to(hidden_states.dtype)
 
     def _project(

@@ -124,7 +124,7 @@ class _Int8Linear(torch.autograd.Function):
                 codes, scales = _split(rows[part])
                 scaled = flat[:, part] * scales.T
                 result += scaled.to(dtype) @ codes.to(dtype)
-        return result.to(ctx.dtype).view(*gradient.shape[:-1], -1), None
+        return result.to(ctx.dtype).view(*gradient.shape[:-1], result.shape[1]), None
 
 
 # --- The stored bytes -------------------------------------------------------------------------------------------------

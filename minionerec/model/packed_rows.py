@@ -104,7 +104,7 @@ def shared_rows(
     first = new.nonzero().squeeze(1)  # [n]
     group = new.cumsum(0) - 1  # [B]
     slot = torch.arange(len(group), device=device) - first[group]  # [B]
-    prompts, slots = len(first), int(slot.max()) + 1
+    prompts, slots = len(first), int(slot.max()) + 1 if len(slot) else 0
 
     # The tokens after the prompt: all completions of a prompt, without their last tokens.
     prompt_mask = prompt_mask[first]

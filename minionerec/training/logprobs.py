@@ -34,6 +34,8 @@ def completion_logps(
         shared: True for one row per prompt, False for one row per completion, None for one row per prompt if
             `probe.prove` accepts it.
     """
+    if not len(completion_ids):  # which models do not take
+        return torch.zeros(2, *completion_ids.shape, device=completion_ids.device).unbind()
     inner = unwrapped if unwrapped is not None else model
     width = int(prompt_mask.sum(dim=1).max())
     prompt_ids, prompt_mask = prompt_ids[:, -width:], prompt_mask[:, -width:].bool()
@@ -65,9 +67,9 @@ def with_targets(
     Returns (rows, place, share): what `completion_logps` takes, with B + R rows for R prompts; in which of them the B
     completions and then the R targets are, [B + R]; the fraction of the completions that each prompt has, [R].
     """
-    changes = (prompt_ids[1:] != prompt_ids[:-1]).any(dim=1) | (target_ids[1:] != target_ids[:-1]).any(dim=1)
-    prompt = nn.functional.pad(changes.long().cumsum(0), (1, 0))  # of each completion
-    first = nn.functional.pad(changes.nonzero().flatten() + 1, (1, 0))  # completion of each prompt
+    new = torch.ones(len(prompt_ids), dtype=torch.bool, device=prompt_ids.device)
+    new[1:] = (prompt_ids[1:] != prompt_ids[:-1]).any(dim=1) | (target_ids[1:] != target_ids[:-1]).any(dim=1)
+    prompt, first = new.cumsum(0) - 1, new.nonzero().flatten()  # prompt of each completion, first one of each prompt
     prompts = torch.arange(len(first), device=first.device)
     order = torch.cat([prompt, prompts]).argsort(stable=True)
 
