@@ -31,7 +31,7 @@ from transformers.pytorch_utils import Conv1D
 
 from minionerec.checkpoint import Checkpoint
 from minionerec.errors import InputError
-from minionerec.flags import AdapterFlags
+from minionerec.flags import AdapterFlags, RunFlags
 from minionerec.model import architecture, device, experts, int8_rows, loading
 from minionerec.model.adapters import load_adapter, prepare_quantized, set_up_adapter
 
@@ -287,6 +287,8 @@ def load_adapted(
             "on; name the base it was trained on"
         )
     if merge_in is None or quantization is None:
+        bits = 8 if quantization and quantization.load_in_8bit else 16
+        check_dora(bool(checkpoint.adapter and checkpoint.adapter.get("use_dora")), bits, f"adapter {checkpoint.path}")
         model = loading.load_base(base_model, quantization, dtype=merge_in)
     else:
         published = loading.unquantized_weights(base_model, quantization, merge_in)
@@ -336,12 +338,25 @@ def trainable_report(model: nn.Module) -> str:
     return f"trainable parameters: {trainable:,} of {total:,} ({100 * trainable / total:.3f}%){frozen}"
 
 
+def check_dora(use_dora: bool, bits: int, where: str) -> None:
+    """Raises InputError for DoRA on an 8-bit base on a CPU, where PEFT loses the scales of the base. `where` begins the
+    message."""
+    if use_dora and bits == 8 and device.local_device().type == "cpu":
+        raise InputError(
+            f"{where}: DoRA (--use_dora) does not work on an 8-bit base (--load_in_8bit) on a CPU; use a GPU, or train "
+            "on a base in 16 bits or, with --use_qlora True, in 4"
+        )
+
+
 def check_adapter(config: PreTrainedConfig, flags: AdapterFlags, adapter_path: str | None = None) -> str:
     """`adapter_report` for the configuration of a base, before any weight is loaded: of the adapter in a folder, or of
     a new one.
 
     Raises InputError where the architecture cannot have the adapter or the bits.
     """
+    if not (isinstance(flags, RunFlags) and flags.gpu_memory):  # a dry run for a card that is not here
+        where = f"adapter {adapter_path}" if adapter_path else "--use_dora True"
+        check_dora(flags.use_dora, flags.bits, where)
     stored_in = (getattr(config, "quantization_config", None) or {}).get("quant_method", "bitsandbytes")
     if stored_in != "bitsandbytes":
         raise InputError(

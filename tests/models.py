@@ -2,15 +2,25 @@
 
 import os
 
+import plain
 import torch
+import torch.nn.functional as F
+from accelerate import PartialState
 from datasets import Dataset
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, TrainingArguments
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedTokenizerFast, TrainingArguments
+from trl import GRPOConfig
 
 import lora_utils
 from minionerec.data.examples import Collator
+from minionerec.decoding.trie import Trie
 from minionerec.dryrun.memory import Prediction, Step, predict
 from minionerec.flags import AdapterFlags
-from minionerec.training.sft_trainer import SFTTrainer
+from minionerec.model import loading
+from minionerec.training.rl_trainer import ReReTrainer
+from minionerec.training.sft_trainer import SFTTrainer, step_order
+from minionerec.training.tree_batches import Prefixes, TreeBatches
 
 SMALL = {
     "vocab_size": 96,
@@ -114,3 +124,122 @@ def predicted(
     """The predicted memory of a training by a method, with other adapter flags."""
     chosen = AdapterFlags(use_lora=method == "lora", use_qlora=method == "qlora", **flags)
     return predict(config, vocabulary, ids, step, chosen, lora_utils.adapt, on_gpu, reference_copy)
+
+
+# --- Methods, and trainers of both kinds ------------------------------------------------------------------------------
+
+METHODS = {
+    "full": {},
+    "freeze_LLM": {},
+    "lora": {"use_lora": True},
+    "qlora": {"use_qlora": True},
+    "lora on 8 bits": {"use_lora": True, "load_in_8bit": True},
+    "dora": {"use_lora": True, "use_dora": True},
+    "qlora and dora": {"use_qlora": True, "use_dora": True},
+}
+
+
+def flags_of(method: str) -> AdapterFlags:
+    return AdapterFlags(lora_r=4, lora_dropout=0.0, **METHODS[method])
+
+
+def model_of(method: str, folder: str):
+    """The base in a folder, loaded and adapted as the commands do; an adapter has moved."""
+    flags = flags_of(method)
+    model = loading.load_base(folder, lora_utils.quantization_config(flags))
+    freeze = method == "freeze_LLM"
+    torch.manual_seed(4)
+    model = lora_utils.train_sid_rows_only(model, IDS) if freeze else lora_utils.adapt(model, flags, IDS)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad and method != "full" and "magnitude" not in name:
+                parameter.add_(0.05 * torch.randn_like(parameter))
+    return model
+
+
+def tree_trainer(model, output_dir, rows, batch_size, micro_batch_size, pack_rows=1, bits=16, **more) -> SFTTrainer:
+    """A trainer of one epoch over rows as token trees, in SGD of rate 0.1."""
+    state, dataset = PartialState(cpu=True), Dataset.from_list(rows)
+    prefixes = Prefixes(dataset)
+    order = step_order(prefixes, pack_rows, batch_size, seed=0)
+    trees = TreeBatches(prefixes, order, 1, micro_batch_size, batch_size, state.num_processes, state.process_index)
+    settings = {"learning_rate": 0.1, "lr_scheduler_type": "constant", "optim": "sgd", "max_grad_norm": 0.0, **more}
+    args = TrainingArguments(
+        **settings, **QUIET, output_dir=str(output_dir), bf16=bits < 16, logging_steps=1,
+        gradient_accumulation_steps=trees.accumulation, num_train_epochs=1,
+        per_device_train_batch_size=micro_batch_size, dataloader_pin_memory=False, ddp_find_unused_parameters=False,
+    )  # fmt: skip
+    return SFTTrainer(
+        model=model, run={}, args=args, train_batches=trees, data_collator=Collator(0), train_dataset=dataset,
+        eval_dataset=dataset,
+    )  # fmt: skip
+
+
+def steps_by_rows(model, rows, steps, bits=16, rate=0.1) -> list[float]:
+    """The plain twin: the same steps of SGD with one row at a time through the model. Returns the loss of each step."""
+    trained, losses = [p for p in model.parameters() if p.requires_grad], []
+    model.train()
+    for step in steps:
+        tokens, loss = sum(rows[i]["length"] - rows[i]["prompt_length"] for i in step), 0.0
+        for i in step:
+            ids = torch.tensor([rows[i]["input_ids"]])
+            with torch.autocast("cpu", torch.bfloat16, enabled=bits < 16):
+                logits = model(input_ids=ids, use_cache=False).logits[0, rows[i]["prompt_length"] - 1 : -1]
+            part = F.cross_entropy(logits.float(), ids[0, rows[i]["prompt_length"] :], reduction="sum") / tokens
+            part.backward()
+            loss += part.item()
+        with torch.no_grad():
+            for parameter in trained:
+                parameter.sub_(rate * parameter.grad)
+                parameter.grad = None
+        losses.append(loss)
+    return losses
+
+
+def check_last_step(folder: str, output_dir, method: str) -> None:
+    """An epoch of 9 rows in steps of 8 and micro-batches of one, most of which are empty in the last step, trains what
+    row by row trains."""
+    rows, bits, start = examples(9), flags_of(method).bits, model_of(method, folder)
+    for i, row in enumerate(rows):
+        row["input_ids"][1] = IDS[i % len(IDS)]
+    trainer = tree_trainer(model_of(method, folder), output_dir, rows, 8, 1, bits=bits)
+    last = list(trainer.train_batches.steps())[-1]
+    assert sum(not len(part) for part in last) >= 4
+    trainer.train()
+    twin, order = model_of(method, folder), list(trainer.train_batches.sampler)
+    losses = steps_by_rows(twin, rows, (order[:8], order[8:]), bits)
+    found = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    error = 1e-4 if bits == 16 else 0.2  # in 16 or 8 bits
+    torch.testing.assert_close(torch.tensor(found), torch.tensor(losses), atol=0, rtol=error / 10)
+    trained = dict(trainer.accelerator.unwrap_model(trainer.model).named_parameters())
+    for (name, before), after in zip(start.named_parameters(), twin.parameters(), strict=True):
+        if before.requires_grad:
+            moved = (after - before).norm()
+            assert moved > 0 and (trained[name] - after).norm() < error * moved, name
+
+
+QUIET = {
+    "report_to": "none", "use_cpu": True, "remove_unused_columns": False, "save_strategy": "no", "disable_tqdm": True,
+}  # fmt: skip
+
+
+def rl_trainer(model, output_dir, new_adapter=False, bits=16, rows=2, **more) -> ReReTrainer:
+    """A trainer on the items of `plain.SIDS`, whose tokens are numbers: two prompts of two completions a step."""
+    words = Tokenizer(WordLevel({str(number): number for number in range(96)}, unk_token="95"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="0", pad_token="0")
+    sids = [" ".join(map(str, sid)) for sid in plain.SIDS]
+    prompts = [[5 + i, 7, 90, 8, 9, 11 + i][: 6 - i % 2] for i in range(rows)]
+    dataset = Dataset.from_dict({"prompt": prompts, "target": [sids[i % len(sids)] for i in range(rows)]})
+    settings = {"beta": 0.04, "learning_rate": 1e-2, "max_steps": 1, "loss_type": "grpo", **more}
+    args = GRPOConfig(
+        **settings, **QUIET, output_dir=str(output_dir), bf16=bits < 16, logging_steps=1, num_generations=2,
+        per_device_train_batch_size=4, activation_checkpointing=False, use_bias_correction_kl=False,
+    )  # fmt: skip
+
+    def varied(completion_ids, **_):
+        return [float(ids[0] + place) for place, ids in enumerate(completion_ids)]
+
+    return ReReTrainer(
+        model, [varied], args, dataset, processing_class=tokenizer, new_adapter=new_adapter,
+        trie=Trie(plain.SIDS, plain.EOS), sids=sids,
+    )  # fmt: skip

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from architectures import CHANGES, build, configuration
-from models import predicted
+from models import predicted, rl_trainer
 from peft import AutoPeftModelForCausalLM
 from transformers import AutoModelForCausalLM
 
@@ -201,6 +201,30 @@ def test_qlora_trains_loads_and_merges(tmp_path, name):
     loaded = adapters.load_adapter(whole, str(tmp_path / "adapter"))
     expected = logits(loaded)
     torch.testing.assert_close(logits(loaded.merge_and_unload()), expected, atol=2e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_rl_takes_a_step(tmp_path, name):
+    check_rl_step(build(name), tmp_path, AdapterFlags(use_lora=True))
+
+
+@pytest.mark.parametrize("name", STRUCTURES.values(), ids=STRUCTURES.keys())
+def test_rl_takes_a_step_on_4_bits(tmp_path, name):
+    flags = AdapterFlags(use_qlora=True)
+    build(name).save_pretrained(tmp_path / "base")
+    check_rl_step(loading.load_base(str(tmp_path / "base"), lora_utils.quantization_config(flags)), tmp_path, flags)
+
+
+def check_rl_step(base, folder, flags: AdapterFlags):
+    """A new adapter equals its reference before the first step, and every part of it gets a gradient."""
+    model = lora_utils.adapt(base, flags, IDS)
+    trainer = rl_trainer(model, folder, new_adapter=True, bits=flags.bits, optim="sgd")
+    before = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    trainer.train()
+    assert trainer.state.log_history[0]["kl"] == 0
+    assert trainer.state.log_history[0]["grad_norm"] > 0
+    moved = {name for name, p in model.named_parameters() if p.requires_grad and not torch.equal(p, before[name])}
+    assert moved >= {name for name in before if "lora_B" in name}  # the others have no gradient while B is 0
 
 
 def _bytes(parameter: torch.Tensor) -> int:

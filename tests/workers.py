@@ -5,6 +5,7 @@ watched FOLDER sft.py --base_model ...      a command, whose weights and counts 
 loss_is_nan FOLDER sft.py --base_model ...  sft.py with a loss that is NaN in the last process only
 disk_is_full FOLDER sft.py --base_model ... sft.py whose first process cannot write a checkpoint
 finds_less FOLDER rl.py --model_path ...    rl.py whose evaluations find less from step to step
+last_steps BASE FOLDER                      an epoch whose last step has few rows, for every method
 fsdp                                        a sharded model beside a whole one
 probe                                       what processes with shards find out about models
 
@@ -174,6 +175,14 @@ def finds_less(folder: str, script: str, *flags: str) -> None:
     run(folder, script, flags)
 
 
+def last_steps(base: str, folder: str) -> None:
+    """An epoch whose last step has fewer rows than micro-batches, for every method, against rows one by one."""
+    from models import METHODS, check_last_step
+
+    for method in METHODS:
+        check_last_step(base, Path(folder, method), method)
+
+
 def fsdp() -> None:
     """A LoRA model whose weights FSDP2 shards, against the same model whole: loss, gradients, beams."""
     from models import adapted, examples
@@ -244,7 +253,8 @@ def probe() -> None:
     dist.destroy_process_group()
 
 
-MODES = {mode.__name__: mode for mode in (command, watched, loss_is_nan, disk_is_full, finds_less, fsdp, probe)}
+MODES = (command, watched, loss_is_nan, disk_is_full, finds_less, last_steps, fsdp, probe)
+MODES = {mode.__name__: mode for mode in MODES}
 
 
 def main(mode: str, *argv: str) -> None:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils import gather_object
+from bitsandbytes.optim import GlobalOptimManager
 from torch import nn
 from transformers import (
     EarlyStoppingCallback,
@@ -165,6 +166,16 @@ class DurableRun(_Trainer):
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> tuple[nn.Module, Any]:
         with adapters.ready_for_fsdp(self.model) if self.is_fsdp_enabled else nullcontext():
             return super()._prepare_for_training(*args, **kwargs)
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        """As the Trainer's. It has bitsandbytes keep the states of every embedding in 32 bits, also of frozen ones, of
+        which those in 8 bits have no weight to register, and of earlier models in this process."""
+        manager = GlobalOptimManager.get_instance()
+        manager.initialize()
+        optimizer = super().create_optimizer(*args, **kwargs)
+        registered = manager.module_weight_config_triple
+        manager.module_weight_config_triple = [entry for entry in registered if entry[0].weight.requires_grad]
+        return optimizer
 
     @property
     def seconds(self) -> float:

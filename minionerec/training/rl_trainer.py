@@ -31,7 +31,7 @@ from trl import GRPOConfig, GRPOTrainer
 from trl.models import unwrap_model_for_generation
 from trl.models.utils import prepare_deepspeed, prepare_fsdp
 from trl.trainer.callbacks import SyncRefModelCallback
-from trl.trainer.utils import RepeatSampler, disable_dropout_in_model, split_tensor_dict, use_adapter
+from trl.trainer.utils import RepeatSampler, split_tensor_dict, use_adapter
 
 from minionerec.data.encoding import left_padded
 from minionerec.decoding.beam_search import constrained_beam_search, constrained_sample
@@ -61,6 +61,17 @@ def choose(completions: Sequence[tuple[int, ...]], target: tuple[int, ...], coun
     ranked = sorted(frequency, key=lambda c: (c != target, -frequency[c], first[c]))
     kept = sorted(ranked[:count], key=first.__getitem__)
     return (kept * count)[:count] if len(kept) < count else kept
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """Turns off every dropout of a model, in place: that of modules, and that whose probability is a number of a layer
+    (`attention_dropout`, `layerdrop`), which TRL's own function leaves on."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if "drop" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
 
 
 class ReReTrainer(DurableRun, GRPOTrainer):
@@ -122,8 +133,8 @@ class ReReTrainer(DurableRun, GRPOTrainer):
         beta, sync = args.beta, args.sync_ref_model
         # Copied before TRL replaces the model's forward method: the copy would have the replaced one.
         reference = copy.deepcopy(model).eval().requires_grad_(False) if beta and not adapted else None
-        args.disable_dropout = True  # with dropout, the policy would differ from the reference and from itself
         args.beta, args.sync_ref_model = 0.0, False  # TRL's references handle neither SID rows nor a merged start
+        args.router_aux_loss_coef = 0.0  # our passes return no auxiliary loss of routers, which TRL would turn on
         super().__init__(model=model, reward_funcs=reward_funcs, args=args, train_dataset=train_dataset, **kwargs)
         args.beta, args.sync_ref_model = beta, sync
         # TRL rounds the adapter of a quantized base to bfloat16, where steps of 1e-6 would vanish.
@@ -141,7 +152,6 @@ class ReReTrainer(DurableRun, GRPOTrainer):
         if beta and adapted and (sync or not new_adapter):
             self.reference_adapter = "ref"
             adapters.copy_adapter(self.model, "default", "ref")
-            disable_dropout_in_model(self.model)
         elif reference is not None:
             # FSDP rounds every weight of the policy, autocast only those of matmuls; DeepSpeed's are 16-bit already.
             if not self.is_deepspeed_enabled:
@@ -151,6 +161,7 @@ class ReReTrainer(DurableRun, GRPOTrainer):
                 self.ref_model = prepare(reference, self.accelerator)
             else:
                 self.ref_model = self.accelerator.prepare_model(reference, evaluation_mode=True)
+        disable_dropout(self.model)  # with it, the policy would differ from the reference and from itself
         self.average = WeightAverage(self.model) if average_weights else None
         if self.average:
             self.add_callback(self.average)
