@@ -21,6 +21,14 @@ def _is(*kinds: type):
     return lambda value: isinstance(value, kinds)
 
 
+def _is_log(value: object) -> bool:
+    lists = value.get("metrics", {}) if isinstance(value, dict) else None
+    if not isinstance(value, dict) or not isinstance(lists, dict) or not all(map(_is(list), lists.values())):
+        return False
+    values = [entry for each in lists.values() for entry in each if entry is not None]
+    return all(map(_is_number, (value.get("total"), value.get("loss"), *values))) and _is_whole(0)(value.get("step"))
+
+
 TEXT = (_is(str), "text")
 TEXT_OR_NULL = (_is(str, type(None)), "text or null")
 OBJECT = (_is(dict), "an object")
@@ -32,6 +40,7 @@ RUN = {
     "method": TEXT,
     "base_fingerprint": TEXT_OR_NULL,
     "seconds": (lambda value: _is_number(value) and value >= 0, "a number from 0"),
+    "unlogged": (_is_log, "an object with the numbers total, loss and step, and lists of numbers as metrics"),
     "flags": OBJECT,
     "prompts": OBJECT,
 }

@@ -1,8 +1,10 @@
 import gc
 import itertools
+import json
 import os
 import shutil
 import sys
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from transformers import EarlyStoppingCallback, TrainerCallback
 
 from minionerec.checkpoint import Checkpoint
 from minionerec.data.examples import Collator
+from minionerec.errors import InputError
 from minionerec.process_memory import forget_peak_of_loading, importing, peak_memory_gb
 from minionerec.training.finish import save_final
 from minionerec.training.resume import newest_checkpoint
@@ -177,6 +180,36 @@ def test_a_resumed_run_meets_the_same_steps(tmp_path, strategy, optim):
     resumed.train(Checkpoint.read(newest_checkpoint(resumed.args.output_dir)))
     weights = trained_weights(resumed)
     assert all(torch.equal(weights[name], weight) for name, weight in trained_weights(whole).items())
+
+
+def test_the_log_of_a_resumed_run_is_that_of_the_whole_one(tmp_path):
+    """Its checkpoint is of step 6, and its log has entries at 5 and 10: the losses of step 6 count in the second."""
+    logs = []
+    for folder, stop in (("whole", None), ("parts", 8), ("parts", None)):
+        trainer = trainer_of(tmp_path / folder, 2, "random", count=16, **{**GROWING, "logging_steps": 5})
+        if stop:
+            trainer.add_callback(Interrupted(stop))
+        newest = newest_checkpoint(trainer.args.output_dir)
+        with pytest.raises(KeyboardInterrupt) if stop else nullcontext():
+            trainer.train(Checkpoint.read(newest) if newest else None)
+        keys = ("step", "loss", "grad_norm", "train_loss")
+        logs.append([[entry.get(key) for key in keys] for entry in trainer.state.log_history])
+    assert logs[2] == logs[0] and [entry[0] for entry in logs[0]] == [5, 10, 12]
+
+
+@pytest.mark.parametrize(
+    "unlogged",
+    [
+        5,
+        {"total": 1.0},
+        {"total": "1", "loss": 0.0, "step": 1},
+        {"total": 1, "loss": 0, "step": 1, "metrics": {"a": 1}},
+    ],
+)
+def test_what_a_checkpoint_has_not_logged_is_checked(tmp_path, unlogged):
+    (tmp_path / "minionerec.json").write_text(json.dumps({"unlogged": unlogged}))
+    with pytest.raises(InputError, match=r"unlogged is .* and must be an object with the numbers total, loss and step"):
+        Checkpoint.read(str(tmp_path))
 
 
 WATCHED = {"eval_strategy": "steps", "load_best_model_at_end": True, "metric_for_best_model": "eval_loss"}

@@ -55,6 +55,8 @@ class DurableRun(_Trainer):
     run: dict[str, Any]
     save_dtype: torch.dtype | None = None  # of saved weights; None for the type they train in
     _seconds_before = 0.0
+    _log_before: dict[str, Any]  # of the checkpoint that the run resumes from, see `unlogged`
+    _log_now: dict[str, Any]  # of the checkpoint that is being written
     _started: float | None = None  # None if nothing was trained
     _problem: str | None = None  # why this process must end the run, once all processes know
 
@@ -86,6 +88,8 @@ class DurableRun(_Trainer):
         """As the Trainer's, from a checkpoint if one is given (see `training.resume`)."""
         path = resume.path if resume else None
         self._seconds_before = resume.run.get("seconds", 0.0) if resume else 0.0
+        self._log_before = resume.run.get("unlogged", {}) if resume else {}
+        self.add_callback(_LogGoesOn(self))
         self._started = time.perf_counter()
         forget_peak_of_loading()
         with _stop_on_signals(self) as stop, _unpickling_nothing(path):
@@ -103,6 +107,25 @@ class DurableRun(_Trainer):
                 everywhere=True,
             )
         return result
+
+    def unlogged(self) -> dict[str, Any]:
+        """What a checkpoint keeps so that the log of a resumed run is that of the whole one: the sum of the losses, and
+        those of the steps since the last entry. Every process must call it."""
+        loss = self._tr_loss.detach()
+        if self.args.world_size > 1:
+            loss = self.accelerator.gather(loss).mean()
+        return {"total": self._total_loss_scalar, "loss": loss.item(), "step": self._globalstep_last_logged}
+
+    def continue_log(self, before: dict[str, Any]) -> None:
+        """Takes over what `unlogged` gave when the checkpoint was written."""
+        self._total_loss_scalar, self._globalstep_last_logged = before["total"], before["step"]
+        self._tr_loss += before["loss"]
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """As the Trainer's. The mean loss at the end is that of the whole run, also if it resumed."""
+        if "train_loss" in logs:
+            logs["train_loss"] = self._total_loss_scalar / max(self.state.global_step, 0.001)
+        super().log(logs, *args, **kwargs)
 
     @property
     def loads_best(self) -> bool:
@@ -252,7 +275,8 @@ class DurableRun(_Trainer):
                 if self.save_dtype is not None:
                     record_dtype(folder, str(self.save_dtype).removeprefix("torch."))
                 os.remove(os.path.join(folder, "training_args.bin"))  # a pickle, which nothing here reads
-                write_json(os.path.join(folder, RUN_FILE), {**self.run, "seconds": self.seconds})
+                unlogged = {"unlogged": self._log_now} if in_checkpoint else {}
+                write_json(os.path.join(folder, RUN_FILE), {**self.run, "seconds": self.seconds, **unlogged})
                 write_card(folder, self.run)
                 make_readable(folder)
 
@@ -273,6 +297,7 @@ class DurableRun(_Trainer):
                 "smaller --learning_rate"
             )
         self._fail_together()
+        self._log_now = self.unlogged()
         try:
             # An engine writes its files between collectives of its own, where the processes cannot fail together.
             with self._writing_checkpoint(at_once=self.is_deepspeed_enabled or self.is_fsdp_enabled):
@@ -317,6 +342,17 @@ def _without_log(*beginnings: str) -> Iterator[None]:
     finally:
         for logger in loggers:
             logger.removeFilter(wanted)
+
+
+class _LogGoesOn(TrainerCallback):
+    """Continues the log of the run that is resumed, as soon as the Trainer has begun one."""
+
+    def __init__(self, trainer: DurableRun):
+        self.trainer = trainer
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        if self.trainer._log_before:  # a checkpoint of an older release has none
+            self.trainer.continue_log(self.trainer._log_before)
 
 
 class _Stop(TrainerCallback):

@@ -413,6 +413,16 @@ class ReReTrainer(DurableRun, GRPOTrainer):
         """While open, the model has the weights to evaluate and save."""
         return self.average.in_place() if self.average else nullcontext()
 
+    def unlogged(self) -> dict[str, Any]:
+        values = {name: list(map(_not_nan, values)) for name, values in self._metrics["train"].items() if values}
+        return {**super().unlogged(), "metrics": values}
+
+    def continue_log(self, before: dict[str, Any]) -> None:
+        super().continue_log(before)
+        self.model.train()  # TRL logs by the mode of the model, which a finished run that is resumed never sets
+        for name, values in before.get("metrics", {}).items():
+            self._metrics["train"][name] += [math.nan if value is None else value for value in values]
+
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         with self._averaged():
             super()._save_checkpoint(model, trial)
@@ -511,6 +521,11 @@ class ReReTrainer(DurableRun, GRPOTrainer):
         if self.average and resume_from_checkpoint:
             self.average.resume(_tensors_in(resume_from_checkpoint, UNAVERAGED_FILE))
         return prepared
+
+
+def _not_nan(value: float) -> float | None:
+    """A value of a metric as JSON can hold it: null for NaN, which TRL leaves out of the mean."""
+    return None if math.isnan(value) else value
 
 
 def _tensors_in(checkpoint: str, name: str) -> dict[str, torch.Tensor]:
