@@ -226,9 +226,10 @@ class SFTTrainer(DurableRun, Trainer):
 
     def get_train_dataloader(self) -> DataLoader:
         args = self.args
-        batches = self.train_batches or RowBatches(
-            self._get_train_sampler(), args.train_batch_size, args.world_size, args.process_index
-        )
+        batches: Sampler | None = self.train_batches
+        if batches is None:
+            own = args.world_size, args.process_index
+            batches = RowBatches(self._get_train_sampler(), args.train_batch_size, *own)
         loader = DataLoader(
             self.train_dataset,
             batch_sampler=batches,
