@@ -24,6 +24,7 @@ class Browser:
         self.from_read, from_write = os.pipe()
         # The child gets them as 3 and 4, whatever their numbers are here.
         words = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--remote-debugging-pipe"]
+        words += ["--disable-background-networking", "--disable-component-update", "--disable-sync", "--no-first-run"]
         words += ["--disable-dev-shm-usage", f"--user-data-dir={self.profile.name}", "--window-size=1200,800"]
         moved = f'exec 3<&{to_read} 4>&{from_write}; exec "$@"'
         self.process = subprocess.Popen(

@@ -222,7 +222,7 @@ def test_a_server_that_loads_says_so(reader, model):
 def test_keys_are_asked_for(reader, model):
     async def steps(client):
         codes = {}
-        for path in ("/health", "/ready", "/", "/docs", "/openapi.json", "/items?title=a", "/columns", "/metrics"):
+        for path in ("/health", "/ready", "/", "/docs", "/openapi.json", "/items?title=a", "/options", "/metrics"):
             codes[path] = (await client.get(path)).status_code
         post = [{"Authorization": text} for text in ("Bearer one", "bearer two", "Bearer three", "Basic one", "one")]
         answers = [await client.post("/recommend", json={"history": ["1"]}, headers=headers) for headers in post]
@@ -491,7 +491,7 @@ def test_the_interface_describes_itself(ask):
     body = interface["paths"]["/recommend"]["post"]["requestBody"]["content"]["application/json"]["schema"]
     assert set(body["properties"]) == {"history", "K", "exclude_seen", "allow", "deny", "where"}
     assert {"200", "422", "500", "503"} <= set(interface["paths"]["/recommend"]["post"]["responses"])
-    paths = {"/recommend", "/items", "/columns", "/health", "/ready", "/metrics", "/reload"}
+    paths = {"/recommend", "/items", "/options", "/health", "/ready", "/metrics", "/reload"}
     assert set(interface["paths"]) == paths
     assert nowhere.status_code == 404 and nowhere.json() == {"detail": ["Not Found"]}
     for shown in (page, docs):
@@ -499,14 +499,10 @@ def test_the_interface_describes_itself(ask):
         assert "://" not in shown.text and "src=" not in shown.text  # nothing from elsewhere
 
 
-@pytest.fixture
-def listening(reader, model, monkeypatch):
-    """The port of a server on a socket, in a thread, whose clients have a second and which ends in a second."""
+@contextlib.contextmanager
+def on_a_socket(app, monkeypatch):
+    """The port of an application on uvicorn, in a thread, and what stops it and says how many seconds that took."""
     monkeypatch.setattr(connections, "_log_to_standard_error", lambda: None)
-    monkeypatch.setattr(connections, "CLIENT_SECONDS", 0.5)
-    monkeypatch.setattr(connections, "SHUTDOWN_SECONDS", 1)
-    monkeypatch.setattr(checks, "BODY_SECONDS", 0.5)
-    monkeypatch.setattr(connections, "most_connections", lambda: 8)
     made = []
 
     def keep(config, real=connections.uvicorn.Server):
@@ -515,7 +511,7 @@ def listening(reader, model, monkeypatch):
         return made[-1]
 
     monkeypatch.setattr(connections.uvicorn, "Server", keep)
-    port, app = free_port(), make_app(lambda: Loaded(reader, model), 4, 6)
+    port = free_port()
     thread = threading.Thread(target=connections.run, args=(app, "127.0.0.1", port))
     thread.start()
     deadline = time.monotonic() + 20
@@ -532,6 +528,30 @@ def listening(reader, model, monkeypatch):
     yield SimpleNamespace(port=port, stop=stop)
     stop()
     assert not thread.is_alive()
+
+
+@pytest.fixture
+def listening(reader, model, monkeypatch):
+    """A server of eight connections, whose clients have half a second, and which ends in a second."""
+    monkeypatch.setattr(connections, "CLIENT_SECONDS", 0.5)
+    monkeypatch.setattr(connections, "SHUTDOWN_SECONDS", 1)
+    monkeypatch.setattr(checks, "BODY_SECONDS", 0.5)
+    monkeypatch.setattr(connections, "most_connections", lambda: 8)
+    with on_a_socket(make_app(lambda: Loaded(reader, model), 4, 6), monkeypatch) as running:
+        yield running
+
+
+@pytest.fixture
+def listening_with_a_key(reader, model, monkeypatch):
+    """The port of a server with a key, and what lets its model load."""
+    gate = threading.Event()
+
+    def load():
+        assert gate.wait(20)
+        return Loaded(reader, model)
+
+    with on_a_socket(make_app(load, 4, 6, keys=["one"]), monkeypatch) as running:
+        yield running.port, gate
 
 
 def connected(port: int, *parts: bytes) -> socket.socket:
@@ -687,6 +707,109 @@ def test_the_page_recommends_for_a_history_that_is_clicked_together(server, tmp_
         assert len(asked) >= 6 and all(url.startswith((address, "data:,")) for url in asked)
         noise = [e for e in browser.events if e["method"] in ("Runtime.exceptionThrown", "Log.entryAdded")]
         assert not noise
+
+
+# What the parts of a page look like: those that are too small to touch, and the lowest contrast of a text.
+SMALL = """[...document.querySelectorAll('button, input, select')].filter((e) => e.offsetParent && e.type !== 'checkbox'
+    && Math.min(e.offsetHeight, e.offsetWidth) < 44).map((e) => e.outerHTML).join()"""
+CONTRAST = """(() => {
+    const rgb = (text) => text.match(/[\\d.]+/g).map(Number);
+    const light = ([r, g, b]) => [r, g, b].map((v) => v / 255).map((v) => v <= .04045 ? v / 12.92 :
+        ((v + .055) / 1.055) ** 2.4).reduce((sum, v, i) => sum + v * [.2126, .7152, .0722][i], 0);
+    const behind = (e) => { const c = rgb(getComputedStyle(e).backgroundColor);
+        return c[3] === 0 && e.parentElement ? behind(e.parentElement) : c; };
+    const of = (e) => { const [a, b] = [light(rgb(getComputedStyle(e).color)), light(behind(e))].sort((x, y) => y - x);
+        return (a + .05) / (b + .05); };
+    return Math.min(...[...document.querySelectorAll('body *')].filter((e) => e.textContent.trim() &&
+        !['SCRIPT', 'STYLE'].includes(e.tagName)).map(of));
+})()"""
+
+
+@pytest.mark.slow
+@needs_browser
+def test_the_pages_can_be_used_by_touch_keyboard_and_reader(server):
+    address, _ = server
+    with Browser() as browser:
+
+        def said(part, text):
+            browser.wait_for(f"document.getElementById('{part}').textContent === {json.dumps(text)}")
+
+        for width, shade in ((390, "light"), (1280, "dark")):
+            feature = [{"name": "prefers-color-scheme", "value": shade}]
+            browser.call("Emulation.setEmulatedMedia", features=feature)
+            size = {"width": width, "height": 844, "deviceScaleFactor": 1, "mobile": False}
+            browser.call("Emulation.setDeviceMetricsOverride", **size)
+            browser.call("Page.navigate", url=address)
+            browser.wait_for("document.readyState === 'complete' && document.getElementById('K')?.value === '5'")
+            assert browser.run("document.getElementById('choosing').hidden")  # the server has no item file
+
+            # Results are announced, and so is that there are none.
+            browser.run("document.getElementById('title').focus()")
+            browser.call("Input.insertText", text="nowhere")
+            said("found-note", "Nothing found for “nowhere”.")
+            browser.run("document.getElementById('title').value = ''")
+            browser.call("Input.insertText", text="m3 bolt")
+            said("found-note", "6 items found.")
+            browser.run("document.querySelectorAll('#found button')[1].click()")
+            said("items-note", "5 items recommended.")
+            roles = [
+                f"document.getElementById('{part}').getAttribute('role')" for part in ("items-note", "items-problem")
+            ]
+            assert [browser.run(role) for role in roles] == ["status", "alert"]
+
+            # Focus stays where it was, in the place of what is gone.
+            browser.run("document.querySelectorAll('#items button')[3].focus(); document.activeElement.click()")
+            said("history-note", "2 items bought, oldest first.")
+            browser.wait_for("document.getElementById('items').getAttribute('aria-busy') === 'false'")
+            assert browser.run("[...document.querySelectorAll('#items button')].indexOf(document.activeElement)") == 3
+            for left in (1, 0):
+                browser.run("document.querySelector('#history button').focus(); document.activeElement.click()")
+                browser.wait_for(f"document.querySelectorAll('#history li').length === {left}")
+            assert browser.run("document.activeElement.id") == "title"
+            said("items-note", "Waits for a history.")
+
+            # K counts, and what is wrong is said.
+            browser.run("document.querySelectorAll('#found button')[1].click()")
+            for number, note in ((2, "2 items recommended."), (1, "1 item recommended.")):
+                browser.run(f"(() => {{const K = document.getElementById('K'); K.value = {number}; K.onchange();}})()")
+                said("items-note", note)
+            browser.run("(() => {const K = document.getElementById('K'); K.value = 99; K.onchange();})()")
+            said("items-problem", '"K" must be a whole number from 1 to 20 (--num_beams), found 99')
+
+            # Large enough to touch, readable, and nothing to scroll sideways; history and results side by side.
+            title = "Bolt" * 60
+            browser.run(f"document.querySelectorAll('li span').forEach((part) => {{ part.textContent = '{title}'; }})")
+            assert browser.run(SMALL) == "" and browser.run(CONTRAST) > 4.5
+            assert browser.run("document.documentElement.scrollWidth") <= width
+            tops = [
+                browser.run(f"document.getElementById('{part}').getBoundingClientRect().top")
+                for part in ("past", "best")
+            ]
+            assert tops[0] == tops[1] < 600
+            browser.call("Page.navigate", url=f"{address}/docs")
+            browser.wait_for("document.querySelectorAll('section').length === 7")
+            assert browser.run(CONTRAST) > 4.5 and browser.run("document.documentElement.scrollWidth") <= width
+            text = browser.run("document.body.innerText")
+            for part in ("POST /recommend", "exclude_seen true or false or null", "Answer: list of FoundItem"):
+                assert part in text, text
+
+
+@pytest.mark.slow
+@needs_browser
+def test_the_page_waits_for_the_model_and_asks_for_a_key(listening_with_a_key):
+    port, gate = listening_with_a_key
+    with Browser() as browser:
+        browser.call("Page.navigate", url=f"http://127.0.0.1:{port}")
+        browser.wait_for(
+            "document.getElementById('items-problem')?.textContent === 'Give the key of this server above.'"
+        )
+        browser.run("(() => {const key = document.getElementById('secret'); key.value = 'no'; key.onchange();})()")
+        browser.wait_for("document.getElementById('items-problem').textContent === 'The key is not valid.'")
+        browser.run("(() => {const key = document.getElementById('secret'); key.value = 'one'; key.onchange();})()")
+        browser.wait_for("document.getElementById('items-note').textContent === 'The model is loading…'")
+        gate.set()
+        browser.wait_for("document.getElementById('items-note').textContent === 'Waits for a history.'")
+        assert browser.run("document.getElementById('K').value") == "5"
 
 
 @pytest.mark.parametrize(

@@ -50,8 +50,18 @@ class Column(BaseModel):
     values: list[str]
 
 
+class Options(BaseModel):
+    """How many items a request gets where it does not say, and at most; whether it then leaves out its history; and
+    the columns whose values items share."""
+
+    K: int
+    most: int
+    exclude_seen: bool
+    columns: list[Column]
+
+
 class Health(BaseModel):
-    """`status` is loading or ok. `waiting` counts the requests that wait for the model."""
+    """`status` is loading or ok; `waiting` counts the requests that wait for the model."""
 
     status: str
     items: int

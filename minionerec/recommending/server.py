@@ -4,7 +4,7 @@
 |---|---|
 | POST /recommend | recommends for a request (see `recommending.requests`); 422 for a bad one, 503 if too many wait |
 | GET /items?title=WORDS | finds items by the words of their titles |
-| GET /columns | the columns that `where` may choose by |
+| GET /options | what requests may say: K, and the columns for `where` |
 | GET /health | says whether the server works: not if the model failed when it was last asked |
 | GET /ready | says whether the model is loaded |
 | GET /metrics | numbers for Prometheus |
@@ -37,7 +37,7 @@ from starlette.requests import ClientDisconnect
 from minionerec.errors import InputError
 from minionerec.recommending.checks import Serving, check_key, invalid, read_body, refused
 from minionerec.recommending.guard import Guard, problem
-from minionerec.recommending.interface import MOST_LISTED, Answer, Asked, Column, FoundItem, Health, Problem
+from minionerec.recommending.interface import MOST_LISTED, Answer, Asked, Column, FoundItem, Health, Options, Problem
 from minionerec.recommending.metrics import Metrics
 from minionerec.recommending.requests import Request
 from minionerec.recommending.worker import Loaded, TooManyWaiting, Worker
@@ -93,8 +93,8 @@ def make_app(
     app.add_middleware(Guard, metrics=metrics, allowed_hosts=list(allowed_hosts))
     app.add_exception_handler(AnyHTTPException, refused)
     app.add_exception_handler(RequestValidationError, invalid)
-    app.include_router(_open)
     app.include_router(_guarded, dependencies=[Depends(check_key)] if keys else [])
+    app.include_router(_open)
     return app
 
 
@@ -203,12 +203,13 @@ def find_items(
     return [FoundItem(id=item.id, title=item.title, sid=item.sid) for item in loaded.reader.items.search(title, limit)]
 
 
-@_guarded.get("/columns", responses=_problems)
-def list_columns(loaded: Serving) -> list[Column]:
-    """The columns of the item file that several items share values of, each with its most common values."""
-    columns = loaded.reader.columns
-    choices = columns.choices(MOST_VALUES) if columns else {}
-    return [Column(name=name, values=values) for name, values in choices.items()]
+@_guarded.get("/options", responses=_problems)
+def show_options(loaded: Serving) -> Options:
+    """What requests may say: how many items, and the columns of the item file for `where`."""
+    reader = loaded.reader
+    choices = reader.columns.choices(MOST_VALUES) if reader.columns else {}
+    columns = [Column(name=name, values=values) for name, values in choices.items()]
+    return Options(K=reader.K, most=reader.most, exclude_seen=reader.exclude_seen, columns=columns)
 
 
 @_guarded.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
