@@ -115,8 +115,9 @@ class RecommendFlags(PromptFlags):
         a page of another site could otherwise ask it, by a name that leads here."""
         if self.allowed_hosts:
             return [name.strip() for name in self.allowed_hosts.split(",")]
-        local = self.host == "localhost" or self.host.startswith("127.") or self.host == "::1"
-        return ["localhost", "127.0.0.1", "[::1]", self.host.replace("::1", "[::1]")] if local else ["*"]
+        local = self.host in ("localhost", "::1") or self.host.startswith("127.")
+        names = ["localhost", "127.0.0.1", "[::1]"]
+        return list(dict.fromkeys([*names, self.host.replace("::1", "[::1]")])) if local else ["*"]
 
     def _check_server(self, problems: Problems) -> None:
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:

@@ -43,28 +43,36 @@ def free_port() -> int:
 
 
 @contextmanager
-def served(flags: list[str], batch_size: int, clients: int) -> Iterator[str]:
-    """Runs a server and gives its address."""
+def served(flags: list[str], batch_size: int, clients: int) -> Iterator[tuple[str, subprocess.Popen, str]]:
+    """Runs a server; gives its address, its process and the file of its log."""
     port = free_port()
     words = [sys.executable, COMMAND, *flags, f"--serve={port}", f"--batch_size={batch_size}"]
-    process = subprocess.Popen([*words, f"--max_waiting={clients}"], stdout=subprocess.DEVNULL)
-    try:
-        address, deadline = f"http://127.0.0.1:{port}", time.monotonic() + PATIENCE
-        while True:
-            try:
-                urllib.request.urlopen(f"{address}/health", timeout=5).close()
-                break
-            except OSError:
-                if process.poll() is not None or time.monotonic() > deadline:
-                    raise RunError("the server did not start") from None
-                time.sleep(0.2)
-        yield address
-    finally:
-        process.send_signal(signal.SIGINT)
+    words += [f"--max_waiting={clients}"]
+    with tempfile.NamedTemporaryFile(prefix="serve-", suffix=".log") as log:
+        process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=log)
         try:
-            process.wait(30)
-        except subprocess.TimeoutExpired:
-            process.kill()
+            address = f"http://127.0.0.1:{port}"
+            _wait_until_ready(address, process, log.name)
+            yield address, process, log.name
+        finally:
+            process.send_signal(signal.SIGINT)
+            try:
+                process.wait(30)
+            except subprocess.TimeoutExpired:
+                process.kill()
+
+
+def _wait_until_ready(address: str, process: subprocess.Popen, log: str) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while True:
+        try:
+            urllib.request.urlopen(f"{address}/ready", timeout=5).close()
+            return
+        except OSError:
+            if process.poll() is not None or time.monotonic() > deadline:
+                with open(log, encoding="utf-8") as file:
+                    raise RunError(f"the server did not start: {file.read()[-2000:]}") from None
+            time.sleep(0.2)
 
 
 def load(address: str, bodies: list[bytes], clients: int) -> tuple[list[dict | None], list[float], float]:
@@ -95,6 +103,25 @@ def load(address: str, bodies: list[bytes], clients: int) -> tuple[list[dict | N
     for thread in threads:
         thread.join()
     return answers, seconds, time.perf_counter() - started
+
+
+def read_bodies(info_file: str, histories: str, most: int) -> list[bytes]:
+    """The bodies of requests for the distinct histories of a file, at most `most`. Raises InputError."""
+    items = Items(read_info_items(info_file), info_file)
+    rows = RequestReader(items, None, K=10, most=10).read_file(histories, "histories")
+    return list(islice(dict.fromkeys(json.dumps({"history": row.given}).encode() for row in rows), most))
+
+
+def answers_of_the_batch_command(flags: list[str], bodies: list[bytes], batch_size: int) -> dict[bytes, dict]:
+    """What the server must answer to each of these bodies."""
+    with tempfile.TemporaryDirectory() as folder:
+        source, output = os.path.join(folder, "requests.jsonl"), os.path.join(folder, "answers.jsonl")
+        with open(source, "wb") as file:
+            file.write(b"\n".join(bodies) + b"\n")
+        batch = [f"--histories={source}", f"--output={output}", f"--batch_size={batch_size}"]
+        subprocess.run([sys.executable, COMMAND, *flags, *batch], check=True, stdout=subprocess.DEVNULL)
+        with open(output, encoding="utf-8") as file:
+            return dict(zip(bodies, map(json.loads, file), strict=True))
 
 
 def wrong(answer: dict, expected: dict) -> bool:
@@ -133,28 +160,18 @@ def serve(
     """
     problems = Problems()
     check_positive(problems, requests=requests, clients=clients, batch_size=batch_size, num_beams=num_beams)
-    items = problems.attempt(lambda: Items(read_info_items(info_file), info_file))
-    reader = items and RequestReader(items, None, K=10, most=max(num_beams, 10))
-    read = reader and problems.attempt(lambda: list(reader.read_file(histories, "histories")))
+    distinct = problems.attempt(read_bodies, info_file, histories, requests)
     problems.check()
-    assert read
-    bodies = [json.dumps({"history": request.given}).encode() for request in islice(cycle(read), requests)]
+    assert distinct
     flags = [f"--model={model}", f"--info_file={info_file}", f"--num_beams={num_beams}"]
     flags += [f"--exclude_seen={exclude_seen}"]
-
-    # The batch command answers first: what it writes is what the servers must answer.
-    with tempfile.TemporaryDirectory() as folder:
-        source, output = os.path.join(folder, "requests.jsonl"), os.path.join(folder, "answers.jsonl")
-        with open(source, "wb") as file:
-            file.write(b"\n".join(bodies) + b"\n")
-        batch = [f"--histories={source}", f"--output={output}", f"--batch_size={batch_size}"]
-        subprocess.run([sys.executable, COMMAND, *flags, *batch], check=True, stdout=subprocess.DEVNULL)
-        with open(output, encoding="utf-8") as file:
-            expected = [json.loads(line) for line in file]
+    answer_of = answers_of_the_batch_command(flags, distinct, batch_size)
+    bodies = list(islice(cycle(distinct), requests))
+    expected = [answer_of[body] for body in bodies]
 
     table = []
     for name, size in (("shared batches", batch_size), ("one by one", 1)):
-        with served(flags, size, clients) as address:
+        with served(flags, size, clients) as (address, _, _):
             load(address, bodies[:clients], clients)  # the first requests prove how the model can be decoded
             answers, seconds, wall = load(address, bodies, clients)
         seconds.sort()

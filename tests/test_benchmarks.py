@@ -34,7 +34,8 @@ def test_a_benchmark_measures(files, base, script, flags):
 
 @pytest.mark.slow
 def test_a_server_under_load_answers_as_the_batch_command(files, sft_run):
-    pytest.importorskip("fastapi", reason="pip install fastapi uvicorn")
+    for package in ("fastapi", "prometheus_client"):
+        pytest.importorskip(package, reason="pip install fastapi uvicorn prometheus-client")
     flags = {"model": sft_run("lora") / "final_checkpoint", "info_file": files["info"], "histories": files["test"]}
     result = run_command("benchmarks/serve.py", **flags, requests=12, clients=4, batch_size=4, num_beams=10)
     assert result.returncode == 0, result.stderr

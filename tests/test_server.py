@@ -25,7 +25,7 @@ for package in ("fastapi", "uvicorn", "prometheus_client"):
 httpx = pytest.importorskip("httpx", reason="pip install httpx")
 
 from minionerec.data.files import read_info_items  # noqa: E402
-from minionerec.data.items import Items  # noqa: E402
+from minionerec.data.items import ItemColumns, Items  # noqa: E402
 from minionerec.errors import InputError, RunError  # noqa: E402
 from minionerec.recommending import checks, connections  # noqa: E402
 from minionerec.recommending import server as server_module  # noqa: E402
@@ -497,6 +497,41 @@ def test_the_interface_describes_itself(ask):
     for shown in (page, docs):
         assert shown.status_code == 200 and "default-src 'none'" in shown.headers["Content-Security-Policy"]
         assert "://" not in shown.text and "src=" not in shown.text  # nothing from elsewhere
+
+
+def test_requests_may_choose_by_the_columns_whose_values_items_share(files, model, tmp_path):
+    meta = {str(i): {"title": f"Bolt {i % 2}", "price": i, "brand": "Kö" if i % 4 else "3M, Inc"} for i in range(40)}
+    meta["7"]["brand"] = ["3M", "Kö", 4, None]
+    (tmp_path / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
+    items = Items(read_info_items(files["info"]), files["info"])
+    reader = RequestReader(items, ItemColumns(str(tmp_path / "meta.json"), items), K=5, most=20)
+
+    async def steps(client):
+        options = (await client.get("/options")).json()
+        where = [f"brand={value}" for value in options["columns"][0]["values"]]
+        return options, [(await client.post("/recommend", json={"history": ["1"], "where": one})) for one in where]
+
+    options, chosen = with_client(make_app(lambda: Loaded(reader, model), 4, 6), steps)
+    columns = [{"name": "brand", "values": ["Kö", "3M", "Inc", "4"]}]  # prices differ, and titles are no choice
+    assert options == {"K": 5, "most": 20, "exclude_seen": False, "columns": columns}
+    assert [answer.status_code for answer in chosen] == [200] * 4
+
+
+@pytest.mark.parametrize(
+    ("flags", "url", "hosts"),
+    [
+        ({}, "http://127.0.0.1:80", ["localhost", "127.0.0.1", "[::1]"]),
+        ({"host": "::1"}, "http://[::1]:80", ["localhost", "127.0.0.1", "[::1]"]),
+        ({"host": "0.0.0.0"}, "http://0.0.0.0:80", ["*"]),
+        ({"host": "::"}, "http://[::]:80", ["*"]),
+        ({"allowed_hosts": "a.example, *.b.example"}, "http://127.0.0.1:80", ["a.example", "*.b.example"]),
+    ],
+)
+def test_a_server_of_this_machine_answers_to_its_names_only(flags, url, hosts):
+    from recommend import RecommendFlags
+
+    made = RecommendFlags(serve=80, **flags)
+    assert made.url == url and made.hosts == hosts
 
 
 @contextlib.contextmanager

@@ -73,6 +73,6 @@ class Guard:
         self.metrics.requests.labels(path, status).inc()
         self.metrics.seconds.labels(path).observe(seconds)
         target = scope.get("raw_path", b"").decode("ascii", "replace")[:200]
-        client = (scope.get("client") or ("-",))[0]
+        client = (scope.get("client") or ("-",))[0][:64]
         log.info('%s %s "%s %s" %d %.1f ms', id, client, method, target, status, 1000 * seconds)
         return None
