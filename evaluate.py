@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from minionerec import cli
+from minionerec import cli, world
 from minionerec.checkpoint import Checkpoint, read_model
 from minionerec.data.files import (
     InfoItem,
@@ -81,6 +81,7 @@ class EvaluateFlags(PromptFlags):
 
     def check(self, problems: Problems) -> None:
         super().check(problems)
+        world.check_world(problems)
         if not 0 <= self.K <= self.num_beams:
             problems.add(f"--K {self.K}: must be between 0 and --num_beams {self.num_beams}, the length of a ranking")
         check_new_file(problems, "result_json_data", self.result_json_data, "the rankings")
@@ -174,6 +175,7 @@ def evaluate(flags: EvaluateFlags) -> dict[str, float]:
     hold("result_json_data", flags.result_json_data, lock_of_new)
 
     with importing():
+        world.watch()
         import lora_utils
         from minionerec.data.encoding import Encoder
         from minionerec.data.sid_tokens import PAD, sid_responses
@@ -181,10 +183,12 @@ def evaluate(flags: EvaluateFlags) -> dict[str, float]:
         from minionerec.decoding.ranking import rank_prompts
         from minionerec.decoding.trie import Trie
         from minionerec.model import device, loading
+        from minionerec.training import nodes
 
     # Make the trie: every SID must become its own tokens.
     started = time.perf_counter()
     state = device.process_state()
+    nodes.check_same(flags.to_dict())
     for line in files.notes:
         state.print(line)
     tokenizer = loading.load_tokenizer(checkpoint.path)

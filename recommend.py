@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
-from minionerec import cli
+from minionerec import cli, world
 from minionerec.checkpoint import Checkpoint, read_model
 from minionerec.data.files import open_text, read_info_items, read_item_ids
 from minionerec.data.items import ItemColumns, Items, read_item_list
@@ -93,6 +93,8 @@ class RecommendFlags(PromptFlags):
             check_new_file(problems, "output", self.output, "the recommendations")
         elif self.output:
             problems.add("--output has no effect without --histories")
+        if self.histories:
+            world.check_world(problems)
         if self.where and not self.item_meta_path:
             problems.add("--where needs --item_meta_path, the file with the columns of the items")
         if self.serve and not _port(self.serve):
@@ -298,12 +300,15 @@ def recommend(flags: RecommendFlags) -> None:
         return
 
     with importing():
+        world.watch()
         from tqdm import tqdm
 
         from minionerec.model import device
         from minionerec.recommending import batch
+        from minionerec.training import nodes
 
     state = device.process_state()
+    nodes.check_same(flags.to_dict())
     for line in files.notes:
         state.print(line)
     recommender = load(flags, files)
@@ -318,7 +323,7 @@ def recommend(flags: RecommendFlags) -> None:
         return
 
     # A file of histories: a line of JSON for each. The processes of a distributed run divide its batches.
-    kept = files.done
+    kept = nodes.first_decides(lambda: files.done)
     if kept:
         state.print(f"{flags.output}.partial: {kept} of {files.requests} rows are there already")
     rows = files.reader.read_file(flags.histories, "histories")

@@ -16,7 +16,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from minionerec import cli
+from minionerec import cli, world
 from minionerec.checkpoint import Checkpoint, check_base, check_model, run_record
 from minionerec.data.files import Catalogue, Interaction, Item, read_catalogue, read_info, read_interactions
 from minionerec.data.prompts import RECOMMENDATION, RL_TASKS, TASKS, Prompts
@@ -81,7 +81,12 @@ class RLFlags(TrainingFlags):
     info_file: str = flag(
         "", "the catalogue that completions come from, one SID, title and item id a line, separated by tabs."
     )
-    train_batch_size: int = flag(32, "completions of a forward pass on one process.", above_zero)
+    train_batch_size: int = flag(
+        32,
+        "completions of a forward pass on one process. An optimizer step has this times "
+        "gradient_accumulation_steps times the number of processes.",
+        above_zero,
+    )
     eval_batch_size: int = flag(32, "beams of a forward pass in evaluations during training.", above_zero)
     gradient_accumulation_steps: int = flag(1, "forward passes of an optimizer step.", above_zero)
     temperature: float = flag(
@@ -374,6 +379,7 @@ def train(flags: RLFlags) -> "dict | Prediction":
     flags.hold_output_dir()
 
     with importing():
+        world.watch()
         from transformers import set_seed
 
         import lora_utils
@@ -381,6 +387,7 @@ def train(flags: RLFlags) -> "dict | Prediction":
         from minionerec.metrics import watched_cutoff
         from minionerec.model import device, loading
         from minionerec.plots import RL_PANELS
+        from minionerec.training import nodes
         from minionerec.training.finish import finish
         from minionerec.training.resume import resume_point
         from minionerec.training.rewards import reward_functions
@@ -418,11 +425,15 @@ def train(flags: RLFlags) -> "dict | Prediction":
     for note in encoded.notes:
         state.print(note)
     state.print(f"prompts: {len(train_dataset):,} to train on, {len(eval_dataset):,} to validate; steps: {steps:,}")
+    processes = f", on {state.num_processes} processes" if state.num_processes > 1 else ""
+    state.print(f"an optimizer step: {step:,} prompts x {flags.num_generations} completions{processes}")
 
     # Find the checkpoint to resume from.
     fingerprint = loading.fingerprint(files.base)
     recorded_flags = {**flags.to_dict(), "cutoff_len": files.cutoff_len}
     run = run_record("rl", flags.method, recorded_flags, files.wording, fingerprint)
+    nodes.check_same(flags.to_dict(), base=fingerprint)
+    nodes.check_output_shared(flags.output_dir)
     resume = resume_point(flags, run, state.print)
 
     # Load the policy. Probed before the weights are sharded, and for the longest rows that any process can have.

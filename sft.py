@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from minionerec import cli
+from minionerec import cli, world
 from minionerec.checkpoint import check_base, run_record
 from minionerec.data.files import Catalogue, Interaction, Item, read_catalogue, read_interactions, sample_rows
 from minionerec.data.prompts import Prompts, load_prompts
@@ -23,6 +23,7 @@ from minionerec.flags import (
     TrainingFlags,
     above_zero,
     check_batch,
+    check_cache,
     command,
     engine,
     flag,
@@ -123,6 +124,7 @@ class SFTFlags(TrainingFlags):
         if not self.category.strip():
             problems.add("--category is missing; say what the items are, such as Industrial_and_Scientific")
         check_batch(problems, self.batch_size, self.micro_batch_size)
+        check_cache(problems)
 
 
 @dataclass(frozen=True)
@@ -181,6 +183,7 @@ def train(flags: SFTFlags) -> "dict | Prediction":
     flags.hold_output_dir()
 
     with importing():
+        world.watch()
         from datasets import Dataset
         from transformers import EarlyStoppingCallback, set_seed
 
@@ -192,6 +195,7 @@ def train(flags: SFTFlags) -> "dict | Prediction":
         from minionerec.model import device, loading
         from minionerec.model.sid_start import start_sid_rows
         from minionerec.plots import SFT_PANELS
+        from minionerec.training import nodes
         from minionerec.training.finish import finish
         from minionerec.training.resume import resume_point
         from minionerec.training.row_rate import SidRowRate, sid_weights
@@ -226,6 +230,8 @@ def train(flags: SFTFlags) -> "dict | Prediction":
     state = device.process_state()
     fingerprint = loading.fingerprint(flags.base_model)
     run = run_record("sft", flags.method, flags.to_dict(), files.prompts, fingerprint)
+    nodes.check_same(flags.to_dict(), base=fingerprint)
+    nodes.check_output_shared(flags.output_dir)
     resume = resume_point(flags, run, state.print)
 
     # Load the base and add what trains. What cannot be decoded is not worth training.

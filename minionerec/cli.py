@@ -14,12 +14,14 @@ import os
 import re
 import sys
 import threading
+import traceback
 import types
 import typing
 import warnings
 from collections.abc import Callable
 from typing import Any
 
+from minionerec import world
 from minionerec.errors import InputError, RunError
 from minionerec.output import why_not_written
 
@@ -146,7 +148,7 @@ def run(command: Callable[..., object]) -> None:
     """Runs `command` as a Fire command line built from `sys.argv` and exits.
 
     Exit codes: 0 done, 1 failed, 2 bad input, 130 stopped by Ctrl-C, 141 standard output was closed. Problems go to
-    standard error, one line each, from the first process of a distributed run only.
+    standard error, one line each. A process of a distributed run that fails ends the others with its exit code.
     """
     import fire
 
@@ -185,10 +187,17 @@ def run(command: Callable[..., object]) -> None:
         _end_together()
         sys.stdout.flush()
     except InputError as error:
-        _complain(script, *error.problems, everywhere=True)
+        if error.everywhere:
+            _complain(script, *error.problems, everywhere=True)
+        else:
+            if not world.said_by_first(error.problems):
+                _complain(script, *[_where() + problem for problem in error.problems])
+            world.end_others(2, error.problems)
         sys.exit(2)
     except RunError as error:
         _complain(script, str(error), of_run=True, everywhere=error.everywhere)
+        if not error.everywhere:
+            world.end_others(error.exit_code, [str(error)])
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         _complain(script, "stopped", everywhere=True)
@@ -200,8 +209,11 @@ def run(command: Callable[..., object]) -> None:
             _complain(script, f"cannot write: {why}")
         elif _out_of_memory(error):
             _complain(script, _what_saves_memory(parameters, values))
+        elif world.size() > 1:
+            traceback.print_exc()
         else:
             raise
+        world.end_others(1, [f"{type(error).__name__}: {error}"])
         sys.exit(1)
     finally:
         _drop_unwritten_output()
@@ -226,7 +238,15 @@ def _end_together() -> None:
     torch = sys.modules.get("torch")
     if torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.barrier()
+        world.stop_watching()
         torch.distributed.destroy_process_group()
+
+
+def _where() -> str:
+    """The process and node that a problem is found on, where others may not have it."""
+    if world.on_several_nodes():
+        return f"on {world.node()}, process {world.rank()}: "
+    return f"process {world.rank()}: " if world.rank() else ""
 
 
 def _complain(script: str, *problems: str, of_run: bool = False, everywhere: bool = False) -> None:

@@ -8,9 +8,11 @@ T = TypeVar("T")
 
 
 class InputError(Exception):
-    """Input that cannot be used. Carries every problem found, one line each, naming the place and the remedy."""
+    """Input that cannot be used. Carries every problem found, one line each, naming the place and the remedy.
+    `everywhere`: all processes of the run raise it."""
 
-    def __init__(self, problems: str | list[str]):
+    def __init__(self, problems: str | list[str], everywhere: bool = False):
+        self.everywhere = everywhere
         self.problems = [problems] if isinstance(problems, str) else list(problems)
         super().__init__("\n".join(self.problems))
 

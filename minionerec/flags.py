@@ -26,7 +26,7 @@ from dataclasses import asdict, dataclass, field, fields
 from importlib.util import find_spec
 from typing import Any
 
-from minionerec import locks
+from minionerec import locks, world
 from minionerec.errors import Problems
 
 # --- What flags are made of -------------------------------------------------------------------------------------------
@@ -221,6 +221,7 @@ class RunFlags(Flags):
     def check(self, problems: Problems) -> None:
         super().check(problems)
         if not self.dry_run:  # which writes nothing
+            world.check_world(problems)
             check_output_dir(problems, self.output_dir, resume=self.resume_from_checkpoint is not None)
 
     def hold_output_dir(self) -> None:
@@ -352,7 +353,7 @@ def check_positive(problems: Problems, **values: float) -> None:
 
 def check_batch(problems: Problems, batch_size: int, micro_batch_size: int) -> None:
     """The global batch must be a whole number of micro-batches on every process."""
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    processes = world.size()
     rows = micro_batch_size * processes
     if batch_size > 0 and rows > 0 and batch_size % rows:
         of_processes = f" x {processes} processes" if processes > 1 else ""
@@ -377,6 +378,20 @@ def check_output_dir(problems: Problems, output_dir: str, resume: bool) -> None:
             )
     if output_dir:
         check_writable(problems, "output_dir", output_dir)
+
+
+def check_cache(problems: Problems) -> None:
+    """The folder in which the examples of a training are cached must be writable."""
+    if wrong := not_writable(examples_cache()):
+        problems.add(f"HF_DATASETS_CACHE {examples_cache()}: {wrong}; set it to a folder for the cache of examples")
+
+
+def examples_cache() -> str:
+    """The folder in which examples are cached, in that of Hugging Face datasets (HF_DATASETS_CACHE)."""
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.join("~", ".cache")
+    home = os.environ.get("HF_HOME") or os.path.join(home, "huggingface")
+    datasets = os.environ.get("HF_DATASETS_CACHE") or os.path.join(home, "datasets")
+    return os.path.join(os.path.expanduser(datasets), "minionerec")
 
 
 def check_new_folder(problems: Problems, output_dir: str) -> None:
@@ -410,10 +425,14 @@ def _fits(problems: Problems, name: str, path: str) -> bool:
 
 def check_writable(problems: Problems, name: str, path: str) -> None:
     """A path that can be made, or written where it exists."""
+    if _fits(problems, name, path) and (wrong := not_writable(path)):
+        problems.add(f"--{name} {path}: {wrong}")
+
+
+def not_writable(path: str) -> str:
+    """Why a folder can neither be made nor written to; empty if it can."""
     above = os.path.abspath(path)
-    if not _fits(problems, name, path):
-        return
     while not os.path.exists(above):
         above = os.path.dirname(above)
-    if not os.path.isdir(above) or not os.access(above, os.W_OK | os.X_OK):
-        problems.add(f"--{name} {path}: {above} cannot be written to")
+    good = os.path.isdir(above) and os.access(above, os.W_OK | os.X_OK)
+    return "" if good else f"{above} cannot be written to"

@@ -7,6 +7,7 @@ import errno
 import os
 import re
 import shutil
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
@@ -51,7 +52,7 @@ def writing(what: str, then: str = "") -> Iterator[None]:
 @contextmanager
 def whole_file(path: str) -> Iterator[str]:
     """Yields where to write a file, which gets the name `path` when it is complete, and is removed if it fails."""
-    partial = f"{path}.{os.getpid()}.partial"
+    partial = f"{path}.{uuid.uuid4().hex}.partial"  # containers on one folder may have the same process ids
     try:
         yield partial
         os.replace(partial, path)

@@ -90,12 +90,24 @@ def start(mode: str, *argv: object, ranks: int = 1, engine: str = "torchrun") ->
         address = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(ranks)}
         address |= {"LOCAL_WORLD_SIZE": str(ranks), **({} if engine == "torchrun" else engine_environment(engine))}
         environments = [{**os.environ, **address, "RANK": str(i), "LOCAL_RANK": str(i)} for i in range(ranks)]
+    return _start(mode, [[str(word) for word in argv]] * ranks, environments)
+
+
+def start_nodes(mode: str, *argv: list[object]) -> Started:
+    """Starts a mode of workers.py on as many nodes of one process as there are lists of arguments, told of each other
+    as Slurm's scripts do: without torchrun's agents."""
+    address = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(len(argv))}
+    address |= {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+    environments = [{**os.environ, **address, "RANK": str(i)} for i in range(len(argv))]
+    return _start(mode, [[str(word) for word in words] for words in argv], environments)
+
+
+def _start(mode: str, argv: list[list[str]], environments: list[dict[str, str]]) -> Started:
     log = Path(_logs().name) / f"{len(os.listdir(_logs().name))}.log"
     log.touch()
-    words = [str(word) for word in argv]
     processes = [
         _forks().Process(target=workers.fork, args=(environment, str(log), mode, words), daemon=True)
-        for environment in environments
+        for environment, words in zip(environments, argv, strict=True)
     ]
     path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     with mock.patch.dict(os.environ, PYTHONPATH=path, OMP_NUM_THREADS="1", OMP_WAIT_POLICY="PASSIVE"):

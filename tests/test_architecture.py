@@ -10,7 +10,8 @@ from helpers import ROOT
 FLOORS = [
     [
         "minionerec",
-        *(f"minionerec.{name}" for name in ["errors", "locks", "metrics", "output", "plots", "process_memory"]),
+        *("minionerec.errors", "minionerec.locks", "minionerec.metrics", "minionerec.output", "minionerec.plots"),
+        *("minionerec.process_memory", "minionerec.world"),
     ],
     ["minionerec.cli", "minionerec.data", "minionerec.flags", "minionerec.sasrec"],
     ["minionerec.checkpoint", "minionerec.model_card", "minionerec.recorded", "minionerec.saving"],

@@ -208,7 +208,7 @@ def test_shortened_prompts_keep_texts_text():
 
 
 def test_texts_with_control_tokens_are_counted_once_also_from_the_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path))
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path))
     tokenizer, _ = pair(byte_level)
     rows = {
         "item": [Item("<a_0>", f"bolt {END}", "a nut"), Item("<a_1>", "bolt", "of <a_0>")],

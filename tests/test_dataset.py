@@ -133,6 +133,21 @@ def test_a_damaged_file_of_the_cache_is_made_anew(tokenizer, files, how):
     assert make()[:] == rows and len(passes) == 4
 
 
+def test_containers_with_the_same_process_id_share_a_cache(tokenizer, files, tmp_path, monkeypatch):
+    """Another one writes the same entry from beginning to end while the first is at its first row."""
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path))
+    encoder, inner = Encoder(tokenizer, load_prompts("bolts"), 256), []
+
+    def interrupted(kind):
+        if not inner:
+            inner.append(kind)
+            inner.append(tokenized_dataset(encoder, rows_of_files(files), [files["train"]])[:])
+        return rows_of_files(files)(kind)
+
+    assert tokenized_dataset(encoder, interrupted, [files["train"]])[:] == inner[1]
+    assert sorted(path.suffix for path in (tmp_path / "minionerec").iterdir()) == [".arrow", ".sha256"]
+
+
 def test_the_cache_knows_the_code_and_the_tokenizers_release(tokenizer, files, tmp_path, monkeypatch):
     def name() -> str:
         encoder = Encoder(tokenizer, load_prompts("bolts"), 256)

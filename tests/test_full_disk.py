@@ -8,7 +8,6 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import datasets
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
@@ -180,7 +179,7 @@ def test_the_log_of_a_tracker(files, base, disk, tmp_path, monkeypatch):
 
 def test_the_cache_of_examples(files, base, disk, tmp_path, monkeypatch):
     with disk(16) as folder:
-        monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(folder / "cache"))
+        monkeypatch.setenv("HF_DATASETS_CACHE", str(folder / "cache"))
         result = run_command("sft.py", **sft_flags(files, base, tmp_path / "run", use_lora=True))
         assert_one_line(
             result, f"sft.py: error: {folder}/cache/minionerec (tokenized examples; HF_DATASETS_CACHE names "

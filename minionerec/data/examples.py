@@ -7,7 +7,9 @@ import functools
 import hashlib
 import json
 import os
+import uuid
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
@@ -20,6 +22,7 @@ import torch
 
 from minionerec.data.encoding import Encoder, batches
 from minionerec.data.files import Interaction, Item
+from minionerec.flags import examples_cache
 from minionerec.output import whole_file, writing
 from minionerec.process_memory import without_collector
 
@@ -98,7 +101,7 @@ def tokenized_dataset(
         rows_of: as in `write_examples`.
         sources: the files the rows come from. Their content, the tokenizer, the prompts, the code and `settings` are
             the key of the cache entry, which is in the cache folder of Hugging Face datasets (HF_DATASETS_CACHE). A
-            damaged entry is built again.
+            damaged entry is built again. Any number of runs may share the folder.
 
     Sets the encoder's `control_note`, also where the examples come from the cache.
 
@@ -114,17 +117,33 @@ def tokenized_dataset(
     digest.update(str(encoder.tokenizer.eos_token_id).encode())
     for source in sources:
         digest.update(_file_digest(source).encode())
-    folder = os.path.join(datasets.config.HF_DATASETS_CACHE, "minionerec")
-    path = os.path.join(folder, f"{digest.hexdigest()[:32]}.arrow")
-    note = Path(f"{path}.note")
+    path = os.path.join(examples_cache(), f"{digest.hexdigest()[:32]}.arrow")
     if not _is_whole(path):
-        with writing(f"{folder} (tokenized examples; HF_DATASETS_CACHE names another folder)"):
-            os.makedirs(folder, exist_ok=True)
-            write_examples(path, encoder, rows_of)
-            note.write_text(encoder.control_note or "", encoding="utf-8")
-            Path(f"{path}.sha256").write_text(_file_digest(path))
+        with writing(f"{os.path.dirname(path)} (tokenized examples; HF_DATASETS_CACHE names another folder)"):
+            _fill(path, encoder, rows_of)
+    note = Path(f"{path}.note")
     encoder.control_note = note.read_text(encoding="utf-8") or None if note.exists() else None
     return datasets.Dataset.from_file(path)
+
+
+def _fill(path: str, encoder: Encoder, rows_of: Callable[[str], Iterable[Interaction | Item]]) -> None:
+    """Writes a cache entry: the examples, the note about their texts, and their digest, which makes the entry whole."""
+    fresh = f"{path}.{uuid.uuid4().hex}"
+    digest = Path(f"{fresh}.sha256")
+    try:
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        write_examples(fresh, encoder, rows_of)
+        # Another run may have made the entry meanwhile. One that has it open over a network would lose it.
+        if not _is_whole(path):
+            with whole_file(f"{path}.note") as note:
+                Path(note).write_text(encoder.control_note or "", encoding="utf-8")
+            digest.write_text(_file_digest(fresh))
+            os.replace(fresh, path)
+            os.replace(digest, f"{path}.sha256")
+    finally:
+        for left in (fresh, digest):
+            with suppress(OSError):
+                os.remove(left)
 
 
 def prompt_dataset(

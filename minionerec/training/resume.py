@@ -9,6 +9,7 @@ from transformers import TrainerState
 from minionerec.checkpoint import Checkpoint, is_complete, newest_checkpoint
 from minionerec.errors import InputError
 from minionerec.flags import AdapterFlags, RunFlags
+from minionerec.training import nodes
 
 # Flags that may change when a run is resumed, without a word.
 IGNORED_ON_RESUME = ("output_dir", "resume_from_checkpoint", "wandb_project", "wandb_run_name", "report_to")
@@ -25,10 +26,11 @@ def resume_point(flags: RunFlags, run: dict, say: Callable[[str], None]) -> Chec
     Raises InputError for a checkpoint that was not written to its end, or that belongs to a different run: of another
     command, method, adapter or base.
     """
-    path = _path_of(flags, say)
+    path = nodes.first_decides(lambda: _path_of(flags, say))
     if path is None:
         return None
     checkpoint = Checkpoint.read(path)
+    nodes.check_same({f"resume_from_checkpoint {path}": os.path.join(path, "trainer_state.json")})
     checkpoint.check_trainer_state({field.name for field in fields(TrainerState)})
     # An optimizer that starts anew would silently train other weights. DeepSpeed keeps its own in global_step*.
     if not any(name.startswith(("optimizer", "global_step")) for name in os.listdir(path)):

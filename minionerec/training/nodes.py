@@ -1,0 +1,97 @@
+"""What the nodes of a run must have in common: the flags, the content of the files, the output folder; and what one
+process decides for all. Every function is collective: all processes must call it."""
+
+import hashlib
+import os
+import time
+import uuid
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any, TypeVar
+
+from accelerate.utils import broadcast_object_list, gather_object
+
+from minionerec import world
+from minionerec.errors import InputError
+
+T = TypeVar("T")
+OF_A_NODE = ("output_dir", "output", "result_json_data", "resume_from_checkpoint")  # paths that only the first one uses
+SEEN_WITHIN = 5  # seconds after which a file that the first process makes is seen on all nodes of a shared folder
+
+
+def first_decides(decide: Callable[[], T]) -> T:
+    """What `decide` returns in the first process, in all of them."""
+    answer = [decide() if world.rank() == 0 else None]
+    if world.size() > 1:
+        broadcast_object_list(answer)
+    return answer[0]  # type: ignore[return-value]
+
+
+def check_same(flags: dict[str, Any], **more: object) -> None:
+    """Flags, and the files they name, must be the same on all nodes: where the files are may differ, their content not.
+    `more`: other values that must not differ, by what they are. Raises InputError in every process."""
+    if not world.on_several_nodes():
+        return
+    values = {f"--{name}": _content(value) for name, value in flags.items() if name not in OF_A_NODE}
+    found = gather_object([(world.node(), world.rank(), {**values, **more})])
+    (first, _, expected), *others = found
+    problems = []
+    for name in expected:
+        differing = [(node, rank, values[name]) for node, rank, values in others if values[name] != expected[name]]
+        for node, rank, value in differing[:1]:
+            what = f"is {value!r} on {node} (process {rank}) and {expected[name]!r} on {first} (process 0)"
+            problems.append(f"{name} {what}; it must be the same on all nodes")
+    if problems:
+        raise InputError(problems, everywhere=True)
+
+
+def _content(value: object) -> object:
+    """What a flag stands for: a digest of the file that it names, or its value."""
+    if not isinstance(value, str) or not os.path.exists(value):
+        return value
+    if os.path.isdir(value):  # a model, which has a fingerprint
+        return "a folder"
+    with open(value, "rb") as file:
+        return f"a file of {os.path.getsize(value)} bytes, {hashlib.file_digest(file, 'sha256').hexdigest()[:12]}"
+
+
+def check_output_shared(output_dir: str) -> None:
+    """All nodes must see the same output folder: every process writes its part of a checkpoint there, and reads the
+    best one at the end. Raises InputError in every process."""
+    if not world.on_several_nodes():
+        return
+    name = first_decides(lambda: f".{uuid.uuid4().hex}")
+    made = _make(output_dir)
+    mark = os.path.join(output_dir, name)
+    if world.rank() == 0:
+        with open(mark, "w"):
+            pass
+    gather_object([None])  # the first process has made it
+    deadline = time.monotonic() + SEEN_WITHIN
+    while not (seen := os.path.exists(mark)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    found = gather_object([(world.node(), world.rank(), seen)])
+    blind = [f"{node} (process {rank})" for node, rank, seen in found if not seen]
+    if world.rank() == 0:
+        os.remove(mark)
+    if blind:
+        for folder in reversed(made):
+            with suppress(OSError):
+                os.rmdir(folder)
+        raise InputError(
+            f"--output_dir {output_dir}: is not the same folder on {', '.join(blind)} as on {found[0][0]} (process 0); "
+            "give a folder on storage that all nodes share",
+            everywhere=True,
+        )
+
+
+def _make(folder: str) -> list[str]:
+    """Makes a folder and those above it; returns those that were missing."""
+    missing: list[str] = []
+    above = os.path.abspath(folder)
+    while not os.path.isdir(above):
+        missing.insert(0, above)
+        above = os.path.dirname(above)
+    with suppress(OSError):  # then the mark is not seen here either
+        os.makedirs(folder, exist_ok=True)
+    return missing
