@@ -4,6 +4,7 @@ command sft.py --base_model ...             a command
 watched FOLDER sft.py --base_model ...      a command, whose weights and counts are left in FOLDER
 loss_is_nan FOLDER sft.py --base_model ...  sft.py with a loss that is NaN in the last process only
 disk_is_full FOLDER sft.py --base_model ... sft.py whose first process cannot write a checkpoint
+stops_in_a_step FOLDER sft.py --base_mod... sft.py whose last process gets SIGTERM in the middle of a step
 finds_less FOLDER rl.py --model_path ...    rl.py whose evaluations find less from step to step
 last_steps BASE FOLDER                      an epoch whose last step has few rows, for every method
 fsdp                                        a sharded model beside a whole one
@@ -18,6 +19,7 @@ import hashlib
 import json
 import os
 import runpy
+import signal
 import sys
 from datetime import timedelta
 from pathlib import Path
@@ -160,6 +162,23 @@ def disk_is_full(folder: str, script: str, *flags: str) -> None:
     run(folder, script, flags)
 
 
+def stops_in_a_step(folder: str, script: str, *flags: str) -> None:
+    """Runs sft.py whose last process gets SIGTERM in the second micro-batch of the third step."""
+    from minionerec.training.sft_trainer import SFTTrainer
+
+    compute, passes = SFTTrainer.compute_loss, []
+
+    def stopped(trainer, *args, **kwargs):
+        if trainer.model.training and trainer.state.global_step == 2:
+            passes.append(trainer)
+            if len(passes) == 2 and rank() == trainer.args.world_size - 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+        return compute(trainer, *args, **kwargs)
+
+    SFTTrainer.compute_loss = stopped
+    run(folder, script, flags)
+
+
 def finds_less(folder: str, script: str, *flags: str) -> None:
     """Runs rl.py with evaluations that find less from step to step."""
     from minionerec.training import rl_trainer
@@ -253,7 +272,7 @@ def probe() -> None:
     dist.destroy_process_group()
 
 
-MODES = (command, watched, loss_is_nan, disk_is_full, finds_less, last_steps, fsdp, probe)
+MODES = (command, watched, loss_is_nan, disk_is_full, stops_in_a_step, finds_less, last_steps, fsdp, probe)
 MODES = {mode.__name__: mode for mode in MODES}
 
 
@@ -263,7 +282,7 @@ def main(mode: str, *argv: str) -> None:
         engines_on_cpus()
     if "AS_ON_GPU" in os.environ:
         as_on_gpu.switch()
-    MODES[mode](*argv)
+    {known.__name__: known for known in MODES}[mode](*argv)
 
 
 def fork(environment: dict[str, str], log: str, mode: str, argv: list[str]) -> None:

@@ -1,20 +1,24 @@
 """Makes a Trainer's run durable: it leaves checkpoints to resume from, however it ends."""
 
 import logging
+import math
 import os
 import pickle
+import random
 import shutil
 import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
+import torch.distributed as dist
 from accelerate.utils import gather_object
 from bitsandbytes.optim import GlobalOptimManager
 from torch import nn
@@ -28,6 +32,7 @@ from transformers import (
 )
 from transformers.trainer_utils import TrainOutput
 
+from minionerec import world
 from minionerec.checkpoint import RUN_FILE, Checkpoint, is_complete, newest_checkpoint
 from minionerec.errors import InputError, RunError
 from minionerec.model import adapters
@@ -47,9 +52,9 @@ class DurableRun(_Trainer):
     """A mixin for a Trainer whose run leaves checkpoints to resume from, however it ends.
 
     Every checkpoint holds `run`, the resolved configuration, with the seconds trained so far. Its trainer state is
-    written last, after all processes have written their files. Ctrl-C and SIGTERM save a checkpoint before they stop
-    the run. A loss that is NaN or infinite, or a checkpoint that cannot be written, ends the run with a RunError that
-    names the last good checkpoint.
+    written last, after all processes have written their files. Ctrl-C and SIGTERM stop the run between micro-batches,
+    with a checkpoint of the last complete step. A loss that is NaN or infinite, a checkpoint that cannot be written, or
+    a process that is gone, ends the run with a RunError that names the last good checkpoint.
     """
 
     run: dict[str, Any]
@@ -59,12 +64,17 @@ class DurableRun(_Trainer):
     _log_now: dict[str, Any]  # of the checkpoint that is being written
     _started: float | None = None  # None if nothing was trained
     _problem: str | None = None  # why this process must end the run, once all processes know
+    _stop: "_Stop | None" = None  # what signals tell, while the run trains
+    _saved_step = 0  # of the newest checkpoint
+    _resumed: str | None = None  # the checkpoint that the run resumed from
+    _after_step: "_State | None" = None  # of the last complete step
 
     def __init__(self, *args: Any, **kwargs: Any):
         # Without a launcher, transformers would wrap the model in nn.DataParallel for all visible GPUs and multiply the
         # batch size; for a quantized model it would only multiply the batch size.
         kwargs["args"]._n_gpu = min(kwargs["args"].n_gpu, 1)
         super().__init__(*args, **kwargs)
+        self._grace = _Grace(self.accelerator.print)
         plugin = self.accelerator.state.fsdp_plugin if self.is_fsdp_enabled else None
         if plugin and plugin.mixed_precision_policy:  # accelerate would reduce gradients and return logits in 16 bits
             policy = replace(plugin.mixed_precision_policy, reduce_dtype=torch.float32, output_dtype=None)
@@ -90,23 +100,55 @@ class DurableRun(_Trainer):
         self._seconds_before = resume.run.get("seconds", 0.0) if resume else 0.0
         self._log_before = resume.run.get("unlogged", {}) if resume else {}
         self.add_callback(_LogGoesOn(self))
-        self._started = time.perf_counter()
+        self._started, self._resumed = time.perf_counter(), path
+        self._grace = _Grace(self.accelerator.print)
         forget_peak_of_loading()
-        with _stop_on_signals(self) as stop, _unpickling_nothing(path):
+        with _stop_on_signals(self) as self._stop, _unpickling_nothing(path), self._naming_last_good():
             try:
                 result = super().train(path, **kwargs)
+            except _StepDropped:
+                self._save_last_step()
             except Exception as error:
                 if not (why := why_not_written(error)):  # checkpoints are written below; this was a tracker's log
                     raise
                 raise RunError(f"the run cannot write its log: {why}; {self._how_to_go_on()}") from None
-        if stop.stopped:
-            raise RunError(
-                f"stopped at step {self.state.global_step} of {self.state.max_steps} and saved {self._last_good()}; "
-                "the same command with --resume_from_checkpoint True continues from there",
-                exit_code=130,
-                everywhere=True,
-            )
+        if self._stop.stopped:
+            raise RunError(f"stopped at step {self._last_step()}", exit_code=130, everywhere=True)
         return result
+
+    def _last_step(self) -> str:
+        """Where a run was stopped, and how it goes on."""
+        done, steps = self.state.global_step, self.state.max_steps
+        if not self._saved_step:
+            return (
+                f"{done} of {steps}, before there was anything to save; the same command with "
+                "--resume_from_checkpoint True starts anew"
+            )
+        return (
+            f"{done} of {steps} and saved {self._last_good()}; the same command with --resume_from_checkpoint True "
+            "continues from there"
+        )
+
+    @contextmanager
+    def _naming_last_good(self) -> Iterator[None]:
+        """While open, a process of the run that is gone ends this one with a line that names the last good
+        checkpoint."""
+
+        def what_is_left() -> str:
+            return (
+                f"the last good checkpoint is {self._last_good()}; the same command with --resume_from_checkpoint True "
+                "continues from it"
+            )
+
+        world.say_at_the_end(what_is_left)
+        try:
+            yield
+        except RuntimeError as error:
+            if self.args.world_size == 1 or not _is_of_a_lost_process(error):
+                raise
+            raise RunError(f"another process of the run is gone; {what_is_left()}") from error
+        finally:
+            world.say_at_the_end(None)
 
     def unlogged(self) -> dict[str, Any]:
         """What a checkpoint keeps so that the log of a resumed run is that of the whole one: the sum of the losses, and
@@ -155,6 +197,7 @@ class DurableRun(_Trainer):
         with _without_log("The best checkpoint", "Warning: The following arguments do not match"):
             trained = super()._init_training_state(max_steps, steps_per_epoch, epochs, resume_from_checkpoint, trial)
         done, step = self.state.global_step, self.state.best_global_step
+        self._saved_step = done if resume_from_checkpoint else 0
         if resume_from_checkpoint and step is not None:
             folder = os.path.dirname(os.path.normpath(resume_from_checkpoint)) or os.curdir
             if os.path.isdir(self.args.output_dir) and os.path.samefile(folder, self.args.output_dir):
@@ -186,6 +229,15 @@ class DurableRun(_Trainer):
         else:
             super()._run_epoch(*args, **kwargs)
 
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+        self._after_step = _State(self)
+        self._grace.step_ended(self.current_gradient_accumulation_steps)
+
+    def _evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        with self._grace.measuring("evaluation"):
+            return super()._evaluate(*args, **kwargs)
+
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> tuple[nn.Module, Any]:
         with adapters.ready_for_fsdp(self.model) if self.is_fsdp_enabled else nullcontext():
             return super()._prepare_for_training(*args, **kwargs)
@@ -206,7 +258,13 @@ class DurableRun(_Trainer):
         return self._seconds_before + (time.perf_counter() - self._started if self._started is not None else 0.0)
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        loss = super().training_step(*args, **kwargs)
+        together = self.accelerator.sync_gradients or self._micro_batches_are_collective()
+        if self._drops_step(together):
+            raise _StepDropped
+        if self._stop and self._stop.requested and not together:
+            return torch.zeros((), device=self.args.device)  # of a step that will be dropped
+        with self._grace.measuring("micro-batch"):
+            loss = super().training_step(*args, **kwargs)
         if not torch.isfinite(loss):
             overflow = (
                 " or use a GPU of compute capability 8, because this one computes in float16" if self.args.fp16 else ""
@@ -222,6 +280,31 @@ class DurableRun(_Trainer):
             if failed.any():
                 self._fail_together()
         return loss
+
+    def _micro_batches_are_collective(self) -> bool:
+        """Whether every micro-batch has collectives; else only the last one of a step, in which gradients are
+        averaged."""
+        return True
+
+    def _drops_step(self, together: bool) -> bool:
+        """Whether the step that this micro-batch belongs to is not finished, because the run is to stop. `together`:
+        all processes are at this micro-batch, so that they can get the same answer."""
+        if self._stop is None:
+            return False
+        if self.args.world_size == 1:
+            return self._stop.requested
+        if not together or self.current_gradient_accumulation_steps == 1:  # a single one: asked after the step
+            return False
+        requested = torch.tensor([self._stop.requested], device=self.args.device)
+        return bool(self.accelerator.gather(requested).any())
+
+    def _save_last_step(self) -> None:
+        """Saves the last complete step, after a part of the next one."""
+        assert self._stop is not None
+        self._stop.stopped = True
+        if self._after_step and self._saved_step != self.state.global_step:
+            self._after_step.restore(self)
+            self._save_checkpoint(self.model, None)
 
     def _fail_later(self, problem: str) -> None:
         """Keeps a reason to end the run until `_fail_together`. If this process raised now, the others would wait for
@@ -258,7 +341,7 @@ class DurableRun(_Trainer):
         )
 
     def _last_good(self) -> str:
-        return newest_checkpoint(self.args.output_dir) or "none: nothing has been saved yet"
+        return newest_checkpoint(self.args.output_dir) or self._resumed or "none: nothing has been saved yet"
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         if self.save_dtype is not None and self.args.should_save:
@@ -300,9 +383,11 @@ class DurableRun(_Trainer):
         self._log_now = self.unlogged()
         try:
             # An engine writes its files between collectives of its own, where the processes cannot fail together.
-            with self._writing_checkpoint(at_once=self.is_deepspeed_enabled or self.is_fsdp_enabled):
+            at_once = self.is_deepspeed_enabled or self.is_fsdp_enabled
+            with self._grace.measuring("checkpoint"), self._writing_checkpoint(at_once):
                 super()._save_checkpoint(model, trial)
             self._fail_together()
+            self._saved_step = step
         except BaseException:
             shutil.rmtree(os.path.join(self.args.output_dir, f"checkpoint-{step}"), ignore_errors=True)
             raise
@@ -355,8 +440,75 @@ class _LogGoesOn(TrainerCallback):
             self.trainer.continue_log(self.trainer._log_before)
 
 
+class _StepDropped(Exception):
+    """The run stops in the middle of a step, which is not finished."""
+
+
+class _State:
+    """What a part of a step changes, as it was before: the random states, and the tokens and losses that are summed."""
+
+    def __init__(self, trainer: DurableRun):
+        self.tokens, self.loss = trainer.state.num_input_tokens_seen, trainer._tr_loss.detach().clone()
+        self.python, self.numpy, self.torch = random.getstate(), np.random.get_state(), torch.get_rng_state()
+        self.cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
+
+    def restore(self, trainer: DurableRun) -> None:
+        trainer.state.num_input_tokens_seen, trainer._tr_loss = self.tokens, self.loss
+        random.setstate(self.python)
+        np.random.set_state(self.numpy)
+        torch.set_rng_state(self.torch)
+        if self.cuda is not None:
+            torch.cuda.set_rng_state(self.cuda)
+
+
+class _Grace:
+    """How long a run may take to stop after a signal: it ends what it is in the middle of, and saves a checkpoint."""
+
+    def __init__(self, say: Callable[[str], None]):
+        self.say, self.said = say, 0
+        self.longest = dict.fromkeys(("micro-batch", "evaluation", "checkpoint"), 0.0)
+        self.started: float | None = None  # when the first micro-batch of this step did
+        self.elsewhere = 0.0  # seconds since then in evaluations and checkpoints
+
+    @contextmanager
+    def measuring(self, what: str) -> Iterator[None]:
+        """While open, what cannot be interrupted."""
+        started = time.perf_counter()
+        if what == "micro-batch" and self.started is None:
+            self.started, self.elsewhere = started, 0.0
+        yield
+        took = time.perf_counter() - started
+        self.longest[what] = max(self.longest[what], took)
+        self.elsewhere += took if what != "micro-batch" else 0.0
+
+    def step_ended(self, micro_batches: int) -> None:
+        """Says how long, after the first step, and whenever it has become longer."""
+        if self.started is None:
+            return
+        # A GPU may still be at work when a micro-batch is over for the CPU.
+        step = time.perf_counter() - self.started - self.elsewhere
+        self.longest["micro-batch"] = max(self.longest["micro-batch"], step / micro_batches)
+        self.started = None
+        takes = max(self.longest["micro-batch"], self.longest["evaluation"]) + self.longest["checkpoint"]
+        if math.ceil(takes) > 1.2 * self.said:
+            self.said = math.ceil(takes)
+            grace = 2 * self.said + 5
+            parts = ", ".join(f"{what} {seconds:.1f} s" for what, seconds in self.longest.items() if seconds)
+            self.say(
+                f"a stop takes up to {self.said} s ({parts}); give a launcher twice that between SIGTERM and SIGKILL: "
+                f"torchrun --shutdown-timeout {grace}, Slurm --signal=TERM@{grace}, Kubernetes "
+                f"terminationGracePeriodSeconds: {grace}"
+            )
+
+
+def _is_of_a_lost_process(error: RuntimeError) -> bool:
+    """Whether a collective failed because another process ended."""
+    lost = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Connection refused")
+    return isinstance(error, dist.DistError) or any(text in str(error) for text in lost)
+
+
 class _Stop(TrainerCallback):
-    """Ends the training after the step in which a signal came, with a checkpoint."""
+    """Ends the training after a signal, with a checkpoint: after the step, if it comes in its last micro-batch."""
 
     def __init__(self, trainer: Trainer):
         self.trainer = trainer
@@ -367,7 +519,7 @@ class _Stop(TrainerCallback):
             raise KeyboardInterrupt
         if not self.requested and self.trainer.is_world_process_zero():
             print(
-                "\nstopping after this step and saving a checkpoint; press Ctrl-C again to stop at once",
+                "\nstopping after this micro-batch and saving a checkpoint; press Ctrl-C again to stop at once",
                 file=sys.stderr,
                 flush=True,
             )

@@ -216,6 +216,9 @@ class SFTTrainer(DurableRun, Trainer):
             args["kwargs_handlers"].append(AutocastKwargs(cache_enabled=False))
         return args
 
+    def _micro_batches_are_collective(self) -> bool:
+        return self.is_fsdp_enabled or self.is_deepspeed_enabled
+
     def _get_train_sampler(self, train_dataset: datasets.Dataset | None = None) -> Sampler:
         args = self.args
         if args.train_sampling_strategy not in ("random", "group_by_length"):
