@@ -16,6 +16,8 @@ import rl
 from minionerec import flags as flags_of_all
 from minionerec.errors import Problems
 
+RL_STEP = ("train_batch_size", "gradient_accumulation_steps")
+
 
 @pytest.fixture(scope="module")
 def checkout(files, tmp_path_factory):
@@ -107,6 +109,20 @@ def test_unknown_settings_are_refused(checkout, setting):
     result = bash(checkout, "pipeline.sh", **setting)
     (name,) = setting
     assert result.returncode == 2 and f"pipeline.sh: error: {name}={setting[name]}: " in result.stderr
+
+
+def test_an_rl_step_has_the_same_prompts_with_any_number_of_processes(checkout):
+    for processes in (1, 2, 4, 8, 16, 32):
+        result = bash(checkout, "rl_lora.sh", PYTHON="echo", NPROC=str(processes))
+        words = result.stdout.split()
+        batch, passes = (int(words[words.index(f"--{name}") + 1]) for name in RL_STEP)
+        assert batch * passes * processes == 128 and batch % 4 == 0 and batch <= 64
+    for script in ("pipeline.sh", "compare.sh"):  # before SFT trains
+        result = bash(checkout, script, PYTHON="echo", NPROC="3")
+        assert result.returncode == 2 and "NPROC=3: does not divide the 32 prompts" in result.stderr
+        assert not result.stdout
+    result = bash(checkout, "rl_lora.sh", "--train_batch_size", "40", PYTHON="echo", NPROC="3")
+    assert result.returncode == 0 and result.stdout.split().count("--train_batch_size") == 2
 
 
 @pytest.mark.parametrize(

@@ -115,22 +115,28 @@ def constrained_sample(
     count: int,
     temperature: float = 1.0,
     tree: bool | None = None,
+    draws: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """`count` SIDs per prompt, drawn with replacement from the model's distribution over the trie.
 
-    Every token is drawn from the softmax of logits / `temperature` over the tokens that continue a SID.
+    Every token is drawn from the softmax of logits / `temperature` over the tokens that continue a SID: the first one
+    up to which the probabilities add up to more than a number between 0 and 1.
 
     Args:
         input_ids, attention_mask: [B, P], padded on the left.
         tree: as in `constrained_beam_search`.
+        draws: [B, count, D], the number for every token, at least 0 and below 1; None for random ones.
 
     Returns:
         [B, count], rows of `trie.sequences` in the order they were drawn.
     """
+    if draws is None:
+        draws = torch.rand(len(input_ids), count, trie.depth)
+    draws = draws.to(input_ids.device, torch.float64)
     kind, padding = _beams_and_padding(model, input_ids.shape[1], input_ids.shape[1] + count * trie.depth, tree)
     if not padding and (len(input_ids) > 1 or not attention_mask.all()):
-        singles = _single_prompts(input_ids, attention_mask)
-        return torch.cat([constrained_sample(model, *single, trie, count, temperature) for single in singles])
+        singles = zip(_single_prompts(input_ids, attention_mask), draws.split(1), strict=True)
+        return torch.cat([constrained_sample(model, *one, trie, count, temperature, draws=d) for one, d in singles])
     state = kind(model, input_ids, attention_mask)
     logits = state.logits
     node = torch.zeros((len(input_ids), count), dtype=torch.long, device=input_ids.device)
@@ -141,8 +147,9 @@ def constrained_sample(
         scores = logits.float().expand(-1, count, -1).gather(2, token) / temperature
         ended = trie.row[node] != PAD  # a leaf has no children, so the beam stays there
         scores = scores.masked_fill(~exists, -torch.inf).masked_fill(ended.unsqueeze(2), 0.0)
-        drawn = torch.multinomial(scores.softmax(dim=2).flatten(0, 1), 1).view_as(node)
-        node = torch.where(ended, node, child.gather(2, drawn.unsqueeze(2)).squeeze(2))
+        up_to = scores.softmax(dim=2, dtype=torch.float64).cumsum(dim=2)
+        drawn = (up_to <= draws[:, :, depth, None] * up_to[:, :, -1:]).sum(dim=2, keepdim=True)
+        node = torch.where(ended, node, child.gather(2, drawn).squeeze(2))
         if depth + 1 < trie.depth:
             parent = itself if depth else torch.zeros_like(itself)
             logits = state.step(parent, trie.token[node].clamp(min=0), depth)

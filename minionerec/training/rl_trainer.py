@@ -181,10 +181,10 @@ class ReReTrainer(DurableRun, GRPOTrainer):
         return super()._get_dataloader(rows, *args, is_training=is_training, **kwargs)
 
     def look_up(self, batch: list[dict[str, int]]) -> list[dict[str, Any]]:
-        """The examples for a batch of row numbers, as TRL's methods and the rewards take them. The completions of a
-        prompt share one example."""
+        """The examples for a batch of row numbers, as TRL's methods and the rewards take them; each keeps its number as
+        `row`. The completions of a prompt share one example."""
         numbers = list(dict.fromkeys(example["row"] for example in batch))
-        columns = self.train_dataset[numbers]
+        columns = {**self.train_dataset[numbers], "row": numbers}
         examples = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
         example_of = dict(zip(numbers, examples, strict=True))
         return [example_of[example["row"]] for example in batch]
@@ -199,6 +199,7 @@ class ReReTrainer(DurableRun, GRPOTrainer):
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         self._targets = [self.tokens_of[example["target"]] for example in inputs]
+        self._rows = [example["row"] for example in inputs]
         outputs = super()._generate_and_score_completions(inputs)
         if self.sft_weight:
             targets = [torch.tensor(target) for target in self._targets]
@@ -230,6 +231,7 @@ class ReReTrainer(DurableRun, GRPOTrainer):
         has_tool_images: bool = False,
     ) -> tuple[list[list[int]], None]:
         prompts, targets = prompt_ids[::num_generations], self._targets[::num_generations]
+        rows_of_prompts = self._rows[::num_generations]
         count = num_generations * 3 // 2 if self.dynamic_sampling else num_generations
         drawn: list[list[tuple[int, ...]]] = []
         training = self.model.training
@@ -241,16 +243,16 @@ class ReReTrainer(DurableRun, GRPOTrainer):
         ) as model:
             model.eval()
             for start in range(0, len(prompts), self.args.per_device_train_batch_size):
-                batch = left_padded(
-                    prompts[start : start + self.args.per_device_train_batch_size], self._tokenizer.pad_token_id
-                )
+                these = slice(start, start + self.args.per_device_train_batch_size)
+                batch = left_padded(prompts[these], self._tokenizer.pad_token_id)
                 input_ids, attention_mask = (tensor.to(self.accelerator.device) for tensor in batch)
                 with self.accelerator.autocast():
                     if self.beam_search:
                         rows, _ = constrained_beam_search(model, input_ids, attention_mask, self.trie, count)
                     else:
+                        draws = self._draws(rows_of_prompts[these], count)
                         rows = constrained_sample(
-                            model, input_ids, attention_mask, self.trie, count, self.args.temperature
+                            model, input_ids, attention_mask, self.trie, count, self.args.temperature, draws=draws
                         )
                 for row in self.trie.sequences[rows].tolist():
                     drawn.append([tuple(t for t in tokens if t >= 0) for tokens in row])
@@ -263,6 +265,13 @@ class ReReTrainer(DurableRun, GRPOTrainer):
                 group = [*group[:-1], target]
             completions += map(list, group)
         return completions, None
+
+    def _draws(self, rows: list[int], count: int) -> torch.Tensor:
+        """The numbers that `count` completions of each prompt are drawn with, [prompts, count, D]. They follow from the
+        seed, the step and the prompt's row, so that any number of processes draws the same."""
+        seed, step = self.args.seed, self.state.global_step
+        shape = count, self.trie.depth
+        return torch.from_numpy(np.stack([np.random.default_rng((seed, step, row)).random(shape) for row in rows]))
 
     def _prepare_inputs(self, generation_batch: list[dict[str, int]]) -> dict[str, Any]:
         """As TRL's, but the shuffle moves whole groups: only consecutive completions of a prompt share its row."""
