@@ -10,6 +10,7 @@ SEEDS="${SEEDS:-1}" METHODS="${METHODS:-full lora qlora}"
 OUT="$COMPARE_OUT"
 [ $# = 0 ] || fail "takes no flags; put those of a stage into SFT_FLAGS, RL_FLAGS or EVAL_FLAGS"
 [[ "$SEEDS" =~ ^[1-9][0-9]*$ ]] || fail "SEEDS=$SEEDS: must be a number from 1"
+rl_batch ${RL_FLAGS:-}
 for METHOD in $METHODS; do use_method; done
 RUNS=()
 

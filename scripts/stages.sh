@@ -3,7 +3,7 @@
 # variables; the arguments of a function come after its own flags, so they override them.
 #
 #   METHOD=lora|qlora|full   PRESET=quick|balanced|best|low_memory (low_memory: QLoRA, unless METHOD is set)
-#   NPROC=number of processes, one per GPU
+#   NPROC=number of processes, one per GPU; an optimizer step has as many rows and prompts with any number
 #   CONFIG=configs/zero2.yaml (or zero3, fsdp) to train with that engine instead of plain data parallelism
 #   BASE_MODEL, CATEGORY, DATA (folder with train, valid, test, info, index), OUT (folder for results)
 #   TRAIN_FILE, EVAL_FILE, TEST_FILE, INFO_FILE, INDEX_FILE, ITEM_FILE instead of the files in DATA
@@ -83,9 +83,17 @@ sft() {
         --micro_batch_size "$MICRO_BATCH" --learning_rate "$SFT_RATE" "${SID_RATE[@]}" "${METHOD_FLAGS[@]}" \
         "${PRESET_FLAGS[@]}" "$@"
 }
+rl_batch() { # rl_batch flags...: sets RL_BATCH; an RL step has 32 prompts with 4 completions, rl.py counts per process
+    local share=$((128 / NPROC)) pass
+    [ $((32 % NPROC)) = 0 ] || [[ " $* " == *" --train_batch_size "* ]] ||
+        fail "NPROC=$NPROC: does not divide the 32 prompts of an RL step; take 1, 2, 4, 8, 16 or 32, or --train_batch_size"
+    pass=$((share < 64 ? share : 64))
+    RL_BATCH=(--train_batch_size "$pass" --gradient_accumulation_steps "$((share / pass))")
+}
 rl() {
+    rl_batch "$@"
     launch_training rl.py --model_path "${MODEL_PATH:-$OUT/sft/final_checkpoint}" --output_dir "$OUT/rl" "${FILES[@]}" \
-        --info_file "$INFO_FILE" --train_batch_size 64 --gradient_accumulation_steps 2 --num_generations 4 \
+        --info_file "$INFO_FILE" "${RL_BATCH[@]}" --num_generations 4 \
         --num_train_epochs 3 --eval_batch_size 128 --reward_type rule,prefix --add_gt True --sft_weight 1 --beta 0 \
         --learning_rate "$RL_RATE" "${AVERAGE[@]}" "${METHOD_FLAGS[@]}" "${PRESET_FLAGS[@]}" "$@"
 }
