@@ -395,7 +395,7 @@ def train(flags: RLFlags) -> "dict | Prediction":
 
     # Prove that the base can have the adapter, and that every SID becomes its own tokens. Tokenize the prompts.
     set_seed(flags.seed)
-    state = device.process_state()
+    state = device.process_state(flags.ddp_timeout)
     config = loading.load_config(files.base, "model_path" if checkpoint.adapter is None else "base_model")
     own = checkpoint.path if files.continues else None
     reach = [lora_utils.check_adapter(config, flags, own)] if flags.adapted else []

@@ -227,7 +227,7 @@ def train(flags: SFTFlags) -> "dict | Prediction":
 
     # Find the checkpoint to resume from.
     set_seed(flags.seed)
-    state = device.process_state()
+    state = device.process_state(flags.ddp_timeout)
     fingerprint = loading.fingerprint(flags.base_model)
     run = run_record("sft", flags.method, flags.to_dict(), files.prompts, fingerprint)
     nodes.check_same(flags.to_dict(), base=fingerprint)

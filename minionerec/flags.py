@@ -200,6 +200,9 @@ class RunFlags(Flags):
     wandb_project: str = flag("", "Weights & Biases project; given, the run reports there, if wandb is installed.")
     wandb_run_name: str = flag("", "name of the run in the trackers.")
     report_to: str = flag("none", "none, tensorboard or wandb.", _report_to)
+    ddp_timeout: int = flag(
+        1800, "seconds that a process waits for the others, such as for the first one to tokenize.", above_zero
+    )
     dry_run: bool = flag(False, "check the input, print examples, steps and the predicted peak memory, and stop.")
     gpu_memory: str = flag(
         "",

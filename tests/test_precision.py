@@ -329,7 +329,9 @@ def test_a_process_that_sees_one_card_uses_it(cards, monkeypatch):
     assert device.local_device() == torch.device("cuda", 0)
     # accelerate, DDP and DeepSpeed index devices by LOCAL_RANK: DDP(device_ids=[3]) and barrier(device_ids=[3]) fail.
     seen = []
-    monkeypatch.setattr("accelerate.PartialState", lambda cpu: seen.append(os.environ["LOCAL_RANK"]) or FakeState())
+    monkeypatch.setattr(
+        "accelerate.PartialState", lambda cpu, timeout: seen.append(os.environ["LOCAL_RANK"]) or FakeState()
+    )
     device.process_state()
     assert seen == ["0"]
 

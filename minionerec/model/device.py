@@ -1,6 +1,7 @@
 """The device of this process, whether weights are sharded, and the precisions that follow from both."""
 
 import os
+from datetime import timedelta
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,16 +19,16 @@ def local_device() -> torch.device:
     return torch.device("cpu")
 
 
-def process_state() -> "PartialState":
-    """accelerate's `PartialState` of this process, on `local_device`. Prints a line if only one of several GPUs is
-    used, and one if the GPU does not compute in bfloat16."""
+def process_state(timeout: int = 1800) -> "PartialState":
+    """accelerate's `PartialState` of this process, on `local_device`; a process waits `timeout` seconds for the others.
+    Prints a line if only one of several GPUs is used, and one if the GPU does not compute in bfloat16."""
     from accelerate import PartialState
 
     cards = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if cards == 1 and "LOCAL_RANK" in os.environ:
         # The launcher shows each process only its own GPU, and engines number the visible ones.
         os.environ["LOCAL_RANK"] = "0"
-    state = PartialState(cpu=not cards)
+    state = PartialState(cpu=not cards, timeout=timedelta(seconds=timeout))
     if cards > 1 and state.num_processes == 1:
         state.print(
             f"{cards} GPUs are visible and this process uses one, {local_device()}; to use all of them, start the "

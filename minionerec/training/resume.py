@@ -12,7 +12,14 @@ from minionerec.flags import AdapterFlags, RunFlags
 from minionerec.training import nodes
 
 # Flags that may change when a run is resumed, without a word.
-IGNORED_ON_RESUME = ("output_dir", "resume_from_checkpoint", "wandb_project", "wandb_run_name", "report_to")
+IGNORED_ON_RESUME = (
+    "output_dir",
+    "resume_from_checkpoint",
+    "wandb_project",
+    "wandb_run_name",
+    "report_to",
+    "ddp_timeout",
+)
 
 
 def resume_point(flags: RunFlags, run: dict, say: Callable[[str], None]) -> Checkpoint | None:
