@@ -24,12 +24,14 @@ import pytest
 import torch
 import workers
 from accelerate.commands import launch as accelerate_launch
+from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 from helpers import ROOT, flag_words
 from safetensors.torch import load_file
 
 PAUSE = 0.02  # seconds between two looks at what a process has done
 PRELOADED = ["workers", "lora_utils", "minionerec.dryrun.report", "minionerec.training.rl_trainer"]
 PRELOADED += ["minionerec.training.sft_trainer", "minionerec.training.finish", "bitsandbytes", "matplotlib.pyplot"]
+PRELOADED += ["deepspeed"] if find_spec("deepspeed") else []
 
 needs_deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="pip install deepspeed")
 ENGINES = ["fsdp", pytest.param("zero2", marks=needs_deepspeed), pytest.param("zero3", marks=needs_deepspeed)]
@@ -83,10 +85,11 @@ class Started:
 
 
 def start(mode: str, *argv: object, ranks: int = 1, engine: str = "torchrun") -> Started:
-    """Starts a mode of workers.py with these arguments in as many processes as `ranks`; several are told what torchrun,
-    or `accelerate launch` with the file of configs/ that `engine` names, would tell them."""
+    """Starts a mode of workers.py with these arguments in as many processes as `ranks`; several, and those of
+    an engine, are told what torchrun, or `accelerate launch` with the file of configs/ that `engine` names, would tell
+    them."""
     environments = [{**os.environ}]
-    if ranks > 1:
+    if ranks > 1 or engine != "torchrun":
         address = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(ranks)}
         address |= {"LOCAL_WORLD_SIZE": str(ranks), **({} if engine == "torchrun" else engine_environment(engine))}
         environments = [{**os.environ, **address, "RANK": str(i), "LOCAL_RANK": str(i)} for i in range(ranks)]
@@ -110,7 +113,8 @@ def _start(mode: str, argv: list[list[str]], environments: list[dict[str, str]])
         for environment, words in zip(environments, argv, strict=True)
     ]
     path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    with mock.patch.dict(os.environ, PYTHONPATH=path, OMP_NUM_THREADS="1", OMP_WAIT_POLICY="PASSIVE"):
+    one_thread = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "DS_ACCELERATOR": "cpu"}
+    with mock.patch.dict(os.environ, PYTHONPATH=path, **one_thread):
         for process in processes:
             process.start()
     return Started(processes, log)
@@ -130,10 +134,12 @@ def free_port() -> int:
 @cache
 def engine_environment(engine: str) -> dict[str, str]:
     """What `accelerate launch` tells the processes it starts with a file of configs/."""
-    words = ["--config_file", str(ROOT / "configs" / f"{engine}.yaml"), "script.py"]
+    words = ["--config_file", str(ROOT / "configs" / f"{engine}.yaml"), "--main_process_port", "0", "script.py"]
     args = accelerate_launch._validate_launch_command(accelerate_launch.launch_command_parser().parse_args(words))[0]
+    args.deepspeed_fields_from_accelerate_config = ""  # the command itself fills this in
     before = dict(os.environ)
-    return {name: text for name, text in accelerate_launch.prepare_multi_gpu_env(args).items() if name not in before}
+    told = prepare_deepspeed_cmd_env(args)[1] if engine.startswith("zero") else prepare_multi_gpu_env(args)
+    return {name: text for name, text in told.items() if name not in before}
 
 
 def launch(module: str, *argv: object, code: int = 0) -> str:
@@ -162,12 +168,12 @@ def two_processes(
 ) -> str:
     """Runs a command in two processes, as a mode of workers.py; returns what they wrote to standard error.
 
-    `launched`: by torchrun or `accelerate launch` itself, as DeepSpeed's always are.
+    `launched`: by torchrun or `accelerate launch` itself.
     """
     argv = [mode, folder, script, *flag_words(flags)]
     if launched and engine == "torchrun":
         errors = torchrun("tests/workers.py", *argv, code=code)
-    elif launched or engine.startswith("zero"):
+    elif launched:
         config = ["--config_file", f"configs/{engine}.yaml", "--main_process_port", free_port()]
         errors = launch("accelerate.commands.launch", *config, "tests/workers.py", *argv, code=code)
     else:

@@ -27,6 +27,7 @@ METHODS = {
     "freeze_LLM": {"freeze_LLM": True},
 }
 SMALL_STEPS = {"micro_batch_size": 4, "learning_rate": 1e-3}
+LAUNCHED = [("torchrun", "lora"), ("zero2", "qlora")]  # by the launchers themselves
 
 
 @pytest.fixture(scope="module")
@@ -50,9 +51,10 @@ def trained(files, base, tmp_path_factory):
 @pytest.mark.parametrize("engine", ["torchrun", *ENGINES])
 def test_two_processes_of_an_engine_train_as_one_does(files, base, trained, tmp_path, engine, method):
     flags = sft_flags(files, base, tmp_path / "two", **METHODS[method], **SMALL_STEPS)
-    two_processes(engine, tmp_path, "sft.py", flags, launched=method == "lora")
-    # DeepSpeed keeps the adapter of a quantized base in bfloat16, beside its own float32 copy.
-    assert_same_run(trained(method), tmp_path / "two", 3e-3 if method == "qlora" else 1e-5)
+    two_processes(engine, tmp_path, "sft.py", flags, launched=(engine, method) in LAUNCHED)
+    # Engines that shard multiply 16-bit matrices in another order, or round after the bias once more.
+    sharded = engine in ("zero3", "fsdp")
+    assert_same_run(trained(method), tmp_path / "two", 3e-3 if method == "qlora" and sharded else 5e-5)
 
 
 @pytest.mark.slow
@@ -227,6 +229,7 @@ def test_four_bits_are_stored_as_a_type_that_the_engine_can_share_out(base, monk
         plain = loading.load_base(base, lora_utils.quantization_config(AdapterFlags(use_qlora=True)))(
             input_ids=ids
         ).logits
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")
     assert storage() == torch.uint8
     monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", "3")
@@ -236,6 +239,6 @@ def test_four_bits_are_stored_as_a_type_that_the_engine_can_share_out(base, monk
             input_ids=ids
         ).logits
     assert torch.equal(stored, plain)
-    monkeypatch.delenv("ACCELERATE_DEEPSPEED_ZERO_STAGE")
+    monkeypatch.delenv("ACCELERATE_USE_DEEPSPEED")
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     assert storage() == torch.bfloat16

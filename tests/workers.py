@@ -60,6 +60,10 @@ def engines_on_cpus() -> None:
     transformers.TrainingArguments.__post_init__ = checked
     transformers.training_args.is_torch_bf16_gpu_available = lambda: True
     trainable_tokens.check_deepspeed_zero3_enabled = lambda: False  # it sends the rows of a new adapter from GPU to GPU
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+        import deepspeed.comm.torch
+
+        deepspeed.comm.torch.build_shm_op = lambda: None  # it compiles a minute, to talk faster than gloo
 
 
 def waits_end(seconds: int = 120) -> None:

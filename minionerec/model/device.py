@@ -66,6 +66,6 @@ def mixed_precision(quantized: bool) -> dict[str, bool]:
 
 
 def master_dtype() -> torch.dtype:
-    """The precision of the weights in full fine-tuning: float32, because for most weights an optimizer step is smaller
-    than half a bfloat16 step. DeepSpeed keeps its own float32 copy, so it gets `compute_dtype`."""
-    return compute_dtype() if engine() == "DeepSpeed" else torch.float32
+    """The precision of the weights in full fine-tuning, whatever the engine: float32, because for most weights an
+    optimizer step is smaller than half a bfloat16 step."""
+    return torch.float32

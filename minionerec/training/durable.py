@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -79,12 +79,29 @@ class DurableRun(_Trainer):
         if plugin and plugin.mixed_precision_policy:  # accelerate would reduce gradients and return logits in 16 bits
             policy = replace(plugin.mixed_precision_policy, reduce_dtype=torch.float32, output_dtype=None)
             plugin.mixed_precision_policy = policy
+        if self.is_deepspeed_enabled and self.args.bf16:
+            # DeepSpeed would round what trains to bfloat16, compute and save that, and keep float32 to itself. Its
+            # float16 stays, because its autocast clips gradients before it unscales them.
+            config = self.accelerator.state.deepspeed_plugin.deepspeed_config
+            config["bf16"] = {"enabled": False}
+            config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
 
     def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
         """As the Trainer's. Under DDP, gradients are views of its buckets instead of a second copy."""
         args = super()._build_accelerator_args(**kwargs)
         args["kwargs_handlers"][0].gradient_as_bucket_view = True
         return args
+
+    def autocast(self) -> AbstractContextManager[None]:
+        """While open, matmuls compute in 16 bits, as in training. Under DeepSpeed accelerate leaves that to the engine,
+        which evaluations and decoding do not go through."""
+        if self.is_deepspeed_enabled:
+            return torch.autocast(self.args.device.type, torch.bfloat16, enabled=self.args.bf16)
+        return self.accelerator.autocast()
+
+    def autocast_smart_context_manager(self, *args: Any, **kwargs: Any) -> AbstractContextManager[None]:
+        """As the Trainer's, which opens it around every loss and leaves autocast to accelerate."""
+        return self.autocast() if self.is_deepspeed_enabled else super().autocast_smart_context_manager(*args, **kwargs)
 
     def unwrapped(self, model: nn.Module) -> nn.Module:
         """The model inside what accelerate has wrapped it in. accelerate visits every module to find it, which takes

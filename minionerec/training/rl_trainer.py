@@ -153,9 +153,8 @@ class ReReTrainer(DurableRun, GRPOTrainer):
             self.reference_adapter = "ref"
             adapters.copy_adapter(self.model, "default", "ref")
         elif reference is not None:
-            # FSDP rounds every weight of the policy, autocast only those of matmuls; DeepSpeed's are 16-bit already.
-            if not self.is_deepspeed_enabled:
-                adapters.round_weights(reference, device.compute_dtype(), all_of_them=self.is_fsdp_enabled)
+            # FSDP rounds every weight of the policy, autocast only those of matmuls.
+            adapters.round_weights(reference, device.compute_dtype(), all_of_them=self.is_fsdp_enabled)
             if device.weights_are_sharded():  # as those of the policy, because one GPU may not hold them
                 prepare = prepare_deepspeed if self.is_deepspeed_enabled else prepare_fsdp
                 self.ref_model = prepare(reference, self.accelerator)
@@ -246,7 +245,7 @@ class ReReTrainer(DurableRun, GRPOTrainer):
                 these = slice(start, start + self.args.per_device_train_batch_size)
                 batch = left_padded(prompts[these], self._tokenizer.pad_token_id)
                 input_ids, attention_mask = (tensor.to(self.accelerator.device) for tensor in batch)
-                with self.accelerator.autocast():
+                with self.autocast():
                     if self.beam_search:
                         rows, _ = constrained_beam_search(model, input_ids, attention_mask, self.trie, count)
                     else:
@@ -339,7 +338,7 @@ class ReReTrainer(DurableRun, GRPOTrainer):
                 if not self._passes_are_collective():
                     continue
                 kept = rows[: self.num_generations]  # masked, so they add nothing; the other processes wait for a pass
-            with self.accelerator.autocast():
+            with self.autocast():
                 values, entropy = completion_logps(
                     model,
                     input_ids[kept, :width],
@@ -447,7 +446,7 @@ class ReReTrainer(DurableRun, GRPOTrainer):
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         training = self.model.training
         self.model.eval()
-        with self._averaged(), self.accelerator.autocast():
+        with self._averaged(), self.autocast():
             rankings = rank_prompts(
                 self.unwrapped(self.model),
                 self.trie,
