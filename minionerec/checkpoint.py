@@ -4,12 +4,13 @@ import json
 import os
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
+from pathlib import Path
 
-from minionerec import __version__
+from minionerec import __version__, world
 from minionerec.data.files import shorten
 from minionerec.data.prompts import Prompts, load_prompts
 from minionerec.errors import InputError, Problems
-from minionerec.flags import AdapterFlags
+from minionerec.flags import AdapterFlags, engine
 from minionerec.recorded import ADAPTER, FLAGS, RUN, TRAINER_STATE, check_values
 
 RUN_FILE = "minionerec.json"  # the resolved configuration of the run that wrote the checkpoint
@@ -28,6 +29,8 @@ def run_record(command: str, method: str, flags: dict, prompts: Prompts, base_fi
         "command": command,
         "method": method,
         "version": __version__,
+        "engine": engine(),
+        "processes": world.size(),
         "flags": flags,
         "prompts": prompts.to_json(),
         "base_fingerprint": base_fingerprint,
@@ -41,8 +44,8 @@ class Checkpoint:
     Attributes:
         path: the folder or name.
         adapter: the configuration of a PEFT adapter; None for a whole model.
-        run: the resolved configuration of the run that wrote it (command, method, flags, prompts, fingerprint of the
-            base, seconds of training); empty where there is none.
+        run: the resolved configuration of the run that wrote it (command, method, engine, processes, flags, prompts,
+            fingerprint of the base, seconds of training); empty where there is none.
     """
 
     path: str
@@ -78,6 +81,18 @@ class Checkpoint:
     def base_fingerprint(self) -> str | None:
         """`model.loading.fingerprint` of the base it was trained on, where that is recorded."""
         return self.run.get("base_fingerprint")
+
+    @property
+    def engine(self) -> tuple[str, int]:
+        """The engine that wrote its optimizer state (`flags.engine`) and over how many processes, 0 if that is unknown:
+        as recorded, or as the files of an older release tell."""
+        if "engine" in self.run and "processes" in self.run:
+            return self.run["engine"], self.run["processes"]
+        names = [name for folder in Path(self.path).glob("global_step*") for name in os.listdir(folder)]
+        shards = [name for name in names if name.endswith("optim_states.pt")]
+        if shards:  # under ZeRO-3 the weights are shards as well
+            return "ZeRO-3" if any("zero_pp" in n and "model_states" in n for n in names) else "ZeRO-2", len(shards)
+        return "FSDP" if any(Path(self.path).glob("optimizer[._][b0]*")) else "", 0
 
     @property
     def sid_rows_only(self) -> bool:

@@ -18,6 +18,7 @@ Only the standard library is imported.
 
 import difflib
 import inspect
+import json
 import math
 import os
 import typing
@@ -335,11 +336,20 @@ class TrainingFlags(DataFlags, RunFlags, AdapterFlags):
 
 
 def engine() -> str:
-    """The engine that accelerate was told to train with: DeepSpeed, FSDP, or empty."""
-    for name, variable in (("DeepSpeed", "ACCELERATE_USE_DEEPSPEED"), ("FSDP", "ACCELERATE_USE_FSDP")):
-        if os.environ.get(variable, "false").lower() == "true":
-            return name
-    return ""
+    """The engine that accelerate was told to train with: ZeRO-1, ZeRO-2 or ZeRO-3 of DeepSpeed, FSDP, or empty."""
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
+        return f"ZeRO-{_zero_stage()}"
+    return "FSDP" if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true" else ""
+
+
+def _zero_stage() -> str:
+    """The stage that accelerate was told, or that stands in the DeepSpeed file it was given."""
+    file = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
+    try:
+        with open(file, encoding="utf-8") as opened:
+            return str(json.load(opened)["zero_optimization"]["stage"])
+    except (OSError, ValueError, KeyError, TypeError):  # accelerate and DeepSpeed say what is wrong with the file
+        return os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")
 
 
 # --- Checks that other commands make too ------------------------------------------------------------------------------
@@ -356,10 +366,9 @@ def check_positive(problems: Problems, **values: float) -> None:
 
 def check_batch(problems: Problems, batch_size: int, micro_batch_size: int) -> None:
     """The global batch must be a whole number of micro-batches on every process."""
-    processes = world.size()
-    rows = micro_batch_size * processes
+    rows = micro_batch_size * world.size()
     if batch_size > 0 and rows > 0 and batch_size % rows:
-        of_processes = f" x {processes} processes" if processes > 1 else ""
+        of_processes = f" x {world.size()} processes" if world.size() > 1 else ""
         problems.add(
             f"--batch_size {batch_size} is not a multiple of --micro_batch_size {micro_batch_size}{of_processes}; try "
             f"--batch_size {math.ceil(batch_size / rows) * rows}"

@@ -38,6 +38,8 @@ STEPS = (_is_whole(0), "a whole number from 0")
 RUN = {
     "command": TEXT,
     "method": TEXT,
+    "engine": TEXT,
+    "processes": (_is_whole(1), "a whole number from 1"),
     "base_fingerprint": TEXT_OR_NULL,
     "seconds": (lambda value: _is_number(value) and value >= 0, "a number from 0"),
     "unlogged": (_is_log, "an object with the numbers total, loss and step, and lists of numbers as metrics"),

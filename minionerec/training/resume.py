@@ -6,9 +6,10 @@ from dataclasses import fields
 
 from transformers import TrainerState
 
+from minionerec import world
 from minionerec.checkpoint import Checkpoint, is_complete, newest_checkpoint
 from minionerec.errors import InputError
-from minionerec.flags import AdapterFlags, RunFlags
+from minionerec.flags import AdapterFlags, RunFlags, engine
 from minionerec.training import nodes
 
 # Flags that may change when a run is resumed, without a word.
@@ -30,8 +31,8 @@ def resume_point(flags: RunFlags, run: dict, say: Callable[[str], None]) -> Chec
         run: what this run will record, see `checkpoint.run_record`.
         say: prints a line in the first process.
 
-    Raises InputError for a checkpoint that was not written to its end, or that belongs to a different run: of another
-    command, method, adapter or base.
+    Raises InputError for a checkpoint that was not written to its end, that belongs to a different run (of another
+    command, method, adapter or base), or whose optimizer state does not fit the engine of this run.
     """
     path = nodes.first_decides(lambda: _path_of(flags, say))
     if path is None:
@@ -44,14 +45,18 @@ def resume_point(flags: RunFlags, run: dict, say: Callable[[str], None]) -> Chec
         raise InputError(
             f"--resume_from_checkpoint: {path} has lost its optimizer state; resume from another checkpoint"
         )
+    problems = _other_engine(checkpoint, say)
     if not checkpoint.run:
+        if problems:
+            raise InputError(problems)
         return checkpoint
     here, there, recorded = run["flags"], checkpoint.flags, checkpoint.run
     shape = (*AdapterFlags.SHAPE, "load_in_8bit") if run["method"] in ("lora", "qlora") else ()
     # What runs of an older release did, by flags that decide what a checkpoint holds and which is the best.
     before = {"optim": AdapterFlags.optim, "best_by": "ndcg", "sync_ref_model": False, "average_weights": False}
+    before["sid_learning_rate"] = 0.0  # SID rows with a rate are parameters of their own
     fixed = [name for name in before if name in here]
-    problems = [
+    problems += [
         f"--resume_from_checkpoint: {path} belongs to a different run: {what} is {old} there, {new} here"
         for what, old, new in (
             ("the command", recorded.get("command"), run["command"]),
@@ -70,6 +75,34 @@ def resume_point(flags: RunFlags, run: dict, say: Callable[[str], None]) -> Chec
         elif here[name] != there[name]:
             say(f"warning: --{name} is {here[name]} here and was {there[name]} up to {path}")
     return checkpoint
+
+
+def _other_engine(checkpoint: Checkpoint, say: Callable[[str], None]) -> list[str]:
+    """What is wrong if another engine wrote the optimizer state of a checkpoint, or the same one over a number of
+    processes that it cannot change. Says where that number changes and may."""
+    (there, count), here = checkpoint.engine, engine()
+    count_is_fixed = there.startswith("ZeRO")
+    if there == here and count in (0, world.size()):
+        return []
+    was, now = _in_words(there, count), _in_words(here, world.size())
+    if there == here and not count_is_fixed:
+        say(f"{checkpoint.path} was written by {was}; continuing with {now}")
+        return []
+    if there:
+        many = f" --num_processes {count}" if count_is_fixed else ""
+        start = f"accelerate launch --config_file configs/{there.replace('-', '').lower()}.yaml{many}"
+    else:
+        start = "python or torchrun, without accelerate launch"
+    return [
+        f"--resume_from_checkpoint: {checkpoint.path} was written by {was}, and its optimizer state cannot be loaded "
+        f"by {now}; start the command with {start}, or a new run in another --output_dir"
+    ]
+
+
+def _in_words(engine: str, count: int) -> str:
+    name = engine if engine else "torchrun" if count > 1 else ""
+    over = f"{count} processes" if count > 1 else "one process" if count else ""
+    return " over ".join(part for part in (name, over) if part) or "a run without an engine"
 
 
 def _path_of(flags: RunFlags, say: Callable[[str], None]) -> str | None:
