@@ -25,7 +25,6 @@ from minionerec.flags import (
     check_batch,
     check_cache,
     command,
-    engine,
     flag,
     fraction_of_training,
     one_of,
@@ -118,9 +117,6 @@ class SFTFlags(TrainingFlags):
             problems.add(
                 "--freeze_LLM and --train_from_scratch exclude each other: a frozen random model learns nothing"
             )
-        if self.sid_learning_rate and engine():
-            rate = f"--sid_learning_rate {self.sid_learning_rate}"
-            problems.add(f"{rate}: not with {engine()}, which keeps the weights elsewhere; drop it")
         if not self.category.strip():
             problems.add("--category is missing; say what the items are, such as Industrial_and_Scientific")
         check_batch(problems, self.batch_size, self.micro_batch_size)
@@ -198,7 +194,7 @@ def train(flags: SFTFlags) -> "dict | Prediction":
         from minionerec.training import nodes
         from minionerec.training.finish import finish
         from minionerec.training.resume import resume_point
-        from minionerec.training.row_rate import SidRowRate, sid_weights
+        from minionerec.training.row_rate import sid_weights
         from minionerec.training.sft_trainer import SFTTrainer, plan_trees
 
     # Prove that the base can have the adapter, and that every SID becomes its own tokens.
@@ -272,10 +268,6 @@ def train(flags: SFTFlags) -> "dict | Prediction":
     accumulation = trees.accumulation if trees else flags.batch_size // (flags.micro_batch_size * state.num_processes)
 
     # Train.
-    callbacks = [EarlyStoppingCallback(early_stopping_patience=3)]
-    if flags.sid_learning_rate:
-        times = flags.sid_learning_rate / flags.learning_rate
-        callbacks.append(SidRowRate(sid_weights(model, sid_token_ids), times))
     steps = math.ceil(len(train_dataset) / flags.batch_size) * flags.num_epochs
     trainer = SFTTrainer(
         model=model,
@@ -285,7 +277,9 @@ def train(flags: SFTFlags) -> "dict | Prediction":
         data_collator=Collator(tokenizer.pad_token_id),
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
-        callbacks=callbacks,
+        callbacks=[EarlyStoppingCallback(early_stopping_patience=3)],
+        sid_weights=sid_weights(model, sid_token_ids) if flags.sid_learning_rate else (),
+        sid_learning_rate=flags.sid_learning_rate,
         args=training_arguments(flags, steps, accumulation),
     )
     trainer.train(resume)

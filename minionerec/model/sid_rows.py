@@ -1,4 +1,8 @@
-"""Trained rows of the embedding matrices for SID tokens, at the cost of these rows only."""
+"""Trained rows of the embedding matrices for SID tokens, at the cost of these rows only: those of an adapter, and those
+that have a parameter of their own in full fine-tuning.
+
+Dimensions: `n` SID tokens, `V` vocabulary, `H` hidden.
+"""
 
 from collections.abc import Sequence
 from typing import Any
@@ -65,20 +69,95 @@ class SidRows(TrainableTokensLayer):
         self, result: torch.Tensor, token_ids: torch.Tensor, rows: torch.Tensor, adapter: str
     ) -> torch.Tensor:
         row = self._row_of(adapter, token_ids.device)[token_ids]
-        trained = F.embedding(row.clamp(min=0), rows)
-        scale = self._get_embed_scale()  # Gemma scales its embeddings in the layer itself
-        if scale is not None:
-            trained = trained * scale.to(trained.dtype)
-        return torch.where((row >= 0).unsqueeze(-1), trained.to(result.dtype), result)
+        # Gemma scales its embeddings in the layer itself.
+        return _overwritten_embeddings(result, row, rows, self._get_embed_scale())
 
     def _overwrite_logits(
         self, result: torch.Tensor, hidden: torch.Tensor, rows: torch.Tensor, adapter: str
     ) -> torch.Tensor:
-        ids = self._ids(adapter, hidden.device)
-        bias = self.base_layer.bias
-        bias = None if bias is None else bias[ids]
-        if result.dtype == torch.float32:  # even with 16-bit hidden states, inside `head.float32_head`
-            columns = float32_linear(hidden, rows.float(), bias)
-        else:
-            columns = F.linear(hidden, rows.to(hidden.dtype), bias)
-        return result.index_copy(-1, ids, columns.to(result.dtype))
+        return _overwritten_logits(result, hidden, rows, self._ids(adapter, hidden.device), self.base_layer.bias)
+
+
+def _overwritten_embeddings(
+    result: torch.Tensor, row: torch.Tensor, rows: torch.Tensor, scale: torch.Tensor | float | None
+) -> torch.Tensor:
+    """Embeddings [..., H] in which each token with a row in `rows` [n, H] has that one; `row` [...] is its number, or
+    -1."""
+    trained = F.embedding(row.clamp(min=0), rows)
+    if isinstance(scale, torch.Tensor):
+        scale = scale.to(trained.dtype)
+    if scale is not None:
+        trained = trained * scale
+    return torch.where((row >= 0).unsqueeze(-1), trained.to(result.dtype), result)
+
+
+def _overwritten_logits(
+    result: torch.Tensor, hidden: torch.Tensor, rows: torch.Tensor, ids: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
+    """Logits [..., V] of hidden states [..., H] in which the columns `ids` [n] are those of `rows` [n, H]."""
+    bias = None if bias is None else bias[ids]
+    if result.dtype == torch.float32:  # even with 16-bit hidden states, inside `head.float32_head`
+        columns = float32_linear(hidden, rows.float(), bias)
+    else:
+        columns = F.linear(hidden, rows.to(hidden.dtype), bias)
+    return result.index_copy(-1, ids, columns.to(result.dtype))
+
+
+# --- Full fine-tuning -------------------------------------------------------------------------------------------------
+
+OWN_ROWS = "sid_rows"
+
+
+def give_own_rows(model: nn.Module, ids: Sequence[int]) -> None:
+    """Makes the rows `ids`, sorted, of the embedding matrix and of an untied output head parameters [n, H] of their
+    own, in place. An optimizer, and an engine that shards, can then treat them apart. The rows of the matrices
+    themselves are not used any more, until `merge_own_rows` writes the trained ones there."""
+    made: dict[nn.Parameter, nn.Parameter] = {}
+    for module in (model.get_input_embeddings(), model.get_output_embeddings()):
+        module.sid_ids = torch.tensor(ids, device=module.weight.device)
+        if module.weight not in made:
+            made[module.weight] = nn.Parameter(module.weight.detach()[module.sid_ids])
+        module.register_parameter(OWN_ROWS, made[module.weight])
+        module.register_forward_hook(_own_embeddings if isinstance(module, nn.Embedding) else _own_logits)
+        module.register_load_state_dict_pre_hook(_load_own_rows)
+
+
+def own_rows(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that `give_own_rows` made, by the names of their modules; those of tied matrices are one."""
+    named = {name: module._parameters.get(OWN_ROWS) for name, module in model.named_modules()}
+    return {name: rows for name, rows in named.items() if rows is not None}
+
+
+def merge_own_rows(model: nn.Module, state: dict[str, torch.Tensor]) -> None:
+    """Turns the state dict of a model with `own_rows` into that of one without, in place: the rows are written into
+    their matrices."""
+    for name in own_rows(model):
+        rows, weight = state.pop(f"{name}.{OWN_ROWS}", None), state.get(f"{name}.weight")
+        if rows is not None and weight is not None:
+            ids = model.get_submodule(name).sid_ids.to(weight.device)
+            state[f"{name}.weight"] = weight.index_copy(0, ids, rows.to(weight))
+
+
+def _load_own_rows(module: nn.Module, state: dict[str, torch.Tensor], prefix: str, *_others: Any) -> None:
+    """Adds to a state dict that is loaded the rows that it has in its matrix only: of a checkpoint, not of an engine,
+    whose own files have both."""
+    weight, rows = state.get(f"{prefix}weight"), f"{prefix}{OWN_ROWS}"
+    if weight is not None and rows not in state:
+        state[rows] = weight[module.sid_ids.to(weight.device)]
+
+
+def _ids_on(module: nn.Module, device: torch.device) -> torch.Tensor:
+    if module.sid_ids.device != device:
+        module.sid_ids = module.sid_ids.to(device)
+    return module.sid_ids
+
+
+def _own_embeddings(module: nn.Module, args: tuple[torch.Tensor, ...], result: torch.Tensor) -> torch.Tensor:
+    ids = _ids_on(module, args[0].device)
+    row = torch.searchsorted(ids, args[0]).clamp(max=len(ids) - 1)
+    row = torch.where(ids[row] == args[0], row, -1)
+    return _overwritten_embeddings(result, row, module.sid_rows, getattr(module, "embed_scale", None))
+
+
+def _own_logits(module: nn.Module, args: tuple[torch.Tensor, ...], result: torch.Tensor) -> torch.Tensor:
+    return _overwritten_logits(result, args[0], module.sid_rows, _ids_on(module, result.device), module.bias)

@@ -35,7 +35,7 @@ from transformers.trainer_utils import TrainOutput
 from minionerec import world
 from minionerec.checkpoint import RUN_FILE, Checkpoint, is_complete, newest_checkpoint
 from minionerec.errors import InputError, RunError
-from minionerec.model import adapters
+from minionerec.model import adapters, sid_rows
 from minionerec.model.sharding import local_shard
 from minionerec.model_card import write_card
 from minionerec.output import why_not_written, writing
@@ -234,7 +234,10 @@ class DurableRun(_Trainer):
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         """As the Trainer's, without warnings about tied weights: a checkpoint has one of their names, and loading it
         fills both."""
-        tied = getattr(self.model, "all_tied_weights_keys", {})
+        tied = {
+            *getattr(self.model, "all_tied_weights_keys", {}),
+            *(f"{name}.{sid_rows.OWN_ROWS}" for name in sid_rows.own_rows(self.model)),
+        }
         missing = [name for name in load_result.missing_keys if name not in tied]
         super()._issue_warnings_after_load(load_result._replace(missing_keys=missing))
 
@@ -361,6 +364,9 @@ class DurableRun(_Trainer):
         return newest_checkpoint(self.args.output_dir) or self._resumed or "none: nothing has been saved yet"
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        if sid_rows.own_rows(self.model) and self.args.should_save:
+            state_dict = dict(state_dict if state_dict is not None else self.model.state_dict())
+            sid_rows.merge_own_rows(self.model, state_dict)
         if self.save_dtype is not None and self.args.should_save:
             state_dict = state_dict if state_dict is not None else self.model.state_dict()
             state_dict = {n: t.to(self.save_dtype) if t.is_floating_point() else t for n, t in state_dict.items()}

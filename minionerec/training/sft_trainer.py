@@ -24,6 +24,7 @@ from minionerec.decoding.probe import prove
 from minionerec.model.head import head_on
 from minionerec.model.token_trees import TreeCollator, attend_in_blocks, best_width, edge_losses, model_inputs
 from minionerec.training.durable import DurableRun
+from minionerec.training.row_rate import give_rate
 from minionerec.training.tree_batches import GroupSampler, Prefixes, Size, TreeBatches, evaluation_batches
 
 
@@ -194,20 +195,36 @@ class SFTTrainer(DurableRun, Trainer):
     micro-batches and processes.
 
     With `train_batches` the rows of every micro-batch, also of evaluations, are merged into token trees. The arguments
-    must then have `gradient_accumulation_steps=train_batches.accumulation`.
+    must then have `gradient_accumulation_steps=train_batches.accumulation`. The parameters `sid_weights` train at
+    `sid_learning_rate`, if that is not 0.
     """
 
     data_collator: Any
     control: TrainerControl
 
-    def __init__(self, *args: Any, run: dict, train_batches: TreeBatches | None = None, **kwargs: Any):
+    def __init__(
+        self,
+        *args: Any,
+        run: dict,
+        train_batches: TreeBatches | None = None,
+        sid_weights: Sequence[nn.Parameter] = (),
+        sid_learning_rate: float = 0.0,
+        **kwargs: Any,
+    ):
         super().__init__(*args, **kwargs)
         self.run, self.train_batches = run, train_batches
+        self.sid_weights, self.sid_learning_rate = sid_weights, sid_learning_rate
         if train_batches is not None:
             model = self.unwrapped(self.model)
             self.data_collator = tree_collator(model, self.data_collator.pad_token_id, self.args.device)
         # The Trainer then counts the response tokens of an accumulated batch and leaves the division to compute_loss.
         self.model_accepts_loss_kwargs = True
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        optimizer = super().create_optimizer(*args, **kwargs)
+        if self.sid_learning_rate:
+            give_rate(optimizer, self.sid_weights, self.sid_learning_rate)
+        return optimizer
 
     def _build_accelerator_args(self, **kwargs: Any) -> dict:
         args = super()._build_accelerator_args(**kwargs)
