@@ -26,7 +26,6 @@ from minionerec.flags import (
     TrainingFlags,
     above_zero,
     command,
-    engine,
     flag,
     fraction_of_training,
     one_of,
@@ -157,7 +156,7 @@ class RLFlags(TrainingFlags):
     average_weights: bool = flag(
         False,
         "evaluate and save an average of the weights after every step, in which later steps count more; the learning "
-        "rate stays constant after its warm-up. Not with DeepSpeed or FSDP (the original has none).",
+        "rate stays constant after its warm-up (the original has none).",
     )
     sample_train: bool = flag(
         False, "leave out a random fifth of the prompts (the original: if model_path contains sft)."
@@ -205,8 +204,6 @@ class RLFlags(TrainingFlags):
                 f"--num_generations {self.num_generations} does not divide --train_batch_size {self.train_batch_size} "
                 f"x --gradient_accumulation_steps {self.gradient_accumulation_steps} completions; groups must be whole"
             )
-        if self.average_weights and engine():
-            problems.add(f"--average_weights True: not with {engine()}, which shards or copies the weights")
         if self.dapo and self.gspo:
             problems.add("--dapo and --gspo exclude each other; keep one")
         if self.sync_ref_model and not self.beta:

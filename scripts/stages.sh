@@ -35,8 +35,6 @@ fail() {
 }
 use_method() { # sets the flags of METHOD and PRESET, default learning rates, and those that compare.sh tries
     MICRO_BATCH=8 RL_RATE=1e-5 DEFAULT_SFT_RATES="3e-4 1e-3 3e-3" DEFAULT_RL_RATES="1e-5 1e-4"
-    SID_RATE=(--sid_learning_rate 3e-3) AVERAGE=(--average_weights True)
-    [ -z "${CONFIG:-}" ] || SID_RATE=() AVERAGE=() # DeepSpeed and FSDP do not take them
     case "$METHOD" in
     full)
         METHOD_FLAGS=() RL_RATE=1e-6
@@ -80,7 +78,7 @@ launch_training() {
 }
 sft() {
     launch_training sft.py --base_model "$BASE_MODEL" --output_dir "$OUT/sft" "${FILES[@]}" --batch_size 512 \
-        --micro_batch_size "$MICRO_BATCH" --learning_rate "$SFT_RATE" "${SID_RATE[@]}" "${METHOD_FLAGS[@]}" \
+        --micro_batch_size "$MICRO_BATCH" --learning_rate "$SFT_RATE" --sid_learning_rate 3e-3 "${METHOD_FLAGS[@]}" \
         "${PRESET_FLAGS[@]}" "$@"
 }
 rl_batch() { # rl_batch flags...: sets RL_BATCH; an RL step has 32 prompts with 4 completions, rl.py counts per process
@@ -95,7 +93,7 @@ rl() {
     launch_training rl.py --model_path "${MODEL_PATH:-$OUT/sft/final_checkpoint}" --output_dir "$OUT/rl" "${FILES[@]}" \
         --info_file "$INFO_FILE" "${RL_BATCH[@]}" --num_generations 4 \
         --num_train_epochs 3 --eval_batch_size 128 --reward_type rule,prefix --add_gt True --sft_weight 1 --beta 0 \
-        --learning_rate "$RL_RATE" "${AVERAGE[@]}" "${METHOD_FLAGS[@]}" "${PRESET_FLAGS[@]}" "$@"
+        --learning_rate "$RL_RATE" --average_weights True "${METHOD_FLAGS[@]}" "${PRESET_FLAGS[@]}" "$@"
 }
 evaluate() { # evaluate folder flags...: evaluates the final checkpoint of a run
     launch evaluate.py --base_model "$1/final_checkpoint" --info_file "$INFO_FILE" --category "$CATEGORY" \

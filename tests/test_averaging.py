@@ -2,13 +2,15 @@
 
 import shutil
 from math import prod
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from architectures import configuration
 from helpers import evaluate_flags, logged, newest, rl_flags, strings, tensors_of
-from processes import assert_same_run, two_processes
+from processes import ENGINES, assert_same_run, two_processes
+from safetensors.torch import load_file
 from torch import nn
 
 import evaluate
@@ -16,6 +18,7 @@ import lora_utils
 import rl
 from minionerec.dryrun import report
 from minionerec.errors import InputError
+from minionerec.model.sharding import OwnedWeights
 from minionerec.training.averaging import POWER, WeightAverage
 
 METHOD = {"full": {}, "lora": {"use_lora": True}, "qlora": {"use_qlora": True}}
@@ -36,7 +39,7 @@ def steps(monkeypatch) -> list[dict[str, torch.Tensor]]:
     averaged = WeightAverage.on_step_end
 
     def on_step_end(average, *args, **kwargs):
-        recorded.append({name: p.detach().clone() for name, p in average.weights.items()})
+        recorded.append({name: p.detach().clone() for name, p in average.weights.named.items()})
         averaged(average, *args, **kwargs)
 
     monkeypatch.setattr(WeightAverage, "on_step_end", on_step_end)
@@ -47,7 +50,7 @@ def test_later_steps_count_more():
     torch.manual_seed(0)
     model = nn.Linear(3, 2)
     model.bias.requires_grad_(False)
-    average, steps = WeightAverage(model), []
+    average, steps = WeightAverage(OwnedWeights(model)), []
     for step in range(1, 8):
         model.weight.data += torch.randn(2, 3)
         steps.append({"weight": model.weight.detach().clone()})
@@ -111,20 +114,35 @@ def test_a_run_resumes_only_with_what_it_began_with(files, sft_run, tmp_path):
             rl.train(**strings(flags))
 
 
+@pytest.fixture(scope="module")
+def one(files, sft_run, tmp_path_factory):
+    """A run in full in one process."""
+    run = tmp_path_factory.mktemp("one") / "run"
+    rl.train(**strings(rl_flags(files, sft_run("full") / "final_checkpoint", run, **IN_FULL)))
+    return run
+
+
+IN_FULL = {"average_weights": True, "add_gt": True, "eval_step": 0.2, "save_steps": 0.4}
+
+
 @pytest.mark.slow
-def test_two_processes_average_as_one_does(files, sft_run, tmp_path):
-    flags = {"use_lora": True, "average_weights": True, "add_gt": True}
-    start = sft_run("lora") / "final_checkpoint"
-    rl.train(**strings(rl_flags(files, start, tmp_path / "one", **flags)))
-    two_processes("torchrun", tmp_path, "rl.py", rl_flags(files, start, tmp_path / "two", **flags, train_batch_size=8))
-    assert_same_run(tmp_path / "one", tmp_path / "two", 1e-4)
+@pytest.mark.parametrize("engine", ["torchrun", *ENGINES])
+def test_an_engine_averages_as_one_process_does(files, sft_run, one, tmp_path, engine):
+    """And goes on from its checkpoint, which has the average in it and the weights that train on beside it."""
+    two = tmp_path / "two"
+    flags = rl_flags(files, sft_run("full") / "final_checkpoint", two, **IN_FULL, train_batch_size=8)
+    two_processes(engine, tmp_path, "rl.py", flags)
+    same_checkpoint(one, two)
+    shutil.rmtree(newest(two))
+    shutil.rmtree(two / "final_checkpoint")
+    two_processes(engine, tmp_path, "rl.py", {**flags, "resume_from_checkpoint": True})
+    same_checkpoint(one, two)
+    assert_same_run(one, two, 1e-5)
 
 
-def test_engines_refuse_it(files, sft_run, tmp_path, monkeypatch):
-    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
-    flags = rl_flags(files, sft_run("lora") / "final_checkpoint", tmp_path, use_lora=True, average_weights=True)
-    with pytest.raises(InputError, match="--average_weights True: not with DeepSpeed"):
-        rl.train(**strings(flags))
+def same_checkpoint(one: Path, two: Path) -> None:
+    for name in ("model.safetensors", "unaveraged.safetensors"):
+        torch.testing.assert_close(*(load_file(newest(run) / name) for run in (two, one)), atol=1e-5, rtol=1e-3)
 
 
 @pytest.mark.parametrize("method", ["full", "lora"])

@@ -1,14 +1,16 @@
-"""Reads, overwrites and merges whole weights that FSDP or DeepSpeed ZeRO-3 shards over the processes.
+"""Reads, overwrites and merges whole weights that FSDP or DeepSpeed's ZeRO shards over the processes.
 
 Every function except `local_shard` and `with_sid_rows_merged` is collective: all processes must call it.
 """
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from peft.tuners.trainable_tokens import TrainableTokensLayer
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 
@@ -33,22 +35,65 @@ def gathered(parameters: Iterable[nn.Parameter], write: bool = False) -> Iterato
         yield
 
 
-def whole_tensors(parameters: dict[str, nn.Parameter]) -> dict[str, torch.Tensor]:
-    """Copies of whole parameters, on the CPU."""
-    with gathered(parameters.values()):
-        whole = {name: p.full_tensor() if isinstance(p, DTensor) else p for name, p in parameters.items()}
-        return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in whole.items()}
+def whole_tensors(parameters: dict[str, nn.Parameter], keep: bool = True) -> dict[str, torch.Tensor]:
+    """Copies of whole parameters, on the CPU; none in a process that only helps, without `keep`."""
+    whole = {}
+    for name, parameter in parameters.items():
+        with gathered([parameter]):
+            tensor = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+            if keep:
+                whole[name] = tensor.detach().to("cpu", copy=True).contiguous()
+    return whole
 
 
 @torch.no_grad()
 def overwrite(parameters: dict[str, nn.Parameter], values: dict[str, torch.Tensor]) -> None:
     """Writes whole tensors into the parameters of the same names."""
-    with gathered(parameters.values(), write=True):
-        for name, parameter in parameters.items():
+    for name, parameter in parameters.items():
+        with gathered([parameter], write=True):
             value = values[name].to(parameter.device)
             if isinstance(parameter, DTensor):
                 value = distribute_tensor(value, parameter.device_mesh, parameter.placements)
             parameter.copy_(value)
+
+
+class OwnedWeights:
+    """The trained weights that this process keeps in float32 and steps: all of them, FSDP's shards, or DeepSpeed's
+    partitions, from which the weights that passes use are copied.
+
+    Args:
+        model: whose `named` parameters train.
+        wrapped: the same model as accelerate prepared it, with DeepSpeed's optimizer.
+    """
+
+    def __init__(self, model: nn.Module, wrapped: nn.Module | None = None):
+        self.named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.zero: Any = getattr(wrapped, "optimizer", None)
+        self.sharded = [module for module in model.modules() if isinstance(module, FSDPModule)]
+        if self.zero is None:
+            self.tensors = [local_shard(parameter) for parameter in self.named.values()]
+        elif hasattr(self.zero, "single_partition_of_fp32_groups"):  # ZeRO-1 and ZeRO-2
+            self.tensors = [partition.data for partition in self.zero.single_partition_of_fp32_groups]
+        else:
+            self.tensors = [partition.data for partition in self.zero.fp32_partitioned_groups_flat]
+
+    def spread(self) -> None:
+        """Makes the weights that passes use those of `tensors`, which have changed."""
+        for module in self.sharded:
+            module.reshard()  # what it has gathered is out of date
+        if hasattr(self.zero, "update_lp_params"):
+            self.zero.update_lp_params()
+        elif self.zero is not None:
+            self.zero.checkpoint_event_prologue()
+            for group in range(len(self.zero.fp32_partitioned_groups_flat)):
+                self.zero._reassign_or_swap_out_partitioned_parameters(group)
+            self.zero.checkpoint_event_epilogue()
+
+    def overwrite(self, values: dict[str, torch.Tensor]) -> None:
+        """Writes whole tensors into the weights, by name."""
+        overwrite(self.named, values)
+        if self.zero is not None:
+            self.zero._restore_from_bit16_weights()
 
 
 def with_sid_rows_merged(base: nn.Module, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

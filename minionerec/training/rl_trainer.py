@@ -40,7 +40,7 @@ from minionerec.decoding.trie import Trie
 from minionerec.errors import InputError
 from minionerec.metrics import rank_of, ranking_metrics, watched_cutoff
 from minionerec.model import adapters, device
-from minionerec.model.sharding import gathered, overwrite, whole_tensors
+from minionerec.model.sharding import OwnedWeights, gathered, overwrite, whole_tensors
 from minionerec.saving import make_readable
 from minionerec.training.averaging import WeightAverage
 from minionerec.training.durable import DurableRun
@@ -161,9 +161,8 @@ class ReReTrainer(DurableRun, GRPOTrainer):
             else:
                 self.ref_model = self.accelerator.prepare_model(reference, evaluation_mode=True)
         disable_dropout(self.model)  # with it, the policy would differ from the reference and from itself
-        self.average = WeightAverage(self.model) if average_weights else None
-        if self.average:
-            self.add_callback(self.average)
+        self.average_weights = average_weights
+        self.average: WeightAverage | None = None  # once an engine has sharded the weights
         if sync and self.ref_model is not None:
             self.add_callback(SyncRefModelCallback(self.ref_model, self.accelerator))
         elif sync and self.reference_adapter:
@@ -507,14 +506,14 @@ class ReReTrainer(DurableRun, GRPOTrainer):
                 plugin = self.accelerator.state.fsdp_plugin
                 save_fsdp_model(plugin, self.accelerator, self.model, output_dir, **get_fsdp_ckpt_kwargs())
             return
-        tensors = whole_tensors(self._moving_reference())
-        if tensors and self.args.should_save:
-            with self._writing_checkpoint():
-                save_file(tensors, os.path.join(output_dir, REFERENCE_FILE))
-        if self.average and self.args.should_save:
-            with self._writing_checkpoint():
-                tensors = {name: tensor.contiguous() for name, tensor in self.average.other.items()}
-                save_file(tensors, os.path.join(output_dir, UNAVERAGED_FILE))
+        files = {REFERENCE_FILE: whole_tensors(self._moving_reference(), self.args.should_save)}
+        if self.average:
+            with self.average.in_place():  # the weights that train on, because the model has the average here
+                files[UNAVERAGED_FILE] = whole_tensors(self.average.weights.named, self.args.should_save)
+        for name, tensors in files.items():
+            if tensors:
+                with self._writing_checkpoint():
+                    save_file(tensors, os.path.join(output_dir, name))
         if self.args.should_save:
             make_readable(output_dir)
         super()._save_optimizer_and_scheduler(output_dir)
@@ -526,8 +525,12 @@ class ReReTrainer(DurableRun, GRPOTrainer):
         reference = self._moving_reference()
         if reference and resume_from_checkpoint:
             overwrite(reference, _tensors_in(resume_from_checkpoint, REFERENCE_FILE))
-        if self.average and resume_from_checkpoint:
-            self.average.resume(_tensors_in(resume_from_checkpoint, UNAVERAGED_FILE))
+        if self.average_weights:
+            weights = OwnedWeights(self.unwrapped(self.model), self.model_wrapped)
+            self.average = WeightAverage(weights)
+            self.add_callback(self.average)
+            if resume_from_checkpoint:  # the model has the average now
+                weights.overwrite(_tensors_in(resume_from_checkpoint, UNAVERAGED_FILE))
         return prepared
 
 
