@@ -17,20 +17,20 @@ def on_gpu():
 def test_sft_starts_few_kernels_and_reads_little(method, most):
     few, many = (launches.count_sft(method, layers, users=16) for layers in (1, 2))
     assert 2 * many["kernels a layer"] - few["kernels a layer"] <= most
-    assert many["reads of a micro-batch"] <= 4
-    assert many["reads of a step"] <= 11
-    assert many["reads of a checkpoint"] <= 43
+    # A step reads whether its losses are finite, and what is logged.
+    assert many["reads of a micro-batch"] * many["micro-batches a step"] + many["reads of a step"] <= 2
+    assert many["reads of a checkpoint"] <= 1
 
 
 def test_rl_starts_few_kernels_and_reads_little():
     few, many = (launches.count_rl(layers) for layers in (1, 2))
     assert many["kernels"] - few["kernels"] <= 1482
     assert few["kernels"] <= 5300
-    assert many["reads"] <= 147
+    assert many["reads"] <= 110
 
 
 def test_a_search_starts_few_kernels_and_reads_little():
     for merged, most in ((False, 78), (True, 43)):
         few, many = (launches.count_decoding(layers, merged) for layers in (1, 2))
         assert 2 * many["a layer and pass"] - few["a layer and pass"] <= most
-        assert many["outside the model, a level"] <= 36 and many["reads"] <= 1
+        assert many["outside the model, a level"] <= 37 and many["reads"] <= 1

@@ -285,7 +285,7 @@ class _Trial:
         )
         with head_on(self.model, wanted), float32_head(self.model):
             logits = self.model(**inputs, use_cache=False).logits
-        row = (wanted.flatten().cumsum(0) - 1)[source].view(completions.shape)[:, place]  # [2, 4, 3]
+        row = source.view(completions.shape)[:, place]  # [2, 4, 3]
         return self._is_plain(logits.float().log_softmax(-1)[row])
 
     def _rows(self, i: int) -> torch.Tensor:
@@ -311,9 +311,8 @@ class _Trial:
 
     def _run(self, ids: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
         """Log-probabilities [rows, columns, V] after the tokens in some columns of plain rows [rows, tokens]."""
-        wanted = torch.zeros_like(ids, dtype=torch.bool)
-        wanted[:, columns] = True
-        with head_on(self.model, wanted), float32_head(self.model):
+        first = torch.arange(len(ids)).unsqueeze(1) * ids.shape[1]
+        with head_on(self.model, (first + columns).flatten().to(ids.device)), float32_head(self.model):
             logits = self.model(input_ids=ids, use_cache=False).logits
         return logits.float().log_softmax(-1).view(len(ids), len(columns), -1)
 

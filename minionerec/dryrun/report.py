@@ -162,7 +162,7 @@ def sft(flags: Any, inputs: Inputs, training_examples: Callable[[], Dataset]) ->
         plan = _tree_batches(flags, prefixes, processes)
         largest = collate(dataset.__getitems__(plan.survey()[2].tolist()))
         rows, width = largest["input_ids"].shape
-        predicting = len(largest["predicted_by"].unique())
+        predicting = len(largest["predicting"])
         return Step(rows, width, predicting, shared=True, accumulate=plan.accumulation > 1, trees=True)
 
     def predicted(flags: Any) -> Prediction:
@@ -178,7 +178,7 @@ def sft(flags: Any, inputs: Inputs, training_examples: Callable[[], Dataset]) ->
             parts = [part for part in next(_tree_batches(flags, prefixes, processes).steps()) if len(part)]
             positions = sum(prefixes.size(part).nodes for part in parts)
             trees = (collate(dataset.__getitems__(part.tolist())) for part in parts)
-            predicting = sum(len(batch["predicted_by"].unique()) for batch in trees)
+            predicting = sum(len(batch["predicting"]) for batch in trees)
         work = (
             found.flops / (step.rows * step.tokens) * positions + found.head_flops / step.response_tokens * predicting
         )

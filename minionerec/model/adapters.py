@@ -130,6 +130,12 @@ def adapter_parameters(model: nn.Module, adapter: str) -> dict[str, nn.Parameter
     return parameters
 
 
+def adapter_state(model: PeftModel) -> dict[str, torch.Tensor]:
+    """What `save_pretrained` needs of the state of a PEFT model: its adapter."""
+    named = model.named_parameters(remove_duplicate=False)
+    return {name: parameter.detach() for name, parameter in named if "default" in name.split(".")}
+
+
 def copy_adapter(model: PeftModel, adapter: str, copy: str) -> None:
     """Adds a frozen copy of an adapter under another name, with the same values and precision; it is not active."""
     model.add_adapter(copy, model.peft_config[adapter])

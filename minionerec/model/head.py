@@ -17,14 +17,15 @@ CHUNK = 4096  # rows of the head's weight that are converted to float32 at a tim
 
 @contextmanager
 def head_on(model: nn.Module, positions: torch.Tensor) -> Iterator[None]:
-    """While open, the output head of `model` gets only the hidden states at `positions` [B, L] (bool).
+    """While open, the output head of `model` gets only the hidden states at `positions` [N], which count through the
+    flattened rows [B, L]. (By a mask of booleans, the host would wait for a GPU to count them.)
 
     A forward pass then returns logits [N, V] instead of [B, L, V]. What an architecture does to the logits after its
     head (Gemma's soft cap) still works, because it is elementwise.
     """
 
     def select(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        return (args[0][positions], *args[1:])
+        return (args[0].flatten(0, -2).index_select(0, positions), *args[1:])
 
     handle = model.get_output_embeddings().register_forward_pre_hook(select)
     try:

@@ -23,25 +23,35 @@ Dimensions: `B` completions, `n` prompts, `G` the most completions that a prompt
 tokens, `L` tokens of a shared row.
 """
 
+from collections.abc import Sequence
+from itertools import pairwise
+
 import torch
 from torch import nn
 
-# The inputs of the model, the positions whose logits are wanted, and for every completion token [B, C] the position, in
-# the flattened rows, that predicts it.
+# The inputs of the model, the positions [N] in the flattened rows whose logits are wanted, and for every completion
+# token [B, C] which of them predicts it.
 Packed = tuple[dict[str, torch.Tensor | dict[str, torch.Tensor]], torch.Tensor, torch.Tensor]
 
 
 def attention_masks(
-    model: nn.Module, visible: torch.Tensor, positions: torch.Tensor
+    model: nn.Module, visible: torch.Tensor, positions: torch.Tensor, dtype: torch.dtype | None = None
 ) -> torch.Tensor | dict[str, torch.Tensor]:
-    """4-D masks in the form that the model takes: boolean, or added to the scores for eager attention. If some layers
-    have a window, there is one mask per layer type, and the window counts positions, not places in the row.
+    """4-D masks to be added to the scores. (Attention would convert a boolean one in every layer, and keep each copy
+    for the backward pass.) If some layers have a window, there is one mask per layer type, and the window counts
+    positions, not places in the row.
 
     Args:
         visible: [B, Q, L] (bool), the keys that each of the last Q tokens may see.
         positions: [B, L], of the keys.
+        dtype: what attention computes in; None for that of autocast, or the model's without it.
     """
-    config = model.config.get_text_config()
+    config, device = model.config.get_text_config(), visible.device.type
+    if config._attn_implementation == "eager":
+        dtype = model.dtype
+    elif dtype is None:
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else model.dtype
+    hidden = torch.tensor(torch.finfo(dtype).min, dtype=dtype)  # on the CPU: a kernel takes it as a number
     window, chunk = getattr(config, "sliding_window", None), getattr(config, "attention_chunk_size", None)
     kinds = set(getattr(config, "layer_types", None) or ())
     if not kinds:
@@ -54,9 +64,7 @@ def attention_masks(
             mask = visible & (query - key < window)
         elif kind == "chunked_attention" and chunk:
             mask = visible & (query // chunk == key // chunk)
-        if config._attn_implementation == "eager":
-            mask = torch.where(mask, 0.0, torch.finfo(model.dtype).min).to(model.dtype)
-        masks[kind] = mask.unsqueeze(1)
+        masks[kind] = torch.where(mask, 0.0, hidden).unsqueeze(1)
     return masks if len(masks) > 1 else masks.popitem()[1]
 
 
@@ -66,8 +74,9 @@ def plain_rows(
     prompt_mask: torch.Tensor,
     completion_ids: torch.Tensor,
     completion_mask: torch.Tensor,
+    _groups: Sequence[int] | None = None,
 ) -> Packed:
-    """One row per completion: the model's inputs, the wanted positions [B, P + C], and where each token is predicted.
+    """One row per completion: the model's inputs, the wanted positions [B * C], and which predicts each token.
 
     Args:
         prompt_ids, prompt_mask: [B, P], padded on the left.
@@ -75,15 +84,24 @@ def plain_rows(
 
     All padding is moved to the end, where no token sees it. So no mask is needed, which recurrent layers may not take.
     """
-    prompt, completion = prompt_ids.shape[1], completion_ids.shape[1]
+    prompt, (count, completion), device = prompt_ids.shape[1], completion_ids.shape, prompt_ids.device
     length = prompt_mask.sum(dim=1, keepdim=True)  # [B, 1]
-    column = torch.arange(prompt + completion, device=prompt_ids.device)
+    column = torch.arange(prompt + completion, device=device)
     source = (column + prompt - length).clamp(max=prompt + completion - 1)  # shifts out the padding of the prompt
-    step = torch.arange(completion, device=prompt_ids.device)
-    wanted = torch.zeros_like(source, dtype=torch.bool).scatter(1, length - 1 + step, completion_mask)
-    wanted.scatter_(1, length - 1, True)
-    place = torch.arange(len(length), device=length.device).unsqueeze(1) * len(column) + length - 1 + step
-    return {"input_ids": torch.cat([prompt_ids, completion_ids], dim=1).gather(1, source)}, wanted, place
+    step = torch.arange(completion, device=device)
+    first = torch.arange(count, device=device).unsqueeze(1) * len(column)
+    inputs = {"input_ids": torch.cat([prompt_ids, completion_ids], dim=1).gather(1, source)}
+    row = torch.arange(count * completion, device=device).view(count, completion)
+    return inputs, (first + length - 1 + step).flatten(), row
+
+
+def groups_of(prompt_ids: torch.Tensor, prompt_mask: torch.Tensor) -> list[int]:
+    """How many consecutive completions have equal prompts, prompt by prompt. The host waits for the device."""
+    if not len(prompt_ids):
+        return []
+    same = ((prompt_ids[1:] == prompt_ids[:-1]) & (prompt_mask[1:] == prompt_mask[:-1])).all(dim=1)
+    starts = [0, *(i + 1 for i, equal in enumerate(same.tolist()) if not equal), len(prompt_ids)]
+    return [end - start for start, end in pairwise(starts)]
 
 
 def shared_rows(
@@ -92,53 +110,56 @@ def shared_rows(
     prompt_mask: torch.Tensor,
     completion_ids: torch.Tensor,
     completion_mask: torch.Tensor,
+    groups: Sequence[int] | None = None,
 ) -> Packed:
-    """One row per prompt, as drawn above: the model's inputs, the wanted positions [n, L], and where each token is
-    predicted. Takes what `plain_rows` takes; consecutive completions with equal prompts share a row."""
+    """One row per prompt, as drawn above: the model's inputs, the wanted positions [n * (1 + G * (C - 1))], which are
+    all from the last token of the prompt on, and which of them predicts each token. Takes what `plain_rows` takes;
+    consecutive completions with equal prompts share a row.
+
+    Args:
+        groups: how many these are, prompt by prompt; None for what `groups_of` finds.
+    """
+    groups = groups_of(prompt_ids, prompt_mask) if groups is None else groups
     device = prompt_ids.device
     width, depth = prompt_ids.shape[1], completion_ids.shape[1] - 1
-
-    # Which prompt each completion belongs to, and which of its completions it is.
-    new = torch.ones(len(prompt_ids), dtype=torch.bool, device=device)
-    new[1:] = ((prompt_ids[1:] != prompt_ids[:-1]) | (prompt_mask[1:] != prompt_mask[:-1])).any(dim=1)
-    first = new.nonzero().squeeze(1)  # [n]
-    group = new.cumsum(0) - 1  # [B]
-    slot = torch.arange(len(group), device=device) - first[group]  # [B]
-    prompts, slots = len(first), int(slot.max()) + 1 if len(slot) else 0
+    prompts, slots = len(groups), max(groups, default=1)
 
     # The tokens after the prompt: all completions of a prompt, without their last tokens.
-    prompt_mask = prompt_mask[first]
-    tokens = prompt_ids.new_zeros((prompts, slots, depth))
-    present = torch.zeros((prompts, slots, depth), dtype=torch.bool, device=device)
-    tokens[group, slot] = completion_ids[:, :-1]
-    present[group, slot] = completion_mask[:, :-1]
-    tokens, present = tokens.flatten(1), present.flatten(1)  # [n, G * (C - 1)]
+    if min(groups, default=1) == slots:
+        shape = prompts, slots * depth
+        prompt_ids, prompt_mask = prompt_ids[::slots], prompt_mask[::slots]
+        tokens, present = completion_ids[:, :-1].reshape(shape), completion_mask[:, :-1].reshape(shape)
+        slot = torch.arange(prompts * slots, device=device)  # of each completion, counted through the rows
+    else:
+        count = torch.tensor(groups, dtype=torch.int64)
+        group = torch.arange(prompts).repeat_interleave(count)
+        first = count.cumsum(0) - count
+        slot = (group * slots + torch.arange(len(group)) - first[group]).to(device)
+        first = first.to(device)
+        prompt_ids, prompt_mask = prompt_ids[first], prompt_mask[first]
+        tokens = prompt_ids.new_zeros((prompts * slots, depth)).index_copy(0, slot, completion_ids[:, :-1])
+        present = prompt_mask.new_zeros((prompts * slots, depth)).index_copy(0, slot, completion_mask[:, :-1])
+        tokens, present = tokens.view(prompts, -1), present.view(prompts, -1)  # [n, G * (C - 1)]
 
     # The mask: the prompt is causal, a completion sees the prompt and its own tokens so far.
-    packed = torch.arange(slots * depth, device=device)
-    of_slot, step = packed // max(depth, 1), packed % max(depth, 1)
-    own = (of_slot.unsqueeze(1) == of_slot) & (step.unsqueeze(1) >= step)
     length = width + slots * depth
-    visible = torch.zeros((prompts, length, length), dtype=torch.bool, device=device)
-    visible[:, :, :width] = prompt_mask.unsqueeze(1)
-    visible[:, :width, :width] &= torch.ones((width, width), dtype=torch.bool, device=device).tril()
-    visible[:, width:, width:] = own & present.unsqueeze(1)
-    visible |= torch.eye(length, dtype=torch.bool, device=device)  # padding sees itself, or softmax would give NaN
+    column = torch.arange(length, device=device)
+    of_slot = (column - width).div(max(depth, 1), rounding_mode="floor").clamp(min=-1)  # -1 in the prompt
+    sees = (of_slot.unsqueeze(1) == of_slot) | (of_slot < 0)
+    visible = sees.tril() & torch.cat([prompt_mask, present], dim=1).unsqueeze(1)
+    visible = visible | (column.unsqueeze(1) == column)  # padding sees itself, or softmax would give NaN
 
     # Positions restart after the prompt, and each token is predicted by the one before it in its completion.
     end = prompt_mask.sum(dim=1, keepdim=True)
+    step = (column[width:] - width) % max(depth, 1)
     positions = torch.cat([(prompt_mask.cumsum(dim=1) - 1).clamp(min=0), end + step], dim=1)
-    wanted = torch.zeros((prompts, length), dtype=torch.bool, device=device)
-    wanted[:, width - 1] = True
-    predicts = torch.zeros((prompts, slots, depth), dtype=torch.bool, device=device)
-    predicts[group, slot] = completion_mask[:, 1:]
-    wanted[:, width:] = predicts.flatten(1)
-    place = torch.empty_like(completion_ids)
-    place[:, 0] = group * length + width - 1
-    place[:, 1:] = (group * length + width + slot * depth).unsqueeze(1) + torch.arange(depth, device=device)
+    wanted = torch.arange(prompts, device=device).unsqueeze(1) * length + column[width - 1 :]
+    of_row = wanted.shape[1]
+    row = slot.div(slots, rounding_mode="floor") * of_row
+    after = (row + slot % slots * depth).unsqueeze(1) + 1 + torch.arange(depth, device=device)
     inputs = {
-        "input_ids": torch.cat([prompt_ids[first], tokens], dim=1),
+        "input_ids": torch.cat([prompt_ids, tokens], dim=1),
         "attention_mask": attention_masks(model, visible, positions),
         "position_ids": positions,
     }
-    return inputs, wanted, place
+    return inputs, wanted.flatten(), torch.cat([row.unsqueeze(1), after], dim=1)

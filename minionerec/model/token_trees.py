@@ -128,7 +128,8 @@ class TreeCollator:
         subtree_end: [R, L], for every node one past its last descendant, in its tensor row.
         labels, shift_labels: [N], the response tokens of all rows; the Trainer counts `shift_labels` as they are.
         row: [N], the row of each, numbered in lexicographic order.
-        predicted_by: [N], the node that predicts each of them, numbered through all tensor rows.
+        predicting: [P], the nodes that predict any of them, numbered through all tensor rows, in ascending order.
+        predicted_by: [N], which of these predicts each of them.
 
     A batch without examples becomes one node that predicts nothing.
 
@@ -172,6 +173,7 @@ class TreeCollator:
         nodes = [tree.node + row * shape[1] for row, tree in enumerate(trees)]
         node = np.concatenate(nodes) if nodes else np.zeros(tokens.shape, dtype=np.int64)
         labels = torch.from_numpy(tokens[predicted])
+        predicting, predicted_by = np.unique(node[:, :-1][predicted[:, 1:]], return_inverse=True)
         return {
             "input_ids": torch.from_numpy(input_ids),
             "position_ids": torch.from_numpy(position_ids),
@@ -179,7 +181,8 @@ class TreeCollator:
             "labels": labels,
             "shift_labels": labels,
             "row": torch.from_numpy(predicted.nonzero()[0]),
-            "predicted_by": torch.from_numpy(node[:, :-1][predicted[:, 1:]]),
+            "predicting": torch.from_numpy(predicting),
+            "predicted_by": torch.from_numpy(predicted_by),
         }
 
     def _tensor_rows(self, length: np.ndarray, shared: np.ndarray) -> np.ndarray:
@@ -200,9 +203,8 @@ class TreeCollator:
 
 def model_inputs(
     model: nn.Module, batch: dict[str, torch.Tensor], dtype: torch.dtype | None = None
-) -> tuple[dict[str, torch.Tensor], torch.Tensor, torch.Tensor]:
-    """What a model takes for a batch of `TreeCollator`, the nodes [R, L] (bool) whose logits are wanted, and for every
-    label which row of these logits [P, V] predicts it, [N].
+) -> dict[str, torch.Tensor]:
+    """What a model takes for a batch of `TreeCollator`.
 
     `dtype` is the one that attention computes in, None for the model's.
     """
@@ -219,12 +221,10 @@ def model_inputs(
         masks = torch.empty(1, 1, 0, 0, device=end.device)  # fits nothing: a layer that the blocks do not reach fails
     else:
         masks = _masks(model, end, node, node, positions, dtype)
-    wanted = torch.zeros(end.numel(), dtype=torch.bool, device=end.device)
-    wanted[batch["predicted_by"]] = True
     inputs = {"input_ids": batch["input_ids"], "attention_mask": masks, "position_ids": positions}
     if blocks:
         inputs["tree_blocks"] = blocks
-    return inputs, wanted.view_as(end), (wanted.cumsum(0) - 1)[batch["predicted_by"]]
+    return inputs
 
 
 def _masks(
@@ -235,22 +235,11 @@ def _masks(
     positions: torch.Tensor,
     dtype: torch.dtype | None,
 ) -> torch.Tensor | dict[str, torch.Tensor]:
-    """The mask [R, 1, queries, keys] of some nodes, as `attention_masks` returns it, to be added to scores. `queries`
+    """The mask [R, 1, queries, keys] of some nodes, as `attention_masks` returns it. `queries`
     are the last of `keys`, whose positions are [R, keys]."""
     seen_until = end[:, keys].unsqueeze(1)
     visible = (keys <= queries.unsqueeze(1)) & (queries.unsqueeze(1) < seen_until)  # [R, queries, keys]
-    masks = attention_masks(model, visible, positions)
-    if isinstance(masks, dict):
-        return {kind: _added_to_scores(mask, dtype or model.dtype) for kind, mask in masks.items()}
-    return _added_to_scores(masks, dtype or model.dtype)
-
-
-def _added_to_scores(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """A boolean mask as numbers. Attention would convert it in every layer, and keep each copy for the backward
-    pass."""
-    if mask.dtype != torch.bool:
-        return mask
-    return torch.where(mask, 0.0, torch.tensor(torch.finfo(dtype).min, dtype=dtype, device=mask.device))
+    return attention_masks(model, visible, positions, dtype)
 
 
 # --- Attention in blocks ----------------------------------------------------------------------------------------------
@@ -365,7 +354,7 @@ def attend_in_blocks(model: nn.Module) -> bool:
     base.set_attn_implementation(BLOCKWISE)
     try:
         with torch.no_grad():
-            model.eval()(**model_inputs(base, batch)[0], use_cache=False)
+            model.eval()(**model_inputs(base, batch), use_cache=False)
     except Exception:  # whatever an architecture raises for an argument that it does not know, or a mask of no size
         base.set_attn_implementation("sdpa")
         return False

@@ -31,6 +31,7 @@ def shared_arguments(flags: TrainingFlags) -> dict[str, Any]:
         "activation_checkpointing_kwargs": {"use_reentrant": False} if flags.gradient_checkpointing else None,
         "remove_unused_columns": False,
         "logging_steps": 0.01,
+        "logging_nan_inf_filter": False,  # waits for the device in every micro-batch; `DurableRun` watches the losses
         "save_strategy": "steps",
         # With 1, the Trainer keeps only the best checkpoint and deletes the newest, which resuming needs.
         "save_total_limit": 2,

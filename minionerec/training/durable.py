@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 from accelerate.utils import gather_object
 from bitsandbytes.optim import GlobalOptimManager
+from peft import PeftModel
 from torch import nn
 from transformers import (
     EarlyStoppingCallback,
@@ -68,13 +69,14 @@ class DurableRun(_Trainer):
     _saved_step = 0  # of the newest checkpoint
     _resumed: str | None = None  # the checkpoint that the run resumed from
     _after_step: "_State | None" = None  # of the last complete step
+    _unread: list[torch.Tensor]  # the losses of the micro-batches of this step
 
     def __init__(self, *args: Any, **kwargs: Any):
         # Without a launcher, transformers would wrap the model in nn.DataParallel for all visible GPUs and multiply the
         # batch size; for a quantized model it would only multiply the batch size.
         kwargs["args"]._n_gpu = min(kwargs["args"].n_gpu, 1)
         super().__init__(*args, **kwargs)
-        self._grace = _Grace(self.accelerator.print)
+        self._unread, self._grace = [], _Grace(self.accelerator.print)
         plugin = self.accelerator.state.fsdp_plugin if self.is_fsdp_enabled else None
         if plugin and plugin.mixed_precision_policy:  # accelerate would reduce gradients and return logits in 16 bits
             policy = replace(plugin.mixed_precision_policy, reduce_dtype=torch.float32, output_dtype=None)
@@ -249,11 +251,6 @@ class DurableRun(_Trainer):
         else:
             super()._run_epoch(*args, **kwargs)
 
-    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
-        super()._maybe_log_save_evaluate(*args, **kwargs)
-        self._after_step = _State(self)
-        self._grace.step_ended(self.current_gradient_accumulation_steps)
-
     def _evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         with self._grace.measuring("evaluation"):
             return super()._evaluate(*args, **kwargs)
@@ -285,21 +282,46 @@ class DurableRun(_Trainer):
             return torch.zeros((), device=self.args.device)  # of a step that will be dropped
         with self._grace.measuring("micro-batch"):
             loss = super().training_step(*args, **kwargs)
-        if not torch.isfinite(loss):
+        self._unread.append(loss)
+        if self.accelerator.sync_gradients:  # before the optimizer uses the gradients
+            self._check_losses()
+        return loss
+
+    def _check_losses(self) -> None:
+        """Ends the run in all processes if any loss of the step is NaN or infinite, or if any process has failed. The
+        host waits for a GPU here, once in a step."""
+        losses, self._unread = torch.stack(self._unread), []
+        good = losses.isfinite().all()
+        if self._problem is not None:
+            good = torch.zeros_like(good)
+        if self.args.world_size > 1:
+            good = self.accelerator.gather(good.unsqueeze(0)).all()
+        if good:
+            return
+        bad = [loss for loss in losses.tolist() if not math.isfinite(loss)]
+        if bad:
             overflow = (
                 " or use a GPU of compute capability 8, because this one computes in float16" if self.args.fp16 else ""
             )
             self._fail_later(
-                f"the loss is {loss.item()} at step {self.state.global_step + 1}; the last good checkpoint is "
+                f"the loss is {bad[0]} at step {self.state.global_step + 1}; the last good checkpoint is "
                 f"{self._last_good()}. Try a smaller --learning_rate{overflow}"
             )
-        if self.accelerator.sync_gradients:  # before the optimizer uses the gradients
-            failed = torch.tensor([self._problem is not None], device=self.args.device)
-            if self.args.world_size > 1:
-                failed = self.accelerator.gather(failed)
-            if failed.any():
-                self._fail_together()
-        return loss
+        self._fail_together()
+
+    def _maybe_log_save_evaluate(
+        self, tr_loss: torch.Tensor, grad_norm: torch.Tensor | float | None, *args: Any, **kwargs: Any
+    ) -> None:
+        """As the Trainer's, which would wait for a GPU once for the loss and once for the norm."""
+        logs = self.control.should_log and self.state.global_step > self._globalstep_last_logged
+        if logs and self.args.world_size == 1 and isinstance(grad_norm, torch.Tensor):
+            loss, grad_norm = torch.stack([tr_loss, grad_norm.to(tr_loss.dtype)]).tolist()
+            tr_loss.zero_()  # now, because a checkpoint that is saved in there keeps the losses that are not logged yet
+            super()._maybe_log_save_evaluate(torch.tensor(loss, dtype=tr_loss.dtype), grad_norm, *args, **kwargs)
+        else:
+            super()._maybe_log_save_evaluate(tr_loss, grad_norm, *args, **kwargs)
+        self._after_step = _State(self)
+        self._grace.step_ended(self.current_gradient_accumulation_steps)
 
     def _micro_batches_are_collective(self) -> bool:
         """Whether every micro-batch has collectives; else only the last one of a step, in which gradients are
@@ -373,6 +395,8 @@ class DurableRun(_Trainer):
         if state_dict is not None:  # an engine gathers tied matrices twice
             tied = getattr(self.model, "all_tied_weights_keys", {})
             state_dict = {name: tensor for name, tensor in state_dict.items() if name not in tied}
+        elif isinstance(self.model, PeftModel):  # of the whole base, bitsandbytes would read a value of every layer
+            state_dict = adapters.adapter_state(self.model)
         folder = output_dir or self.args.output_dir
         in_checkpoint = os.path.basename(folder) == f"checkpoint-{self.state.global_step}"
         with self._writing_checkpoint() if in_checkpoint else nullcontext():
@@ -396,8 +420,8 @@ class DurableRun(_Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         step = self.state.global_step
-        trained = (local_shard(p) for p in self.model.parameters() if p.requires_grad)
-        if not all(torch.isfinite(tensor).all() for tensor in trained):
+        trained = [local_shard(p) for p in self.model.parameters() if p.requires_grad]
+        if not _all_finite([tensor for tensor in trained if tensor.numel()]):
             self._fail_later(
                 f"weights are NaN or infinite at step {step}; the last good checkpoint is {self._last_good()}. Try a "
                 "smaller --learning_rate"
@@ -414,6 +438,14 @@ class DurableRun(_Trainer):
         except BaseException:
             shutil.rmtree(os.path.join(self.args.output_dir, f"checkpoint-{step}"), ignore_errors=True)
             raise
+
+
+def _all_finite(tensors: list[torch.Tensor]) -> bool:
+    """Whether no tensor holds NaN or an infinite value: their largest absolute values, read together."""
+    if not tensors:
+        return True
+    largest = torch._foreach_norm([tensor.detach() for tensor in tensors], math.inf)
+    return bool(torch.stack([value.float() for value in largest]).isfinite().all())
 
 
 @contextmanager
@@ -549,10 +581,10 @@ class _Stop(TrainerCallback):
         self.requested = True
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        requested = torch.tensor([self.requested], device=args.device)
+        requested = self.requested
         if args.world_size > 1:  # all processes stop after the same step
-            requested = self.trainer.accelerator.gather(requested)
-        if requested.any() and state.global_step < state.max_steps:
+            requested = bool(self.trainer.accelerator.gather(torch.tensor([requested], device=args.device)).any())
+        if requested and state.global_step < state.max_steps:
             self.stopped = control.should_save = control.should_training_stop = True
 
 

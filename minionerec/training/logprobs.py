@@ -4,12 +4,14 @@ Dimensions: `B` completions, `P` prompt tokens, `C` completion tokens, `N` posit
 vocabulary.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import nn
 
 from minionerec.decoding.probe import shares_rows
 from minionerec.model.head import float32_head, head_on
-from minionerec.model.packed_rows import plain_rows, shared_rows
+from minionerec.model.packed_rows import groups_of, plain_rows, shared_rows
 
 
 def completion_logps(
@@ -21,6 +23,8 @@ def completion_logps(
     temperature: float = 1.0,
     unwrapped: nn.Module | None = None,
     shared: bool | None = None,
+    width: int | None = None,
+    groups: Sequence[int] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probabilities [B, C] of completion tokens (nats, differentiable) and entropies [B, C] of the distributions
     they were drawn from (nats, no gradient). Both are 0 where `completion_mask` is 0.
@@ -33,20 +37,22 @@ def completion_logps(
         unwrapped: the model inside the wrappers, if there are any.
         shared: True for one row per prompt, False for one row per completion, None for one row per prompt if
             `probe.prove` accepts it.
+        width: tokens of the longest prompt.
+        groups: how many consecutive completions have equal prompts, prompt by prompt. Without these two, the host reads
+            them from the tensors and waits for a GPU.
     """
     if not len(completion_ids):  # which models do not take
         return torch.zeros(2, *completion_ids.shape, device=completion_ids.device).unbind()
     inner = unwrapped if unwrapped is not None else model
-    width = int(prompt_mask.sum(dim=1).max())
+    width = int(prompt_mask.sum(dim=1).max()) if width is None else width
     prompt_ids, prompt_mask = prompt_ids[:, -width:], prompt_mask[:, -width:].bool()
     completion_mask = completion_mask.bool()
     if shared is None:
         shared = shares_rows(inner, width, width + len(completion_ids) * completion_ids.shape[1])
     pack = shared_rows if shared else plain_rows
-    inputs, wanted, place = pack(inner, prompt_ids, prompt_mask, completion_ids, completion_mask)
+    inputs, wanted, row = pack(inner, prompt_ids, prompt_mask, completion_ids, completion_mask, groups)
     with head_on(inner, wanted), float32_head(inner):
         logits = model(**inputs, use_cache=False).logits.float() / temperature  # [N, V]
-    row = (wanted.flatten().cumsum(0) - 1)[place].clamp(min=0)  # [B, C], the row of `logits` that predicts each token
     return token_logps(logits, row, completion_ids, completion_mask)
 
 
@@ -57,21 +63,27 @@ def with_targets(
     completion_mask: torch.Tensor,
     target_ids: torch.Tensor,
     target_mask: torch.Tensor,
-) -> tuple[tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor, torch.Tensor]:
+    groups: Sequence[int] | None = None,
+) -> tuple[tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor, torch.Tensor, list[int]]:
     """Adds the target of each prompt as one more completion, after the others of that prompt.
 
     Args:
-        prompt_ids to completion_mask: as `completion_logps` takes them.
+        prompt_ids to completion_mask, groups: as `completion_logps` takes them.
         target_ids, target_mask: [B, T], padded on the right; equal for the completions of a prompt.
 
-    Returns (rows, place, share): what `completion_logps` takes, with B + R rows for R prompts; in which of them the B
-    completions and then the R targets are, [B + R]; the fraction of the completions that each prompt has, [R].
+    Returns (rows, place, share, groups): what `completion_logps` takes, with B + R rows for R prompts; in which of them
+    the B completions and then the R targets are, [B + R]; the fraction of the completions that each prompt has, [R];
+    how many rows each prompt has now.
     """
-    new = torch.ones(len(prompt_ids), dtype=torch.bool, device=prompt_ids.device)
-    new[1:] = (prompt_ids[1:] != prompt_ids[:-1]).any(dim=1) | (target_ids[1:] != target_ids[:-1]).any(dim=1)
-    prompt, first = new.cumsum(0) - 1, new.nonzero().flatten()  # prompt of each completion, first one of each prompt
-    prompts = torch.arange(len(first), device=first.device)
-    order = torch.cat([prompt, prompts]).argsort(stable=True)
+    device = prompt_ids.device
+    if groups is None:
+        key = torch.cat([prompt_ids, target_ids], dim=1)
+        groups = groups_of(key, key)
+    count = torch.tensor(groups, dtype=torch.int64)
+    first = (count.cumsum(0) - count).to(device)
+    prompt = torch.arange(len(groups)).repeat_interleave(count)
+    place = torch.cat([torch.arange(len(prompt)) + prompt, (count + 1).cumsum(0) - 1]).to(device)
+    order = place.argsort()
 
     def joined(completions: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         width = max(completions.shape[1], targets.shape[1])
@@ -84,7 +96,7 @@ def with_targets(
         joined(completion_ids, target_ids),
         joined(completion_mask, target_mask),
     )
-    return rows, order.argsort(), prompt.bincount(minlength=len(first)) / len(prompt)
+    return rows, place, (count / len(prompt)).to(device), [size + 1 for size in groups]
 
 
 def token_logps(

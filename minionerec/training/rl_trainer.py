@@ -321,7 +321,7 @@ class ReReTrainer(DurableRun, GRPOTrainer):
             parts = [tensor.split([width, logits_to_keep], dim=1) for tensor in (input_ids, attention_mask)]
             (prompts, completions), (prompt_mask, completion_mask) = parts
             targets, self._targets_to_learn = self._targets_to_learn, None
-            rows, place, share = with_targets(prompts, prompt_mask, completions, completion_mask, *targets)
+            rows, place, share, _ = with_targets(prompts, prompt_mask, completions, completion_mask, *targets)
             count, mask = len(input_ids), rows[3][place]
             ids, mask_of_all = torch.cat(rows[::2], dim=1), torch.cat(rows[1::2], dim=1)
             found = self._get_per_token_logps_and_entropies(model, ids, mask_of_all, rows[2].shape[1])

@@ -38,23 +38,34 @@ def response_logits(
 
     Args:
         model: a causal LM, wrapped for distributed training or not.
-        inputs: input_ids, labels [B, L], padded on the right.
+        inputs: input_ids, labels [B, L], padded on the right; with what `with_positions` adds, no value of them is
+            read, for which the host would wait for a GPU.
         unwrapped: the model inside the wrappers, where there are any.
     """
-    targets = inputs["labels"][:, 1:]
-    predicts = F.pad(targets != IGNORE, (0, 1))  # position t predicts token t + 1; the last one predicts none
-    with head_on(unwrapped if unwrapped is not None else model, predicts):
+    if "positions" not in inputs:
+        inputs = with_positions(inputs)
+    with head_on(unwrapped if unwrapped is not None else model, inputs["positions"]):
         logits = model(input_ids=inputs["input_ids"], use_cache=False).logits
-    return logits, targets[targets != IGNORE]
+    return logits, inputs["targets"]
+
+
+def with_positions(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A batch of rows with, for every response token, its id (`targets`), its row (`row`) and the position that
+    predicts it, counted through the flattened rows (`positions`): [N] each."""
+    labels = inputs["labels"]
+    row, before = (labels[:, 1:] != IGNORE).nonzero(as_tuple=True)  # position t predicts token t + 1
+    positions = row * labels.shape[1] + before
+    return {**inputs, "positions": positions, "row": row, "targets": labels[row, before + 1]}
 
 
 def row_losses(
     model: nn.Module, inputs: dict[str, torch.Tensor], unwrapped: nn.Module | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The cross-entropy (nats) of every response token of a batch, as for `response_logits`, and its row: [N] each."""
+    if "positions" not in inputs:
+        inputs = with_positions(inputs)
     logits, targets = response_logits(model, inputs, unwrapped)
-    row = (inputs["labels"][:, 1:] != IGNORE).nonzero()[:, 0]
-    return F.cross_entropy(logits.float(), targets, reduction="none"), row
+    return F.cross_entropy(logits.float(), targets, reduction="none"), inputs["row"]
 
 
 def tree_losses(
@@ -65,10 +76,10 @@ def tree_losses(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The same for a batch of `TreeCollator`. `dtype`: what attention computes in, None for the model's own dtype."""
     unwrapped = unwrapped if unwrapped is not None else model
-    tree, wanted, predicted_by = model_inputs(unwrapped, inputs, dtype)
-    with head_on(unwrapped, wanted):
+    tree = model_inputs(unwrapped, inputs, dtype)
+    with head_on(unwrapped, inputs["predicting"]):
         logits = model(**tree, use_cache=False).logits
-    return edge_losses(logits, predicted_by, inputs["labels"]), inputs["row"]
+    return edge_losses(logits, inputs["predicted_by"], inputs["labels"]), inputs["row"]
 
 
 def tree_collator(model: nn.Module, pad_token_id: int, device: torch.device) -> TreeCollator:
@@ -217,6 +228,9 @@ class SFTTrainer(DurableRun, Trainer):
         if train_batches is not None:
             model = self.unwrapped(self.model)
             self.data_collator = tree_collator(model, self.data_collator.pad_token_id, self.args.device)
+        else:
+            collate = self.data_collator
+            self.data_collator = lambda examples: with_positions(collate(examples))
         # The Trainer then counts the response tokens of an accumulated batch and leaves the division to compute_loss.
         self.model_accepts_loss_kwargs = True
 
