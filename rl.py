@@ -82,8 +82,8 @@ class RLFlags(TrainingFlags):
     )
     train_batch_size: int = flag(
         32,
-        "completions of a forward pass on one process. An optimizer step has this times "
-        "gradient_accumulation_steps times the number of processes.",
+        "completions of a forward pass on one process. An optimizer step has this times gradient_accumulation_steps "
+        "times the number of processes. A GPU takes as many of a step in a pass as its memory holds.",
         above_zero,
     )
     eval_batch_size: int = flag(32, "beams of a forward pass in evaluations during training.", above_zero)
@@ -393,6 +393,7 @@ def train(flags: RLFlags) -> "dict | Prediction":
     # Prove that the base can have the adapter, and that every SID becomes its own tokens. Tokenize the prompts.
     set_seed(flags.seed)
     state = device.process_state(flags.ddp_timeout)
+    memory = device.free_memory_gb()
     config = loading.load_config(files.base, "model_path" if checkpoint.adapter is None else "base_model")
     own = checkpoint.path if files.continues else None
     reach = [lora_utils.check_adapter(config, flags, own)] if flags.adapted else []
@@ -446,6 +447,16 @@ def train(flags: RLFlags) -> "dict | Prediction":
     for line in [lora_utils.trainable_report(model), *reach]:
         state.print(line)
 
+    # Size the passes: on a GPU by its memory, since each takes about as long as the next larger one.
+    pass_size = flags.train_batch_size
+    if state.device.type == "cuda" and not engine():
+        from minionerec.dryrun import report
+
+        inputs = report.Inputs(config, tokenizer, sid_token_ids, encoded.encoder, files.train_rows, lora_utils.adapt)
+        longest_prompt = max(map(len, train_dataset["prompt"]))
+        pass_size = report.largest_pass(flags, inputs, longest_prompt, trie.depth, files.continues, memory)
+        state.print(f"passes of up to {pass_size} completions, by the predicted memory")
+
     # Train.
     cutoff = watched_cutoff(min(flags.test_beam, len(trie)))
     watched = f"{BEST_BY[flags.best_by]}@{cutoff}"
@@ -466,6 +477,7 @@ def train(flags: RLFlags) -> "dict | Prediction":
         mask_all_zero=flags.mask_all_zero,
         sft_weight=flags.sft_weight,
         average_weights=flags.average_weights,
+        pass_size=pass_size,
         test_beam=flags.test_beam,
         test_batch_size=math.ceil(flags.eval_batch_size / flags.test_beam),
     )
@@ -547,11 +559,15 @@ def grpo_config(
     save_every = math.ceil(flags.save_fraction * steps)
     if flags.test_during_training:
         save_every = evaluate_every * round(flags.save_fraction / flags.eval_step)
+    # All completions of a step are one micro-batch, which the trainer makes in passes; an engine counts micro-batches.
+    batch, accumulation = flags.train_batch_size, flags.gradient_accumulation_steps
+    if not engine():
+        batch, accumulation = batch * accumulation, 1
     return GRPOConfig(
         **shared_arguments(flags),
-        per_device_train_batch_size=flags.train_batch_size,
+        per_device_train_batch_size=batch,
         per_device_eval_batch_size=flags.num_generations,  # TRL checks it; `evaluate` has its own
-        gradient_accumulation_steps=flags.gradient_accumulation_steps,
+        gradient_accumulation_steps=accumulation,
         num_train_epochs=flags.num_train_epochs,
         learning_rate=flags.learning_rate,
         lr_scheduler_type="constant_with_warmup" if flags.average_weights else "cosine",

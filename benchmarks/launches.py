@@ -68,11 +68,14 @@ class Launches(TorchDispatchMode):
         self.read_at: Counter[tuple[str, str]] = Counter()
         self.operators: Counter[tuple[str, str]] = Counter()
         self.phase = "other"
+        self.counts = True
         self._seeds: set[int] = set()
 
     def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         result = function(*args, **(kwargs or {}))
         name = function.overloadpacket.__name__
+        if not self.counts:
+            return result
         if name in ("randint", "random_") and not result.dim():  # the seed of a mask, which the CPU draws
             self._seeds.add(result.data_ptr())
         elif name == "_local_scalar_dense" and args[0].data_ptr() in self._seeds:
@@ -88,7 +91,7 @@ class Launches(TorchDispatchMode):
 
     def _read(self, found: bool, name: str) -> None:
         place = _place() if found else ""
-        if place:
+        if place and self.counts:
             self.reads[self.phase] += 1
             self.read_at[name, place] += 1
 
@@ -276,8 +279,8 @@ def count_sft(method: str, layers: int, users: int = 80) -> dict[str, Any]:
 # --- RL ---------------------------------------------------------------------------------------------------------------
 
 
-def count_rl(layers: int, micro_batch: int = 32) -> dict[str, Any]:
-    """An optimizer step of RL with a new LoRA adapter: kernels and reads by phase."""
+def count_rl(layers: int) -> dict[str, Any]:
+    """An optimizer step of RL with a new LoRA adapter, in one pass: kernels and reads by phase."""
     from transformers import PrinterCallback
     from trl import GRPOConfig
 
@@ -297,9 +300,8 @@ def count_rl(layers: int, micro_batch: int = 32) -> dict[str, Any]:
         lora_utils.add_lora(model, adapter),
         [reward],
         GRPOConfig(
-            **run_settings(tempfile.mkdtemp(), save_strategy="no", max_steps=3),
-            per_device_train_batch_size=micro_batch,
-            gradient_accumulation_steps=PROMPTS * GENERATIONS // micro_batch,
+            **run_settings(tempfile.mkdtemp(), save_strategy="no", max_steps=4),
+            per_device_train_batch_size=PROMPTS * GENERATIONS,
             num_generations=GENERATIONS,
             beta=0.04,
             use_bias_correction_kl=False,
@@ -316,16 +318,14 @@ def count_rl(layers: int, micro_batch: int = 32) -> dict[str, Any]:
     with counting() as launches:
 
         class Steps(TrainerCallback):
-            """Clears the counts before the third step, when everything that is made once has been made."""
+            """Counts the third step alone, when everything that is made once has been made."""
 
             def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-                if state.global_step < 2:
+                launches.counts = state.global_step == 2
+                if state.global_step != 2:
                     return
                 for counts in (launches.kernels, launches.reads, launches.read_at, launches.operators):
                     counts.clear()
-
-            def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-                launches.phase = "after" if state.global_step == 3 else "other"
 
         trainer.add_callback(Steps())
         trainer.remove_callback(PrinterCallback)
@@ -336,6 +336,7 @@ def count_rl(layers: int, micro_batch: int = 32) -> dict[str, Any]:
                 lambda: "policy" if torch.is_grad_enabled() else "reference",
                 trainer._get_per_token_logps_and_entropies,
             ),
+            _score=within("host", trainer._score),
             create_optimizer=_counted_optimizer(trainer, within),
         )
         backward = trainer.accelerator.backward
@@ -343,7 +344,7 @@ def count_rl(layers: int, micro_batch: int = 32) -> dict[str, Any]:
         trainer.train()
     phases = ("generation", "reference", "policy", "backward", "update", "other")
     return {
-        "way": f"RL, micro-batches of {micro_batch}",
+        "way": "RL",
         **{phase: launches.kernels[phase] for phase in phases},
         "kernels": sum(launches.kernels[phase] for phase in phases),
         "reads": sum(launches.reads[phase] for phase in phases),

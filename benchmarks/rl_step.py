@@ -164,7 +164,7 @@ def ours(connection: Connection, way: str, generations: int, micro_batch: int, *
         started, total = time.perf_counter(), 0.0
         trainer._step, trainer._buffered_inputs = 0, None
         for _ in range(steps):
-            loss = trainer._compute_loss(trainer.model, trainer._prepare_inputs(batch))
+            loss = trainer.compute_loss(trainer.model, trainer._prepare_inputs(batch))
             trainer._step += 1
             total += loss.item()
             with phases.of("backward"):

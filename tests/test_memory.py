@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -159,6 +160,18 @@ def test_a_target_to_learn_is_one_more_completion(architecture, step, monkeypatc
     inputs = report.Inputs(configuration(architecture), range(96), [], None, None, lora_utils.adapt)
     report.rl(flags, inputs, [[1] * 20], 1, 4, continues=False)
     assert steps[0] == step
+
+
+def test_a_pass_of_rl_is_as_large_as_the_memory():
+    flags = RLFlags(train_batch_size=4, gradient_accumulation_steps=6, num_generations=4, use_lora=True)
+    inputs = report.Inputs(config_of("qwen2"), range(96), IDS, None, None, lora_utils.adapt)
+    sizes = []
+    for completions in (24, 12, 8, 4):  # the next smaller size does not fit in what the one before it needs
+        exact = replace(flags, train_batch_size=completions, gradient_accumulation_steps=1)
+        needed = report.predict_rl(exact, inputs, 200, 4, False, on_gpu=True).total / (1 - report.SPARE)
+        sizes.append(report.largest_pass(flags, inputs, 200, 4, False, needed * 1.00001))
+    assert sizes == [24, 12, 8, 4]
+    assert report.largest_pass(flags, inputs, 200, 4, False, 0.0) == 4
 
 
 @pytest.mark.parametrize("bits", [4, 8])

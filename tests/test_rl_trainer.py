@@ -7,7 +7,6 @@ from as_on_gpu import answer
 from datasets import Dataset
 from torch.utils.data._utils import pin_memory
 from trl import GRPOConfig
-from trl.trainer.utils import split_tensor_dict
 
 import lora_utils
 from minionerec.data import sid_tokens
@@ -16,9 +15,9 @@ from minionerec.decoding import beam_search
 from minionerec.decoding.trie import Trie
 from minionerec.flags import AdapterFlags
 from minionerec.model import adapters, device, loading
-from minionerec.training import rewards
+from minionerec.training import rewards, rl_trainer
 from minionerec.training.logprobs import completion_logps
-from minionerec.training.rl_trainer import ReReTrainer, choose
+from minionerec.training.rl_trainer import ReReTrainer, choose, rows_of
 
 STARTS = ("full", "new LoRA", "own LoRA", "new QLoRA", "own QLoRA", "own DoRA")
 
@@ -289,6 +288,57 @@ def test_accumulation_splits_groups_without_changing_the_step(sft, tmp_path, sft
             torch.testing.assert_close(other[name], parameter, atol=2e-4, rtol=1e-3)
 
 
+@pytest.mark.parametrize("settings", [{}, {"loss_type": "dapo"}, {"importance_sampling_level": "sequence"}])
+def test_passes_change_no_gradient(sft, tmp_path, settings):
+    """However many completions fit into memory, whole groups or not."""
+    switches = {"beam_search": True, "sft_weight": 0.5, "mask_all_zero": True}
+    trainer = make_trainer(sft, "own LoRA", tmp_path, per_device_train_batch_size=16, switches=switches, **settings)
+    _, inputs = generated(trainer)
+    inputs["completion_mask"][::3, 2:] = 0
+    trainer.current_gradient_accumulation_steps = 1
+    found = []
+    for size in (16, 8, 6):
+        trainer.pass_size = size
+        trainer.model.zero_grad()
+        loss = trainer.compute_loss(trainer.model, inputs)
+        loss.backward()
+        trainer.read_metrics()
+        logged = {name: trainer._metrics["train"][name].pop() for name in ("kl", "entropy", "sft_loss")}
+        gradients = {n: p.grad.clone() for n, p in trainer.model.named_parameters() if p.requires_grad}
+        found.append((loss.detach(), gradients, torch.tensor(list(logged.values()))))
+    for loss, gradients, logged in found[1:]:
+        torch.testing.assert_close(loss, found[0][0], atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(logged, found[0][2], atol=1e-6, rtol=1e-4)
+        for name, gradient in found[0][1].items():
+            torch.testing.assert_close(gradients[name], gradient, atol=1e-6, rtol=1e-3)
+
+
+def test_a_step_that_does_not_fit_is_made_in_smaller_passes(sft, tmp_path, monkeypatch, capsys):
+    """Also where the memory runs out in its second pass: nothing of the first one is left in the gradients."""
+    real, sizes = rl_trainer.completion_logps, []
+
+    def small(model, ids, *args, **kwargs):
+        sizes.append(len(ids))
+        if len(ids) > 4 and len(sizes) > 2:  # the reference and the policy of the first pass fit
+            raise torch.OutOfMemoryError
+        return real(model, ids, *args, **kwargs)
+
+    trained = []
+    for limited in (False, True):
+        trainer = make_trainer(sft, "own LoRA", tmp_path, per_device_train_batch_size=16, switches={"pass_size": 8})
+        if limited:
+            monkeypatch.setattr(rl_trainer, "completion_logps", small)
+        trainer.train()
+        trained.append(adapters.adapter_parameters(trainer.model, "default"))
+    assert sizes[:3] == [8, 8, 8] and set(sizes[3:]) == {4} and trainer.pass_size == 4
+    assert capsys.readouterr().out.count("out of memory: passes have 4 completions from here on") == 1
+    for name, parameter in trained[0].items():
+        torch.testing.assert_close(trained[1][name], parameter, atol=2e-4, rtol=1e-3)
+    monkeypatch.setattr(rl_trainer, "completion_logps", lambda *args, **kwargs: small(args[0], [0] * 5))
+    with pytest.raises(torch.OutOfMemoryError):  # a group by itself does not fit
+        make_trainer(sft, "own LoRA", tmp_path, switches={"pass_size": 4}).train()
+
+
 @pytest.mark.parametrize("start", STARTS)
 def test_the_supervised_loss_is_that_of_the_targets(sft, tmp_path, monkeypatch, start):
     """In one pass with the completions, values and gradients are those of a pass of its own without shared prompts: in
@@ -319,6 +369,7 @@ def test_the_supervised_loss_is_that_of_the_targets(sft, tmp_path, monkeypatch, 
     loss = trainer._compute_loss(model, inputs)
     tolerance = {"atol": 1e-5, "rtol": 1e-3}
     torch.testing.assert_close(loss, expected, **tolerance)
+    trainer.read_metrics()
     assert trainer._metrics["train"]["sft_loss"][-1] == pytest.approx(plain.item(), rel=1e-2)
     for name, gradient in gradients(loss).items():
         torch.testing.assert_close(gradient, of_plain[name], **tolerance)
@@ -456,7 +507,7 @@ def test_a_step_of_silent_groups_has_a_zero_gradient(sft, tmp_path, monkeypatch,
     ran = []
     trainer.model.get_base_model().model.register_forward_pre_hook(lambda *_: ran.append(torch.is_grad_enabled()))
     _, batch = generated(trainer)
-    trainer._buffered_inputs = split_tensor_dict(batch, 2)
+    trainer._buffered_inputs = [rows_of(batch, slice(i, i + 2)) for i in (0, 2)]
     trainer._step, trainer.current_gradient_accumulation_steps = 1, 2
     ran.clear()
     loss = trainer.training_step(trainer.model, [], None)

@@ -106,11 +106,12 @@ def run(folder: str, script: str, flags: tuple[str, ...]) -> None:
 def watched(folder: str, script: str, *flags: str) -> None:
     """Runs a command; every process leaves in `folder` a digest of the weights it trained and, of RL, for every pass
     of the loss how many of its completions counted. A reference that follows the policy does so every 2 steps."""
-    from trl import GRPOConfig, GRPOTrainer
+    from trl import GRPOConfig
 
     from minionerec.training import finish as end
+    from minionerec.training.rl_trainer import ReReTrainer
 
-    finish, check, compute = end.finish, GRPOConfig.__post_init__, GRPOTrainer._compute_loss
+    finish, check, compute = end.finish, GRPOConfig.__post_init__, ReReTrainer._compute_loss
     counted: list[int] = []
 
     def recorded(run, *args, **kwargs):
@@ -127,11 +128,11 @@ def watched(folder: str, script: str, *flags: str) -> None:
         config.ref_model_sync_steps = 2
         check(config)
 
-    def computed(run, model, inputs):
+    def computed(run, model, inputs, *args, **kwargs):
         counted.append(int(inputs["completion_mask"].any(dim=1).sum()))
-        return compute(run, model, inputs)
+        return compute(run, model, inputs, *args, **kwargs)
 
-    end.finish, GRPOConfig.__post_init__, GRPOTrainer._compute_loss = recorded, checked, computed
+    end.finish, GRPOConfig.__post_init__, ReReTrainer._compute_loss = recorded, checked, computed
     run(folder, script, flags)
 
 

@@ -220,3 +220,16 @@ def left_padded(
         input_ids[i, width - len(ids) :] = ids
         attention_mask[i, width - len(ids) :] = 1
     return torch.from_numpy(input_ids), torch.from_numpy(attention_mask)
+
+
+def right_padded(
+    sequences: Sequence[Sequence[int] | np.ndarray], pad_token_id: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same [B, C] of completions, padded on the right."""
+    width = max(len(ids) for ids in sequences)
+    ids_of: np.ndarray = np.full((len(sequences), width), pad_token_id, dtype=np.int64)
+    mask = np.zeros_like(ids_of)
+    for i, ids in enumerate(sequences):
+        ids_of[i, : len(ids)] = ids
+        mask[i, : len(ids)] = 1
+    return torch.from_numpy(ids_of), torch.from_numpy(mask)

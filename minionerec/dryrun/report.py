@@ -213,6 +213,69 @@ def _tree_batches(flags: Any, prefixes: Prefixes, processes: int) -> TreeBatches
     return TreeBatches(prefixes, order, flags.num_epochs, flags.micro_batch_size, flags.batch_size, processes)
 
 
+SPARE = 0.1  # of a GPU's memory, for what the allocator cannot use and the prediction misses
+
+
+def largest_pass(flags: Any, inputs: Inputs, tokens: int, depth: int, continues: bool, memory: float) -> int:
+    """How many completions of a step of rl.py to compute in one pass: all of them, or the largest half, quarter and so
+    on that is predicted to fit `memory` (GB), in whole groups. At least `train_batch_size`, which is the user's choice.
+
+    Args:
+        tokens: of the longest prompt.
+        depth, continues: as in `rl`.
+    """
+    group, size = flags.num_generations, flags.train_batch_size * flags.gradient_accumulation_steps
+    while size > max(flags.train_batch_size, group):
+        if (
+            predict_rl(
+                replace(flags, train_batch_size=size, gradient_accumulation_steps=1),
+                inputs,
+                tokens,
+                depth,
+                continues,
+                on_gpu=True,
+            ).total
+            <= (1 - SPARE) * memory
+        ):
+            return size
+        size = math.ceil(size / 2 / group) * group
+    return flags.train_batch_size
+
+
+def predict_rl(flags: Any, inputs: Inputs, tokens: int, depth: int, continues: bool, on_gpu: bool) -> Prediction:
+    """The memory of rl.py with passes of `train_batch_size` completions; the other arguments as in `largest_pass`."""
+    group, config = flags.num_generations, inputs.config
+    # The training step.
+    completions, accumulate = flags.train_batch_size, flags.gradient_accumulation_steps > 1
+    if may_share_rows(config):
+        # A group whose completions are spread over several passes takes its prompt along into each.
+        rows, in_row = math.ceil(completions / group), min(group, completions)
+        # A completion's last token is predicted and predicts nothing; its first is predicted by the prompt.
+        learnt = 1 if flags.sft_weight else 0  # the target is one more completion of its prompt
+        width = tokens + (in_row + learnt) * (depth - 1)
+        predicting = rows + (completions + learnt * rows) * (depth - 1)
+        step = Step(rows, width, predicting, True, accumulate, rewarded=True)
+    else:
+        learnt = math.ceil(completions / group) if flags.sft_weight else 0
+        rows = completions + learnt
+        step = Step(rows, tokens + depth, rows * depth, False, accumulate, rewarded=True)
+    result = inputs.predict(step, flags, on_gpu, reference_copy=flags.method == "full" and flags.beta > 0)
+    parts = dict(result.parts)
+    if continues and flags.beta:
+        parts["adapter"] *= 2  # the reference's
+    if flags.average_weights:
+        parts["average"] = parts["gradients"]  # as many float32 values
+    # Completions are drawn before a step, in the place of its activations.
+    drawn = group * 3 // 2 if flags.dynamic_sampling else group
+    asked = min(completions, completions * flags.gradient_accumulation_steps // group)
+    cache = cache_gb(config, asked, tokens, drawn, depth, on_gpu)
+    if flags.test_during_training:
+        asked = math.ceil(flags.eval_batch_size / flags.test_beam)
+        cache = max(cache, cache_gb(config, asked, tokens, flags.test_beam, depth, on_gpu))
+    parts["cache"] = max(cache - parts["activations"] - parts["logits"], 0.0)
+    return replace(result, parts=parts)
+
+
 def rl(flags: Any, inputs: Inputs, prompts: list[list[int]], steps: int, depth: int, continues: bool) -> Prediction:
     """The dry run of rl.py, of its flags, for completions of at most `depth` tokens.
 
@@ -227,43 +290,18 @@ def rl(flags: Any, inputs: Inputs, prompts: list[list[int]], steps: int, depth: 
         f"\n{len(lengths):,} prompts of {median(lengths):.0f} tokens (median), {lengths[-1]} at most; {steps:,} steps"
     )
     on_gpu, size, name = device_of(flags.gpu_memory)
-    group, tokens, config = flags.num_generations, lengths[-1], inputs.config
-    shares_rows = may_share_rows(config)
-    if not shares_rows:
-        print(f"predicted for completions that each repeat their prompt: {config.model_type} ignores 4-D masks")
+    if not may_share_rows(inputs.config):
+        print(f"predicted for completions that each repeat their prompt: {inputs.config.model_type} ignores 4-D masks")
 
     def predicted(flags: Any) -> Prediction:
-        # The training step.
-        completions, accumulate = flags.train_batch_size, flags.gradient_accumulation_steps > 1
-        if shares_rows:
-            # A group whose completions are spread over several micro-batches takes its prompt along into each.
-            rows, in_row = math.ceil(completions / group), min(group, completions)
-            # A completion's last token is predicted and predicts nothing; its first is predicted by the prompt.
-            learnt = 1 if flags.sft_weight else 0  # the target is one more completion of its prompt
-            width = tokens + (in_row + learnt) * (depth - 1)
-            predicting = rows + (completions + learnt * rows) * (depth - 1)
-            step = Step(rows, width, predicting, True, accumulate, rewarded=True)
-        else:
-            learnt = math.ceil(completions / group) if flags.sft_weight else 0
-            rows = completions + learnt
-            step = Step(rows, tokens + depth, rows * depth, False, accumulate, rewarded=True)
-        result = inputs.predict(step, flags, on_gpu, reference_copy=flags.method == "full" and flags.beta > 0)
-        parts = dict(result.parts)
-        if continues and flags.beta:
-            parts["adapter"] *= 2  # the reference's
-        if flags.average_weights:
-            parts["average"] = parts["gradients"]  # as many float32 values
-        # Completions are drawn before a step, in the place of its activations.
-        drawn = group * 3 // 2 if flags.dynamic_sampling else group
-        asked = min(completions, completions * flags.gradient_accumulation_steps // group)
-        cache = cache_gb(config, asked, tokens, drawn, depth, on_gpu)
-        if flags.test_during_training:
-            asked = math.ceil(flags.eval_batch_size / flags.test_beam)
-            cache = max(cache, cache_gb(config, asked, tokens, flags.test_beam, depth, on_gpu))
-        parts["cache"] = max(cache - parts["activations"] - parts["logits"], 0.0)
-        return replace(result, parts=parts)
+        return predict_rl(flags, inputs, lengths[-1], depth, continues, on_gpu)
 
     def suggest() -> str:
-        return suggestion(flags, "train_batch_size", size, lambda flags: predicted(flags).total, least=group)
+        least = flags.num_generations
+        return suggestion(flags, "train_batch_size", size, lambda flags: predicted(flags).total, least)
 
-    return say_memory(predicted(flags), size, name, suggest)
+    found = say_memory(predicted(flags), size, name, suggest)
+    if on_gpu and found.total <= size:
+        passes = largest_pass(flags, inputs, lengths[-1], depth, continues, size)
+        print(f"a run takes passes of up to {passes} completions, as many as the memory is predicted to hold")
+    return found

@@ -41,6 +41,11 @@ def process_state(timeout: int = 1800) -> "PartialState":
     return state
 
 
+def free_memory_gb() -> float:
+    """What is free on this process's GPU, in GB; 0 on a CPU."""
+    return torch.cuda.mem_get_info(local_device())[0] / 1e9 if torch.cuda.is_available() else 0.0
+
+
 def weights_are_sharded() -> bool:
     """Whether `accelerate launch` runs this process under FSDP or DeepSpeed ZeRO-3."""
     return engine() in ("FSDP", "ZeRO-3")

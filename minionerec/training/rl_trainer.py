@@ -13,12 +13,12 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import datasets
 import numpy as np
 import torch
-from accelerate.utils import is_peft_model, save_fsdp_model
+from accelerate.utils import gather_object, is_peft_model, save_fsdp_model
 from peft import PeftModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -31,21 +31,24 @@ from trl import GRPOConfig, GRPOTrainer
 from trl.models import unwrap_model_for_generation
 from trl.models.utils import prepare_deepspeed, prepare_fsdp
 from trl.trainer.callbacks import SyncRefModelCallback
-from trl.trainer.utils import RepeatSampler, split_tensor_dict, use_adapter
+from trl.trainer.utils import RepeatSampler, use_adapter
 
-from minionerec.data.encoding import left_padded
+from minionerec.data.encoding import left_padded, right_padded
 from minionerec.decoding.beam_search import constrained_beam_search, constrained_sample
 from minionerec.decoding.ranking import rank_prompts
 from minionerec.decoding.trie import Trie
 from minionerec.errors import InputError
+from minionerec.flags import engine
 from minionerec.metrics import rank_of, ranking_metrics, watched_cutoff
 from minionerec.model import adapters, device
+from minionerec.model.packed_rows import groups_of
 from minionerec.model.sharding import OwnedWeights, gathered, overwrite, whole_tensors
 from minionerec.saving import make_readable
 from minionerec.training.averaging import WeightAverage
 from minionerec.training.durable import DurableRun
 from minionerec.training.early_warning import EarlyWarning
 from minionerec.training.logprobs import completion_logps, with_targets
+from minionerec.training.policy_loss import advantages_of, deviation, token_losses
 from minionerec.training.rewards import equal_in_group
 
 # In a checkpoint: the weights of a reference that moves with the policy, and those that train on, where the checkpoint
@@ -74,6 +77,59 @@ def disable_dropout(model: nn.Module) -> None:
                 setattr(module, name, 0.0)
 
 
+class Known(NamedTuple):
+    """What the host knows of completions: the tokens of the prompt of each, a number that equal prompts share, and
+    whether any token of it counts; [B] each."""
+
+    length: np.ndarray
+    prompt: np.ndarray
+    learns: np.ndarray
+
+    @classmethod
+    def read(cls, prompt_ids: torch.Tensor, prompt_mask: torch.Tensor, completion_mask: torch.Tensor) -> "Known":
+        """The same from tensors, for which the host waits."""
+        groups = np.array(groups_of(prompt_ids, prompt_mask))
+        number = np.repeat(np.arange(len(groups)), groups)
+        return cls(prompt_mask.sum(dim=1).cpu().numpy(), number, completion_mask.any(dim=1).cpu().numpy())
+
+    @property
+    def groups(self) -> list[int]:
+        """How many consecutive completions have equal prompts, prompt by prompt."""
+        return np.diff(np.flatnonzero(np.diff(self.prompt, prepend=-1, append=-1))).tolist()
+
+    def rows(self, rows: Any) -> "Known":
+        return Known(*(values[rows] for values in self))
+
+    def with_targets(self, groups: list[int]) -> "Known":
+        """The same with a target after each group, which counts; `groups` are the sizes with it."""
+        at = np.cumsum(groups) - np.arange(1, len(groups) + 1)
+        last = at - 1
+        return Known(
+            np.insert(self.length, at, self.length[last]),
+            np.insert(self.prompt, at, self.prompt[last]),
+            np.insert(self.learns, at, True),
+        )
+
+
+def rows_of(batch: dict[str, Any], rows: Any) -> dict[str, Any]:
+    """Some rows of a batch, chosen by a slice or by their numbers on the CPU."""
+    on_device = rows if isinstance(rows, slice) else rows.to(batch["advantages"].device)
+    on_host = rows if isinstance(rows, slice) else rows.numpy()
+
+    def of(value: Any) -> Any:
+        if isinstance(value, Known):
+            return value.rows(on_host)
+        return value[on_device] if value.dim() else value
+
+    return {name: of(value) for name, value in batch.items()}
+
+
+def _numbered(prompts: Sequence[np.ndarray]) -> np.ndarray:
+    """[B], a number for each prompt, the same for the completions of one."""
+    numbers: dict[bytes, int] = {}
+    return np.array([numbers.setdefault(ids.tobytes(), len(numbers)) for ids in prompts])
+
+
 class ReReTrainer(DurableRun, GRPOTrainer):
     """GRPO from an SFT checkpoint.
 
@@ -89,8 +145,6 @@ class ReReTrainer(DurableRun, GRPOTrainer):
 
     control: TrainerControl
     _buffered_inputs: list[dict[str, Any]] | None
-    _supervised_loss: torch.Tensor  # of the forward pass that was just made
-    _silent: torch.Tensor  # of the rewards that were just computed
 
     def __init__(
         self,
@@ -109,6 +163,7 @@ class ReReTrainer(DurableRun, GRPOTrainer):
         mask_all_zero: bool = False,
         sft_weight: float = 0.0,
         average_weights: bool = False,
+        pass_size: int | None = None,
         test_beam: int = 20,
         test_batch_size: int = 32,
         **kwargs: Any,
@@ -125,9 +180,13 @@ class ReReTrainer(DurableRun, GRPOTrainer):
             mask_all_zero: groups without any advantage add nothing to the loss, not even KL, and cost nothing.
             sft_weight: weight of the supervised loss: the mean over completions of the mean negative log-probability of
                 their target's tokens (nats), at `args.temperature`.
+            pass_size: completions of a forward pass at most, and prompts of a search: a micro-batch is made in as many
+                passes as it needs, which changes no gradient. None for one pass. Halved when memory runs out.
             average_weights: evaluate and save the average of the weights over the steps; the policy itself trains on.
             test_beam, test_batch_size: beams and prompts of a forward pass in `evaluate`.
         """
+        if args.loss_type not in ("grpo", "dapo") or args.multi_objective_aggregation != "sum_then_normalize":
+            raise ValueError("ReReTrainer has the losses grpo and dapo, of rewards that are added first")
         adapted = is_peft_model(model)
         adapter = {name: p.detach().clone() for name, p in model.named_parameters() if adapted and p.requires_grad}
         beta, sync = args.beta, args.sync_ref_model
@@ -145,7 +204,8 @@ class ReReTrainer(DurableRun, GRPOTrainer):
         self.tokens_of = {sid: tokens for tokens, sid in trie.sid_of(sids).items()}
         self.beam_search, self.add_gt, self.dynamic_sampling = beam_search, add_gt, dynamic_sampling
         self.mask_all_zero, self.sft_weight = mask_all_zero, sft_weight
-        self._targets_to_learn: tuple[torch.Tensor, torch.Tensor] | None = None  # of the forward pass that is made
+        self.pass_size = pass_size or args.per_device_train_batch_size
+        self._pad = self._tokenizer.pad_token_id
         self.test_beam, self.test_batch_size = test_beam, test_batch_size
         self.add_callback(EarlyWarning(self.reward_func_names, beam_search))
         self.reference_adapter: str | None = None
@@ -196,29 +256,92 @@ class ReReTrainer(DurableRun, GRPOTrainer):
         return [array_of[id(prompt)] for prompt in prompts], None, {}
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        """Completions of examples, group by group, and what they are worth, as TRL's method returns them. What the host
+        knows of them stays there, as `known`, so that it need not wait for a GPU to read it; TRL makes two tensors for
+        every completion, and reads each number that it logs."""
         self._targets = [self.tokens_of[example["target"]] for example in inputs]
         self._rows = [example["row"] for example in inputs]
-        outputs = super()._generate_and_score_completions(inputs)
+        prompt_ids, _, _ = self._tokenize_prompts([example["prompt"] for example in inputs])
+        completions, _ = self._generate_single_turn(prompt_ids, None, None, self.num_generations)
+        advantages, silent = self._score(inputs, completions)
+        self._log_lengths(prompt_ids, completions)
+        arrays = dict(zip(("prompt_ids", "prompt_mask"), left_padded(prompt_ids, self._pad), strict=True))
+        arrays |= dict(zip(("completion_ids", "completion_mask"), right_padded(completions, self._pad), strict=True))
+        arrays["num_items_in_batch"] = arrays["completion_mask"].sum()
         if self.sft_weight:
-            targets = [torch.tensor(target) for target in self._targets]
-            ids = nn.utils.rnn.pad_sequence(targets, batch_first=True, padding_value=-1).to(self.accelerator.device)
-            outputs["target_ids"], outputs["target_mask"] = ids.clamp(min=0), (ids >= 0).long()
-        # Where all rewards are equal, rounding leaves advantages that are not quite 0, and TRL sees a deviation.
-        own = self._silent.view(-1, len(inputs))[self.accelerator.process_index]
-        outputs["advantages"][own] = 0.0
-        self._metrics["train"]["frac_reward_zero_std"][-1] = self._silent.float().mean().item()
-        if self.mask_all_zero:
-            outputs["completion_mask"][own] = 0
+            arrays |= dict(zip(("target_ids", "target_mask"), right_padded(self._targets, self._pad), strict=True))
+        learns = ~silent if self.mask_all_zero else np.ones(len(inputs), dtype=bool)
+        arrays["completion_mask"] *= torch.from_numpy(learns).unsqueeze(1)
+        outputs: dict[str, Any] = {
+            name: tensor.to(self.accelerator.device, non_blocking=True)
+            for name, tensor in {**arrays, "advantages": advantages}.items()
+        }
+        outputs["num_items_in_batch"] = self.accelerator.gather(outputs["num_items_in_batch"]).sum()
+        outputs["known"] = Known(np.array([len(ids) for ids in prompt_ids]), _numbered(prompt_ids), learns)
+        if self.args.gradient_accumulation_steps % (self.args.steps_per_generation * self.num_iterations):
+            # The policy has moved when it learns from them.
+            with torch.no_grad():
+                outputs["old_per_token_logps"], _, _ = self._logps(
+                    self.model, outputs, self.args.per_device_train_batch_size
+                )
         return outputs
 
-    def _calculate_rewards(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """As TRL's: [B of all processes, reward functions]. Keeps which completions are of a group that teaches
-        nothing."""
-        rewards = super()._calculate_rewards(*args, **kwargs)
-        total = (rewards * self.reward_weights.to(rewards.device)).nansum(dim=1)
+    def _score(self, inputs: list[dict[str, Any]], completions: list[list[int]]) -> tuple[torch.Tensor, np.ndarray]:
+        """The advantage of every completion, [B], and whether all rewards of its group are equal, [B] of bool; both on
+        the CPU. Logs them."""
+        prompts = [example["prompt"] for example in inputs]
+        texts = self._tokenizer.batch_decode(completions, skip_special_tokens=True)
+        rewards = self._calculate_rewards(inputs, prompts, texts, completions)
+        total = (rewards * self.reward_weights.cpu()).nansum(dim=1)
         total[rewards.isnan().all(dim=1)] = math.nan
-        self._silent = equal_in_group(total, self.num_generations).repeat_interleave(self.num_generations)
+        # Where all rewards are equal, rounding leaves advantages that are not quite 0.
+        silent = equal_in_group(total, self.num_generations).repeat_interleave(self.num_generations)
+        advantages = advantages_of(total, self.num_generations, self.scale_rewards).masked_fill(silent, 0.0)
+
+        logged, spread = self._metrics["train"], deviation(torch.cat([rewards.T, total.unsqueeze(0)])).flatten()
+        for name, values, std in zip(self.reward_func_names, rewards.T, spread, strict=False):
+            logged[f"rewards/{name}/mean"].append(values.nanmean().item())
+            logged[f"rewards/{name}/std"].append(std.item())
+            self._logs["rewards"][name].extend(values.tolist())
+        logged["reward"].append(total.nanmean().item())
+        logged["reward_std"].append(spread[-1].item())
+        logged["frac_reward_zero_std"].append(silent.float().mean().item())
+        self._logs["prompt"].extend(gather_object(prompts))
+        self._logs["completion"].extend(gather_object(texts))
+        self._logs["advantages"].extend(advantages.tolist())
+        own = slice(self.accelerator.process_index * len(inputs), (self.accelerator.process_index + 1) * len(inputs))
+        return advantages[own], silent[own].numpy()
+
+    def _calculate_rewards(
+        self, inputs: list[dict[str, Any]], prompts: list, completions: list[str], completion_ids: list[list[int]]
+    ) -> torch.Tensor:
+        """[B of all processes, reward functions], NaN where a function gives no reward; on the CPU."""
+        columns = {name: [example[name] for example in inputs] for name in inputs[0] if name != "prompt"}
+        columns |= {"prompts": prompts, "completions": completions, "completion_ids": completion_ids}
+        found = [function(**columns, trainer_state=self.state) for function in self.reward_funcs]
+        values = [[math.nan if reward is None else reward for reward in of_function] for of_function in found]
+        rewards = torch.tensor(values, dtype=torch.float32).T.contiguous()
+        if len(rewards) != len(inputs):
+            raise ValueError(f"a reward function returned {len(rewards)} rewards for {len(inputs)} completions")
+        if self.accelerator.num_processes > 1:
+            return self.accelerator.gather(rewards.to(self.accelerator.device)).cpu()
         return rewards
+
+    def _log_lengths(self, prompts: Sequence[np.ndarray], completions: Sequence[Sequence[int]]) -> None:
+        """Logs the tokens of completions as TRL does; all of ours end."""
+        lengths = [len(ids) for ids in completions]
+        tokens = sum(map(len, prompts)) + sum(lengths)
+        if self.accelerator.num_processes > 1:
+            lengths = gather_object(lengths)
+            tokens = sum(gather_object([tokens]))
+        self.state.num_input_tokens_seen += tokens
+        logged = self._metrics["train"]
+        logged["num_tokens"] = [self.state.num_input_tokens_seen]
+        for kind in ("", "terminated_"):
+            logged[f"completions/mean_{kind}length"].append(sum(lengths) / len(lengths))
+            logged[f"completions/min_{kind}length"].append(float(min(lengths)))
+            logged[f"completions/max_{kind}length"].append(float(max(lengths)))
+        logged["completions/clipped_ratio"].append(0.0)
 
     def _generate_single_turn(
         self,
@@ -231,7 +354,7 @@ class ReReTrainer(DurableRun, GRPOTrainer):
         prompts, targets = prompt_ids[::num_generations], self._targets[::num_generations]
         rows_of_prompts = self._rows[::num_generations]
         count = num_generations * 3 // 2 if self.dynamic_sampling else num_generations
-        drawn: list[list[tuple[int, ...]]] = []
+        rows: list[list[int]] = []
         training = self.model.training
         with unwrap_model_for_generation(
             self.model_wrapped,
@@ -240,29 +363,35 @@ class ReReTrainer(DurableRun, GRPOTrainer):
             gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,
         ) as model:
             model.eval()
-            for start in range(0, len(prompts), self.args.per_device_train_batch_size):
-                these = slice(start, start + self.args.per_device_train_batch_size)
-                batch = left_padded(prompts[these], self._tokenizer.pad_token_id)
-                input_ids, attention_mask = (tensor.to(self.accelerator.device) for tensor in batch)
-                with self.autocast():
-                    if self.beam_search:
-                        rows, _ = constrained_beam_search(model, input_ids, attention_mask, self.trie, count)
-                    else:
-                        draws = self._draws(rows_of_prompts[these], count)
-                        rows = constrained_sample(
-                            model, input_ids, attention_mask, self.trie, count, self.args.temperature, draws=draws
-                        )
-                for row in self.trie.sequences[rows].tolist():
-                    drawn.append([tuple(t for t in tokens if t >= 0) for tokens in row])
+            for start in range(0, len(prompts), self.pass_size):
+                these = slice(start, start + self.pass_size)
+                rows += self._draw(model, prompts[these], rows_of_prompts[these], count)
             model.train(training)
         completions: list[list[int]] = []
-        for group, target in zip(drawn, targets, strict=True):
+        for numbers, target in zip(rows, targets, strict=True):
+            group = [self.tokens_of[self.sids[self.trie.source[row]]] for row in numbers]
             if self.dynamic_sampling:
                 group = choose(group, target, num_generations)
             if self.add_gt:
                 group = [*group[:-1], target]
             completions += map(list, group)
         return completions, None
+
+    def _draw(
+        self, model: nn.Module, prompts: list[np.ndarray], rows_of_prompts: list[int], count: int
+    ) -> list[list[int]]:
+        """`count` rows of the trie for each prompt."""
+        batch = left_padded(prompts, self._pad)
+        input_ids, attention_mask = (tensor.to(self.accelerator.device, non_blocking=True) for tensor in batch)
+        with self.autocast():
+            if self.beam_search:
+                rows, _ = constrained_beam_search(model, input_ids, attention_mask, self.trie, count)
+            else:
+                draws = self._draws(rows_of_prompts, count)
+                rows = constrained_sample(
+                    model, input_ids, attention_mask, self.trie, count, self.args.temperature, draws=draws
+                )
+        return rows.tolist()
 
     def _draws(self, rows: list[int], count: int) -> torch.Tensor:
         """The numbers that `count` completions of each prompt are drawn with, [prompts, count, D]. They follow from the
@@ -271,16 +400,20 @@ class ReReTrainer(DurableRun, GRPOTrainer):
         shape = count, self.trie.depth
         return torch.from_numpy(np.stack([np.random.default_rng((seed, step, row)).random(shape) for row in rows]))
 
-    def _prepare_inputs(self, generation_batch: list[dict[str, int]]) -> dict[str, Any]:
+    def _prepare_inputs(self, generation_batch: list[dict[str, int]] | dict[str, Any]) -> dict[str, Any]:
         """As TRL's, but the shuffle moves whole groups: only consecutive completions of a prompt share its row."""
+        if isinstance(generation_batch, dict):  # prepared already
+            return generation_batch
         steps = self.args.steps_per_generation
         if self._step % (steps * self.num_iterations) == 0 or self._buffered_inputs is None:
             batch = self._generate_and_score_completions(self.look_up(generation_batch))
             group = self.num_generations
-            order = torch.randperm(len(batch["advantages"]) // group, device=batch["advantages"].device)
-            rows = (order.unsqueeze(1) * group + torch.arange(group, device=order.device)).flatten()
-            batch = {name: value[rows] if value.dim() else value for name, value in batch.items()}
-            self._buffered_inputs = split_tensor_dict(batch, steps)
+            # Drawn in any case, so that what is sampled later does not depend on how a step is split.
+            order = torch.randperm(len(batch["advantages"]) // group)
+            size = len(batch["advantages"]) // steps
+            if steps > 1:
+                batch = rows_of(batch, (order.unsqueeze(1) * group + torch.arange(group)).flatten())
+            self._buffered_inputs = [rows_of(batch, slice(i * size, (i + 1) * size)) for i in range(steps)]
         return self._buffered_inputs[self._step % steps]
 
     def _get_train_sampler(self, dataset: datasets.Dataset | None = None) -> RepeatSampler:
@@ -295,14 +428,46 @@ class ReReTrainer(DurableRun, GRPOTrainer):
 
     # --- Loss ---------------------------------------------------------------------------------------------------------
 
-    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        loss = super().training_step(*args, **kwargs)
+    def training_step(self, model: nn.Module, inputs: list[dict[str, int]], *args: Any, **kwargs: Any) -> torch.Tensor:
+        # Kept over an attempt that does not fit.
+        prepared = self._prepare_inputs(inputs)
+        while (loss := self._attempt(model, prepared, *args, **kwargs)) is None:
+            self.pass_size = math.ceil(self.pass_size / 2 / self.num_generations) * self.num_generations
+            self.accelerator.print(f"out of memory: passes have {self.pass_size} completions from here on")
         if self.mask_all_zero and not self._passes_are_collective() and self.accelerator.sync_gradients:
             # If all groups were masked, no pass was made. The gradient is then 0, as in a run with several processes.
             for parameter in self.model.parameters():
                 if parameter.requires_grad and parameter.grad is None:
                     parameter.grad = torch.zeros_like(parameter)
         return loss
+
+    def _attempt(self, *args: Any, **kwargs: Any) -> torch.Tensor | None:
+        """A training step, or None where it does not fit in memory and smaller passes may. Then no gradient is left of
+        it. Several processes, and a step of several micro-batches, cannot go back."""
+        alone = self.accelerator.num_processes == 1 and not engine() and self.args.gradient_accumulation_steps == 1
+        try:
+            return super().training_step(*args, **kwargs)
+        except torch.OutOfMemoryError:
+            if not alone or self.pass_size <= self.num_generations:
+                raise
+        self.model.zero_grad()
+        return None
+
+    def _logps(
+        self, model: nn.Module, inputs: dict[str, Any], batch_size: int | None = None, targets: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """`_get_per_token_logps_and_entropies` of the completions of `inputs`."""
+        ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
+        mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
+        return self._get_per_token_logps_and_entropies(
+            model,
+            ids,
+            mask,
+            inputs["completion_ids"].shape[1],
+            batch_size,
+            known=inputs.get("known"),
+            targets=(inputs["target_ids"], inputs["target_mask"]) if targets else None,
+        )
 
     def _get_per_token_logps_and_entropies(
         self,
@@ -312,43 +477,61 @@ class ReReTrainer(DurableRun, GRPOTrainer):
         logits_to_keep: int,
         batch_size: int | None = None,
         compute_entropy: bool = False,
+        known: "Known | None" = None,
+        targets: tuple[torch.Tensor, torch.Tensor] | None = None,
         **kwargs: Any,
-    ) -> tuple[torch.Tensor, torch.Tensor, None]:
-        """(log-probabilities, entropies, None), [B, C] each; completions that are masked out cost nothing. Targets to
-        learn are one more completion of their prompt, in the same pass."""
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Log-probabilities and entropies, [B, C] each; completions that are masked out cost nothing. With `targets`
+        [B, T], which are one more completion of their prompt in the same pass, also their supervised loss, else None.
+        Without `known`, the host reads it and waits for a GPU."""
         width = input_ids.shape[1] - logits_to_keep
-        if self._targets_to_learn is not None and torch.is_grad_enabled():
+        if known is None:
+            known = Known.read(input_ids[:, :width], attention_mask[:, :width], attention_mask[:, width:])
+        if targets is not None:
             parts = [tensor.split([width, logits_to_keep], dim=1) for tensor in (input_ids, attention_mask)]
             (prompts, completions), (prompt_mask, completion_mask) = parts
-            targets, self._targets_to_learn = self._targets_to_learn, None
-            rows, place, share, _ = with_targets(prompts, prompt_mask, completions, completion_mask, *targets)
-            count, mask = len(input_ids), rows[3][place]
+            rows, place, share, groups = with_targets(
+                prompts, prompt_mask, completions, completion_mask, *targets, known.groups
+            )
+            count, mask = len(input_ids), rows[3].index_select(0, place)
             ids, mask_of_all = torch.cat(rows[::2], dim=1), torch.cat(rows[1::2], dim=1)
-            found = self._get_per_token_logps_and_entropies(model, ids, mask_of_all, rows[2].shape[1])
-            logps, entropies = (values[place] for values in found[:2])
-            self._supervised_loss = -(share * logps[count:].sum(dim=1) / mask[count:].sum(dim=1)).sum()
-            return logps[:count, :logits_to_keep], entropies[:count, :logits_to_keep], None
+            all_known = known.with_targets(groups)
+            found = self._get_per_token_logps_and_entropies(
+                model, ids, mask_of_all, rows[2].shape[1], batch_size, known=all_known
+            )
+            logps, entropies = (values.index_select(0, place) for values in found[:2])
+            supervised = -(share * logps[count:].sum(dim=1) / mask[count:].sum(dim=1)).sum()
+            return logps[:count, :logits_to_keep], entropies[:count, :logits_to_keep], supervised
         mask = attention_mask[:, width:].bool()
         logps = torch.zeros(mask.shape, device=mask.device)
         entropies = torch.zeros_like(logps)
-        for rows in torch.arange(len(mask), device=mask.device).split(batch_size or len(mask)):
-            kept = rows[mask[rows].any(dim=1)]
+        size = batch_size or len(mask)
+        for start in range(0, len(mask), size):
+            of_pass = np.arange(start, min(start + size, len(mask)))
+            kept = of_pass[known.learns[of_pass]]
             if not len(kept):
                 if not self._passes_are_collective():
                     continue
-                kept = rows[: self.num_generations]  # masked, so they add nothing; the other processes wait for a pass
+                kept = of_pass[: self.num_generations]  # masked, so they add nothing; other processes wait for a pass
+            every = len(kept) == len(mask)
+            place = torch.from_numpy(kept).to(mask.device)
+            ids, attention, present = (
+                tensor if every else tensor.index_select(0, place) for tensor in (input_ids, attention_mask, mask)
+            )
             with self.autocast():
                 values, entropy = completion_logps(
                     model,
-                    input_ids[kept, :width],
-                    attention_mask[kept, :width],
-                    input_ids[kept, width:],
-                    mask[kept],
+                    ids[:, :width],
+                    attention[:, :width],
+                    ids[:, width:],
+                    present,
                     self.temperature,
                     self.unwrapped(model),
+                    width=int(known.length[kept].max()),
+                    groups=known.rows(kept).groups,
                 )
-            logps = logps.index_copy(0, kept, values)
-            entropies = entropies.index_copy(0, kept, entropy)
+            logps = values if every else logps.index_copy(0, place, values)
+            entropies = entropy if every else entropies.index_copy(0, place, entropy)
         if torch.is_grad_enabled() and not logps.requires_grad:  # no pass was made
             logps.requires_grad_()
         return logps, entropies, None
@@ -360,36 +543,86 @@ class ReReTrainer(DurableRun, GRPOTrainer):
         several = self.accelerator.num_processes > 1 or self.is_deepspeed_enabled
         return device.weights_are_sharded() or (torch.is_grad_enabled() and several)
 
-    def _compute_loss(self, model: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
-        """As TRL's, plus the supervised loss on the targets."""
-        if not self.sft_weight:
-            return self._policy_loss(model, inputs)
-        self._targets_to_learn = inputs["target_ids"], inputs["target_mask"]
-        loss, supervised = self._policy_loss(model, inputs), self._supervised_loss
-        del self._supervised_loss  # its graph is the loss's
-        self._metrics["train"]["sft_loss"].append(self.accelerator.gather(supervised.detach()).mean().item())
-        return loss + self.sft_weight * supervised / self.current_gradient_accumulation_steps
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any
+    ) -> torch.Tensor:
+        """The loss of a micro-batch, in passes of at most `pass_size` completions: the gradients of all but the last
+        are there already when it returns."""
+        count = len(inputs["advantages"])
+        starts = range(0, count, self.pass_size)
+        total = 0.0
+        for start in starts:
+            part = rows_of(inputs, slice(start, start + self.pass_size)) if len(starts) > 1 else inputs
+            if start == starts[-1]:
+                return self._compute_loss(model, part, count, first=not start) + total
+            with self.accelerator.no_sync(model):
+                loss = self._compute_loss(model, part, count, first=not start)
+                with torch.autocast(self.accelerator.device.type, enabled=False):
+                    self.accelerator.backward(loss)
+            torch.clear_autocast_cache()  # its copies of weights belong to the pass
+            total = total + loss.detach()
+        raise ValueError("no completions")
 
-    def _policy_loss(self, model: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
-        """As TRL's, which computes the reference for every completion before the advantages are known. Here it is
+    def _compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], of: int | None = None, first: bool = True
+    ) -> torch.Tensor:
+        """The loss of completions that are some of a micro-batch with `of`, its `first` or later ones. The reference is
         computed now, only for the completions that count, and in the batches of the policy, so that equal models give
         equal values."""
-        if not self.args.beta:
-            return super()._compute_loss(model, inputs)
-        names = ("prompt_ids", "completion_ids", "prompt_mask", "completion_mask")
-        prompt_ids, completion_ids, prompt_mask, completion_mask = (inputs[name] for name in names)
-        with torch.no_grad(), self._reference() as reference:
-            logps, _, _ = self._get_per_token_logps_and_entropies(
-                reference,
-                torch.cat([prompt_ids, completion_ids], dim=1),
-                torch.cat([prompt_mask, completion_mask], dim=1),
-                completion_ids.shape[1],
-            )
-        self.beta = self.args.beta
-        try:
-            return super()._compute_loss(model, {**inputs, "ref_per_token_logps": logps})
-        finally:
-            self.beta = 0.0
+        reference = None
+        if self.args.beta:
+            with torch.no_grad(), self._reference() as frozen:
+                reference, _, _ = self._logps(frozen, inputs)
+        logps, entropies, supervised = self._logps(model, inputs, targets=self.sft_weight > 0)
+        mask = inputs["completion_mask"]
+        losses, divergence, clipped = token_losses(
+            logps,
+            inputs.get("old_per_token_logps"),
+            reference,
+            mask,
+            inputs["advantages"],
+            beta=self.args.beta,
+            clip=(self.epsilon_low, self.epsilon_high),
+            by_sequence=self.importance_sampling_level == "sequence",
+        )
+        accumulation, count = self.current_gradient_accumulation_steps, of or len(mask)
+        if self.loss_type == "grpo":
+            loss = ((losses * mask).sum(-1) / mask.sum(-1).clamp(min=1.0)).sum() / count / accumulation
+        else:  # dapo; the tokens are those of all that was generated, of which this may be one of several steps
+            tokens = inputs["num_items_in_batch"].clamp(min=1.0) / self.accelerator.num_processes
+            loss = (losses * mask).sum() / (tokens * accumulation / self.args.steps_per_generation)
+        found = {f"clip_ratio/{name}": values for name, values in clipped.items()} | {"entropy": entropies}
+        if divergence is not None:
+            found["kl"] = divergence
+        tokens = mask.sum()
+        for name, values in found.items():
+            self._note(name, (values.detach() * mask).sum(), tokens, first)
+        if supervised is not None:
+            share = len(mask) / count
+            self._note("sft_loss", supervised.detach() * share, torch.full_like(supervised, share), first)
+            loss = loss + self.sft_weight * share * supervised / accumulation
+        return loss
+
+    def _note(self, name: str, total: torch.Tensor, count: torch.Tensor, first: bool) -> None:
+        """Logs the mean total / count of a micro-batch, to which later passes add. The device holds it until `log`."""
+        noted, pair = self._metrics["train"][name], torch.stack([total.float(), count.float()])
+        if first:
+            noted.append(pair)
+        else:
+            noted[-1] = noted[-1] + pair
+
+    def read_metrics(self) -> None:
+        """Reads what `_note` has kept, from all processes and at once."""
+        noted = self._metrics["train"]
+        places = [(name, i) for name, of in noted.items() for i, v in enumerate(of) if isinstance(v, torch.Tensor)]
+        if places:
+            pairs = self.accelerator.reduce(torch.stack([noted[name][i] for name, i in places]), reduction="sum")
+            for (name, i), (total, count) in zip(places, pairs.tolist(), strict=True):
+                noted[name][i] = total / count if count else 0.0
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        self.read_metrics()
+        super().log(logs, start_time)
 
     @contextmanager
     def _reference(self) -> Iterator[nn.Module]:
