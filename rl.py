@@ -26,6 +26,7 @@ from minionerec.flags import (
     TrainingFlags,
     above_zero,
     command,
+    engine,
     flag,
     fraction_of_training,
     one_of,
