@@ -325,6 +325,24 @@ def test_the_signal_sighup_reloads(reader):
     assert without_key.status_code == 403 and "SIGHUP" in without_key.json()["detail"][0]
 
 
+def test_a_closed_terminal_ends_the_server(reader, monkeypatch):
+    stopped = []
+    app = make_app(Checkpoints(reader, Model(), Model()), 4, 6)
+    before = signal.signal(signal.SIGTERM, lambda *_: stopped.append(True))
+    terminal = [True, False]
+    monkeypatch.setattr(server_module, "in_terminal", lambda: terminal.pop(0))
+
+    async def steps(client):
+        os.kill(os.getpid(), signal.SIGHUP)
+        await until(lambda: stopped)
+
+    try:
+        with_client(app, steps)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert app.state.worker._reload is None
+
+
 def asgi_post(app, body: bytes, messages: list[dict]):
     """A POST by hand: what the client sends after its body, and what it gets."""
     scope = {"type": "http", "method": "POST", "path": "/recommend", "raw_path": b"/recommend", "query_string": b""}

@@ -76,7 +76,7 @@ def make_app(
         worker = app.state.worker = Worker(load, batch_size, max_waiting, metrics)
         metrics.watch(lambda: worker.waiting)
         with contextlib.suppress(RuntimeError, ValueError):  # signals reach the main thread only
-            asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, worker.reload)
+            asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, _on_hangup, worker, in_terminal())
         yield
         with contextlib.suppress(RuntimeError, ValueError):
             asyncio.get_running_loop().remove_signal_handler(signal.SIGHUP)
@@ -96,6 +96,23 @@ def make_app(
     app.include_router(_guarded, dependencies=[Depends(check_key)] if keys else [])
     app.include_router(_open)
     return app
+
+
+def in_terminal() -> bool:
+    """Whether this process is in the foreground of a terminal."""
+    try:
+        with open("/dev/tty") as terminal:
+            return os.tcgetpgrp(terminal.fileno()) == os.getpgrp()
+    except OSError:
+        return False
+
+
+def _on_hangup(worker: Worker, in_foreground: bool) -> None:
+    """SIGHUP takes a new checkpoint, unless it says that the terminal which the server was started in is closed."""
+    if in_foreground and not in_terminal():
+        signal.raise_signal(signal.SIGTERM)
+    else:
+        worker.reload()
 
 
 # --- Without a key ----------------------------------------------------------------------------------------------------

@@ -87,6 +87,7 @@ class Worker:
         come until it is loaded wait. None while another reload is under way, or nothing is loaded."""
         with self._changed:
             if self.loaded is None or self._closed or (self._reload and not self._reload.done()):
+                log.warning("a checkpoint is being loaded already")
                 return None
             self._reload = Future()
             self._reload.set_running_or_notify_cancel()  # a client that leaves does not end it
