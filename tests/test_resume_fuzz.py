@@ -67,7 +67,9 @@ def assert_same_end(whole: Path, resumed: Path) -> None:
     for entry, other in zip(one.pop("history"), two.pop("history"), strict=True):
         assert entry == other
     assert one == two
-    assert sorted(path.name for path in whole.iterdir()) == sorted(path.name for path in resumed.iterdir())
+    # Of the checkpoints, the newest and the best are kept; a stop saves another one, which may push out a third.
+    names = [{path.name for path in run.iterdir() if "checkpoint-" not in path.name} for run in (whole, resumed)]
+    assert names[0] == names[1] == {"curves.png", "final_checkpoint", "metrics.json"}
 
 
 @pytest.fixture
