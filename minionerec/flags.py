@@ -326,6 +326,10 @@ class AdapterFlags(Flags):
             problems.add("--use_lora and --use_qlora exclude each other; keep one (QLoRA is LoRA on a 4-bit base)")
         if self.init_lora_weights == "orthogonal" and self.lora_r % 2:
             problems.add(f"--init_lora_weights orthogonal: needs an even rank, not --lora_r {self.lora_r}")
+        if self.init_lora_weights == "orthogonal" and self.bits < 16:
+            problems.add(
+                f"--init_lora_weights orthogonal: PEFT has none for a base in {self.bits} bits; take gaussian, or True"
+            )
         if self.load_in_8bit and not self.use_lora:
             problems.add("--load_in_8bit stores the base of --use_lora True in 8 bits; QLoRA's base has 4 bits already")
 

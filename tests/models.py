@@ -175,24 +175,31 @@ def tree_trainer(model, output_dir, rows, batch_size, micro_batch_size, pack_row
     )  # fmt: skip
 
 
-def steps_by_rows(model, rows, steps, bits=16, rate=0.1) -> list[float]:
-    """The plain twin: the same steps of SGD with one row at a time through the model. Returns the loss of each step."""
-    trained, losses = [p for p in model.parameters() if p.requires_grad], []
+def gradients_by_rows(model, rows, step, bits=16) -> tuple[float, dict[str, torch.Tensor]]:
+    """The plain twin of a step: its loss and gradients, with one row at a time through the model."""
+    tokens, loss = sum(len(rows[i]["input_ids"]) - rows[i]["prompt_length"] for i in step), 0.0
     model.train()
+    for i in step:
+        ids, start = torch.tensor([rows[i]["input_ids"]]), rows[i]["prompt_length"]
+        with torch.autocast("cpu", torch.bfloat16, enabled=bits < 16):
+            logits = model(input_ids=ids, use_cache=False).logits[0, start - 1 : -1]
+        part = F.cross_entropy(logits.float(), ids[0, start:], reduction="sum") / tokens
+        part.backward()
+        loss += part.item()
+    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    return loss, found
+
+
+def steps_by_rows(model, rows, steps, bits=16, rate=0.1) -> list[float]:
+    """Steps of SGD with those gradients; returns the loss of each."""
+    losses = []
     for step in steps:
-        tokens, loss = sum(rows[i]["length"] - rows[i]["prompt_length"] for i in step), 0.0
-        for i in step:
-            ids = torch.tensor([rows[i]["input_ids"]])
-            with torch.autocast("cpu", torch.bfloat16, enabled=bits < 16):
-                logits = model(input_ids=ids, use_cache=False).logits[0, rows[i]["prompt_length"] - 1 : -1]
-            part = F.cross_entropy(logits.float(), ids[0, rows[i]["prompt_length"] :], reduction="sum") / tokens
-            part.backward()
-            loss += part.item()
-        with torch.no_grad():
-            for parameter in trained:
-                parameter.sub_(rate * parameter.grad)
-                parameter.grad = None
+        loss, gradients = gradients_by_rows(model, rows, step, bits)
         losses.append(loss)
+        with torch.no_grad():
+            for name, gradient in gradients.items():
+                model.get_parameter(name).sub_(rate * gradient)
     return losses
 
 

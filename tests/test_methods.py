@@ -91,7 +91,8 @@ def test_dora_on_8_bits_is_refused_on_a_cpu(files, base, sft_run, tmp_path):
     assert not (tmp_path / "a").exists()
 
 
-def test_an_orthogonal_start_needs_an_even_rank(files, base, tmp_path):
-    flags = {"use_lora": True, "init_lora_weights": "orthogonal", "lora_r": 7}
-    message = "--init_lora_weights orthogonal: needs an even rank, not --lora_r 7"
-    refused("sft.py", message, **sft_flags(files, base, tmp_path / "a", **flags))
+def test_an_orthogonal_start_needs_an_even_rank_and_an_unquantized_base(files, base, tmp_path):
+    flags = sft_flags(files, base, tmp_path / "a", init_lora_weights="orthogonal", lora_r=7)
+    refused("sft.py", "--init_lora_weights orthogonal: needs an even rank, not --lora_r 7", **flags, use_lora=True)
+    for bits, method in ((4, {"use_qlora": True}), (8, {"use_lora": True, "load_in_8bit": True})):
+        refused("sft.py", f"--init_lora_weights orthogonal: PEFT has none for a base in {bits} bits", **flags, **method)
