@@ -5,12 +5,17 @@ import shutil
 
 import pytest
 import torch
+from architectures import build
 from helpers import evaluate_flags, refused, rl_flags, run_command, sft_flags
 from models import METHODS, check_last_step, examples, flags_of, make_model, model_of, rl_trainer, tree_trainer
 from processes import start
 from transformers.training_args import OptimizerNames
 
+import lora_utils
+from minionerec.decoding.probe import prove
+from minionerec.errors import InputError
 from minionerec.flags import OPTIMIZERS
+from minionerec.model import loading
 
 RL = [method for method in METHODS if method != "freeze_LLM"]
 
@@ -96,3 +101,10 @@ def test_an_orthogonal_start_needs_an_even_rank_and_an_unquantized_base(files, b
     refused("sft.py", "--init_lora_weights orthogonal: needs an even rank, not --lora_r 7", **flags, use_lora=True)
     for bits, method in ((4, {"use_qlora": True}), (8, {"use_lora": True, "load_in_8bit": True})):
         refused("sft.py", f"--init_lora_weights orthogonal: PEFT has none for a base in {bits} bits", **flags, **method)
+
+
+def test_a_model_that_does_not_run_in_8_bits_is_not_blamed(tmp_path):
+    build("deepseek_v3").save_pretrained(tmp_path)
+    model = loading.load_base(str(tmp_path), lora_utils.quantization_config(flags_of("lora on 8 bits")))
+    with pytest.raises(InputError, match=r"cannot be run: .*; leave out --load_in_8bit"):
+        prove(model)

@@ -125,16 +125,20 @@ def _causal_trial(model: nn.Module, prompt: int, row: int, name: str) -> "_Trial
     for draw in range(DRAWS):
         trial = _Trial(model, prompt, row, draw)
         if not trial.holds(trial.run_plain_rows):
-            raise InputError(f"{name}: {kind} cannot be run: {trial.error}; choose another model")
+            raise InputError(f"{name}: {kind} cannot be run: {trial.error}; {_remedy(model)}")
         if not trial.holds(trial.is_finite):
             raise RunError(
                 f"{name}: the model's predictions are NaN or infinite in {model.dtype}; items cannot be ranked"
             )
         if trial.holds(trial.is_causal):
             return trial
-    raise InputError(
-        f"{name}: {kind} is not causal, its scores change with the tokens that follow; choose another model"
-    )
+    raise InputError(f"{name}: {kind} is not causal, its scores change with the tokens that follow; {_remedy(model)}")
+
+
+def _remedy(model: nn.Module) -> str:
+    """On a CPU, bitsandbytes computes layers in 8 bits for fewer architectures than in 4."""
+    in_8_bits = getattr(model, "is_loaded_in_8bit", False)
+    return "leave out --load_in_8bit" if in_8_bits else "choose another model"
 
 
 def _first_that_holds(trial: "_Trial", name: str) -> Proof:
@@ -146,7 +150,7 @@ def _first_that_holds(trial: "_Trial", name: str) -> Proof:
     for beams, padding in ((CopiedBeams, True), (CopiedBeams, False), (RereadBeams, False)):
         if trial.holds(partial(trial.beams_match, beams, padding)):
             return Proof(beams, padding, shared=False, why=why)
-    raise InputError(f"{name}: {kind} gives different scores for the same tokens; choose another model")
+    raise InputError(f"{name}: {kind} gives different scores for the same tokens; {_remedy(trial.model)}")
 
 
 def _why_no_tree(config: PreTrainedConfig, row: int, leaks_show: bool) -> str:
