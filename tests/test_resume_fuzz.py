@@ -1,12 +1,11 @@
 """Runs with random settings that are killed or stopped, once or twice, end as the run that was left alone.
 
-    RESUME_SEEDS=2:40 pytest tests/test_resume_fuzz.py
+    FUZZ_SEEDS=2:40 pytest tests/test_resume_fuzz.py
 
 tries other seeds than the few of every day.
 """
 
 import json
-import os
 import random
 import shutil
 import signal
@@ -15,11 +14,11 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import newest, rl_flags, run_command, sft_flags, tensors_of
+from plain import fuzz_seeds
 
 from minionerec.training import arguments
 from minionerec.training.durable import DurableRun
 
-SEEDS = range(*map(int, os.environ.get("RESUME_SEEDS", "2").split(":")))
 METHODS = [{}, {"use_lora": True}, {"use_qlora": True}]
 # What differs between two runs of one command, and what the Trainer counts from the last start only.
 OF_ONE_START = {"seconds", "peak_memory_gb", "train_runtime", "train_samples_per_second", "train_steps_per_second"}
@@ -134,7 +133,7 @@ def check(script: str, flags: dict, rng: random.Random, folder: Path, ends_at) -
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("seed", fuzz_seeds(2))
 def test_sft_resumes_exactly(files, base, tmp_path, ends_at, logs_every, seed):
     rng = random.Random(seed)
     logs_every(rng.choice([1, 3, 4]))
@@ -142,7 +141,7 @@ def test_sft_resumes_exactly(files, base, tmp_path, ends_at, logs_every, seed):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("seed", fuzz_seeds(2))
 def test_rl_resumes_exactly(files, sft_run, tmp_path, ends_at, logs_every, seed):
     rng = random.Random(1000 + seed)
     logs_every(rng.choice([1, 3, 4]))

@@ -1,9 +1,8 @@
 """Random settings of SFT against one row at a time: architectures, methods, batches, trees and rows of all kinds.
 
-`SEEDS=500 pytest tests/test_random_settings.py` tries more of them.
+`FUZZ_SEEDS=500 pytest tests/test_sft_fuzz.py` tries more of them.
 """
 
-import os
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -13,6 +12,7 @@ from accelerate import PartialState
 from architectures import CHANGES, build
 from datasets import Dataset
 from models import IDS, METHODS, QUIET, flags_of, gradients_by_rows
+from plain import fuzz_seeds
 from transformers import TrainerCallback, TrainingArguments
 
 import lora_utils
@@ -22,7 +22,6 @@ from minionerec.model import architecture, loading, token_trees
 from minionerec.training.rl_trainer import disable_dropout
 from minionerec.training.sft_trainer import SFTTrainer, plan_trees
 
-SEEDS = int(os.environ.get("SEEDS", "12"))
 RANDOM = {"phimoe"}  # its router draws experts at random in training
 
 
@@ -108,7 +107,7 @@ def trained(setting: Setting, model, folder) -> tuple[SFTTrainer, Gradients]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(SEEDS))
+@pytest.mark.parametrize("seed", fuzz_seeds(12))
 def test_random_settings_train_as_one_row_at_a_time(seed, tmp_path, monkeypatch):
     setting = Setting(seed)
     monkeypatch.setattr(token_trees, "BLOCK", setting.block)
