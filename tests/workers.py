@@ -287,7 +287,7 @@ def main(mode: str, *argv: str) -> None:
         engines_on_cpus()
     if "AS_ON_GPU" in os.environ:
         as_on_gpu.switch()
-    {known.__name__: known for known in MODES}[mode](*argv)
+    MODES[mode](*argv)
 
 
 def fork(environment: dict[str, str], log: str, mode: str, argv: list[str]) -> None:

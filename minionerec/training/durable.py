@@ -169,6 +169,11 @@ class DurableRun(_Trainer):
         finally:
             world.say_at_the_end(None)
 
+    @property
+    def unlogged_metrics(self) -> dict[str, list]:
+        """What steps have added to the next entry of the log, next to the loss."""
+        return {}
+
     def unlogged(self) -> dict[str, Any]:
         """What a checkpoint keeps so that the log of a resumed run is that of the whole one: the sum of the losses, and
         those of the steps since the last entry. Every process must call it."""
@@ -340,6 +345,11 @@ class DurableRun(_Trainer):
         requested = torch.tensor([self._stop.requested], device=self.args.device)
         return bool(self.accelerator.gather(requested).any())
 
+    def stop_between_passes(self) -> None:
+        """Drops a step that is made in several passes, if the run is to stop; only where no other process waits."""
+        if self.args.world_size == 1 and self._stop and self._stop.requested:
+            raise _StepDropped
+
     def _save_last_step(self) -> None:
         """Saves the last complete step, after a part of the next one."""
         assert self._stop is not None
@@ -500,15 +510,18 @@ class _StepDropped(Exception):
 
 
 class _State:
-    """What a part of a step changes, as it was before: the random states, and the tokens and losses that are summed."""
+    """What a part of a step changes, as it was before: the random states, and what is summed for the log."""
 
     def __init__(self, trainer: DurableRun):
         self.tokens, self.loss = trainer.state.num_input_tokens_seen, trainer._tr_loss.detach().clone()
+        self.metrics = {name: list(values) for name, values in trainer.unlogged_metrics.items()}
         self.python, self.numpy, self.torch = random.getstate(), np.random.get_state(), torch.get_rng_state()
         self.cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
 
     def restore(self, trainer: DurableRun) -> None:
         trainer.state.num_input_tokens_seen, trainer._tr_loss = self.tokens, self.loss
+        trainer.unlogged_metrics.clear()
+        trainer.unlogged_metrics.update(self.metrics)
         random.setstate(self.python)
         np.random.set_state(self.numpy)
         torch.set_rng_state(self.torch)

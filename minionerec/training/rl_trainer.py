@@ -552,6 +552,8 @@ class ReReTrainer(DurableRun, GRPOTrainer):
         starts = range(0, count, self.pass_size)
         total = 0.0
         for start in starts:
+            if start:
+                self.stop_between_passes()
             part = rows_of(inputs, slice(start, start + self.pass_size)) if len(starts) > 1 else inputs
             if start == starts[-1]:
                 return self._compute_loss(model, part, count, first=not start) + total
@@ -653,7 +655,12 @@ class ReReTrainer(DurableRun, GRPOTrainer):
         """While open, the model has the weights to evaluate and save."""
         return self.average.in_place() if self.average else nullcontext()
 
+    @property
+    def unlogged_metrics(self) -> dict[str, list]:
+        return self._metrics["train"]
+
     def unlogged(self) -> dict[str, Any]:
+        self.read_metrics()
         values = {name: list(map(_not_nan, values)) for name, values in self._metrics["train"].items() if values}
         return {**super().unlogged(), "metrics": values}
 
