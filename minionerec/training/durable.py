@@ -563,8 +563,8 @@ class _Grace:
             grace = 2 * self.said + 5
             parts = ", ".join(f"{what} {seconds:.1f} s" for what, seconds in self.longest.items() if seconds)
             self.say(
-                f"a stop takes up to {self.said} s ({parts}); give a launcher twice that between SIGTERM and SIGKILL: "
-                f"torchrun --shutdown-timeout {grace}, Slurm --signal=TERM@{grace}, Kubernetes "
+                f"a stop takes up to {self.said} s ({parts}); launchers should wait longer before they kill: torchrun "
+                f"--shutdown-timeout {grace}, Slurm --signal=TERM@{grace}, Kubernetes "
                 f"terminationGracePeriodSeconds: {grace}"
             )
 
