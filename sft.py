@@ -179,7 +179,8 @@ def train(flags: SFTFlags) -> "dict | Prediction":
     flags.hold_output_dir()
 
     with importing():
-        world.watch()
+        if not flags.dry_run:
+            world.watch()
         from datasets import Dataset
         from transformers import EarlyStoppingCallback, set_seed
 

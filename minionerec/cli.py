@@ -209,6 +209,8 @@ def run(command: Callable[..., object]) -> None:
             _complain(script, f"cannot write: {why}")
         elif _out_of_memory(error):
             _complain(script, _what_saves_memory(parameters, values))
+        elif world.lost_a_process(error):
+            _complain(script, "another process of the run no longer answers", of_run=True)
         elif world.size() > 1:
             traceback.print_exc()
         else:

@@ -215,6 +215,13 @@ def say_at_the_end(words: Callable[[], str] | None) -> None:
     _watch.last_words = words
 
 
+def lost_a_process(error: BaseException) -> bool:
+    """Whether a collective failed because another process of the run has ended."""
+    lost = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Connection refused")
+    of_torch = any(kind.__name__ == "DistError" for kind in type(error).__mro__)
+    return size() > 1 and (of_torch or (isinstance(error, RuntimeError) and any(text in str(error) for text in lost)))
+
+
 def said_by_first(lines: list[str]) -> bool:
     """Whether the first process of this node fails for the same reason, and so prints these lines itself."""
     if size() == 1 or first_of_node():

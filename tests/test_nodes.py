@@ -162,9 +162,9 @@ def test_the_survivors_of_a_killed_process_name_the_last_good_checkpoint(files, 
     os.kill(nodes.processes[1].pid, signal.SIGKILL)
     assert nodes.wait(60) == [1, -signal.SIGKILL], nodes.errors[-3000:]
     (line,) = errors_of(nodes)
-    good = re.search(r"another process of the run is gone; the last good checkpoint is (\S+); the same command", line)[
-        1
-    ]
+    good = re.search(
+        r"another process of the run no longer answers; the last good checkpoint is (\S+); the same command", line
+    )[1]
     assert (Path(good) / "trainer_state.json").exists() and "Traceback" not in nodes.errors
 
 

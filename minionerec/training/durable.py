@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from accelerate.utils import gather_object
 from bitsandbytes.optim import GlobalOptimManager
 from peft import PeftModel
@@ -163,9 +162,9 @@ class DurableRun(_Trainer):
         try:
             yield
         except RuntimeError as error:
-            if self.args.world_size == 1 or not _is_of_a_lost_process(error):
+            if not world.lost_a_process(error):
                 raise
-            raise RunError(f"another process of the run is gone; {what_is_left()}") from error
+            raise RunError(f"another process of the run no longer answers; {what_is_left()}") from error
         finally:
             world.say_at_the_end(None)
 
@@ -567,12 +566,6 @@ class _Grace:
                 f"--shutdown-timeout {grace}, Slurm --signal=TERM@{grace}, Kubernetes "
                 f"terminationGracePeriodSeconds: {grace}"
             )
-
-
-def _is_of_a_lost_process(error: RuntimeError) -> bool:
-    """Whether a collective failed because another process ended."""
-    lost = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Connection refused")
-    return isinstance(error, dist.DistError) or any(text in str(error) for text in lost)
 
 
 class _Stop(TrainerCallback):

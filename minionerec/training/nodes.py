@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 from accelerate.utils import broadcast_object_list, gather_object
 
 from minionerec import world
+from minionerec.checkpoint import RUN_FILE
 from minionerec.errors import InputError
 
 T = TypeVar("T")
@@ -32,9 +33,12 @@ def check_same(flags: dict[str, Any], **more: object) -> None:
     `more`: other values that must not differ, by what they are. Raises InputError in every process."""
     if not world.on_several_nodes():
         return
-    values = {f"--{name}": _content(value) for name, value in flags.items() if name not in OF_A_NODE}
+    values = {}
+    if world.first_of_node():
+        values = {f"--{name}": _content(name, value) for name, value in flags.items() if name not in OF_A_NODE}
     found = gather_object([(world.node(), world.rank(), {**values, **more})])
     (first, _, expected), *others = found
+    others = [(node, rank, values) for node, rank, values in others if values.keys() == expected.keys()]
     problems = []
     for name in expected:
         differing = [(node, rank, values[name]) for node, rank, values in others if values[name] != expected[name]]
@@ -45,14 +49,24 @@ def check_same(flags: dict[str, Any], **more: object) -> None:
         raise InputError(problems, everywhere=True)
 
 
-def _content(value: object) -> object:
-    """What a flag stands for: a digest of the file that it names, or its value."""
-    if not isinstance(value, str) or not os.path.exists(value):
+def _content(name: str, value: object) -> object:
+    """What a flag stands for: a digest of the file that it names, or its value. A checkpoint is told by its record."""
+    if not isinstance(value, str) or not name.endswith(
+        ("_file", "_path", "model", "adapter", "histories", "allow", "deny")
+    ):
         return value
-    if os.path.isdir(value):  # a model, which has a fingerprint
-        return "a folder"
-    with open(value, "rb") as file:
-        return f"a file of {os.path.getsize(value)} bytes, {hashlib.file_digest(file, 'sha256').hexdigest()[:12]}"
+    if os.path.isdir(value):
+        record = os.path.join(value, RUN_FILE)
+        if not os.path.isfile(record):
+            return "a folder"
+        value = record
+    return digest(value) if os.path.isfile(value) else value
+
+
+def digest(path: str) -> str:
+    """The content of a file, in words."""
+    with open(path, "rb") as file:
+        return f"a file of {os.path.getsize(path)} bytes, {hashlib.file_digest(file, 'sha256').hexdigest()[:12]}"
 
 
 def check_output_shared(output_dir: str) -> None:

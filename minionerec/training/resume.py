@@ -38,7 +38,7 @@ def resume_point(flags: RunFlags, run: dict, say: Callable[[str], None]) -> Chec
     if path is None:
         return None
     checkpoint = Checkpoint.read(path)
-    nodes.check_same({f"resume_from_checkpoint {path}": os.path.join(path, "trainer_state.json")})
+    nodes.check_same({}, **{f"--resume_from_checkpoint {path}": nodes.digest(os.path.join(path, "trainer_state.json"))})
     checkpoint.check_trainer_state({field.name for field in fields(TrainerState)})
     # An optimizer that starts anew would silently train other weights. DeepSpeed keeps its own in global_step*.
     if not any(name.startswith(("optimizer", "global_step")) for name in os.listdir(path)):
