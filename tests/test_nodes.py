@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import processes
@@ -15,7 +16,7 @@ import pytest
 import yaml
 from accelerate.commands import launch as accelerate_launch
 from helpers import ROOT, flag_words, refused, rl_flags, run_command, sft_flags
-from processes import assert_same_run, needs_deepspeed, start_nodes, two_processes
+from processes import assert_same_run, start_nodes, two_processes
 
 from minionerec.errors import Problems
 from minionerec.world import check_world
@@ -169,12 +170,12 @@ def test_the_survivors_of_a_killed_process_name_the_last_good_checkpoint(files, 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("engine", ["torchrun", "fsdp", "zero2", "zero3"])
+@pytest.mark.parametrize("engine", ["torchrun", "fsdp"])
 def test_a_signal_to_one_process_stops_all_in_the_middle_of_a_step(files, base, tmp_path, engine):
     flags = sft_flags(files, base, tmp_path / "run", **{**ONE, "micro_batch_size": 1, "pack_rows": 0})
     one = run_command("sft.py", **{**flags, "output_dir": tmp_path / "one"})
     assert one.returncode == 0, one.stderr[-3000:]
-    errors = two_processes(engine, tmp_path, "sft.py", flags, "stops_in_a_step", code=1 if "zero" in engine else 130)
+    errors = two_processes(engine, tmp_path, "sft.py", flags, "stops_in_a_step", code=130)
     assert f"stopped at step 2 of 15 and saved {tmp_path}/run/checkpoint-2; " in errors
     two_processes(engine, tmp_path, "sft.py", {**flags, "resume_from_checkpoint": True})
     assert_same_run(tmp_path / "one", tmp_path / "run", 1e-5)
@@ -192,20 +193,18 @@ def test_two_processes_sample_what_one_does(files, sft_run, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("engine", ["torchrun", pytest.param("zero2", marks=needs_deepspeed)])
-def test_two_agents_train_one_model(files, base, tmp_path, engine):
-    """By the launchers' own processes, one on each node."""
+def test_an_engine_trains_one_model_on_two_machines(files, base, tmp_path):
+    """By `accelerate launch`, once on each, which starts torchrun's agents."""
+    engine = "zero2" if find_spec("deepspeed") else "fsdp"
     one = run_command("sft.py", **sft_flags(files, base, tmp_path / "one", **ONE))
     assert one.returncode == 0, one.stderr[-3000:]
     argv = ["tests/workers.py", "watched", tmp_path, "sft.py"]
     argv += flag_words(sft_flags(files, base, tmp_path / "run", **ONE))
     port, agents = processes.free_port(), []
     for rank in range(2):
-        words = ["torch.distributed.run", "--nnodes", 2, "--node_rank", rank, "--master_port", port]
-        if engine != "torchrun":
-            words = ["accelerate.commands.launch", "--config_file", f"configs/{engine}.yaml", "--num_machines", 2]
-            words += ["--num_processes", 2, "--machine_rank", rank, "--main_process_port", port]
-            words += ["--main_process_ip", "localhost"]
+        words = ["accelerate.commands.launch", "--config_file", f"configs/{engine}.yaml", "--num_machines", 2]
+        words += ["--num_processes", 2, "--machine_rank", rank, "--main_process_port", port]
+        words += ["--main_process_ip", "localhost"]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "DS_ACCELERATOR": "cpu"}
         command = [sys.executable, "-m", *map(str, [*words, *argv])]
         agents.append(subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True))
