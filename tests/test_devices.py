@@ -85,10 +85,19 @@ def test_an_engine_goes_on_from_its_checkpoint(files, base, trained, tmp_path, e
     newest = newest_checkpoint(str(tmp_path / "two"))
     shutil.rmtree(newest)
     shutil.rmtree(tmp_path / "two" / "final_checkpoint")
-    assert newest_checkpoint(str(tmp_path / "two"))
+    as_older_release(newest_checkpoint(str(tmp_path / "two")))
     two_processes(engine, tmp_path, "sft.py", {**flags, "resume_from_checkpoint": True})
     assert_same_run(trained("grouped lora"), tmp_path / "two", 1e-5)
     assert_same_checkpoint(trained("grouped lora"), tmp_path / "two")
+
+
+def as_older_release(checkpoint: str) -> None:
+    """0.1.0 did not record the engine, and had DeepSpeed compute in bfloat16, which its files are named after."""
+    record = Path(checkpoint, "minionerec.json")
+    run = json.loads(record.read_text())
+    record.write_text(json.dumps({name: run[name] for name in run if name not in ("engine", "processes")}))
+    for file in Path(checkpoint).glob("global_step*/*optim_states.pt"):
+        file.rename(file.with_name(f"bf16_{file.name}"))
 
 
 @pytest.mark.slow

@@ -95,13 +95,15 @@ def test_the_stage_scripts_pass_flags_on(checkout, base, script):
     assert line.startswith(f"{script.split('_')[0]}.py: error:")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("script", ["sft_lora.sh", "rl_lora.sh"])
-def test_an_engine_gets_no_flags_that_it_refuses(checkout, base, script):
-    settings = {"BASE_MODEL": base, "MODEL_PATH": base, "OUT": "output/other", "CONFIG": "configs/fsdp.yaml"}
-    result = bash(checkout, script, "--lora_dropout", "7", **settings)
-    (error,) = [line for line in result.stderr.splitlines() if ".py: error: " in line]
-    assert "--lora_dropout 7.0" in error
+def test_an_engine_gets_the_flags_of_a_plain_run(checkout):
+    plain, engine = (
+        [
+            line[line.index(".py ") :]
+            for line in bash(checkout, "pipeline.sh", PYTHON="echo", **setting).stdout.splitlines()
+        ]
+        for setting in ({}, {"CONFIG": "configs/zero2.yaml"})
+    )
+    assert plain == engine and "--sid_learning_rate 3e-3" in plain[0] and "--average_weights True" in plain[1]
 
 
 @pytest.mark.parametrize("setting", [{"METHOD": "lori"}, {"PRESET": "fast"}, {"NPROC": "x"}, {"CONFIG": "zero2"}])

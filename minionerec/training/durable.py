@@ -121,7 +121,12 @@ class DurableRun(_Trainer):
         self._started, self._resumed = time.perf_counter(), path
         self._grace = _Grace(self.accelerator.print)
         forget_peak_of_loading()
-        with _stop_on_signals(self) as self._stop, _unpickling_nothing(path), self._naming_last_good():
+        with (
+            _stop_on_signals(self) as self._stop,
+            _unpickling_nothing(path),
+            _bfloat16_files(self.is_deepspeed_enabled),
+            self._naming_last_good(),
+        ):
             try:
                 result = super().train(path, **kwargs)
             except _StepDropped:
@@ -455,6 +460,27 @@ def _all_finite(tensors: list[torch.Tensor]) -> bool:
         return True
     largest = torch._foreach_norm([tensor.detach() for tensor in tensors], math.inf)
     return bool(torch.stack([value.float() for value in largest]).isfinite().all())
+
+
+@contextmanager
+def _bfloat16_files(with_deepspeed: bool) -> Iterator[None]:
+    """While open, DeepSpeed also finds the files of a checkpoint of 0.1.0, whose names say that it was in bfloat16."""
+    if not with_deepspeed:
+        yield
+        return
+    from deepspeed import DeepSpeedEngine
+
+    names = DeepSpeedEngine._get_all_zero_checkpoint_names
+
+    def found(engine: Any, folder: str, tag: str, bf16_mode: bool) -> list[str]:
+        either = [names(engine, folder, tag, mode) for mode in (bf16_mode, not bf16_mode)]
+        return next((files for files in either if all(map(os.path.exists, files))), either[0])
+
+    DeepSpeedEngine._get_all_zero_checkpoint_names = found
+    try:
+        yield
+    finally:
+        DeepSpeedEngine._get_all_zero_checkpoint_names = names
 
 
 @contextmanager
