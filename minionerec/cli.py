@@ -154,9 +154,9 @@ def run(command: Callable[..., object]) -> None:
 
     set_environment()
     threading.excepthook = _in_thread
-    # Warnings of three packages that a user can do nothing about: bitsandbytes lacks an optional kernel of a hub and
+    # Warnings of four packages that a user can do nothing about: bitsandbytes lacks an optional kernel of a hub and
     # names its types in every 8-bit matmul, PEFT reads a deprecated property while it wraps a model, TRL calls
-    # deprecated methods around generation.
+    # deprecated methods around generation, DeepSpeed deprecated collectives.
     for module in ("backends.cpu.ops", "autograd._functions"):
         logging.getLogger(f"bitsandbytes.{module}").setLevel(logging.ERROR)
     # Checkpoints saved within a second of each other; the Trainer then orders them by their numbers, as is right.
@@ -164,6 +164,7 @@ def run(command: Callable[..., object]) -> None:
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
     warnings.filterwarnings("ignore", "Model has `tie_word_embeddings=True`", UserWarning)  # SID rows are tied by PEFT
     warnings.filterwarnings("ignore", "`gradient_checkpointing_(en|dis)able` is deprecated", FutureWarning)
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     script = os.path.basename(sys.argv[0])
     parameters = dict(inspect.signature(command).parameters)
     argv = sys.argv[1:]

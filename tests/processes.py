@@ -34,7 +34,10 @@ PRELOADED += ["minionerec.training.sft_trainer", "minionerec.training.finish", "
 PRELOADED += ["deepspeed"] if find_spec("deepspeed") else []
 
 needs_deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="pip install deepspeed")
-ENGINES = ["fsdp", pytest.param("zero2", marks=needs_deepspeed), pytest.param("zero3", marks=needs_deepspeed)]
+ENGINES = [
+    pytest.param("fsdp", marks=pytest.mark.engine),
+    *(pytest.param(name, marks=[pytest.mark.engine, needs_deepspeed]) for name in ("zero2", "zero3")),
+]
 
 
 @cache

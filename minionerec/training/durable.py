@@ -400,6 +400,8 @@ class DurableRun(_Trainer):
         return newest_checkpoint(self.args.output_dir) or self._resumed or "none: nothing has been saved yet"
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        if self.is_deepspeed_enabled and self.args.fp16:
+            state_dict = {**(state_dict or {}), **self._float32_weights()}
         if sid_rows.own_rows(self.model) and self.args.should_save:
             state_dict = dict(state_dict if state_dict is not None else self.model.state_dict())
             sid_rows.merge_own_rows(self.model, state_dict)
@@ -423,6 +425,15 @@ class DurableRun(_Trainer):
                 write_json(os.path.join(folder, RUN_FILE), {**self.run, "seconds": self.seconds, **unlogged})
                 write_card(folder, self.run)
                 make_readable(folder)
+
+    def _float32_weights(self) -> dict[str, torch.Tensor]:
+        """What trains, whole and in float32, which DeepSpeed rounds to float16 for the passes. All processes must call
+        it."""
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        named = ((name, parameter) for name, parameter in self.model.named_parameters() if parameter.requires_grad)
+        whole = ((name, safe_get_full_fp32_param(parameter)) for name, parameter in named)
+        return {name: tensor.cpu() for name, tensor in whole if self.args.should_save}
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         self._fail_together()

@@ -21,6 +21,7 @@ from transformers import Trainer, TrainerControl
 
 from minionerec.data.examples import IGNORE
 from minionerec.decoding.probe import prove
+from minionerec.errors import InputError
 from minionerec.model.head import head_on
 from minionerec.model.token_trees import TreeCollator, attend_in_blocks, best_width, edge_losses, model_inputs
 from minionerec.training.durable import DurableRun
@@ -237,6 +238,11 @@ class SFTTrainer(DurableRun, Trainer):
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         optimizer = super().create_optimizer(*args, **kwargs)
         if self.sid_learning_rate:
+            if not isinstance(optimizer, torch.optim.Optimizer):
+                raise InputError(
+                    f"--sid_learning_rate {self.sid_learning_rate}: the DeepSpeed file names an optimizer, which has "
+                    "one rate; remove its section, and --optim chooses one"
+                )
             give_rate(optimizer, self.sid_weights, self.sid_learning_rate)
         return optimizer
 
