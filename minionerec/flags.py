@@ -416,7 +416,7 @@ def check_new_folder(problems: Problems, output_dir: str) -> None:
         problems.add("--output_dir is missing; give the name of a new folder")
     elif not locks.check_free(problems, "output_dir", output_dir, locks.lock_of_new):
         return
-    elif os.path.exists(output_dir):
+    elif os.path.lexists(output_dir):  # a link that leads nowhere too
         problems.add(f"--output_dir {output_dir}: exists already; name another folder, or remove it")
     else:
         check_writable(problems, "output_dir", output_dir)

@@ -18,6 +18,7 @@ import sft
 from minionerec.data import files as data_files
 from minionerec.errors import InputError, RunError
 from minionerec.prepare import semantic_ids, writing
+from minionerec.prepare.settings import COLLISIONS
 from minionerec.training.rewards import read_embeddings
 from scripts.prepare_data import prepare_data
 
@@ -154,7 +155,7 @@ def test_the_record_says_what_was_done(prepared, raw):
         ("of items with a title", reviews - 7),
         ("3-core", reviews - 7),
     ]
-    assert record["items"] == {"rows": 52, "not_wanted": 2, "repeated": 1, "untitled": 1, "kept": 48}
+    assert record["items"] == {"rows": 52, "not_wanted": 2, "repeated": 1, "untitled": 1, "refused": 0, "kept": 48}
     assert record["inputs"]["interactions"]["columns"] == {
         "user": "reviewerID",
         "item": "asin",
@@ -464,7 +465,7 @@ HOSTILE_IDS = st.one_of(st.text(st.characters(exclude_categories=["Cs"]), min_si
     ),
     st.lists(st.tuples(HOSTILE_IDS, st.integers(0, 7), st.integers(0, 9)), min_size=15, max_size=40),
     st.sampled_from(["time", "last"]),
-    st.sampled_from(semantic_ids.COLLISIONS),
+    st.sampled_from(COLLISIONS),
     st.integers(1, 3),
 )
 def test_any_texts_and_ids_are_written_for_the_readers_or_refused(

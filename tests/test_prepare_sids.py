@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from minionerec.errors import InputError
 from minionerec.prepare import item_embeddings, semantic_ids
 from minionerec.prepare.item_embeddings import TextModel
+from minionerec.prepare.settings import COLLISIONS
 
 generated = settings(max_examples=60, deadline=None, derandomize=True)
 
@@ -86,7 +87,7 @@ def test_fewer_items_than_codes():
     assert codebooks.shape == (2, 3, 3) and len(set(codes[:, 0].tolist())) == 3
 
 
-@pytest.mark.parametrize("mode", semantic_ids.COLLISIONS)
+@pytest.mark.parametrize("mode", COLLISIONS)
 def test_collisions(clusters, mode):
     codebooks, codes, residual = semantic_ids.fit(clusters, 2, 16, seed=1)
     natural = [tuple(row) for row in codes.tolist()]

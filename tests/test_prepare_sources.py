@@ -13,29 +13,42 @@ from hypothesis import strategies as st
 
 from minionerec.data.files import present
 from minionerec.errors import InputError
-from minionerec.prepare import cleaning, sources
+from minionerec.prepare import cells, cleaning, sources
+from minionerec.prepare.columns import find_columns
+from minionerec.prepare.formats import open_source
 
 generated = settings(max_examples=60, deadline=None, derandomize=True)
 IDS = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1, max_size=8)
 IDS = IDS.map(present).filter(bool)
-ROWS = st.lists(st.tuples(IDS, IDS, st.integers(0, 4_000_000_000)), min_size=1, max_size=30)
+ROWS = st.lists(st.tuples(IDS, IDS, st.integers(1_000_000_000, 1_900_000_000)), min_size=1, max_size=30)
 FORMATS = ["csv", "tsv", "json", "parquet"]
-ALWAYS = (0, sources.LATEST)
+ALWAYS = (0, cells.LATEST)
+
+
+def read_raw(path, wanted=None, layout=None, **given):
+    """The interactions of a file, part by part, as (user, item, microseconds), what was read, and what was refused."""
+    wanted = wanted or sources.Wanted()
+    source = open_source(str(path), "interactions", layout)
+    roles = ["user", "item", "time", *["event"] * bool(wanted.events), *["rating"] * (wanted.min_rating is not None)]
+    spool = cleaning.Spool(f"{path}.spool", cleaning.INTERACTION)
+    raw, refused = sources.read_all(
+        lambda: find_columns(source, roles, given),
+        lambda columns: sources.read_interactions(source, columns, wanted, spool),
+    )
+    users, items = list(raw.users), list(raw.items)
+    return [(users[u], items[i], t) for part in spool for u, i, t in part.tolist()], raw, refused
 
 
 def read(path, window=ALWAYS, **given) -> list[tuple[str, str, int]]:
-    """The interactions of a file, part by part, as (user, item, microseconds)."""
-    source = sources.open_source(str(path), "interactions")
-    columns = sources.find_columns(source, ("user", "item", "time"), given)
-    spool = cleaning.Spool(f"{path}.spool", cleaning.INTERACTION)
-    raw = sources.read_interactions(source, columns, window, spool)
-    users, items = list(raw.users), list(raw.items)
-    return [(users[u], items[i], t) for part in spool for u, i, t in part.tolist()]
+    return read_raw(path, sources.Wanted(window), **given)[0]
 
 
-def read_items(path, wanted=lambda item: True):
-    source = sources.open_source(str(path), "items")
-    return sources.read_items(source, sources.find_columns(source, ITEM_ROLES, {}), wanted)
+def read_items(path, wanted=lambda item: True, skip=False, layout=None):
+    source = open_source(str(path), "items", layout)
+    return sources.read_all(
+        lambda: find_columns(source, ITEM_ROLES, {}),
+        lambda columns: sources.read_items(source, columns, wanted, skip)[:2],
+    )
 
 
 ITEM_ROLES = ("item", "title", "description", "features", "brand", "categories")
@@ -138,8 +151,8 @@ def test_times_in_every_form_are_one_time():
         str(expected),
         expected * 1000,
     ):
-        assert sources.microseconds(value) == expected, value
-    assert sources.microseconds("2018-10-31") == sources.microseconds(moment.date())
+        assert cells.microseconds(value) == expected, value
+    assert cells.microseconds("2018-10-31") == cells.microseconds(moment.date())
     bad = [
         "",
         "nan",
@@ -158,7 +171,7 @@ def test_times_in_every_form_are_one_time():
         5e9,
     ]
     for value in (*bad, "0001-01-01T00:00:00+14:00", "9999-12-31T23:59:59-14:00"):
-        assert sources.microseconds(value) is None, value
+        assert cells.microseconds(value) is None, value
 
 
 def test_times_of_parquet_columns(tmp_path):
@@ -173,10 +186,10 @@ def test_times_of_parquet_columns(tmp_path):
 
 
 def test_ids_are_text_of_one_form():
-    same = [sources.identifier(value) for value in ("12", " 12\n", 12, 12.0)]
-    assert same == ["12"] * 4 and sources.identifier("0012") == "0012" and sources.identifier(2**70) == str(2**70)
+    same = [cells.identifier(value) for value in ("12", " 12\n", 12, 12.0)]
+    assert same == ["12"] * 4 and cells.identifier("0012") == "0012" and cells.identifier(2**70) == str(2**70)
     for value in ("", "  ", None, True, 1.5, float("nan"), float("inf"), [], {}, "\ud800", "nan", " NULL "):
-        assert sources.identifier(value) is None, value
+        assert cells.identifier(value) is None, value
 
 
 @pytest.mark.parametrize(
@@ -205,12 +218,12 @@ def test_ids_are_text_of_one_form():
     ],
 )
 def test_texts_become_one_line_without_markup(value, text):
-    assert sources.text_of(value) == text
+    assert cells.text_of(value) == text
 
 
 def test_hostile_texts_take_no_time():
     for text in ("<" * 100_000, "<!--" * 25_000, "<a " * 30_000, "&" * 100_000, "x" * 100_000):
-        assert sources.text_of(text) is not None
+        assert cells.text_of(text) is not None
 
 
 def test_items_that_repeat_have_no_title_or_are_not_wanted_are_counted(tmp_path):
@@ -218,15 +231,15 @@ def test_items_that_repeat_have_no_title_or_are_not_wanted_are_counted(tmp_path)
     (tmp_path / "items").write_bytes(encoded(rows, "csv"))
     items, counts = read_items(tmp_path / "items", wanted={"a", "b"}.__contains__)
     assert items == [sources.RawItem("a", 0, "A", "", "", "")]
-    assert counts == {"rows": 4, "not_wanted": 1, "repeated": 1, "untitled": 1}
+    assert counts == {"rows": 4, "not_wanted": 1, "repeated": 1, "untitled": 1, "refused": 0}
 
 
 def test_id_is_the_item_only_in_a_file_of_items(tmp_path):
     (tmp_path / "file").write_bytes(b"id,title\n1,A\n")
     roles, given = ("item", "title"), {}
-    assert sources.find_columns(sources.open_source(str(tmp_path / "file"), "items"), roles, given) == ["id", "title"]
+    assert find_columns(open_source(str(tmp_path / "file"), "items"), roles, given) == ["id", "title"]
     with pytest.raises(InputError, match="no column is recognized as the item"):
-        sources.find_columns(sources.open_source(str(tmp_path / "file"), "interactions"), roles, given)
+        find_columns(open_source(str(tmp_path / "file"), "interactions"), roles, given)
 
 
 GOOD = "user,item,time\nu,i,1\n"
@@ -237,10 +250,10 @@ REFUSED = [
     (gzip.compress(GOOD.encode() * 5000)[:-20], "cannot be read"),
     (b"PAR1abc", "cannot be read"),
     (b"\x00\x01\x02", "is neither Parquet nor UTF-8 text"),
-    (GOOD.encode("utf-16"), "is neither Parquet nor UTF-8 text"),
-    ("user,item,time\nü,i,1\n".encode("latin-1"), "cannot be read"),
+    (GOOD.encode("utf-16-le"), "is neither Parquet nor UTF-8 text; for UTF-16 give --encoding utf-16-le"),
+    ("user,item,time\nü,i,1\n".encode("latin-1"), "line 2: is not UTF-8 (byte 0xfc); name the file's --encoding"),
     (b"user,item,time\n", "has no rows"),
-    (b"user,item,time\nu,i\n", "Expected 3 columns, got 2"),
+    (b"user,item,time\nu,i\n", "expected 3 columns, got 2"),
     (
         b"who,item,time\nu,i,1\n",
         "no column is recognized as the user; name it with --user_column; the file has 'who', 'item'",
@@ -285,13 +298,13 @@ def test_a_column_is_named_where_it_is_not_found(tmp_path):
     recbole = tmp_path / "file.inter"
     recbole.write_text("user_id:token\titem_id:token\trating:float\ttimestamp:float\nu\ti\t5\t1.0\n")
     assert read(recbole) == [("u", "i", 1_000_000)]
-    source = sources.open_source(str(path), "interactions")
+    source = open_source(str(path), "interactions")
     with pytest.raises(InputError, match="--item_column skuu is not a column; the file has 'who', 'item', 'sku'"):
-        sources.find_columns(source, ("item",), {"item": "skuu"})
+        find_columns(source, ("item",), {"item": "skuu"})
     # The flag may mean the other file.
     path.write_text("who,item,time\nu,i,1\n")
-    source = sources.open_source(str(path), "interactions")
-    assert sources.find_columns(source, ("item",), {"item": "sku"}, other=["sku"]) == ["item"]
+    source = open_source(str(path), "interactions")
+    assert find_columns(source, ("item",), {"item": "sku"}, other=["sku"]) == ["item"]
 
 
 def test_the_time_window_counts_its_days(tmp_path):
@@ -299,7 +312,7 @@ def test_the_time_window_counts_its_days(tmp_path):
     days = ["2016-09-30T23:59:59", "2016-10-01", "2017-05-05", "2018-11-30T23:59:59.999999", "2018-12-01"]
     path.write_text("user,item,time\n" + "".join(f"u,i,{day}\n" for day in days))
     inside = [time for _, _, time in read(path, cleaning.time_window("2016-10", "2018-11"))]
-    assert inside == [sources.microseconds(day) for day in days[1:4]]
+    assert inside == [cells.microseconds(day) for day in days[1:4]]
     assert cleaning.time_window("", "") == (0, np.iinfo(np.int64).max)
     with pytest.raises(InputError) as error:
         cleaning.time_window("2018-13", "soon")

@@ -134,8 +134,8 @@ class ControlTokens:
                 token.update(content=self._alias[token["content"]], single_word=False)
         _rename(data["model"], self._alias)
         copy = Tokenizer.from_str(json.dumps(data))
-        own = ((copy.token_to_id(alias), self._tokenizer.token_to_id(text)) for text, alias in self._alias.items())
-        return copy, {here: there for here, there in own if here != there}
+        ids = {copy.token_to_id(alias): self._tokenizer.token_to_id(text) for text, alias in self._alias.items()}
+        return copy, {here: there for here, there in ids.items() if here != there}  # type: ignore[misc]
 
 
 def _plain(token: AddedToken) -> AddedToken:

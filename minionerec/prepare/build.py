@@ -1,8 +1,12 @@
 """Builds a new data set: from raw files to a folder in the layout of the release."""
 
+import contextlib
 import os
 import platform
-from datetime import UTC, datetime
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime, tzinfo
+from functools import partial
 from importlib.metadata import version
 from typing import Any
 
@@ -11,125 +15,174 @@ import numpy as np
 from minionerec import __version__
 from minionerec.errors import InputError, Problems
 from minionerec.prepare import cleaning, item_embeddings, semantic_ids, sources, writing
+from minionerec.prepare.columns import find_columns
+from minionerec.prepare.formats import Layout, Source, open_source
+from minionerec.prepare.settings import PrepareFlags
 
 ITEM_ROLES = ("item", "title", "description", "features", "brand", "categories")
-USER_ROLES = ("user", "item", "time")
 SOFTWARE = ("numpy", "pyarrow", "scikit-learn", "scipy")
+# The flags that dataset.json records as its arguments.
+ARGUMENTS = (
+    *("time_format", "time_zone", "events", "min_rating", "drop_repeats", "session_gap", "min_interactions"),
+    *("max_history", "start_date", "end_date", "split", "levels", "codes", "collisions", "seed"),
+)
 
 
-def build(
-    problems: Problems,
-    interactions: str,
-    items: str,
-    output_dir: str,
-    category: str,
-    columns: dict[str, str],
-    min_interactions: int,
-    max_history: int,
-    start_date: str,
-    end_date: str,
-    split: str,
-    encoder: str,
-    embeddings: str,
-    levels: int,
-    codes: int,
-    collisions: str,
-    seed: int,
-) -> dict[str, Any]:
+@dataclass(frozen=True)
+class ReadItems:
+    """The items of a file.
+
+    Attributes:
+        source, columns: the file, and the columns of ITEM_ROLES.
+        items, counts: as `sources.read_items` returns them.
+        vectors: the rows of --embeddings that belong to the items, [items, d]; None without that flag.
+        lines: about how it was read.
+    """
+
+    source: Source
+    columns: list[str | None]
+    items: list[sources.RawItem]
+    counts: dict[str, int]
+    vectors: np.ndarray | None
+    lines: list[str]
+
+
+def read_items(
+    problems: Problems, flags: PrepareFlags, flag: str, wanted: Callable[[str], bool], other: Source | None = None
+) -> ReadItems | None:
+    """The items of the file that `flag` names, and their rows of --embeddings; None where `problems` says why not.
+
+    Args:
+        wanted: whether an item with this id counts.
+        other: the file of interactions, whose columns may have the names that flags give.
+    """
+    layout = problems.attempt(Layout, flags.delimiter, flags.no_header, flags.encoding) or Layout()
+    source = problems.attempt(open_source, getattr(flags, flag), flag, layout)
+    read = None
+    if source:
+
+        def find() -> list[str | None]:
+            return find_columns(source, ITEM_ROLES, flags.columns, other.names if other else ())
+
+        def read_them(columns: list[str | None]) -> tuple:
+            return columns, *sources.read_items(source, columns, wanted, flags.skip_bad_rows)
+
+        read = problems.attempt(sources.read_all, find, read_them)
+    matrix = problems.attempt(item_embeddings.open_embeddings, flags.embeddings) if flags.embeddings else None
+    if source is None or read is None:
+        return None
+    columns, items, counts, refused = read
+    vectors = None
+    if matrix is not None:
+        rows = [item.row for item in items]
+        vectors = problems.attempt(item_embeddings.rows_of_embeddings, flags.embeddings, matrix, counts["rows"], rows)
+    return ReadItems(source, columns, items, counts, vectors, sources.summary(source, refused, columns))
+
+
+@dataclass(frozen=True)
+class ReadInteractions:
+    """The interactions of a file: `source`, the `columns` of `roles`, what was read, and lines about how."""
+
+    source: Source
+    roles: tuple[str, ...]
+    columns: list[str | None]
+    raw: sources.RawInteractions
+    lines: list[str]
+
+
+def read_interactions(
+    problems: Problems, flags: PrepareFlags, source: Source, other: Source | None, spool: cleaning.Spool
+) -> ReadInteractions | None:
+    """Reads the interactions of a file into `spool`; None where `problems` says why not."""
+    zone: tzinfo = flags.zone if not any(problem.startswith("--time_zone") for problem in problems) else UTC
+    window = problems.attempt(cleaning.time_window, flags.start_date, flags.end_date, zone)
+    wanted = sources.Wanted(
+        window=window or (0, sources.LATEST),
+        events=flags.wanted_events,
+        min_rating=flags.min_rating,
+        time_format=flags.time_format,
+        zone=zone,
+        skip_bad_rows=flags.skip_bad_rows,
+    )
+    roles = ("user", "item", "time", *["event"] * bool(wanted.events), *["rating"] * (wanted.min_rating is not None))
+
+    def find() -> list[str | None]:
+        return find_columns(source, roles, flags.columns, other.names if other else ())
+
+    def read(columns: list[str | None]) -> tuple:
+        return columns, *sources.read_interactions(source, columns, wanted, spool)
+
+    found = problems.attempt(sources.read_all, find, read)
+    if found is None:
+        return None
+    columns, raw, refused = found
+    return ReadInteractions(source, roles, columns, raw, sources.summary(source, refused, columns))
+
+
+def build(problems: Problems, flags: PrepareFlags) -> dict[str, Any]:
     """Prepares a data set, prints the steps, and returns the record that is written to dataset.json.
 
     Args:
         problems: the problems of the flags, to which those of the files are added.
-        columns: role -> column name, or "" to find it.
 
     Raises InputError for unusable input; then nothing is written.
     """
-    with writing.scratch_folder(output_dir) as scratch:
+    with writing.scratch_folder(flags.output_dir) as scratch:
         spool = cleaning.Spool(os.path.join(scratch, "interactions"), cleaning.INTERACTION)
 
         # Read all files, and report all problems together.
-        window = problems.attempt(cleaning.time_window, start_date, end_date)
-        bought = problems.attempt(sources.open_source, interactions, "interactions")
-        sold = problems.attempt(sources.open_source, items, "items")
-        bought_columns = sold_columns = raw = described = None
-        if bought:
-            other = sold.names if sold else ()
-            bought_columns = problems.attempt(sources.find_columns, bought, USER_ROLES, columns, other)
-        if sold:
-            other = bought.names if bought else ()
-            sold_columns = problems.attempt(sources.find_columns, sold, ITEM_ROLES, columns, other)
-        if bought and bought_columns:
-            window = window or (0, sources.LATEST)
-            raw = problems.attempt(sources.read_interactions, bought, bought_columns, window, spool)
-        if sold and sold_columns:
-            wanted = raw.items.__contains__ if raw else lambda item: False
-            described = problems.attempt(sources.read_items, sold, sold_columns, wanted)
-        matrix = problems.attempt(item_embeddings.open_embeddings, embeddings) if embeddings else None
-        given = None
-        if described and matrix is not None:
-            given = problems.attempt(
-                item_embeddings.rows_of_embeddings,
-                embeddings,
-                matrix,
-                described[1]["rows"],
-                [item.row for item in described[0]],
-            )
-        problems.check()
-        assert bought and bought_columns and sold and sold_columns and raw and described
-        catalogue, found = described
+        bought, sold = _read(problems, flags, spool)
+        raw, catalogue, found, vectors = bought.raw, sold.items, sold.counts, sold.vectors
+        print("\n".join([*bought.lines, *sold.lines]))
 
         # Clean.
-        steps: list[dict[str, Any]] = []
-        alive = _clean(spool, raw, catalogue, min_interactions, steps, interactions, items)
+        steps = [{"step": step, "interactions": left} for step, left in raw.steps.items()]
+        sessions = _clean(spool, raw, catalogue, flags, steps)
+        alive = cleaning.k_core(spool, len(raw.items), flags.min_interactions)
+        _note_core(spool, raw, flags, steps)
         kept = [place for place, item in enumerate(catalogue) if alive[raw.items[item.original_id]]]
         catalogue = [catalogue[place] for place in kept]
         item_ids: np.ndarray = np.full(len(raw.items), -1, np.int32)
         item_ids[[raw.items[item.original_id] for item in catalogue]] = np.arange(len(catalogue))
-        rows, sizes = cleaning.rows_of(spool, os.path.join(scratch, "rows"), item_ids, max_history, split)
-        _print_steps(raw.num_rows, steps, found, sizes)
+        rows, sizes = cleaning.rows_of(spool, os.path.join(scratch, "rows"), item_ids, flags.max_history, flags.split)
+        _print_steps(raw, steps, found, sizes)
 
         # Embed the items, and give them codes.
         texts = [f"{item.title}\n{item.description}" for item in catalogue]
         text_model, made_by = None, {"kind": "tfidf"}
-        if given is not None:
-            vectors, made_by = given[kept], {"kind": "embeddings", "sha256": writing.digest(embeddings)}
-        elif encoder:
-            vectors, made_by = item_embeddings.embed_with_model(encoder, texts), encoder_of(encoder)
+        if vectors is not None:
+            vectors, made_by = vectors[kept], {"kind": "embeddings", "sha256": writing.digest(flags.embeddings)}
+        elif flags.encoder:
+            vectors, made_by = item_embeddings.embed_with_model(flags.encoder, texts), encoder_of(flags.encoder)
         else:
-            text_model = item_embeddings.TextModel.fit(texts, seed)
+            text_model = item_embeddings.TextModel.fit(texts, flags.seed)
             vectors = text_model.embed(texts)
-        codebooks, assigned, residual = semantic_ids.fit(vectors, levels, codes, seed)
+        codebooks, assigned, residual = semantic_ids.fit(vectors, flags.levels, flags.codes, flags.seed)
         report = semantic_ids.level_report(assigned)
-        final, resolved = semantic_ids.resolve_collisions(assigned, residual, codebooks[-1], collisions)
-        print_levels(report, codes, len(catalogue), collisions, resolved)
+        final, resolved = semantic_ids.resolve_collisions(assigned, residual, codebooks[-1], flags.collisions)
+        print_levels(report, flags.codes, len(catalogue), flags.collisions, resolved)
 
         # Write.
         folder = os.path.join(scratch, "dataset")
         os.mkdir(folder)
         index = writing.index_of(final)
         metadata = {str(i): writing.metadata_of(item) for i, item in enumerate(catalogue)}
-        writing.write_catalogue(folder, category, index, metadata, vectors, codebooks, text_model)
-        batches = cleaning.in_time_order(rows, sum(sizes.values()), split)
+        writing.write_catalogue(folder, flags.category, index, metadata, vectors, codebooks, text_model)
+        batches = cleaning.in_time_order(rows, sum(sizes.values()), flags.split)
         sids, titles = ["".join(sid) for sid in index.values()], [item.title for item in catalogue]
-        writing.write_rows(folder, category, batches, list(raw.users), sids, titles)
+        users = cleaning.session_names(list(raw.users), sessions) if flags.session_gap else list(raw.users)
+        writing.write_rows(folder, flags.category, batches, users, sids, titles)
         record = {
-            "category": category,
-            "arguments": {
-                "min_interactions": min_interactions,
-                "max_history": max_history,
-                "start_date": start_date,
-                "end_date": end_date,
-                "split": split,
-                "levels": levels,
-                "codes": codes,
-                "collisions": collisions,
-                "seed": seed,
-            },
+            "category": flags.category,
+            "arguments": {name: getattr(flags, name) for name in ARGUMENTS},
             "inputs": {
-                "interactions": input_of(bought, USER_ROLES, bought_columns),
-                "items": input_of(sold, ITEM_ROLES, sold_columns),
+                "interactions": input_of(bought.source, bought.roles, bought.columns),
+                "items": input_of(sold.source, ITEM_ROLES, sold.columns),
             },
-            "interactions": [{"step": "read", "interactions": raw.num_rows}, *steps],
+            "interactions": [
+                {"step": "read", "interactions": raw.num_rows - raw.refused, "refused": raw.refused},
+                *steps,
+            ],
             "items": {**found, "kept": len(catalogue)},
             "rows": sizes,
             "embeddings": {**made_by, "width": vectors.shape[1]},
@@ -137,31 +190,43 @@ def build(
             "software": software(),
         }
         writing.write_record(folder, record)
-        writing.publish(folder, output_dir)
+        writing.publish(folder, flags.output_dir)
     return record
+
+
+def _read(problems: Problems, flags: PrepareFlags, spool: cleaning.Spool) -> tuple[ReadInteractions, ReadItems]:
+    """Both files. Raises InputError with all problems of flags and files."""
+    layout = problems.attempt(Layout, flags.delimiter, flags.no_header, flags.encoding)
+    source = problems.attempt(open_source, flags.interactions, "interactions", layout)
+    other = None
+    if source and flags.items:
+        with contextlib.suppress(InputError):  # `read_items` says it
+            other = open_source(flags.items, "items", layout)
+    bought = read_interactions(problems, flags, source, other, spool) if source else None
+    known = bought.raw.items if bought else {}
+    sold = read_items(problems, flags, "items", known.__contains__, source)
+    unique = list(dict.fromkeys(problems))
+    if unique:
+        raise InputError(unique)
+    assert bought and sold  # nothing was wrong
+    return bought, sold
 
 
 def _clean(
     spool: cleaning.Spool,
     raw: sources.RawInteractions,
     catalogue: list[sources.RawItem],
-    min_interactions: int,
+    flags: PrepareFlags,
     steps: list[dict[str, Any]],
-    interactions: str,
-    items: str,
 ) -> np.ndarray:
-    """Drops interactions that do not count, and adds the counts after each step to `steps`. Returns whether each item
-    is left, [items]."""
-
-    def note(step: str) -> int:
-        steps.append({"step": step, **cleaning.counts_of(spool, len(raw.items))})
-        return steps[-1]["interactions"]
-
+    """Drops interactions that do not count, before the k-core, and adds the counts after each step to `steps`. Returns
+    the user of each session, if there are any."""
+    note = partial(_note, spool, raw, steps)
     if not note("in the time window"):
         first, last = (datetime.fromtimestamp(time / 1e6, UTC).date() for time in (raw.earliest, raw.latest))
         raise InputError(
-            f"--interactions {interactions}: none of its {raw.num_rows} rows is between --start_date and --end_date; "
-            f"they are from {first} to {last}"
+            f"--interactions {flags.interactions}: none of its {raw.num_rows} rows is between --start_date and "
+            f"--end_date; they are from {first} to {last}"
         )
     cleaning.order_and_drop_duplicates(spool)
     note("without duplicates")
@@ -170,25 +235,48 @@ def _clean(
     cleaning.keep_items(spool, known)
     if not note("of items with a title"):
         raise InputError(
-            f"--items {items}: has a title for none of the {len(raw.items)} items of {interactions}, such as "
-            f"{next(iter(raw.items))!r}; do the two files belong together? Name the column of the ids with "
+            f"--items {flags.items}: has a title for none of the {len(raw.items)} items of {flags.interactions}, such "
+            f"as {next(iter(raw.items))!r}; do the two files belong together? Name the column of the ids with "
             "--item_column"
         )
-    alive = cleaning.k_core(spool, len(raw.items), min_interactions)
-    if not note(f"{min_interactions}-core"):
+    if flags.drop_repeats:
+        cleaning.drop_repeats(spool)
+        note("without repeats")
+    sessions: np.ndarray = np.empty(0, np.int32)
+    if flags.session_gap:
+        sessions = cleaning.split_sessions(spool, round(flags.session_gap * 60e6))
+        note(f"in sessions ({flags.session_gap:g} min)")
+    return sessions
+
+
+def _note(spool: cleaning.Spool, raw: sources.RawInteractions, steps: list[dict[str, Any]], step: str) -> int:
+    """Adds what is left after a step, and returns the number of interactions."""
+    steps.append({"step": step, **cleaning.counts_of(spool, len(raw.items))})
+    return steps[-1]["interactions"]
+
+
+def _note_core(
+    spool: cleaning.Spool, raw: sources.RawInteractions, flags: PrepareFlags, steps: list[dict[str, Any]]
+) -> None:
+    """Adds what the k-core left. Raises InputError if that is nothing."""
+    if not _note(spool, raw, steps, f"{flags.min_interactions}-core"):
+        before = steps[-2]
         raise InputError(
-            f"--min_interactions {min_interactions}: leaves nothing of {steps[-2]['interactions']} interactions of "
-            f"{steps[-2]['users']} users with {steps[-2]['items']} items; give a smaller number"
+            f"--min_interactions {flags.min_interactions}: leaves nothing of {before['interactions']} interactions of "
+            f"{before['users']} {'sessions' if flags.session_gap else 'users'} with {before['items']} items; give a "
+            "smaller number"
         )
-    return alive
 
 
-def _print_steps(num_rows: int, steps: list[dict[str, Any]], found: dict[str, int], sizes: dict[str, int]) -> None:
+def _print_steps(
+    raw: sources.RawInteractions, steps: list[dict[str, Any]], found: dict[str, int], sizes: dict[str, int]
+) -> None:
     """Prints what is left after each step of the cleaning."""
     print(f"{'':<24}{'interactions':>14}{'users':>12}{'items':>12}")
-    print(f"{'read':<24}{num_rows:>14,}")
+    print(f"{'read':<24}{raw.num_rows - raw.refused:>14,}")
     for step in steps:
-        print(f"{step['step']:<24}{step['interactions']:>14,}{step['users']:>12,}{step['items']:>12,}")
+        counts = [f"{step[name]:>12,}" for name in ("users", "items") if name in step]
+        print(f"{step['step']:<24}{step['interactions']:>14,}{''.join(counts)}")
     print(
         f"items: {found['rows']:,} read; {found['not_wanted']:,} without interactions, {found['untitled']:,} without a "
         f"title and {found['repeated']:,} with a repeated id were left out"
@@ -216,7 +304,7 @@ def print_levels(
         )
 
 
-def input_of(source: sources.Source, roles: tuple[str, ...], columns: list[str | None]) -> dict[str, Any]:
+def input_of(source: Source, roles: tuple[str, ...], columns: list[str | None]) -> dict[str, Any]:
     """What dataset.json records about a file that was read."""
     found = {role: name for role, name in zip(roles, columns, strict=True) if name is not None}
     return {"name": os.path.basename(source.path), "sha256": writing.digest(source.path), "columns": found}

@@ -6,7 +6,9 @@ with the users and items of a data set, and very little with its interactions.
 
 import os
 import re
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from datetime import UTC, datetime, tzinfo
 from typing import Any, Literal
 
 import numpy as np
@@ -19,9 +21,9 @@ SPLITS = ("train", "valid", "test")
 EDGE_SAMPLE = 1 << 16  # times in the sample that splits rows into parts by time
 
 
-def time_window(start_date: str, end_date: str) -> tuple[int, int]:
+def time_window(start_date: str, end_date: str, zone: tzinfo = UTC) -> tuple[int, int]:
     """The first microsecond since 1970 (UTC) of `start_date`, and the first after `end_date`. Each is a year, a month
-    or a day such as 2018, 2018-10 or 2018-10-31, or "" for no limit. Raises InputError for anything else."""
+    or a day of `zone` such as 2018, 2018-10 or 2018-10-31, or "" for no limit. Raises InputError for anything else."""
     problems, limits = [], [0, np.iinfo(np.int64).max]
     for place, (flag, text) in enumerate((("start_date", start_date), ("end_date", end_date))):
         try:
@@ -30,8 +32,9 @@ def time_window(start_date: str, end_date: str) -> tuple[int, int]:
                     raise ValueError
                 unit: Literal["Y", "M", "D"] = "Y" if len(text) == 4 else "M" if len(text) == 7 else "D"
                 moment = np.datetime64(text) + np.timedelta64(place, unit)  # the next year, month or day
-                limits[place] = int(moment.astype("datetime64[us]").astype(np.int64))
-        except ValueError:
+                day: datetime = moment.astype("datetime64[us]").item()
+                limits[place] = round(day.replace(tzinfo=zone).timestamp() * 1e6)
+        except (ValueError, OverflowError, AttributeError):  # not a date, or one after the year 9999
             problems.append(f"--{flag} {text!r}: expected a year, a month or a day, such as 2018-10-31")
     if not problems and limits[0] >= limits[1]:
         problems.append(f"--start_date {start_date} is after --end_date {end_date}")
@@ -47,6 +50,11 @@ class Spool:
         self.dtype, self.parts = dtype, parts
         os.makedirs(folder)
         self._paths = [os.path.join(folder, str(part)) for part in range(parts)]
+
+    def clear(self) -> None:
+        """Drops all records."""
+        for path in filter(os.path.exists, self._paths):
+            os.remove(path)
 
     def append(self, part: np.ndarray, records: np.ndarray) -> None:
         """Adds records [n] to the parts `part` [n]; records of a part keep their order."""
@@ -99,6 +107,39 @@ def keep_items(spool: Spool, known: np.ndarray) -> None:
     """Drops the interactions with items that are not `known` [items]."""
     for part, records in enumerate(spool):
         spool.replace(part, records[known[records["item"]]])
+
+
+def drop_repeats(spool: Spool) -> None:
+    """Drops the interactions with the same item as the one before, of the same user. The parts must be sorted by user
+    and time."""
+    for part, records in enumerate(spool):
+        again = (records["user"][1:] == records["user"][:-1]) & (records["item"][1:] == records["item"][:-1])
+        spool.replace(part, records[np.r_[True, ~again][: len(records)]])
+
+
+def split_sessions(spool: Spool, gap: int) -> np.ndarray:
+    """Makes a user of each session: interactions of a user that follow each other by at most `gap` microseconds. The
+    parts must be sorted by user and time. Returns the user of each session, [sessions]."""
+    users: list[np.ndarray] = []
+    num_sessions = 0
+    for part, records in enumerate(spool):
+        new = (records["user"][1:] != records["user"][:-1]) | (np.diff(records["time"]) > gap)
+        starts = np.r_[True, new][: len(records)]
+        users.append(records["user"][starts])
+        records["user"] = num_sessions + np.cumsum(starts) - 1
+        num_sessions += len(users[-1])
+        spool.replace(part, records)
+    return np.concatenate(users)
+
+
+def session_names(users: Sequence[str], sessions: np.ndarray) -> list[str]:
+    """The names of sessions, from the user of each: the user's own, and the number of the session."""
+    seen = Counter[int]()
+    names = []
+    for user in sessions.tolist():
+        seen[user] += 1
+        names.append(f"{users[user]}/{seen[user]}")
+    return names
 
 
 def k_core(spool: Spool, num_items: int, least: int) -> np.ndarray:

@@ -3,6 +3,8 @@
 import json
 import os
 import shutil
+from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -10,53 +12,35 @@ import numpy as np
 from minionerec.data.files import FileProblems, shorten
 from minionerec.errors import InputError, Problems
 from minionerec.prepare import item_embeddings, semantic_ids, sources, writing
-from minionerec.prepare.build import ITEM_ROLES, encoder_of, input_of, print_levels, software
+from minionerec.prepare.build import ITEM_ROLES, encoder_of, input_of, print_levels, read_items, software
 from minionerec.prepare.cleaning import SPLITS
+from minionerec.prepare.settings import PrepareFlags
 
 
-def add_items(
-    problems: Problems,
-    items: str,
-    dataset: str,
-    output_dir: str,
-    columns: dict[str, str],
-    encoder: str,
-    embeddings: str,
-) -> dict[str, Any]:
-    """Writes a data set with the items of `dataset` and those of the file `items` that it lacks; returns its record.
+def add_items(problems: Problems, flags: PrepareFlags) -> dict[str, Any]:
+    """Writes a data set with the items of `flags.dataset` and those of the file `flags.add_items` that it lacks;
+    returns its record.
 
     A new item gets the nearest codes among those that old items use, because a model knows no others. If that ID is
-    taken, it gets the nearest free last code, unless the data set keeps collisions. Old items do not change, and the
-    interactions are copied.
+    taken, it gets the nearest free last code, or the nearest free ID of codes that old items use, unless the data set
+    keeps collisions. Old items do not change, and the interactions are copied.
 
     Raises InputError for unusable input; then nothing is written.
     """
+    dataset, encoder, embeddings, output_dir = flags.dataset, flags.encoder, flags.embeddings, flags.output_dir
     # Read all files, and report all problems together.
     record = problems.attempt(writing.read_record, dataset)
     if record is not None:
         _check_embeddings(problems, record["embeddings"]["kind"], encoder, embeddings)
     old = problems.attempt(_read_catalogue, dataset, record) if record else None
     existing = {fields["original_id"] for fields in old["metadata"].values()} if old else set()
-    source = problems.attempt(sources.open_source, items, "add_items")
-    found_columns = problems.attempt(sources.find_columns, source, ITEM_ROLES, columns) if source else None
-    described = None
-    if source and found_columns:
-        described = problems.attempt(sources.read_items, source, found_columns, lambda item: item not in existing)
-    matrix = problems.attempt(item_embeddings.open_embeddings, embeddings) if embeddings else None
-    given = None
-    if described and matrix is not None:
-        given = problems.attempt(
-            item_embeddings.rows_of_embeddings,
-            embeddings,
-            matrix,
-            described[1]["rows"],
-            [item.row for item in described[0]],
-        )
+    read = read_items(problems, flags, "add_items", lambda item: item not in existing)
     problems.check()
-    assert record and old and source and found_columns and described
-    new, found = described
+    assert record and old and read
+    new, found, given = read.items, read.counts, read.vectors
     if not new:
-        raise InputError(f"--add_items {items}: none of its {found['rows']} rows is a new item with a title")
+        raise InputError(f"--add_items {flags.add_items}: none of its {found['rows']} rows is a new item with a title")
+    print("\n".join(read.lines))
 
     # Embed the new items as the old ones were.
     texts = [f"{item.title}\n{item.description}" for item in new]
@@ -85,7 +69,8 @@ def add_items(
     assigned, residual = semantic_ids.code_with(vectors, codebooks, known)
     mode = "keep" if record["arguments"]["collisions"] == "keep" else "move"
     final, resolved = semantic_ids.resolve_collisions(
-        assigned, residual, codebooks[-1], mode, np.flatnonzero(known[-1]), old["codes"]
+        *(assigned, residual, codebooks[-1], mode, np.flatnonzero(known[-1]), old["codes"]),
+        elsewhere=lambda item, used: semantic_ids.nearest_free(vectors[item], codebooks, known, used),
     )
     index = writing.index_of(final, len(old["index"]))
     tokens = {token for sid in old["index"].values() for token in sid}
@@ -96,6 +81,8 @@ def add_items(
         f"title and {found['repeated']:,} with a repeated id were left out; {len(new):,} are new"
     )
     print_levels(report, codes, 4 * codes, mode, resolved)
+    for note in _notes_on_titles(old, new, vectors if record["embeddings"]["kind"] == "tfidf" else None):
+        print(note)
     if unknown:
         print(f"note: {', '.join(unknown)} are new tokens, which a model trained before does not know")
 
@@ -118,7 +105,7 @@ def add_items(
             os.makedirs(os.path.dirname(path))
             shutil.copyfile(os.path.join(dataset, writing.files_of(record["category"])[split]), path)
         added = {
-            "inputs": {"items": input_of(source, ITEM_ROLES, found_columns)},
+            "inputs": {"items": input_of(read.source, ITEM_ROLES, read.columns)},
             "items": {**found, "kept": len(new)},
             "semantic_ids": {"levels": report, **resolved},
             "software": software(),
@@ -127,6 +114,28 @@ def add_items(
         writing.write_record(folder, record)
         writing.publish(folder, output_dir)
     return record
+
+
+def _notes_on_titles(old: dict[str, Any], new: Sequence[sources.RawItem], vectors: np.ndarray | None) -> list[str]:
+    """Lines about new titles that say nothing or too much: without a word that the data set knows (where `vectors`
+    [items, d] are of words), or the title of an item with another ID."""
+    notes = []
+    if vectors is not None:
+        silent = [item.title for item, vector in zip(new, vectors, strict=True) if not vector.any()]
+        if silent:
+            notes.append(
+                f"note: {len(silent):,} new items have no word that the items of the data set have, such as "
+                f"{shorten(silent[0])}; their IDs do not depend on their texts"
+            )
+    known = {fields["title"] for fields in old["metadata"].values()}
+    counted = Counter(item.title for item in new)
+    again = [item.title for item in new if item.title in known or counted[item.title] > 1]
+    if again:
+        notes.append(
+            f"note: {len(again):,} new items have the title of another item, such as {shorten(again[0])}; a request "
+            "that names it must give an id"
+        )
+    return notes
 
 
 def _check_embeddings(problems: Problems, kind: str, encoder: str, embeddings: str) -> None:

@@ -9,7 +9,7 @@ second thread gains; and on one thread the result does not depend on the number 
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 from safetensors import SafetensorError
@@ -22,7 +22,6 @@ SLACK = 1.5  # a code gets at most this many times items / codes
 FIT_POINTS = 256  # the most items per code that the codebooks are fitted on
 ITERATIONS = 20
 CHUNK = 16_384  # rows of a distance matrix
-COLLISIONS = ("move", "extend", "keep")
 
 
 def distances(points: np.ndarray, centroids: np.ndarray) -> np.ndarray:
@@ -138,6 +137,7 @@ def resolve_collisions(
     mode: str,
     choices: np.ndarray | None = None,
     taken: Iterable[tuple[int, ...]] = (),
+    elsewhere: Callable[[int, set[tuple[int, ...]]], tuple[int, ...] | None] = lambda item, used: None,
 ) -> tuple[list[tuple[int, ...]], Counter]:
     """The final codes of each item, and how many items were moved, extended, or share an ID.
 
@@ -152,6 +152,8 @@ def resolve_collisions(
         choices: last codes to move to; None for all.
         taken: codes of existing items, which do not change; a new item with taken codes always counts as one of the
             others.
+        elsewhere: the codes to move an item to where no last code is free, given those that are used; None for one more
+            code.
     """
     choices = np.arange(len(codebook)) if choices is None else choices
     choice_vectors = codebook[choices]
@@ -170,8 +172,11 @@ def resolve_collisions(
         if mode == "move":
             nearest = choices[np.argsort(distances(residual[item][None], choice_vectors)[0], kind="stable")]
             free = next((code for code in nearest.tolist() if (*prefix, code) not in used), None)
-        if mode == "move" and free is not None:
-            final[item] = (*prefix, free)
+        other = None
+        if mode == "move":
+            other = (*prefix, free) if free is not None else elsewhere(item, used)
+        if other is not None:
+            final[item] = other
             done["moved"] += 1
         else:
             number = 1
@@ -181,6 +186,29 @@ def resolve_collisions(
             done["extended"] += 1
         used.add(final[item])
     return final, done
+
+
+def nearest_free(
+    embedding: np.ndarray, codebooks: np.ndarray, known: np.ndarray, used: set[tuple[int, ...]]
+) -> tuple[int, ...] | None:
+    """The first codes that are not `used`, of those that are `known` [L, K]; the last levels change first, each to the
+    nearest codes. None if all are used."""
+    counts = known.sum(axis=1)
+    below = [int(np.prod(counts[level:])) for level in range(len(codebooks) + 1)]  # IDs after so many codes
+    full = Counter(codes[:level] for codes in used for level in range(len(codebooks)) if len(codes) == len(codebooks))
+
+    def search(prefix: tuple[int, ...], residual: np.ndarray) -> tuple[int, ...] | None:
+        level = len(prefix)
+        if level == len(codebooks):
+            return None if prefix in used else prefix
+        if full[prefix] >= below[level]:
+            return None
+        choices = np.flatnonzero(known[level])
+        order = np.argsort(distances(residual[None], codebooks[level][choices])[0], kind="stable")
+        found = (search((*prefix, code), residual - codebooks[level][code]) for code in choices[order].tolist())
+        return next((codes for codes in found if codes is not None), None)
+
+    return search((), embedding.astype(np.float32))
 
 
 def level_report(codes: np.ndarray) -> list[dict[str, float]]:

@@ -16,7 +16,9 @@ import hashlib
 import json
 import os
 import re
+import signal
 import tempfile
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, BinaryIO
@@ -27,7 +29,8 @@ from minionerec.errors import InputError
 from minionerec.output import writing
 from minionerec.prepare.cleaning import SPLITS
 from minionerec.prepare.item_embeddings import TextModel
-from minionerec.prepare.semantic_ids import COLLISIONS, save_codebooks, tokens
+from minionerec.prepare.semantic_ids import save_codebooks, tokens
+from minionerec.prepare.settings import COLLISIONS
 from minionerec.prepare.sources import RawItem
 from minionerec.saving import write_json
 
@@ -62,21 +65,51 @@ def files_of(category: str) -> dict[str, str]:
 
 @contextmanager
 def scratch_folder(output_dir: str) -> Iterator[str]:
-    """A temporary folder, on the disk of `output_dir` if that can be written to. It is removed at the end.
+    """A temporary folder, on the disk of `output_dir` if that can be written to. It is removed at the end, also where
+    the process is asked to end.
 
     Raises RunError where the files of the data set cannot be written."""
     above = os.path.dirname(os.path.abspath(output_dir))
     while not os.path.isdir(above):
         above = os.path.dirname(above)
     where = above if os.access(above, os.W_OK | os.X_OK) else None
-    with writing(output_dir), tempfile.TemporaryDirectory(prefix=".prepare-", dir=where) as folder:
+    with (
+        _ends_by_exception(),
+        writing(output_dir),
+        tempfile.TemporaryDirectory(prefix=".prepare-", dir=where) as folder,
+    ):
         yield folder
 
 
+@contextmanager
+def _ends_by_exception() -> Iterator[None]:
+    """SIGTERM and SIGHUP raise SystemExit, so that what should be removed is. Handlers are those of the main thread."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def end(number: int, _: object) -> None:
+        raise SystemExit(128 + number)
+
+    before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def publish(folder: str, output_dir: str) -> None:
-    """Renames a finished folder to its final name, in one step."""
+    """Renames a finished folder to its final name, in one step. Raises InputError if that has come into being."""
     os.makedirs(os.path.dirname(os.path.abspath(output_dir)), exist_ok=True)
-    os.rename(folder, output_dir)
+    try:
+        os.rename(folder, output_dir)
+    except OSError as error:
+        if not os.path.lexists(output_dir):
+            raise
+        raise InputError(
+            f"--output_dir {output_dir}: came into being in the meantime ({error.strerror}); name another folder"
+        ) from None
 
 
 def digest(path: str) -> str:

@@ -1,0 +1,144 @@
+"""The flags of scripts/prepare_data.py. Only the standard library is imported."""
+
+from dataclasses import dataclass, fields
+from zoneinfo import ZoneInfo
+
+from minionerec.checkpoint import check_model
+from minionerec.errors import Problems
+from minionerec.flags import Check, Flags, above_zero, check_new_folder, flag, one_of
+
+LEVELS, CODES = 8, 65_536  # at most
+COLLISIONS = ("move", "extend", "keep")
+ROLES = ("user", "item", "time", "title", "description", "event", "rating")  # those with a flag that names their column
+
+
+def _between(low: int, high: int) -> Check:
+    return lambda value: None if low <= value <= high else f"must be between {low} and {high}"
+
+
+def _zone(value: str) -> str | None:
+    try:
+        ZoneInfo(value)
+    except (OSError, ValueError, KeyError):  # ZoneInfoNotFoundError is a KeyError
+        return "is no time zone of this system; give one such as UTC or Europe/Berlin"
+    return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrepareFlags(Flags):
+    """What is read, how it is cleaned, and what IDs the items get."""
+
+    interactions: str = flag("", "file of purchases, with a user, an item and a time per row.")
+    items: str = flag("", "file of items, with an id, a title and optionally a description per row.")
+    output_dir: str = flag("", "folder to write, in the layout of the release; it must not exist yet.")
+    category: str = flag("", "what the items are, for file names and prompts, such as Industrial_and_Scientific.")
+    user_column: str = flag("", "name of the column with the user, if it is not recognized.")
+    item_column: str = flag(
+        "", "name of the column with the item's id, in both files or one of them, or two names: of interactions,items."
+    )
+    time_column: str = flag("", "name of the column with the time: seconds or milliseconds since 1970, or a date.")
+    title_column: str = flag("", "name of the column with the title.")
+    description_column: str = flag("", "name of the column with the description.")
+    delimiter: str = flag("", "what separates the columns of a text file, such as ; or ::, if it is not recognized.")
+    no_header: bool = flag(
+        False, "the first line of a text file without column names is a row; the columns are called 1, 2 and so on."
+    )
+    encoding: str = flag("", "encoding of text files that are not UTF-8, such as latin-1, cp1252 or gb18030.")
+    time_format: str = flag(
+        "", "how times are written, such as '%m/%d/%Y %H:%M' (as in datetime.strptime), or s, ms, us or ns since 1970."
+    )
+    time_zone: str = flag("UTC", "zone of times that name none, and of start_date and end_date.", _zone)
+    skip_bad_rows: bool = flag(
+        False, "leave out rows that cannot be used, and say how many; they are refused otherwise."
+    )
+    events: str = flag("", "only these kinds of events, separated by commas, such as buy,cart.")
+    event_column: str = flag("", "name of the column with the kind of event.")
+    min_rating: float | None = flag(None, "only interactions rated as high as this.")
+    rating_column: str = flag("", "name of the column with the rating.")
+    drop_repeats: bool = flag(False, "an item that follows itself in a history counts once.")
+    session_gap: float = flag(
+        0.0,
+        "minutes without an interaction that end a session; each session then has its own history. 0: a user has one.",
+        lambda value: None if value >= 0 else "must be 0 or more",
+    )
+    min_interactions: int = flag(
+        5,
+        "users and items with fewer interactions are dropped, until all have at least this many (k-core).",
+        above_zero,
+    )
+    max_history: int = flag(10, "how many of the most recent items of a history are kept.", above_zero)
+    start_date: str = flag("", "drop earlier interactions: a year, month or day, such as 2016-10.")
+    end_date: str = flag("", "drop later interactions; the year, month or day itself is kept.")
+    split: str = flag(
+        "time",
+        "time (the last 10% of all rows are for the test, the 10% before them for validation) or last (for each user, "
+        "the last item is for the test, the one before it for validation).",
+        lambda value: None if value in ("time", "last") else "must be time or last",
+    )
+    encoder: str = flag(
+        "", "folder or hub name of a model that embeds titles and descriptions; default is TF-IDF with SVD."
+    )
+    embeddings: str = flag("", ".npy file with a row for every row of items (or add_items), in the same order.")
+    levels: int = flag(3, "number of codes in a semantic ID.", _between(1, LEVELS))
+    codes: int = flag(256, "size of the codebook of each level.", _between(2, CODES))
+    collisions: str = flag(
+        "move",
+        "what to do with items that share an ID: move (to the nearest free last code), extend (by one more code) or "
+        "keep.",
+        one_of(*COLLISIONS),
+    )
+    seed: int = flag(
+        42,
+        "seed of every random choice; the same input and seed give the same files.",
+        _between(0, 2**32 - LEVELS - 1),
+    )
+    add_items: str = flag(
+        "", "file of new items, which get IDs from the codebooks of dataset; old items do not change."
+    )
+    dataset: str = flag("", "folder that this script wrote, for add_items.")
+
+    @property
+    def columns(self) -> dict[str, str]:
+        """role -> the column name that a flag gives, or ""."""
+        return {role: getattr(self, f"{role}_column") for role in ROLES}
+
+    @property
+    def adds(self) -> bool:
+        """Whether items are added to a data set."""
+        return bool(self.add_items or self.dataset)
+
+    @property
+    def wanted_events(self) -> frozenset[str]:
+        """The kinds of events that count; none for all."""
+        return frozenset(filter(None, map(str.strip, self.events.split(","))))
+
+    @property
+    def zone(self) -> ZoneInfo:
+        return ZoneInfo(self.time_zone)
+
+    def check(self, problems: Problems) -> None:
+        check_new_folder(problems, self.output_dir)
+        if self.encoder:
+            check_model(problems, "encoder", self.encoder)
+        if self.encoder and self.embeddings:
+            problems.add("--encoder and --embeddings exclude each other; keep one")
+        if self.adds:
+            for one in fields(self):
+                if one.name not in FOR_ADDING and getattr(self, one.name) != one.default:
+                    problems.add(f"--{one.name} is for a new data set; --add_items uses the settings of --dataset")
+            return
+        from minionerec.prepare.writing import check_category
+
+        problems.attempt(check_category, self.category)
+        super().check(problems)
+        for name, needs in (("event_column", self.events), ("rating_column", self.min_rating is not None)):
+            if getattr(self, name) and not needs:
+                problems.add(
+                    f"--{name}: without --{'events' if name == 'event_column' else 'min_rating'} it does nothing"
+                )
+
+
+FOR_ADDING = (
+    *("add_items", "dataset", "output_dir", "item_column", "title_column", "description_column"),
+    *("delimiter", "no_header", "encoding", "skip_bad_rows", "encoder", "embeddings"),
+)
