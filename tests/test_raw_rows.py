@@ -13,6 +13,7 @@ import zipfile
 from datetime import UTC, date, datetime
 from decimal import Decimal
 from pathlib import Path
+from unittest import mock
 from zoneinfo import ZoneInfo
 
 import numpy as np
@@ -120,6 +121,28 @@ def test_rows_read_and_rows_refused_add_up(tmp_path_factory, rows, as_json):
         assert f"leaves such rows out, {refused.count} of {len(rows)}" in told
         first = next(i for i, row in enumerate(rows) if isinstance(row, int)) + 1
         assert f"line {first + (not as_json)}:" in told or f"row {first}, " in told
+
+
+@settings(max_examples=30, deadline=None, derandomize=True)
+@given(
+    st.lists(st.one_of(st.integers(0, 11), st.sampled_from("aqbmu")), min_size=1, max_size=25),
+    st.sampled_from([b"\n", b"\r\n", b"\r"]),
+    st.integers(1, 70),
+)
+def test_rows_do_not_depend_on_the_blocks_that_are_read(tmp_path_factory, kinds, end, block):
+    forms = {"a": "u,{0},{1}", "q": '"u,{0}",{0},"{1}"', "b": "", "m": '"u\n{0}",x,{1}', "u": "ü\u2028{0},\x0b7,{1}"}
+    rows = [
+        BAD_CSV[kind] if isinstance(kind, int) else forms[kind].format(i, T0 + i).encode()
+        for i, kind in enumerate(kinds)
+    ]
+    content = end.join([b"user,item,time", b"z,0,1500000000", *rows])
+    path = written(tmp_path_factory.mktemp("raw") / "file", content)
+    found = []
+    for size in (formats.BLOCK, block):
+        with mock.patch.object(formats, "BLOCK", size):
+            read, raw, refused = read_raw(path, sources.Wanted(skip_bad_rows=True))
+        found.append((read, raw.num_rows, raw.refused, refused.lines))
+    assert found[0] == found[1] and len(found[0][0]) == 1 + sum(isinstance(kind, str) and kind != "b" for kind in kinds)
 
 
 def test_a_quote_that_is_not_closed_costs_one_row(tmp_path):

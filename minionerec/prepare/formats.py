@@ -21,7 +21,6 @@ import zlib
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import count
 from typing import IO, Any, cast
 
 import pyarrow as pa
@@ -34,6 +33,7 @@ from minionerec.prepare.columns import is_known_name
 
 BATCH_ROWS = 50_000
 HEAD_ROWS = 1000  # of a file that are searched for keys, and for columns that are empty
+BLOCK = 1 << 19  # characters that are read at a time
 MOST_LINE = 16 << 20  # characters of a line, or of a row that spans lines
 MOST_LINES = 1000  # of a row with quoted line breaks
 DELIMITERS = ("\t", ",", ";", "|", "::")
@@ -41,6 +41,7 @@ UNREADABLE = (OSError, EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile,
 COMPRESSED = {b"\x1f\x8b": "gzip", b"\xfd7zXZ\0": "xz", b"BZh": "bzip2", b"PK\x03\x04": "zip"}
 OTHER_FILES = {b"\x28\xb5\x2f\xfd": "compressed by zstd", b"7z\xbc\xaf": "compressed by 7-Zip", b"SQLite": "SQLite"}
 FORMATS = "CSV, TSV, JSON or Parquet file, compressed or not"
+_ENDS = re.compile(r"[^\r\n]*(?:\r\n|\r|\n)")
 _GAP = re.compile(r"[ \t\r\n,]*")
 _UNDECODABLE = re.compile("[\udc80-\udcff]")  # how `surrogateescape` gives out bytes that are not text
 
@@ -191,72 +192,125 @@ class Source:
 
     def _delimited(self, file: IO[bytes], wanted: list[str], refused: RefusedRows) -> Iterator[tuple]:
         places = [self.names.index(name) for name in wanted]
+        width, skipped = len(self.names), not self.header
         numbers: list[int] = []
         lines: list[int] = []
         rows: list[list[str]] = []
-        records = self._records(file)
-        if self.header:
-            next(records, None)
-        for line, cells in records:
-            self.num_rows += 1
-            problem = cells if isinstance(cells, str) else None
-            if problem is None and len(cells) != len(self.names):
-                problem = f"expected {len(self.names)} columns, got {len(cells)}"
-            if problem is not None:
-                refused.add(self.num_rows, line, problem)
-                continue
-            numbers.append(self.num_rows)
-            lines.append(line)
-            rows.append(cast(list[str], cells))
-            if len(rows) == BATCH_ROWS:
-                yield numbers, lines, {name: [row[i] for row in rows] for name, i in zip(wanted, places, strict=True)}
+        for at, records in self._records(file):
+            if not skipped:
+                skipped = True
+                at, records = at[1:], records[1:]
+            if {*map(len, records)} == {width} and str not in {*map(type, records)}:
+                numbers += range(self.num_rows + 1, self.num_rows + len(records) + 1)
+                self.num_rows += len(records)
+                lines += at
+                rows += cast(list[list[str]], records)
+            else:
+                for line, record in zip(at, records, strict=True):
+                    self.num_rows += 1
+                    if isinstance(record, str):
+                        refused.add(self.num_rows, line, record)
+                    elif len(record) != width:
+                        refused.add(self.num_rows, line, f"expected {width} columns, got {len(record)}")
+                    else:
+                        numbers.append(self.num_rows)
+                        lines.append(line)
+                        rows.append(record)
+            if len(rows) >= BATCH_ROWS:
+                yield numbers, lines, _columns(rows, wanted, places)
                 numbers, lines, rows = [], [], []
         if rows:
-            yield numbers, lines, {name: [row[i] for row in rows] for name, i in zip(wanted, places, strict=True)}
+            yield numbers, lines, _columns(rows, wanted, places)
 
-    def _records(self, file: IO[bytes]) -> Iterator[tuple[int, list[str] | str]]:
-        """The records of delimited text with the number of their first line: the cells, or what is wrong with it.
-        Blank lines are no records. After a quote that is not closed, reading goes on in the next line."""
-        text = self.text(file, newline="")
-        if not self.quoted or len(self.delimiter) > 1:
-            for number, line in enumerate(self._lines(text), 1):
-                if line.strip():
-                    yield number, _undecodable(line) or line.rstrip("\r\n").split(self.delimiter)
-            return
-        feed = _Feed(self._lines(text))
-        reader, width = csv.reader(feed, delimiter=self.delimiter, strict=True), 0
-        while True:
+    def _records(self, file: IO[bytes]) -> Iterator[tuple[Sequence[int], list[list[str] | str]]]:
+        """The records of delimited text, some at a time: the numbers of their first lines, and the cells of each, or
+        what is wrong with it. Blank lines are no records."""
+        feed, width = _Feed(self._blocks(self.text(file, newline=""))), 0
+        while block := feed.block():
+            first, records = feed.first, self._at_once(block)
+            at: Sequence[int]
+            if records is None:
+                at, records = self._one_by_one(feed, width)
+            else:
+                at = range(first, first + len(records))
+                feed.take_all()
+                if not {0, 1}.isdisjoint(map(len, records)):  # blank lines
+                    pairs = [(line, one) for line, one in zip(at, records, strict=True) if "".join(one).strip()]
+                    at, records = [line for line, _ in pairs], [one for _, one in pairs]
+            if records:
+                width = width or (0 if isinstance(records[0], str) else len(records[0]))
+                yield at, records
+
+    def _at_once(self, lines: list[str]) -> list[list[str] | str] | None:
+        """The records of lines, each of which is one, or None if not all of them are."""
+        text = "".join(lines)
+        undecodable = not text.isascii() and _UNDECODABLE.search(text)
+        records: list[Any]
+        if len(self.delimiter) > 1:
+            records = [line.rstrip("\r\n").split(self.delimiter) for line in lines]
+        elif not self.quoted:
+            records = list(csv.reader(lines, delimiter=self.delimiter, quoting=csv.QUOTE_NONE))
+        else:
+            try:
+                records = list(csv.reader(lines, delimiter=self.delimiter, strict=True))
+            except csv.Error:
+                return None
+            if len(records) < len(lines):
+                return None
+        return [_undecodable(line) or row for line, row in zip(lines, records, strict=True)] if undecodable else records
+
+    def _one_by_one(self, feed: "_Feed", width: int) -> tuple[list[int], list[list[str] | str]]:
+        """The records up to where one ends with a block, read with care: after a quote that is not closed, reading goes
+        on in the next line. `width`: of the first record, 0 before it."""
+        at: list[int] = []
+        records: list[list[str] | str] = []
+        reader = csv.reader(feed, delimiter=self.delimiter, strict=True)
+        while feed.waiting:
             feed.begin()
-            problem = None
+            problem, cells = None, list[str]()
             try:
                 cells = next(reader)
-            except StopIteration:
-                return
             except csv.Error as error:
                 problem = f"a quote opens a field that does not end as in CSV ({error}); write it as two quotes"
-            width = width or (0 if problem else len(cells))
-            if len(feed.taken) > 1 and (problem or _are_rows(feed.taken, self.delimiter, width)):
-                problem = problem or "a quote opens a field, and all lines up to the next quote look like rows"
-                reader = csv.reader(feed, delimiter=self.delimiter, strict=True)
+            width = width or len(cells)
+            if not problem and len(feed.taken) > 1 and _are_rows(feed.taken, self.delimiter, width):
+                problem = "a quote opens a field, and all lines up to the next quote look like rows"
+            if problem:
                 feed.give_back()
-            elif problem:
                 reader = csv.reader(feed, delimiter=self.delimiter, strict=True)
-            if problem and self.delimiter == "\t":
-                self.quoted = False
-                self.notes.append(f"{self.path}, line {feed.first}: has a stray quote; quotes are read as text")
-                raise ReadAgain
-            if problem or len(cells) > 1 or (cells and cells[0].strip()):
-                yield feed.first, problem or _undecodable("".join(feed.taken)) or cells
+                if self.delimiter == "\t":
+                    self.quoted = False
+                    self.notes.append(f"{self.path}, line {feed.first}: has a stray quote; quotes are read as text")
+                    raise ReadAgain
+            if problem or "".join(cells).strip():
+                at.append(feed.first)
+                records.append(problem or _undecodable("".join(feed.taken)) or cells)
+        feed.begin()
+        return at, records
+
+    def _blocks(self, text: io.TextIOWrapper) -> Iterator[list[str]]:
+        """The lines of a file, with their ends, many at a time."""
+        number, rest = 0, ""
+        while part := text.read(BLOCK):
+            block = rest + part
+            cut = max(block.rfind("\n"), block.rfind("\r", 0, len(block) - 1)) + 1  # "\r" may be half of an end
+            lines = _ENDS.findall(block, 0, cut) if "\r" in block else block[:cut].splitlines(keepends=True)
+            if "\r" not in block and len(lines) != block.count("\n", 0, cut):  # other characters that end lines
+                lines = [line + "\n" for line in block[:cut].split("\n")[:-1]]
+            rest = block[cut:]
+            longest = max(map(len, [*lines, rest]))
+            if longest > MOST_LINE:
+                number += [*map(len, [*lines, rest])].index(longest) + 1
+                raise self.error(f"line {number} has more than {MOST_LINE:,} characters; is it a file of rows?")
+            number += len(lines)
+            if lines:
+                yield lines
+        if rest:
+            yield [rest]
 
     def _lines(self, text: io.TextIOWrapper) -> Iterator[str]:
         """The lines of a file, none of them too long to be one."""
-        for number in count(1):
-            line = text.readline(MOST_LINE + 1)
-            if not line:
-                return
-            if len(line) > MOST_LINE:
-                raise self.error(f"line {number} has more than {MOST_LINE:,} characters; is it a file of rows?")
-            yield line
+        return (line for lines in self._blocks(text) for line in lines)
 
     def _json(self, file: IO[bytes], wanted: list[str], refused: RefusedRows) -> Iterator[tuple]:
         known = set(self.names)
@@ -295,6 +349,12 @@ class Source:
                 yield number, row if good else f"expected one JSON object per line, found {shorten(row[0])}"
 
 
+def _columns(rows: list[list[str]], names: list[str], places: list[int]) -> dict[str, list]:
+    """The named columns of rows; they are in these places."""
+    columns = list(zip(*rows, strict=True))
+    return {name: list(columns[i]) for name, i in zip(names, places, strict=True)}
+
+
 def _undecodable(text: str) -> str | None:
     """What is wrong with text that was not UTF-8."""
     found = None if text.isascii() else _UNDECODABLE.search(text)
@@ -304,28 +364,47 @@ def _undecodable(text: str) -> str | None:
 
 
 class _Feed:
-    """Lines for a csv.reader, which remembers those of the current record and can give them again."""
+    """The lines of blocks for a csv.reader. It remembers those of the current record and can give them again.
 
-    def __init__(self, lines: Iterator[str]):
-        self._lines, self._again = lines, deque[str]()
-        self.taken: list[str] = []
+    Attributes:
+        waiting: lines that were not taken.
+        taken: the lines of the current record.
+        first: the number of its first line, or, between records, of the next one.
+    """
+
+    def __init__(self, blocks: Iterator[list[str]]):
+        self._blocks = blocks
+        self.waiting, self.taken = deque[str](), list[str]()
         self.first, self._size = 1, 0
 
+    def block(self) -> list[str]:
+        """The lines that wait, or those of the next block; none at the end of the file."""
+        if not self.waiting:
+            self.waiting.extend(next(self._blocks, ()))
+        return list(self.waiting)
+
+    def take_all(self) -> None:
+        """Takes the lines that wait, each as a record."""
+        self.first += len(self.waiting)
+        self.waiting.clear()
+
     def begin(self) -> None:
-        """Before a record: `first` is the number of its line."""
+        """Before a record, and after the last one."""
         self.first += len(self.taken)
         self.taken, self._size = [], 0
 
     def give_back(self) -> None:
         """Takes only the first line for the record; the others come again."""
-        self._again.extendleft(reversed(self.taken[1:]))
+        self.waiting.extendleft(reversed(self.taken[1:]))
         self.taken = self.taken[:1]
 
     def __iter__(self) -> Iterator[str]:
         return self
 
     def __next__(self) -> str:
-        line = self._again.popleft() if self._again else next(self._lines)
+        if not self.waiting and not self.block():
+            raise StopIteration
+        line = self.waiting.popleft()
         self.taken.append(line)
         self._size += len(line)
         if len(self.taken) > MOST_LINES or self._size > MOST_LINE:
@@ -478,7 +557,7 @@ def _read_head(source: Source, file: IO[bytes], layout: Layout) -> None:
         reader.delimiter, reader.encoding = source.delimiter, source.encoding
         content = io.BytesIO("".join(sample).encode(source.encoding, "surrogateescape"))
         try:
-            found = [row for _, row in reader._records(content)]
+            found = [row for _, rows in reader._records(content) for row in rows]
         except ReadAgain:
             found = [line.rstrip("\r\n").split(source.delimiter) for line in sample if line.strip()]
             source.quoted = True  # reading the file finds it out again, and says so

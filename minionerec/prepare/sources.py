@@ -19,9 +19,11 @@ from minionerec.prepare.cells import (
     number_of,
     text_of,
     time_reader,
+    times_of,
 )
 from minionerec.prepare.cleaning import INTERACTION, Spool
 from minionerec.prepare.formats import ReadAgain, RefusedRows, Source
+from minionerec.process_memory import without_collector
 
 SHOWN_ROWS = 3  # of those that are left out
 MOST_EVENTS = 1000  # kinds of events that are counted, for a message
@@ -80,7 +82,8 @@ def read_all(find: Callable[[], list[str | None]], read: Callable[[list[str | No
     columns = find()
     while True:
         try:
-            result = read(columns)
+            with without_collector():
+                result = read(columns)
         except ReadAgain:
             continue
         known, columns = columns, find()
@@ -110,7 +113,8 @@ def read_interactions(
     spool.clear()
     refused = RefusedRows(source.path, wanted.skip_bad_rows)
     read, numbers_as_dates, seen = RawInteractions(), DatesAsNumbers(), Counter[str]()
-    users, items, time_of = read.users, read.items, time_reader(wanted.time_format, wanted.zone)
+    users, items, ids = read.users, read.items, dict[str, str | None]()
+    time_of = time_reader(wanted.time_format, wanted.zone)
     chosen = f"events {', '.join(sorted(wanted.events))}" if wanted.events else ""
     rated = f"rated {wanted.min_rating:g} or more" if wanted.min_rating is not None else ""
     read.steps = dict.fromkeys([step for step in (chosen, rated) if step], 0)
@@ -130,10 +134,12 @@ def read_interactions(
             read.steps[rated] += len(kept)
 
         # Read their cells.
-        user_cells, item_cells, time_cells = ([column[i] for i in kept] for column in cells[:3])
-        times: list[Any] = list(map(time_of, time_cells))
-        user_ids: list[Any] = list(map(identifier, user_cells))
-        item_ids: list[Any] = list(map(identifier, item_cells))
+        user_cells, item_cells, time_cells = (
+            column if len(kept) == len(rows) else [column[i] for i in kept] for column in cells[:3]
+        )
+        times: list[Any] = times_of(time_cells, wanted.time_format, time_of)
+        user_ids: list[Any] = _ids_of(user_cells, ids)
+        item_ids: list[Any] = _ids_of(item_cells, ids)
         if None in times or None in user_ids or None in item_ids:
             good = []
             for place, i in enumerate(kept):
@@ -157,13 +163,23 @@ def read_interactions(
             numbers_as_dates.see(time_cells, batch["time"])
         read.earliest, read.latest = min(read.earliest, min(times)), max(read.latest, max(times))
         inside = (batch["time"] >= wanted.window[0]) & (batch["time"] < wanted.window[1])
-        batch, places = batch[inside], np.flatnonzero(inside).tolist()
-        batch["user"] = [users.setdefault(user_ids[i], len(users)) for i in places]
-        batch["item"] = [items.setdefault(item_ids[i], len(items)) for i in places]
+        if not inside.all():
+            places = np.flatnonzero(inside).tolist()
+            batch, user_ids, item_ids = batch[inside], [user_ids[i] for i in places], [item_ids[i] for i in places]
+        batch["user"] = [users.setdefault(user, len(users)) for user in user_ids]
+        batch["item"] = [items.setdefault(item, len(items)) for item in item_ids]
         spool.append(batch["user"] % spool.parts, batch)
     read.num_rows, read.refused = source.num_rows, refused.count
     _check(source, columns, wanted, read, refused, seen, numbers_as_dates)
     return read, refused
+
+
+def _ids_of(cells: Sequence[Any], known: dict[str, str | None]) -> list[str | None]:
+    """The ids of cells; `known` remembers those of texts, which repeat."""
+    if {*map(type, cells)} != {str}:
+        return list(map(identifier, cells))
+    known.update((cell, identifier(cell)) for cell in {*cells}.difference(known))
+    return list(map(known.__getitem__, cells))
 
 
 def _bad_cells(
