@@ -32,6 +32,7 @@ def read_raw(path, wanted=None, layout=None, **given):
     roles = ["user", "item", "time", *["event"] * bool(wanted.events), *["rating"] * (wanted.min_rating is not None)]
     spool = cleaning.Spool(f"{path}.spool", cleaning.INTERACTION)
     raw, refused = sources.read_all(
+        source,
         lambda: find_columns(source, roles, given),
         lambda columns: sources.read_interactions(source, columns, wanted, spool),
     )
@@ -46,6 +47,7 @@ def read(path, window=ALWAYS, **given) -> list[tuple[str, str, int]]:
 def read_items(path, wanted=lambda item: True, skip=False, layout=None):
     source = open_source(str(path), "items", layout)
     return sources.read_all(
+        source,
         lambda: find_columns(source, ITEM_ROLES, {}),
         lambda columns: sources.read_items(source, columns, wanted, skip)[:2],
     )

@@ -40,6 +40,7 @@ def read_raw(path, wanted=None, layout=None, **given):
     roles = ["user", "item", "time", *["event"] * bool(wanted.events), *["rating"] * (wanted.min_rating is not None)]
     spool = cleaning.Spool(f"{path}.{random.random()}", cleaning.INTERACTION)
     raw, refused = sources.read_all(
+        source,
         lambda: find_columns(source, roles, given),
         lambda columns: sources.read_interactions(source, columns, wanted, spool),
     )
@@ -50,6 +51,7 @@ def read_raw(path, wanted=None, layout=None, **given):
 def read_items(path, skip=False, layout=None, **given):
     source = open_source(str(path), "items", layout)
     return sources.read_all(
+        source,
         lambda: find_columns(source, ITEM_ROLES, given),
         lambda columns: sources.read_items(source, columns, lambda item: True, skip),
     )
@@ -186,6 +188,10 @@ def test_a_key_that_occurs_late_counts_for_all_rows(tmp_path):
     rows[-1]["name"] = "Also a title"
     written(path, "\n".join(map(json.dumps, rows)))
     assert "title and name could each be the title" in problems_of(read_items, path)
+    rows[-1] = {"parent_asin": "I1499", "description": "late"}
+    untitled = [{"parent_asin": f"J{i}"} for i in range(1200)]
+    written(path, "\n".join(map(json.dumps, untitled + rows)))
+    assert len(read_items(path)[0]) == 1499 and read_items(path)[1]["untitled"] == 1201
     array = written(tmp_path / "items.json", json.dumps(rows[:-1]))
     assert sum(item.description == "late" for item in read_items(array)[0]) == 8
 
@@ -238,6 +244,13 @@ def objects(rows=ROWS) -> list[dict]:
         (table().encode(), {"encoding": "latin-1"}, {}),  # for the other file
         (table("::", header=False), {"no_header": True}, {"user": "1", "item": "2,9", "time": "3"}),
         (table(), {"no_header": True}, {}),  # of the other file
+        ("user,item,time,1,2,3\n" + table(header=False, end=",4,5,6\n"), {}, {}),
+        (
+            "who,what,time,2018\n" + table(header=False, end=",4\n"),
+            {"names": frozenset(["who"])},
+            {"user": "who", "item": "what"},
+        ),
+        (table().encode("utf-16"), {"encoding": "latin-1"}, {}),
         (gzip.compress(table().encode()), {}, {}),
         (bz2.compress(table().encode()), {}, {}),
         (lzma.compress(table().encode()), {}, {}),
@@ -247,7 +260,7 @@ def objects(rows=ROWS) -> list[dict]:
         ("\n".join(map(repr, objects())), {}, {}),
         (gzip.compress("\n".join(map(repr, objects())).encode()), {}, {}),
     ],
-    ids=range(25),
+    ids=range(28),
 )
 def test_layouts_are_recognized_or_named(tmp_path, content, layout, given):
     path = written(tmp_path / "file", content)
@@ -337,6 +350,10 @@ def test_times_that_are_dates_as_numbers_are_not_seconds(tmp_path):
 
 def test_times_in_common_forms(tmp_path):
     path, noon = tmp_path / "file", datetime(2018, 1, 1, 12, tzinfo=UTC).timestamp()
+    assert times_of(path, "2018-01-01 14:00:00 +0200", "2018-01-01 12:00:00.123456789 +0000 UTC") == [
+        noon,
+        noon + 0.123456,
+    ]
     forms = ["2018-01-01 12:00:00 UTC", "2018-01-01 12:00:00.000 GMT", "2018-01-01T12:00Z", "2018-01-01 12:00:00+0000"]
     assert times_of(path, *forms) == [noon] * 4
     assert times_of(path, "01/13/2018 09:30", form="%m/%d/%Y %H:%M") == [

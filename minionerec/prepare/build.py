@@ -28,6 +28,12 @@ ARGUMENTS = (
 )
 
 
+def layout_of(flags: PrepareFlags) -> Layout:
+    """What the flags say about text files. Raises InputError for what cannot be."""
+    names = {part.strip() for name in flags.columns.values() for part in (name, *name.split(","))} - {""}
+    return Layout(flags.delimiter, flags.no_header, flags.encoding, frozenset(names))
+
+
 @dataclass(frozen=True)
 class ReadItems:
     """The items of a file.
@@ -56,7 +62,7 @@ def read_items(
         wanted: whether an item with this id counts.
         other: the file of interactions, whose columns may have the names that flags give.
     """
-    layout = problems.attempt(Layout, flags.delimiter, flags.no_header, flags.encoding) or Layout()
+    layout = problems.attempt(layout_of, flags) or Layout()
     source = problems.attempt(open_source, getattr(flags, flag), flag, layout)
     read = None
     if source:
@@ -67,7 +73,7 @@ def read_items(
         def read_them(columns: list[str | None]) -> tuple:
             return columns, *sources.read_items(source, columns, wanted, flags.skip_bad_rows)
 
-        read = problems.attempt(sources.read_all, find, read_them)
+        read = problems.attempt(sources.read_all, source, find, read_them)
     matrix = problems.attempt(item_embeddings.open_embeddings, flags.embeddings) if flags.embeddings else None
     if source is None or read is None:
         return None
@@ -112,7 +118,7 @@ def read_interactions(
     def read(columns: list[str | None]) -> tuple:
         return columns, *sources.read_interactions(source, columns, wanted, spool)
 
-    found = problems.attempt(sources.read_all, find, read)
+    found = problems.attempt(sources.read_all, source, find, read)
     if found is None:
         return None
     columns, raw, refused = found
@@ -196,7 +202,7 @@ def build(problems: Problems, flags: PrepareFlags) -> dict[str, Any]:
 
 def _read(problems: Problems, flags: PrepareFlags, spool: cleaning.Spool) -> tuple[ReadInteractions, ReadItems]:
     """Both files. Raises InputError with all problems of flags and files."""
-    layout = problems.attempt(Layout, flags.delimiter, flags.no_header, flags.encoding)
+    layout = problems.attempt(layout_of, flags)
     source = problems.attempt(open_source, flags.interactions, "interactions", layout)
     other = None
     if source and flags.items:

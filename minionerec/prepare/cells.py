@@ -93,10 +93,9 @@ def microseconds(value: object, zone: tzinfo = UTC) -> int | None:
 @lru_cache(maxsize=1 << 16)  # dates without a time of day repeat
 def _iso(text: str, zone: tzinfo) -> int | None:
     text = text.strip()
-    for name in (" UTC", " GMT"):
-        text = text.removesuffix(name) + ("+00:00" if text.endswith(name) else "")
+    bare = re.sub(r" (?:UTC|GMT)$", "", text)
     try:
-        return _moment(datetime.fromisoformat(text), zone)
+        return _moment(datetime.fromisoformat(re.sub(r" (?=[+-]\d\d:?\d\d$)", "", bare)), zone if bare == text else UTC)
     except ValueError:
         return None
 

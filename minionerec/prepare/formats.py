@@ -53,6 +53,7 @@ class Layout:
     delimiter: str = ""
     no_header: bool = False
     encoding: str = ""
+    names: frozenset[str] = frozenset()  # of columns, which flags give
 
     def __post_init__(self) -> None:
         """Raises InputError for what cannot be."""
@@ -335,6 +336,14 @@ class Source:
         if numbers:
             yield numbers, lines, values
 
+    def add_late_keys(self) -> bool:
+        """Searches all rows of JSON for keys that the first ones lack. Returns whether there are any."""
+        before, refused = len(self.names), RefusedRows(self.path, skip=True)
+        if self.kind in ("json", "array"):
+            for _ in self.batches([], refused):
+                pass
+        return len(self.names) > before
+
     def _objects(self, file: IO[bytes]) -> Iterator[tuple[int | None, dict | str]]:
         """The objects of a JSON file with their lines, or what is wrong with them."""
         if self.kind == "array":
@@ -497,6 +506,8 @@ def open_source(path: str, flag: str, layout: Layout | None = None) -> Source:
             head = file.read(1 << 16)
         if not head.strip():
             raise source.error("is empty")
+        if head[257:262] == b"ustar":
+            raise source.error("is a tar archive; unpack it and name one of its files")
         _recognize(source, head, layout)
         with source.open() as file:
             _read_head(source, file, layout)
@@ -516,7 +527,7 @@ def _recognize(source: Source, head: bytes, layout: Layout) -> None:
         return
     marks = {codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
     source.encoding = next((name for mark, name in marks.items() if head.startswith(mark)), "utf-8-sig")
-    if layout.encoding:
+    if layout.encoding and source.encoding == "utf-8-sig":
         is_utf_8 = codecs.lookup(layout.encoding).name in ("utf-8", "utf-8-sig") or _is_utf_8(source, head)
         source.encoding = "utf-8-sig" if is_utf_8 else layout.encoding
     elif source.encoding == "utf-8-sig" and b"\0" in head:
@@ -606,7 +617,8 @@ def _has_header(source: Source, first: list[str], layout: Layout) -> bool:
     """Whether the first line has names. Raises InputError if it looks like data and no flag says that it is."""
     data = sum(map(_is_data, first))
     names = sum(map(is_known_name, first))
-    if names > data or not (data or layout.no_header):
+    named = any(cell.strip() in layout.names and not _is_data(cell) for cell in first)
+    if named or names > min(data, 1) or not (data or layout.no_header):
         return True
     if layout.no_header:
         return False

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from minionerec.data.files import shorten
+from minionerec.errors import InputError
 from minionerec.prepare.cells import (
     LATEST,
     DatesAsNumbers,
@@ -76,10 +77,15 @@ class RawInteractions:
 Read = TypeVar("Read")
 
 
-def read_all(find: Callable[[], list[str | None]], read: Callable[[list[str | None]], Read]) -> Read:
+def read_all(source: Source, find: Callable[[], list[str | None]], read: Callable[[list[str | None]], Read]) -> Read:
     """What `read` makes of the columns that `find` finds. It reads again where the file turned out to be of another
     form, or a key that its first rows lack is one of the columns."""
-    columns = find()
+    try:
+        columns = find()
+    except InputError:
+        if not source.add_late_keys():
+            raise
+        columns = find()
     while True:
         try:
             with without_collector():
