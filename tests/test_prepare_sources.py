@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from minionerec.data.files import present
 from minionerec.errors import InputError
 from minionerec.prepare import cells, cleaning, sources
+from minionerec.prepare.build import ITEM_ROLES
 from minionerec.prepare.columns import find_columns
 from minionerec.prepare.formats import open_source
 
@@ -51,9 +52,6 @@ def read_items(path, wanted=lambda item: True, skip=False, layout=None):
         lambda: find_columns(source, ITEM_ROLES, {}),
         lambda columns: sources.read_items(source, columns, wanted, skip)[:2],
     )
-
-
-ITEM_ROLES = ("item", "title", "description", "features", "brand", "categories")
 
 
 def by_user(rows):
@@ -130,12 +128,14 @@ def test_the_published_reviews_of_2018_and_2023_need_no_flags(tmp_path):
     old = {"category": ["Tools", "Bits"], "tech1": "", "description": ["One.", "", "Two."], "title": "A &amp; <b>B</b>"}
     old |= {"brand": "Acme", "feature": ["f"], "rank": [], "date": "", "details": {}, "asin": "0007"}
     new = {"main_category": "Tools", "title": "C", "average_rating": 4.5, "features": ["Long", "Thin"], "store": "Shop"}
-    new |= {"description": [], "price": None, "images": [{}], "categories": ["Tools"], "parent_asin": "B0"}
+    new |= {"description": [], "price": 3.5, "images": [{}], "categories": ["Tools"], "parent_asin": "B0"}
     (tmp_path / "old").write_bytes(encoded([old], "json"))
     (tmp_path / "new").write_bytes(encoded([new], "json"))
     ((first,), _), ((second,), _) = read_items(tmp_path / "old"), read_items(tmp_path / "new")
     assert first == sources.RawItem("0007", 0, "A & B", "One. Two.", "Acme", "Tools, Bits")
-    assert second == sources.RawItem("B0", 0, "C", "Long Thin", "Shop", "Tools")  # features for lack of a description
+    assert second == sources.RawItem(
+        "B0", 0, "C", "Long Thin", "Shop", "Tools", "3.5"
+    )  # features for lack of a description
 
 
 def test_times_in_every_form_are_one_time():

@@ -25,11 +25,11 @@ from hypothesis import strategies as st
 
 from minionerec.errors import InputError
 from minionerec.prepare import cells, cleaning, formats, semantic_ids, sources, writing
+from minionerec.prepare.build import ITEM_ROLES
 from minionerec.prepare.columns import find_columns
 from minionerec.prepare.formats import Layout, open_source
 from scripts.prepare_data import prepare_data
 
-ITEM_ROLES = ("item", "title", "description", "features", "brand", "categories")
 T0 = 1_500_000_000
 
 

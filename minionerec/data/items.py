@@ -4,7 +4,9 @@ Only the standard library is imported.
 """
 
 import difflib
+import operator
 import os
+import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
@@ -139,6 +141,7 @@ class ItemColumns:
         self.names = sorted({name for row in self.rows if isinstance(row, dict) for name in row})
         self._numbers: dict[str, dict[str, set[int]]] = {}
         self._choices: dict[str, list[str]] | None = None
+        self._amounts: dict[str, dict[int, float]] = {}
         if not self.names:
             raise InputError(f"--item_meta_path {item_meta_path}: has none of the items of the info file")
 
@@ -156,15 +159,18 @@ class ItemColumns:
 
     def where(self, condition: str) -> frozenset[int]:
         """The items that `column=value` selects: those whose column is the value, is a list that contains it, or is
-        text with commas, one part of which is it; in any case. Raises InputError where there are none."""
-        name, equals, value = condition.partition("=")
-        name, value = name.strip(), value.strip()
-        if not equals or not value:
-            raise InputError(f"where {shorten(condition)}: give column=value, such as brand=3M")
+        text with commas, one part of which is it; in any case. Or those that `column<number` selects, or <=, > and >=:
+        the first number in the column is compared. Raises InputError where there are none."""
+        name, sign, value = map(str.strip, [*_SIGN.split(condition, maxsplit=1), "", ""][:3])
+        if not sign or not value:
+            raise InputError(f"where {shorten(condition)}: give column=value, such as brand=3M, or price<20")
         if name not in self.names:
             raise InputError(
                 f"where {shorten(condition)}: {self.path} has no column {shorten(name)}; it has {', '.join(self.names)}"
             )
+        return self._equal(name, value, condition) if sign == "=" else self._compared(name, sign, value, condition)
+
+    def _equal(self, name: str, value: str, condition: str) -> frozenset[int]:
         if name not in self._numbers:
             numbers: dict[str, set[int]] = defaultdict(set)
             for number, row in enumerate(self.rows):
@@ -178,6 +184,37 @@ class ItemColumns:
             hint = f"; did you mean {shorten(close[0])}?" if close else ""
             raise InputError(f"where {shorten(condition)}: no item has this value{hint}")
         return frozenset(found)
+
+    def _compared(self, name: str, sign: str, value: str, condition: str) -> frozenset[int]:
+        limit = _number(value)
+        if limit is None:
+            raise InputError(f"where {shorten(condition)}: {shorten(value)} is not a number")
+        if name not in self._amounts:
+            amounts = (
+                (number, _number(row.get(name))) for number, row in enumerate(self.rows) if isinstance(row, dict)
+            )
+            self._amounts[name] = {number: amount for number, amount in amounts if amount is not None}
+        compare = {"<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge}[sign]
+        found = frozenset(number for number, amount in self._amounts[name].items() if compare(amount, limit))
+        if not found:
+            known = len(self._amounts[name])
+            raise InputError(
+                f"where {shorten(condition)}: no item; {known:,} of {len(self.rows):,} have a number there"
+            )
+        return found
+
+
+_SIGN = re.compile("(<=|>=|<|>|=)")
+_THOUSANDS, _DECIMAL_COMMA = r"\d{1,3}(?:,\d{3})+(?:\.\d+)?", r"\d+,\d{1,2}"
+_NUMBER = re.compile(rf"-?(?:(?:{_THOUSANDS}|{_DECIMAL_COMMA})(?![\d,.])|\d+(?:\.\d+)?)")
+
+
+def _number(value: object) -> float | None:
+    """The first number of a cell, such as 3.4 of `$3.40 - $5.00`; None where there is none."""
+    if isinstance(value, list):
+        return next((number for part in value[:10] if (number := _number(part)) is not None), None)
+    found = None if isinstance(value, bool) or not isinstance(value, str | int | float) else _NUMBER.search(str(value))
+    return float(re.sub(r",(?=\d{3})", "", found.group()).replace(",", ".")) if found else None
 
 
 def _parts(value: object) -> Iterator[str]:

@@ -5,7 +5,7 @@ import os
 import platform
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import UTC, datetime, tzinfo
+from datetime import UTC, datetime
 from functools import partial
 from importlib.metadata import version
 from typing import Any
@@ -19,7 +19,7 @@ from minionerec.prepare.columns import find_columns
 from minionerec.prepare.formats import Layout, Source, open_source
 from minionerec.prepare.settings import PrepareFlags
 
-ITEM_ROLES = ("item", "title", "description", "features", "brand", "categories")
+ITEM_ROLES = ("item", "title", "description", "features", "brand", "categories", "price")
 SOFTWARE = ("numpy", "pyarrow", "scikit-learn", "scipy")
 # The flags that dataset.json records as its arguments.
 ARGUMENTS = (
@@ -100,7 +100,7 @@ def read_interactions(
     problems: Problems, flags: PrepareFlags, source: Source, other: Source | None, spool: cleaning.Spool
 ) -> ReadInteractions | None:
     """Reads the interactions of a file into `spool`; None where `problems` says why not."""
-    zone: tzinfo = flags.zone if not any(problem.startswith("--time_zone") for problem in problems) else UTC
+    zone = flags.zone if not any(problem.startswith("--time_zone") for problem in problems) else UTC
     window = problems.attempt(cleaning.time_window, flags.start_date, flags.end_date, zone)
     wanted = sources.Wanted(
         window=window or (0, sources.LATEST),

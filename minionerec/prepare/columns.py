@@ -51,9 +51,10 @@ COLUMNS = {
     "features": ("feature", "features"),  # stand in for an empty description
     "brand": ("brand", "store"),
     "categories": ("category", "categories"),
+    "price": ("price", "saleprice", "unitprice", "currentprice"),
 }
 LAST_RESORT = {"user": ("sessionid",), "item": ("id",)}  # where no other name is there
-OPTIONAL = ("description", "features", "brand", "categories")
+OPTIONAL = ("description", "features", "brand", "categories", "price")
 
 
 def is_known_name(name: str) -> bool:
@@ -87,7 +88,7 @@ def find_columns(
             candidates = _candidates(source, role)
         found.append(candidates[0] if candidates else None)
         place = f"--{source.flag} {source.path}"
-        if len(candidates) > 1 and role not in ("features", "brand", "categories"):
+        if len(candidates) > 1 and role not in OPTIONAL[1:]:
             problems.append(f"{place}: {' and '.join(candidates)} could each be the {role}; name one with {flag}")
         elif candidates and source.names.count(candidates[0]) > 1:
             problems.append(f"{place}: column {candidates[0]} occurs {source.names.count(candidates[0])} times")

@@ -1,6 +1,7 @@
 """The flags of scripts/prepare_data.py. Only the standard library is imported."""
 
 from dataclasses import dataclass, fields
+from datetime import UTC, tzinfo
 from zoneinfo import ZoneInfo
 
 from minionerec.checkpoint import check_model
@@ -16,9 +17,13 @@ def _between(low: int, high: int) -> Check:
     return lambda value: None if low <= value <= high else f"must be between {low} and {high}"
 
 
+def _zone_of(name: str) -> tzinfo:
+    return UTC if name == "UTC" else ZoneInfo(name)  # not every system has a table of zones
+
+
 def _zone(value: str) -> str | None:
     try:
-        ZoneInfo(value)
+        _zone_of(value)
     except (OSError, ValueError, KeyError):  # ZoneInfoNotFoundError is a KeyError
         return "is no time zone of this system; give one such as UTC or Europe/Berlin"
     return None
@@ -113,8 +118,9 @@ class PrepareFlags(Flags):
         return frozenset(filter(None, map(str.strip, self.events.split(","))))
 
     @property
-    def zone(self) -> ZoneInfo:
-        return ZoneInfo(self.time_zone)
+    def zone(self) -> tzinfo:
+        """Of times that name none."""
+        return _zone_of(self.time_zone)
 
     def check(self, problems: Problems) -> None:
         check_new_folder(problems, self.output_dir)

@@ -245,6 +245,7 @@ class RawItem:
     description: str
     brand: str
     categories: str
+    price: str = ""
 
 
 def read_items(
@@ -253,7 +254,7 @@ def read_items(
     """The items with a title whose id is `wanted`, in the order of the file. If an id occurs again, the first counts.
 
     Args:
-        columns: of item, title, description, features, brand and categories; all but the first two may be None.
+        columns: of item, title, description, features, brand, categories and price; all but the first two may be None.
 
     Returns the items; the number of rows, and of those that were left out because they cannot be used, the id is not
     wanted or repeated, or the title is missing; and the rows that cannot be used. Raises InputError naming the first
@@ -264,7 +265,7 @@ def read_items(
     found: dict[str, RawItem] = {}
     for rows, lines, columns_of_cells in source.batches(columns, refused):
         for row, line, cells in zip(rows, lines, zip(*columns_of_cells, strict=True), strict=True):
-            item_cell, title, description, features, brand, categories = cells
+            item_cell, title, description, features, *others = cells
             item, title_text, text = identifier(item_cell), text_of(title), text_of(description)
             if item is None:
                 refused.add(row, line, f"{not_an_id('item', item_cell)}, found {shorten(item_cell)}", columns[0])
@@ -282,9 +283,8 @@ def read_items(
                 counts["untitled"] += 1
             else:
                 text = text or text_of(features) or ""
-                found[item] = RawItem(
-                    item, row - 1, title_text, text, text_of(brand) or "", text_of(categories, separator=", ") or ""
-                )
+                brand, categories, price = (text_of(cell, separator=", ") or "" for cell in others)
+                found[item] = RawItem(item, row - 1, title_text, text, brand, categories, price)
     counts["rows"], counts["refused"] = source.num_rows, refused.count
     refused.check(source.num_rows)
     return list(found.values()), counts, refused

@@ -165,6 +165,7 @@ def metadata_of(item: RawItem) -> dict[str, str]:
         "brand": item.brand,
         "categories": item.categories,
         "original_id": item.original_id,
+        **({"price": item.price} if item.price else {}),
     }
 
 
