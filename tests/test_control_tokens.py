@@ -2,6 +2,7 @@
 in SIDs they are tokens; and rows without them become the same tokens as before."""
 
 import json
+import random
 from itertools import product
 from pathlib import Path
 
@@ -281,3 +282,34 @@ def test_new_sids_start_from_the_rows_of_titles_as_text(hostile, base):
     ids = ControlTokens(tokenizer.backend_tokenizer).tokenize(titles)
     expected = torch.stack([weight[one].mean(dim=0) for one in ids]).mean(dim=0)
     assert torch.allclose(model.get_input_embeddings().weight[tokenizer.convert_tokens_to_ids("<b_1>")], expected)
+
+
+PIECES = ["<", "<|", "|>", "im_end", "end|>", "/s>", "[", "SEP]", "a_", "1>", " ", ", ", "bolt", "▁", "\n", "   ", "é"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_random_texts_in_random_wordings_make_no_control_token(family):
+    tokenizer, _ = pair(family)
+    control = set(tokenizer.convert_tokens_to_ids([token for token in CONTROL if token != "<unk>"]))
+    rng = random.Random(family.__name__)
+
+    def text(most: int) -> str:
+        return "".join(rng.choices([*CONTROL, *PIECES], k=rng.randint(0, most)))
+
+    for _ in range(12):
+        inputs = {
+            "title_to_sid": f"{text(3)}{{title}}{text(3)}",
+            "title_history_to_title": f"{text(3)}{{title_history}}{text(3)}{{sid_history}}{text(3)}",
+        }
+        encoder = encoder_of(tokenizer, f"{text(2)}{{instruction}}{text(2)}{{input}}{text(3)}", **inputs)
+        for name in (*inputs, "sid_to_title"):
+            task, titles = encoder.prompts.tasks[name], [text(6).strip() or "x" for _ in range(3)]
+            found = []
+            for first, second, third in (titles, "000"):
+                item, row = (
+                    Item("<a_0><b_0>", first, ""),
+                    Interaction(["<a_1>", "<b_0><a_0>"], [first, second], "<b_1>", third),
+                )
+                ((prompt, response),) = encoder.encode(task, [item if task.rows == "item" else row])
+                found.append([[token for token in ids if token in control] for ids in (prompt, response)])
+            assert found[0] == found[1], (encoder.prompts.template, task.input, titles)

@@ -512,6 +512,27 @@ def test_new_items_take_free_ids_of_known_codes(raw, tmp_path, capsys):
     assert {len(sid) for item, sid in index.items() if int(item) >= 12} == {2}
 
 
+def test_ids_may_be_made_of_brand_and_price(tmp_path):
+    files = {"interactions": str(tmp_path / "log.csv"), "items": str(tmp_path / "items.csv")}
+    log = [f"u{i % 10},{i * 3 % 7},{T0 + i}" for i in range(60)]
+    written(tmp_path / "log.csv", "\n".join(["user,item,ts", *log]))
+    rows = [f"{i},Thing {chr(97 + i) * 3},{'Acme' if i % 2 else 'Best'},{3 + i % 2}.50" for i in range(7)]
+    written(tmp_path / "items.csv", "\n".join(["id,title,brand,price", *rows]))
+    flags = {"category": "T", "codes": 2, "levels": 1, "collisions": "keep", "min_interactions": 1}
+    prepare_data(**files, **flags, output_dir=str(tmp_path / "out"), text_columns="brand,price")
+    index = json.loads((tmp_path / "out" / "index" / "T.index.json").read_text())
+    assert len({(i % 2, *index[str(i)]) for i in range(7)}) == 2  # the brand is the code
+    written(tmp_path / "new.csv", "id,title,brand\n9,Other,Acme\n")
+    prepare_data(add_items=str(tmp_path / "new.csv"), dataset=str(tmp_path / "out"), output_dir=str(tmp_path / "more"))
+    items = json.loads((tmp_path / "more" / "index" / "T.item.json").read_text())
+    brands = {item: fields["brand"] for item, fields in items.items()}
+    index = json.loads((tmp_path / "more" / "index" / "T.index.json").read_text())
+    assert index["7"] in [index[item] for item, brand in brands.items() if brand == "Acme" and item != "7"]
+    assert items["0"]["price"] in ("3.50", "4.50") and "price" not in items["7"]
+    told = problems_of(prepare_data, **files, **flags, output_dir=str(tmp_path / "x"), text_columns="title,colour")
+    assert "--text_columns 'title,colour': must be some of title, description, brand" in told
+
+
 def test_the_nearest_free_id_is_found_where_one_is_left():
     books = np.random.default_rng(0).normal(size=(3, 4, 5)).astype(np.float32)
     known = np.ones((3, 4), bool)

@@ -3,7 +3,7 @@
 import contextlib
 import os
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
@@ -24,7 +24,7 @@ SOFTWARE = ("numpy", "pyarrow", "scikit-learn", "scipy")
 # The flags that dataset.json records as its arguments.
 ARGUMENTS = (
     *("time_format", "time_zone", "events", "min_rating", "drop_repeats", "session_gap", "min_interactions"),
-    *("max_history", "start_date", "end_date", "split", "levels", "codes", "collisions", "seed"),
+    *("max_history", "start_date", "end_date", "split", "text_columns", "levels", "codes", "collisions", "seed"),
 )
 
 
@@ -154,7 +154,7 @@ def build(problems: Problems, flags: PrepareFlags) -> dict[str, Any]:
         _print_steps(raw, steps, found, sizes)
 
         # Embed the items, and give them codes.
-        texts = [f"{item.title}\n{item.description}" for item in catalogue]
+        texts = texts_of(catalogue, flags.text_columns)
         text_model, made_by = None, {"kind": "tfidf"}
         if vectors is not None:
             vectors, made_by = vectors[kept], {"kind": "embeddings", "sha256": writing.digest(flags.embeddings)}
@@ -198,6 +198,11 @@ def build(problems: Problems, flags: PrepareFlags) -> dict[str, Any]:
         writing.write_record(folder, record)
         writing.publish(folder, flags.output_dir)
     return record
+
+
+def texts_of(items: Sequence[sources.RawItem], columns: str) -> list[str]:
+    """What the IDs of items are made of: these columns, a line each."""
+    return ["\n".join(getattr(item, column) for column in columns.split(",")) for item in items]
 
 
 def _read(problems: Problems, flags: PrepareFlags, spool: cleaning.Spool) -> tuple[ReadInteractions, ReadItems]:

@@ -12,7 +12,7 @@ import numpy as np
 from minionerec.data.files import FileProblems, shorten
 from minionerec.errors import InputError, Problems
 from minionerec.prepare import item_embeddings, semantic_ids, sources, writing
-from minionerec.prepare.build import ITEM_ROLES, encoder_of, input_of, print_levels, read_items, software
+from minionerec.prepare.build import ITEM_ROLES, encoder_of, input_of, print_levels, read_items, software, texts_of
 from minionerec.prepare.cleaning import SPLITS
 from minionerec.prepare.settings import PrepareFlags
 
@@ -43,7 +43,7 @@ def add_items(problems: Problems, flags: PrepareFlags) -> dict[str, Any]:
     print("\n".join(read.lines))
 
     # Embed the new items as the old ones were.
-    texts = [f"{item.title}\n{item.description}" for item in new]
+    texts = texts_of(new, record["arguments"].get("text_columns", PrepareFlags.text_columns))
     if given is not None:
         vectors = given
     elif encoder:

@@ -10,6 +10,7 @@ from minionerec.flags import Check, Flags, above_zero, check_new_folder, flag, o
 
 LEVELS, CODES = 8, 65_536  # at most
 COLLISIONS = ("move", "extend", "keep")
+TEXTS = ("title", "description", "brand", "categories", "price")  # of an item
 ROLES = ("user", "item", "time", "title", "description", "event", "rating")  # those with a flag that names their column
 
 
@@ -79,6 +80,11 @@ class PrepareFlags(Flags):
         "time (the last 10% of all rows are for the test, the 10% before them for validation) or last (for each user, "
         "the last item is for the test, the one before it for validation).",
         lambda value: None if value in ("time", "last") else "must be time or last",
+    )
+    text_columns: str = flag(
+        "title,description",
+        "what the IDs are made of, separated by commas: title, description, brand, categories, price.",
+        lambda value: None if set(value.split(",")) <= {*TEXTS} else f"must be some of {', '.join(TEXTS)}",
     )
     encoder: str = flag(
         "", "folder or hub name of a model that embeds titles and descriptions; default is TF-IDF with SVD."

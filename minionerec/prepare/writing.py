@@ -30,7 +30,7 @@ from minionerec.output import writing
 from minionerec.prepare.cleaning import SPLITS
 from minionerec.prepare.item_embeddings import TextModel
 from minionerec.prepare.semantic_ids import save_codebooks, tokens
-from minionerec.prepare.settings import COLLISIONS
+from minionerec.prepare.settings import COLLISIONS, TEXTS
 from minionerec.prepare.sources import RawItem
 from minionerec.saving import write_json
 
@@ -227,6 +227,8 @@ def read_record(folder: str) -> dict[str, Any]:
         kind, collisions = record["embeddings"]["kind"], record["arguments"]["collisions"]
         if kind not in ("tfidf", "encoder", "embeddings") or collisions not in COLLISIONS:
             raise ValueError(f"embeddings by {kind!r} and collisions {collisions!r}")
+        if not {*record["arguments"].get("text_columns", "title").split(",")} <= {*TEXTS}:
+            raise ValueError("its text_columns are unknown")
         if not isinstance(record.get("added", []), list):
             raise ValueError("added is not a list")
         changed = [
