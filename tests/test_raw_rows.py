@@ -538,7 +538,8 @@ def test_the_nearest_free_id_is_found_where_one_is_left():
     known = np.ones((3, 4), bool)
     known[1, 3] = False
     used: set[tuple[int, ...]] = set()
-    while (codes := semantic_ids.nearest_free(books[0, 0], books, known, used)) is not None:
+    free = semantic_ids.FreeIds(books, known)
+    while (codes := free.nearest(books[0, 0], used)) is not None:
         assert codes not in used and codes[1] != 3
         used.add(codes)
     assert len(used) == 4 * 3 * 4

@@ -68,9 +68,10 @@ def add_items(problems: Problems, flags: PrepareFlags) -> dict[str, Any]:
         known[np.arange(levels), row[:levels]] = True
     assigned, residual = semantic_ids.code_with(vectors, codebooks, known)
     mode = "keep" if record["arguments"]["collisions"] == "keep" else "move"
+    free = semantic_ids.FreeIds(codebooks, known)
     final, resolved = semantic_ids.resolve_collisions(
         *(assigned, residual, codebooks[-1], mode, np.flatnonzero(known[-1]), old["codes"]),
-        elsewhere=lambda item, used: semantic_ids.nearest_free(vectors[item], codebooks, known, used),
+        elsewhere=lambda item, used: free.nearest(vectors[item], used),
     )
     index = writing.index_of(final, len(old["index"]))
     tokens = {token for sid in old["index"].values() for token in sid}

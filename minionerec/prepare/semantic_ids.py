@@ -188,27 +188,38 @@ def resolve_collisions(
     return final, done
 
 
-def nearest_free(
-    embedding: np.ndarray, codebooks: np.ndarray, known: np.ndarray, used: set[tuple[int, ...]]
-) -> tuple[int, ...] | None:
-    """The first codes that are not `used`, of those that are `known` [L, K]; the last levels change first, each to the
-    nearest codes. None if all are used."""
-    counts = known.sum(axis=1)
-    below = [int(np.prod(counts[level:])) for level in range(len(codebooks) + 1)]  # IDs after so many codes
-    full = Counter(codes[:level] for codes in used for level in range(len(codebooks)) if len(codes) == len(codebooks))
+class FreeIds:
+    """Finds IDs of known codes that no item has."""
 
-    def search(prefix: tuple[int, ...], residual: np.ndarray) -> tuple[int, ...] | None:
+    def __init__(self, codebooks: np.ndarray, known: np.ndarray):
+        """`codebooks` [L, K, d]; `known` [L, K] says which codes may be used."""
+        self.codebooks, self.choices = codebooks, [np.flatnonzero(level) for level in known]
+        sizes = [len(choices) for choices in self.choices]
+        self.below = [math.prod(sizes[level:]) for level in range(len(sizes) + 1)]  # IDs after so many codes
+        self.taken: Counter[tuple[int, ...]] | None = None  # prefix -> IDs known to be used; others only cost time
+
+    def nearest(self, embedding: np.ndarray, used: set[tuple[int, ...]]) -> tuple[int, ...] | None:
+        """The first codes that are not `used`: the last levels change first, each to the nearest codes. None if all are
+        used."""
+        levels = len(self.codebooks)
+        if self.taken is None:
+            self.taken = Counter(codes[:n] for codes in used if len(codes) == levels for n in range(levels))
+        found = self._search((), embedding.astype(np.float32), used)
+        self.taken.update(found[:n] for n in range(levels) if found)
+        return found
+
+    def _search(
+        self, prefix: tuple[int, ...], residual: np.ndarray, used: set[tuple[int, ...]]
+    ) -> tuple[int, ...] | None:
         level = len(prefix)
-        if level == len(codebooks):
+        if level == len(self.codebooks):
             return None if prefix in used else prefix
-        if full[prefix] >= below[level]:
+        if self.taken is not None and self.taken[prefix] >= self.below[level]:
             return None
-        choices = np.flatnonzero(known[level])
-        order = np.argsort(distances(residual[None], codebooks[level][choices])[0], kind="stable")
-        found = (search((*prefix, code), residual - codebooks[level][code]) for code in choices[order].tolist())
+        choices, codebook = self.choices[level], self.codebooks[level]
+        order = np.argsort(distances(residual[None], codebook[choices])[0], kind="stable")
+        found = (self._search((*prefix, code), residual - codebook[code], used) for code in choices[order].tolist())
         return next((codes for codes in found if codes is not None), None)
-
-    return search((), embedding.astype(np.float32))
 
 
 def level_report(codes: np.ndarray) -> list[dict[str, float]]:
