@@ -176,13 +176,9 @@ def evaluate(flags: EvaluateFlags) -> dict[str, float]:
 
     with importing():
         world.watch()
-        import lora_utils
-        from minionerec.data.encoding import Encoder
-        from minionerec.data.sid_tokens import PAD, sid_responses
         from minionerec.decoding.probe import prove
-        from minionerec.decoding.ranking import rank_prompts
-        from minionerec.decoding.trie import Trie
-        from minionerec.model import device, loading
+        from minionerec.model import device
+        from minionerec.ranking import Ranker
         from minionerec.training import nodes
 
     # Make the trie: every SID must become its own tokens.
@@ -191,34 +187,35 @@ def evaluate(flags: EvaluateFlags) -> dict[str, float]:
     nodes.check_same(flags.to_dict())
     for line in files.notes:
         state.print(line)
-    tokenizer = loading.load_tokenizer(checkpoint.path)
-    encoder, task = Encoder(tokenizer, files.prompts, checkpoint.flags.get("cutoff_len", 2048)), files.task
-    remedy = f"--info_file {flags.info_file} is of another catalogue, or sft.py must make the checkpoint again"
-    where = f"{'--adapter' if flags.adapter else '--base_model'} {checkpoint.path}"
     outside = {sid for example in files.examples for sid in example.sid_history}.difference(sids)
-    responses = sid_responses(encoder, [*sids, *sorted(outside)], task.ending, None, where, remedy)[: len(sids)]
-    trie = Trie(responses[:, : (responses != PAD).sum(axis=1).max()], tokenizer.eos_token_id)
-    if trie.depth > flags.max_new_tokens:
+    ranker = Ranker(
+        checkpoint,
+        files.prompts,
+        sids,
+        f"{'--adapter' if flags.adapter else '--base_model'} {checkpoint.path}",
+        f"--info_file {flags.info_file} belongs to a different catalogue, or sft.py must make the checkpoint again",
+        also=sorted(outside),
+        num_beams=flags.num_beams,
+        batch_size=flags.batch_size,
+    )
+    depth = ranker.trie.depth
+    if depth > flags.max_new_tokens:
         raise InputError(
-            f"--max_new_tokens {flags.max_new_tokens}: the SIDs of {flags.info_file} have up to {trie.depth} tokens"
+            f"--max_new_tokens {flags.max_new_tokens}: the SIDs of {flags.info_file} have up to {depth} tokens"
         )
 
     # Load the model, with its base stored as in training.
-    model = lora_utils.load_checkpoint(checkpoint, tokenizer, files.base)
-    trie.to(model.device)
+    model = ranker.load_model(files.base).model
 
     # Rank.
-    prompts = encoder.encode_prompts(task, files.examples, [encoder.cutoff_len - trie.depth] * len(files.examples))
-    if encoder.control_note:
-        state.print(encoder.control_note)
-    longest, length = max(map(len, prompts)), min(flags.num_beams, len(trie))
-    state.print(f"decoding: {prove(model, longest, longest + length * trie.depth, f'--base_model {files.base}')}")
+    prompts = ranker.encode(files.examples)
+    if ranker.encoder.control_note:
+        state.print(ranker.encoder.control_note)
+    longest, length = max(map(len, prompts)), min(flags.num_beams, len(ranker.trie))
+    state.print(f"decoding: {prove(model, longest, longest + length * depth, f'--base_model {files.base}')}")
     decoding = time.perf_counter()
-    ranked = rank_prompts(
-        model, trie, prompts, tokenizer.pad_token_id, flags.num_beams, flags.batch_size, flags.length_penalty
-    )
+    rankings = ranker.rank(prompts, flags.length_penalty)
     decode_seconds = time.perf_counter() - decoding
-    rankings = [[sids[i] for i in row] for row in ranked]
     ranks = [rank_of(example.sid, ranking) for example, ranking in zip(files.examples, rankings, strict=True)]
     metrics = ranking_metrics(ranks, length, flags.K)
 
@@ -231,7 +228,7 @@ def evaluate(flags: EvaluateFlags) -> dict[str, float]:
     # Write the rankings and metrics, and print them beside popularity.
     if state.is_main_process:
         results = [
-            {"input": tokenizer.decode(ids), "output": example.sid, "predict": ranking}
+            {"input": ranker.tokenizer.decode(ids), "output": example.sid, "predict": ranking}
             for ids, example, ranking in zip(prompts, files.examples, rankings, strict=True)
         ]
         with writing(flags.result_json_data):

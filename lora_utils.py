@@ -16,24 +16,20 @@ The functions are called by `sft.py` before training and by `rl.py` before it bu
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from itertools import chain
-from operator import methodcaller
-from typing import Any
+from collections.abc import Iterable, Iterator
 
-import torch
 from peft import LoraConfig, PeftConfig, PeftModel, TaskType, TrainableTokensConfig, get_peft_model
 from peft.tuners import lora
 from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from torch import nn
-from transformers import BitsAndBytesConfig, PreTrainedConfig, PreTrainedTokenizerFast
+from transformers import PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 
-from minionerec.checkpoint import Checkpoint
 from minionerec.errors import InputError
 from minionerec.flags import AdapterFlags, RunFlags
-from minionerec.model import architecture, device, experts, int8_rows, loading
-from minionerec.model.adapters import load_adapter, prepare_quantized, set_up_adapter
+from minionerec.model import architecture, experts, int8_rows
+from minionerec.model.adapted import check_dora, load_adapted, load_checkpoint, quantization_config  # noqa: F401
+from minionerec.model.adapters import prepare_quantized, set_up_adapter
 
 DEFAULTS = AdapterFlags()
 
@@ -139,25 +135,6 @@ def find_target_parameters(model: nn.Module, spec: str = "all") -> list[str]:
 # --- Configurations ---------------------------------------------------------------------------------------------------
 
 
-def quantization_config(flags: AdapterFlags = DEFAULTS) -> BitsAndBytesConfig | None:
-    """How bitsandbytes stores the frozen base: NF4 with double quantization and matmuls in the device's 16-bit dtype
-    for QLoRA, LLM.int8 for `load_in_8bit`, None for neither.
-
-    Source: Dettmers et al., QLoRA (2023) and LLM.int8 (2022).
-    """
-    if flags.bits == 4:
-        dtype = device.compute_dtype(quantized=True)
-        return BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=dtype,
-            # FSDP and ZeRO-3 shard tensors of a floating dtype only; the stored bits are the same.
-            bnb_4bit_quant_storage=dtype if device.weights_are_sharded() else torch.uint8,
-        )
-    return BitsAndBytesConfig(load_in_8bit=True) if flags.bits == 8 else None
-
-
 def _embedding_names(model: nn.Module) -> list[str]:
     """The module names of the input embedding and, where its weight is its own, of the output head."""
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
@@ -257,60 +234,6 @@ def adapt(model: nn.Module, flags: AdapterFlags, sid_token_ids: list[int]) -> nn
     return model
 
 
-def load_adapted(
-    checkpoint: Checkpoint,
-    tokenizer: PreTrainedTokenizerFast,
-    base_model: str = "",
-    quantization: BitsAndBytesConfig | None = None,
-    trainable: bool = False,
-    merge_in: torch.dtype | None = None,
-    merge: Callable[[PeftModel], Any] = methodcaller("merge_and_unload"),
-    fingerprint: str | None = None,
-) -> Any:
-    """The model of an adapter checkpoint on its base, or, with `merge_in`, what `merge` makes of it on a base of that
-    precision: one whole model.
-
-    What was trained on a quantized base is merged into the values that its 4 or 8 bits stand for, and into the other
-    weights as published.
-
-    Args:
-        base_model: where the base is, if not where the adapter says.
-        fingerprint: of the base, where it is known already.
-
-    Raises InputError where the base cannot be loaded, is not the one that the adapter was trained on, or has other
-    shapes.
-    """
-    base_model = base_model or checkpoint.base()
-    if checkpoint.base_fingerprint and checkpoint.base_fingerprint != (fingerprint or loading.fingerprint(base_model)):
-        raise InputError(
-            f"adapter {checkpoint.path} does not fit the base {base_model}: these are not the weights it was trained "
-            "on; name the base it was trained on"
-        )
-    if merge_in is None or quantization is None:
-        bits = 8 if quantization and quantization.load_in_8bit else 16
-        check_dora(bool(checkpoint.adapter and checkpoint.adapter.get("use_dora")), bits, f"adapter {checkpoint.path}")
-        model = loading.load_base(base_model, quantization, dtype=merge_in)
-    else:
-        published = loading.unquantized_weights(base_model, quantization, merge_in)
-        model = loading.load_base(base_model, quantization, ends_in_8_bits=False).dequantize(merge_in).to(merge_in)
-        for name, tensor in chain(model.named_parameters(), model.named_buffers()):
-            if name in published:
-                tensor.data = published[name].to(tensor.device)
-    loading.fit_embeddings(model, tokenizer)
-    wrapped = load_adapter(model, checkpoint.path, trainable)
-    return wrapped if merge_in is None else merge(wrapped)
-
-
-def load_checkpoint(checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerFast, base_model: str) -> Any:
-    """The model of a whole or adapter checkpoint, in evaluation mode, its base stored as in training. Errors as in
-    `load_adapted`."""
-    if checkpoint.adapter is None:
-        model = loading.load_base(checkpoint.path)
-    else:
-        model = load_adapted(checkpoint, tokenizer, base_model, quantization_config(checkpoint.adapter_flags))
-    return model.eval()
-
-
 # --- Reporting --------------------------------------------------------------------------------------------------------
 
 
@@ -336,16 +259,6 @@ def trainable_report(model: nn.Module) -> str:
     beside = architecture.beside_text(model.get_base_model() if isinstance(model, PeftModel) else model)
     frozen = f"; frozen, not used for text: {', '.join(beside)}" if beside else ""
     return f"trainable parameters: {trainable:,} of {total:,} ({100 * trainable / total:.3f}%){frozen}"
-
-
-def check_dora(use_dora: bool, bits: int, where: str) -> None:
-    """Raises InputError for DoRA on an 8-bit base on a CPU, where PEFT loses the scales of the base. `where` begins the
-    message."""
-    if use_dora and bits == 8 and device.local_device().type == "cpu":
-        raise InputError(
-            f"{where}: DoRA (--use_dora) does not work on an 8-bit base (--load_in_8bit) on a CPU; use a GPU, or train "
-            "on a base in 16 bits or, with --use_qlora True, in 4"
-        )
 
 
 def check_adapter(config: PreTrainedConfig, flags: AdapterFlags, adapter_path: str | None = None) -> str:

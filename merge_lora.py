@@ -123,26 +123,26 @@ def merge(flags: MergeFlags) -> dict:
         from transformers.trainer_utils import align_special_tokens
 
         import lora_utils
-        from minionerec.data.encoding import Encoder
-        from minionerec.data.sid_tokens import sid_responses
-        from minionerec.decoding.ranking import rank_prompts
-        from minionerec.decoding.trie import Trie
         from minionerec.model import loading
         from minionerec.model.merging import merge_and_count
+        from minionerec.ranking import Ranker
 
     tokenizer = loading.load_tokenizer(checkpoint.path)
     quantization = lora_utils.quantization_config(checkpoint.adapter_flags)
     dtype = loading.saved_dtype(files.base) if flags.dtype == "auto" else getattr(torch, flags.dtype)
 
-    def rankings(model: torch.nn.Module) -> list[list[int]]:
+    def rankings(model: torch.nn.Module) -> list[list[str]]:
         assert files.prompts and files.catalogue and files.rows  # nothing is unread
-        encoder = Encoder(tokenizer, files.prompts, checkpoint.flags.get("cutoff_len", 512))
-        task, sids = files.prompts.tasks[RECOMMENDATION], sorted(files.catalogue.sids)
-        remedy = "give the --sid_index_path it was trained with"
-        sequences = sid_responses(encoder, sids, task.ending, files.catalogue, f"--adapter {flags.adapter}", remedy)
-        trie = Trie(sequences, tokenizer.eos_token_id).to(model.device)
-        prompts = encoder.encode_prompts(task, files.rows, [encoder.cutoff_len - trie.depth] * len(files.rows))
-        return rank_prompts(model.eval(), trie, prompts, tokenizer.pad_token_id, COMPARED, batch_size=8)
+        ranker = Ranker(
+            checkpoint,
+            files.prompts,
+            sorted(files.catalogue.sids),
+            f"--adapter {flags.adapter}",
+            "give the --sid_index_path it was trained with",
+            catalogue=files.catalogue,
+            num_beams=COMPARED,
+        ).use(model)
+        return ranker.rank(ranker.encode(files.rows))
 
     # Merge. One model at a time: the adapter on its base, the merged one, what was saved of it.
     before = None

@@ -27,7 +27,7 @@ from minionerec.process_memory import importing
 from minionerec.recommending.requests import Request, RequestReader
 
 if TYPE_CHECKING:
-    from minionerec.recommending.recommender import Recommender
+    from minionerec.ranking import Ranker
 
 
 SERVER_PACKAGES = ("fastapi", "uvicorn", "prometheus-client")
@@ -237,26 +237,21 @@ def _reader(problems: Problems, flags: RecommendFlags, items: Items) -> RequestR
     return RequestReader(items, columns, max(flags.K, 1), most, flags.exclude_seen, tuple(only))
 
 
-def load(flags: RecommendFlags, files: RecommendInput) -> "Recommender":
+def load(flags: RecommendFlags, files: RecommendInput) -> "Ranker":
     """Loads the model and the trie of the catalogue."""
     with importing():
-        import lora_utils
-        from minionerec.data.encoding import Encoder
-        from minionerec.data.sid_tokens import sid_responses
-        from minionerec.decoding.trie import Trie
-        from minionerec.model import loading
-        from minionerec.recommending.recommender import Recommender
+        from minionerec.ranking import Ranker
 
-    checkpoint, task = files.checkpoint, files.prompts.tasks[RECOMMENDATION]
-    tokenizer = loading.load_tokenizer(checkpoint.path)
-    encoder = Encoder(tokenizer, files.prompts, checkpoint.flags.get("cutoff_len", 2048))
-    remedy = f"--info_file {flags.info_file} is of another catalogue, or sft.py must make the checkpoint again"
-    where = f"{'--adapter' if flags.adapter else '--model'} {checkpoint.path}"
-    sequences = sid_responses(encoder, files.items.sids, task.ending, None, where, remedy)
-    trie = Trie(sequences, tokenizer.eos_token_id)
-    model = lora_utils.load_checkpoint(checkpoint, tokenizer, files.base)
-    trie.to(model.device)
-    return Recommender(model, tokenizer, encoder, task, trie, files.items, flags.num_beams, flags.batch_size)
+    return Ranker(
+        files.checkpoint,
+        files.prompts,
+        files.items.sids,
+        f"{'--adapter' if flags.adapter else '--model'} {files.checkpoint.path}",
+        f"--info_file {flags.info_file} belongs to a different catalogue, or sft.py must make the checkpoint again",
+        items=files.items,
+        num_beams=flags.num_beams,
+        batch_size=flags.batch_size,
+    ).load_model(files.base)
 
 
 def serve(flags: RecommendFlags, files: RecommendInput) -> None:
@@ -279,10 +274,10 @@ def serve(flags: RecommendFlags, files: RecommendInput) -> None:
         device.process_state()
         for line in files.notes:
             print(line, flush=True)
-        recommender = load(flags, files)
+        ranker = load(flags, files)
         if not again:
             print(f"{flags.url} recommends from {len(files.items)} items; Ctrl-C stops", flush=True)
-        return Loaded(files.reader, lambda requests: recommender.recommend(requests, tqdm(disable=True)))
+        return Loaded(files.reader, lambda requests: ranker.answer(requests, tqdm(disable=True)))
 
     app = make_app(load_checkpoint, flags.batch_size, flags.max_waiting, files.keys, flags.hosts)
     run(app, flags.host, flags.serve)
@@ -311,11 +306,11 @@ def recommend(flags: RecommendFlags) -> None:
     nodes.check_same(flags.to_dict())
     for line in files.notes:
         state.print(line)
-    recommender = load(flags, files)
+    ranker = load(flags, files)
 
     # One history: a line for each item.
     if files.request:
-        (items,) = recommender.recommend([files.request], tqdm(disable=True))
+        (items,) = ranker.answer([files.request], tqdm(disable=True))
         if not items:
             state.print("nothing is left to recommend: the constraints allow no item of the catalogue")
         for place, item in enumerate(items, 1):
@@ -334,12 +329,12 @@ def recommend(flags: RecommendFlags) -> None:
             files.settings,
             kept,
             rows,
-            lambda requests: recommender.recommend(requests, bar, chunk),
+            lambda requests: ranker.answer(requests, bar, chunk),
             chunk * state.num_processes,
             state.is_main_process,
         )
-    if recommender.encoder.control_note:
-        state.print(recommender.encoder.control_note)
+    if ranker.encoder.control_note:
+        state.print(ranker.encoder.control_note)
     state.print(f"{count} rows in {flags.output}")
     if state.is_main_process and (empty := batch.count_empty(flags.output)):
         print(f"{empty} of them have no items: their constraints allow none of the catalogue")

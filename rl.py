@@ -261,7 +261,7 @@ class RLInput:
     @property
     def cutoff_len(self) -> int:
         """Tokens of a prompt and its completion at most, as in SFT."""
-        return self.checkpoint.flags.get("cutoff_len", 512)
+        return self.checkpoint.cutoff_len
 
     @property
     def continues(self) -> bool:

@@ -67,6 +67,11 @@ class Checkpoint:
         return self.run.get("flags", {})
 
     @property
+    def cutoff_len(self) -> int:
+        """Tokens of a prompt and its response at most, as in its training; sft.py's default where it says nothing."""
+        return self.flags.get("cutoff_len", 512)
+
+    @property
     def adapter_flags(self) -> AdapterFlags:
         """Those of its adapter: method, storage of the base, shape. Defaults where nothing is recorded."""
         known = {f.name for f in fields(AdapterFlags)}

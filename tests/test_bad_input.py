@@ -265,7 +265,7 @@ def test_recommend_refuses_a_catalogue_that_the_checkpoint_does_not_know(files, 
     (tmp_path / "info.txt").write_text("<a_0><b_0><c_0>\tBolt\t1\n<z_1>\tNut\t2\n")
     checkpoint = sft_run("lora") / "final_checkpoint"
     flags = recommend_flags(files, checkpoint, info_file=tmp_path / "info.txt", history="1")
-    refused("recommend.py", f"info_file {tmp_path / 'info.txt'} is of another catalogue", **flags)
+    refused("recommend.py", f"info_file {tmp_path / 'info.txt'} belongs to a different catalogue", **flags)
 
 
 def test_recommend_reports_all_problems_together(tmp_path):

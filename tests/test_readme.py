@@ -49,7 +49,7 @@ def after_a_quick_start(base, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_the_commands_run_as_written(after_a_quick_start):
+def test_the_commands_run_as_written(after_a_quick_start, capsys):
     settings: dict[str, str] = {}
     ran = []
     for line in commands("README.md"):
@@ -67,3 +67,6 @@ def test_the_commands_run_as_written(after_a_quick_start):
         ran.append(script)
     assert ran == ["sft.py", "rl.py", "evaluate.py", "recommend.py", "merge_lora.py", "scripts/prepare_data.py"]
     assert (after_a_quick_start / "out" / "merged" / "config.json").is_file()
+    (lines,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL)
+    exec(compile(lines, "README.md", "exec"), {})
+    assert len(capsys.readouterr().out.strip().splitlines()) == 5

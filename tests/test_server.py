@@ -905,5 +905,5 @@ def test_a_checkpoint_of_another_catalogue_ends_the_server(files, sft_run, tmp_p
     (tmp_path / "info.txt").write_text("<a_0><b_0><c_0>\tBolt\t1\n<z_1>\tNut\t2\n")
     flags = {"model": sft_run("lora") / "final_checkpoint", "info_file": tmp_path / "info.txt", "serve": free_port()}
     started = start_command("recommend.py", flags)
-    assert started.wait(60) == [2] and "is of another catalogue" in started.errors
+    assert started.wait(60) == [2] and "belongs to a different catalogue" in started.errors
     assert "Traceback" not in started.errors

@@ -1,0 +1,101 @@
+"""Loads trained checkpoints: a whole model, or an adapter on its base, which is stored as in training or merged."""
+
+from collections.abc import Callable
+from itertools import chain
+from operator import methodcaller
+from typing import Any
+
+import torch
+from peft import PeftModel
+from transformers import BitsAndBytesConfig, PreTrainedTokenizerFast
+
+from minionerec.checkpoint import Checkpoint
+from minionerec.errors import InputError
+from minionerec.flags import AdapterFlags
+from minionerec.model import device, loading
+from minionerec.model.adapters import load_adapter
+
+DEFAULTS = AdapterFlags()
+
+
+def quantization_config(flags: AdapterFlags = DEFAULTS) -> BitsAndBytesConfig | None:
+    """How bitsandbytes stores the frozen base: NF4 with double quantization and matmuls in the device's 16-bit dtype
+    for QLoRA, LLM.int8 for `load_in_8bit`, None for neither.
+
+    Source: Dettmers et al., QLoRA (2023) and LLM.int8 (2022).
+    """
+    if flags.bits == 4:
+        dtype = device.compute_dtype(quantized=True)
+        return BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+            # FSDP and ZeRO-3 shard tensors of a floating dtype only; the stored bits are the same.
+            bnb_4bit_quant_storage=dtype if device.weights_are_sharded() else torch.uint8,
+        )
+    return BitsAndBytesConfig(load_in_8bit=True) if flags.bits == 8 else None
+
+
+def check_dora(use_dora: bool, bits: int, where: str) -> None:
+    """Raises InputError for DoRA on an 8-bit base on a CPU, where PEFT loses the scales of the base. `where` begins the
+    message."""
+    if use_dora and bits == 8 and device.local_device().type == "cpu":
+        raise InputError(
+            f"{where}: DoRA (--use_dora) does not work on an 8-bit base (--load_in_8bit) on a CPU; use a GPU, or train "
+            "on a base in 16 bits or, with --use_qlora True, in 4"
+        )
+
+
+def load_adapted(
+    checkpoint: Checkpoint,
+    tokenizer: PreTrainedTokenizerFast,
+    base_model: str = "",
+    quantization: BitsAndBytesConfig | None = None,
+    trainable: bool = False,
+    merge_in: torch.dtype | None = None,
+    merge: Callable[[PeftModel], Any] = methodcaller("merge_and_unload"),
+    fingerprint: str | None = None,
+) -> Any:
+    """The model of an adapter checkpoint on its base, or, with `merge_in`, what `merge` makes of it on a base of that
+    precision: one whole model.
+
+    What was trained on a quantized base is merged into the values that its 4 or 8 bits stand for, and into the other
+    weights as published.
+
+    Args:
+        base_model: where the base is, if not where the adapter says.
+        fingerprint: of the base, where it is known already.
+
+    Raises InputError where the base cannot be loaded, is not the one that the adapter was trained on, or has other
+    shapes.
+    """
+    base_model = base_model or checkpoint.base()
+    if checkpoint.base_fingerprint and checkpoint.base_fingerprint != (fingerprint or loading.fingerprint(base_model)):
+        raise InputError(
+            f"adapter {checkpoint.path} does not fit the base {base_model}: these are not the weights it was trained "
+            "on; name the base it was trained on"
+        )
+    if merge_in is None or quantization is None:
+        bits = 8 if quantization and quantization.load_in_8bit else 16
+        check_dora(bool(checkpoint.adapter and checkpoint.adapter.get("use_dora")), bits, f"adapter {checkpoint.path}")
+        model = loading.load_base(base_model, quantization, dtype=merge_in)
+    else:
+        published = loading.unquantized_weights(base_model, quantization, merge_in)
+        model = loading.load_base(base_model, quantization, ends_in_8_bits=False).dequantize(merge_in).to(merge_in)
+        for name, tensor in chain(model.named_parameters(), model.named_buffers()):
+            if name in published:
+                tensor.data = published[name].to(tensor.device)
+    loading.fit_embeddings(model, tokenizer)
+    wrapped = load_adapter(model, checkpoint.path, trainable)
+    return wrapped if merge_in is None else merge(wrapped)
+
+
+def load_checkpoint(checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerFast, base_model: str) -> Any:
+    """The model of a whole or adapter checkpoint, in evaluation mode, its base stored as in training. Errors as in
+    `load_adapted`."""
+    if checkpoint.adapter is None:
+        model = loading.load_base(checkpoint.path)
+    else:
+        model = load_adapted(checkpoint, tokenizer, base_model, quantization_config(checkpoint.adapter_flags))
+    return model.eval()

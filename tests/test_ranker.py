@@ -1,0 +1,45 @@
+"""`from minionerec import Ranker`: what evaluation and recommendations share, from Python."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from helpers import ROOT, run_command
+
+from minionerec import InputError, Ranker
+
+
+@pytest.mark.parametrize("method", ["full", "lora", "qlora"])
+def test_a_ranker_recommends_what_the_command_does(files, sft_run, tmp_path, method):
+    checkpoint, history = sft_run(method) / "final_checkpoint", ["12", "30", "7"]
+    (tmp_path / "requests.jsonl").write_text(json.dumps({"history": history, "K": 5, "exclude_seen": True}) + "\n")
+    done = run_command(
+        "recommend.py",
+        model=checkpoint,
+        info_file=files["info"],
+        histories=tmp_path / "requests.jsonl",
+        output=tmp_path / "out.jsonl",
+    )
+    assert done.returncode == 0, done.stderr
+    ranker = Ranker.load(checkpoint, info_file=files["info"])
+    found = ranker.recommend(history, k=5, exclude_seen=True)
+    assert found == json.loads((tmp_path / "out.jsonl").read_text())["items"]
+    assert len(found) == 5 and not {item["id"] for item in found} & set(history)
+    assert ranker.recommend([found[0]["sid"]], k=2) == ranker.recommend([found[0]["id"]], k=2)
+
+
+def test_a_ranker_says_what_is_wrong(files, sft_run):
+    checkpoint = sft_run("lora") / "final_checkpoint"
+    ranker = Ranker.load(checkpoint, info_file=files["info"], num_beams=10)
+    with pytest.raises(InputError, match="'x' is no item id, SID or title"):
+        ranker.recommend(["x"])
+    with pytest.raises(InputError, match="whole number from 1 to 10"):
+        ranker.recommend(["12"], k=11)
+    with pytest.raises(InputError, match="no such file"):
+        Ranker.load(checkpoint, info_file="nowhere.txt")
+
+
+def test_the_package_imports_torch_only_when_a_ranker_is_asked_for():
+    code = "import sys, minionerec; assert 'torch' not in sys.modules; minionerec.Ranker; assert 'torch' in sys.modules"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
