@@ -18,6 +18,7 @@ import re
 import warnings
 import zipfile
 import zlib
+from bisect import insort
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -77,7 +78,7 @@ class RefusedRows:
     def __init__(self, path: str, skip: bool = False):
         """`skip`: whether they are left out; otherwise `check` raises."""
         self.path, self.skip = path, skip
-        self.lines: list[str] = []
+        self._first: list[tuple[int, int, str]] = []  # row, number of the problem, line
         self.count, self._last, self._listed = 0, 0, 0
 
     def add(self, row: int, line: int | None, problem: str, column: str | None = None) -> None:
@@ -85,18 +86,26 @@ class RefusedRows:
         if row != self._last:
             self.count, self._last = self.count + 1, row
         self._listed += 1
-        if self._listed <= MOST_PROBLEMS:
-            if column is None:
-                self.lines.append(f"{self.path}, {f'row {row}' if line is None else f'line {line}'}: {problem}")
-            else:
-                place = f" (line {line})" if line not in (None, row) else ""
-                self.lines.append(f"{self.path}, row {row}, {column}: {problem}{place}")
+        if len(self._first) == MOST_PROBLEMS and row >= self._first[-1][0]:
+            return
+        if column is None:
+            text = f"{self.path}, {f'row {row}' if line is None else f'line {line}'}: {problem}"
+        else:
+            place = f" (line {line})" if line not in (None, row) else ""
+            text = f"{self.path}, row {row}, {column}: {problem}{place}"
+        insort(self._first, (row, self._listed, text))
+        del self._first[MOST_PROBLEMS:]
+
+    @property
+    def lines(self) -> list[str]:
+        """The first few problems."""
+        return [text for *_, text in self._first]
 
     def check(self, num_rows: int) -> None:
         """Raises InputError if rows were refused and are not to be skipped, or none of the `num_rows` is left."""
         if not self.count or (self.skip and self.count < num_rows):
             return
-        lines = list(self.lines)
+        lines = self.lines
         if self._listed > MOST_PROBLEMS:
             lines.append(f"{self.path}: {self._listed - MOST_PROBLEMS} more problems like these")
         if self.count < num_rows:
@@ -235,8 +244,8 @@ class Source:
             else:
                 at = range(first, first + len(records))
                 feed.take_all()
-                if not {0, 1}.isdisjoint(map(len, records)):  # blank lines
-                    pairs = [(line, one) for line, one in zip(at, records, strict=True) if "".join(one).strip()]
+                if not {0, 1}.isdisjoint(map(len, records)):
+                    pairs = [(line, one) for line, one in zip(at, records, strict=True) if not _is_blank(one)]
                     at, records = [line for line, _ in pairs], [one for _, one in pairs]
             if records:
                 width = width or (0 if isinstance(records[0], str) else len(records[0]))
@@ -283,7 +292,7 @@ class Source:
                     self.quoted = False
                     self.notes.append(f"{self.path}, line {feed.first}: has a stray quote; quotes are read as text")
                     raise ReadAgain
-            if problem or "".join(cells).strip():
+            if problem or not _is_blank(cells):
                 at.append(feed.first)
                 records.append(problem or _undecodable("".join(feed.taken)) or cells)
         feed.begin()
@@ -356,6 +365,11 @@ class Source:
                 row = _undecodable(line) or _value(line)
                 good = isinstance(row, (dict, str))
                 yield number, row if good else f"expected one JSON object per line, found {shorten(row[0])}"
+
+
+def _is_blank(record: list[str] | str) -> bool:
+    """Whether a record is that of a blank line; one of empty fields is not."""
+    return len(record) < 2 and not "".join(record).strip()
 
 
 def _columns(rows: list[list[str]], names: list[str], places: list[int]) -> dict[str, list]:
