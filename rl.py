@@ -407,6 +407,8 @@ def train(flags: RLFlags) -> "dict | Prediction":
         raise InputError(
             f"--train_file {flags.train_file}: {len(train_dataset)} prompts are less than the {step} of a step"
         )
+    processes = f", on {state.num_processes} processes" if state.num_processes > 1 else ""
+    state.print(f"an optimizer step: {step:,} prompts x {flags.num_generations} completions{processes}")
     sid_of = trie.sid_of(files.sids)
     reward_funcs, reward_weights = reward_functions(
         flags.rewards, flags.num_generations, sid_of, files.catalogue, flags.ada_path, flags.cf_path
@@ -424,8 +426,6 @@ def train(flags: RLFlags) -> "dict | Prediction":
     for note in encoded.notes:
         state.print(note)
     state.print(f"prompts: {len(train_dataset):,} to train on, {len(eval_dataset):,} to validate; steps: {steps:,}")
-    processes = f", on {state.num_processes} processes" if state.num_processes > 1 else ""
-    state.print(f"an optimizer step: {step:,} prompts x {flags.num_generations} completions{processes}")
 
     # Find the checkpoint to resume from.
     fingerprint = loading.fingerprint(files.base)
