@@ -134,11 +134,11 @@ def _agent_has_store() -> bool:
     return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
-class _Watch(threading.Thread):
+class _Watch:
     """Ends this process as soon as another one of the run has failed."""
 
     def __init__(self) -> None:
-        super().__init__(name="watch", daemon=True)
+        self.thread: threading.Thread | None = None
         self.line, self.done = _Line(), threading.Event()
         self.last_words: Callable[[], str] | None = None
 
@@ -187,10 +187,17 @@ class _Watch(threading.Thread):
         except RuntimeError:  # the store is gone, and with it the first node
             return
 
+    def start(self) -> None:
+        self.thread = threading.Thread(target=self.run, name="watch", daemon=True)
+        self.thread.start()
+
+    def join(self, seconds: float) -> None:
+        if self.thread is not None:
+            self.thread.join(seconds)
+
     def stop(self) -> None:
         self.done.set()
-        if self.is_alive() and threading.current_thread() is not self:
-            self.join(2 * PATIENCE)
+        self.join(2 * PATIENCE)
 
 
 _watch = _Watch()
@@ -198,7 +205,7 @@ _watch = _Watch()
 
 def watch() -> None:
     """From now on this process ends, with the same exit code, when another one of its run calls `end_others`."""
-    if size() > 1 and not _watch.is_alive() and not _watch.done.is_set():
+    if size() > 1 and _watch.thread is None:
         import torch.distributed  # noqa: F401, not by the thread: two threads cannot import it at a time
 
         _watch.start()
@@ -216,10 +223,15 @@ def say_at_the_end(words: Callable[[], str] | None) -> None:
 
 
 def lost_a_process(error: BaseException) -> bool:
-    """Whether a collective failed because another process of the run has ended."""
+    """Whether a collective failed because another process of the run has ended. If that one has said why, this one ends
+    here."""
     lost = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Connection refused")
     of_torch = any(kind.__name__ == "DistError" for kind in type(error).__mro__)
-    return size() > 1 and (of_torch or (isinstance(error, RuntimeError) and any(text in str(error) for text in lost)))
+    of_gloo = isinstance(error, RuntimeError) and any(text in str(error) for text in lost)
+    if size() == 1 or not (of_torch or of_gloo):
+        return False
+    _watch.join(4 * PAUSE)
+    return True
 
 
 def said_by_first(lines: list[str]) -> bool:

@@ -126,6 +126,20 @@ def test_bad_input_on_one_node_ends_all_of_them(files, base, tmp_path, bad):
 
 
 @pytest.mark.slow
+def test_a_node_with_a_damaged_model_ends_those_that_wait_in_a_collective(files, base, tmp_path):
+    damaged = shutil.copytree(base, tmp_path / "base")
+    weights = damaged / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    flags = [sft_flags(files, start, tmp_path / "run", **ONE) for start in (base, damaged)]
+    nodes = start_nodes("command", *(["sft.py", *flag_words(one)] for one in flags))
+    assert nodes.wait(60) == [2, 2], nodes.errors[-3000:]
+    said = [line for line in errors_of(nodes) if line.startswith("sft.py: error: ")]
+    assert len(said) == 1, nodes.errors[-3000:]
+    assert f"process 1: {weights}: cannot be read, the file is damaged" in said[0]
+    assert "Traceback" not in nodes.errors
+
+
+@pytest.mark.slow
 def test_what_differs_between_nodes_is_said_before_training(files, base, tmp_path):
     other = tmp_path / "train.csv"
     other.write_text("".join(Path(files["train"]).read_text().splitlines(True)[:20]))
