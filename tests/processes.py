@@ -38,6 +38,12 @@ ENGINES = [
     pytest.param("fsdp", marks=pytest.mark.engine),
     *(pytest.param(name, marks=[pytest.mark.engine, needs_deepspeed]) for name in ("zero2", "zero3")),
 ]
+# A start, an adapter or a whole model, for each engine; both for plain data parallelism.
+ENGINES_AND_STARTS = [("torchrun", "lora"), ("torchrun", "full")]
+ENGINES_AND_STARTS += [
+    pytest.param(*engine.values, start, marks=engine.marks)
+    for engine, start in zip(ENGINES, ("lora", "lora", "full"), strict=True)
+]
 
 
 @cache

@@ -11,7 +11,7 @@ import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from helpers import ROOT, flag_words, rl_flags, run_command, sft_flags
-from processes import ENGINES, assert_same_run, two_processes
+from processes import ENGINES, ENGINES_AND_STARTS, assert_same_run, two_processes
 from safetensors.torch import load_file
 
 import lora_utils
@@ -47,8 +47,13 @@ def trained(files, base, tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["lora", "qlora"])
-@pytest.mark.parametrize("engine", ["torchrun", *ENGINES])
+@pytest.mark.parametrize(
+    ("engine", "method"),
+    [
+        *(("torchrun", m) for m in ("lora", "qlora")),
+        *(pytest.param(*e.values, "qlora", marks=e.marks) for e in ENGINES),
+    ],
+)
 def test_two_processes_of_an_engine_train_as_one_does(files, base, trained, tmp_path, engine, method):
     flags = sft_flags(files, base, tmp_path / "two", **METHODS[method], **SMALL_STEPS)
     two_processes(engine, tmp_path, "sft.py", flags, launched=(engine, method) in LAUNCHED)
@@ -148,8 +153,7 @@ def assert_same_checkpoint(one: Path, two: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("start", ["lora", "full"])
-@pytest.mark.parametrize("engine", ["torchrun", *ENGINES])
+@pytest.mark.parametrize(("engine", "start"), ENGINES_AND_STARTS)
 def test_a_process_without_a_group_that_counts_keeps_pace(sparse, tmp_path, engine, start):
     one, flags = sparse(start)
     two_processes(engine, tmp_path, "rl.py", flags(tmp_path / "two"))

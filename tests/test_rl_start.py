@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from helpers import flag_words, newest, rl_flags, run_command, tensors_of
-from processes import ENGINES, two_processes
+from processes import ENGINES_AND_STARTS, two_processes
 from processes import start as start_processes
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerControl, TrainerState
 
@@ -189,17 +189,15 @@ def test_a_run_resumed_without_evaluations_ends_with_its_last_model(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("start", ["lora", "full"])
-@pytest.mark.parametrize("engine", ["torchrun", *ENGINES])
+@pytest.mark.parametrize(("engine", "start"), ENGINES_AND_STARTS)
 def test_the_start_is_kept_by_several_processes(files, sft_run, tmp_path, engine, start):
     """Killed and resumed."""
     sft, run = sft_run(start) / "final_checkpoint", tmp_path / "run"
     flags = rl_flags(files, sft, run, use_lora=start == "lora", train_batch_size=8, **EVERY_2)
-    if not engine.startswith("zero"):
-        killed = start_processes("finds_less", tmp_path, "rl.py", *flag_words(flags), ranks=2, engine=engine)
-        killed.wait_for_checkpoint(run)
-        killed.kill(signal.SIGKILL)
-        killed.wait()
+    killed = start_processes("finds_less", tmp_path, "rl.py", *flag_words(flags), ranks=2, engine=engine)
+    killed.wait_for_checkpoint(run)
+    killed.kill(signal.SIGKILL)
+    killed.wait()
     two_processes(engine, tmp_path, "rl.py", {**flags, "resume_from_checkpoint": True}, "finds_less")
     metrics = json.loads((run / "metrics.json").read_text())
     assert metrics["best_checkpoint"] == "start" and metrics["improved"] is False

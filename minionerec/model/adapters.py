@@ -167,8 +167,10 @@ def round_weights(model: nn.Module, dtype: torch.dtype, all_of_them: bool = Fals
     """Rounds the weights of a frozen model to `dtype`, in place. It then computes what its float32 original computes
     under autocast, with less memory and time.
 
-    Rounded are the weights of the linear layers except the output head, or all weights, as FSDP does it.
+    Rounded are the matrices of the linear layers except the output head, or all weights, as FSDP does it. Biases are
+    not, because ZeRO-3 adds them as they are.
     """
     parts = [model] if all_of_them else architecture.matrices(model).layers.values()
     for parameter in (parameter for part in parts for parameter in part.parameters()):
-        parameter.data = parameter.data.to(dtype)
+        if all_of_them or parameter.ndim > 1:
+            parameter.data = parameter.data.to(dtype)
