@@ -66,6 +66,12 @@ def releasing() -> Iterator[None]:
             _release(lock)
 
 
+def release_all() -> None:
+    """Frees what this process holds, before it ends without unwinding."""
+    for lock in list(_held.values()):
+        _release(lock)
+
+
 def check_free(problems: Problems, name: str, target: str, place: Callable[[str], str]) -> bool:
     """Adds a problem if another command writes to `target`, the value of the flag `name`. Writes nothing."""
     owner = _owner(place(target))

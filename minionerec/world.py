@@ -18,6 +18,7 @@ from collections.abc import Callable
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
+from minionerec import locks
 from minionerec.errors import Problems
 
 if TYPE_CHECKING:
@@ -168,6 +169,7 @@ class _Watch:
             print(f"\nprocess {rank} on {node} has failed: {'; '.join(words)}", file=sys.stderr)
         sys.stdout.flush()
         sys.stderr.flush()
+        locks.release_all()
         os._exit(code)
 
     def wait_for_others(self) -> None:

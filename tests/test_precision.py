@@ -338,6 +338,9 @@ def test_a_process_that_sees_one_card_uses_it(cards, monkeypatch):
 class FakeState:
     num_processes = 4
 
+    def wait_for_everyone(self):
+        pass
+
 
 @pytest.fixture
 def two_visible(monkeypatch):
