@@ -29,7 +29,7 @@ from minionerec.errors import InputError
 from minionerec.flags import AdapterFlags, RunFlags
 from minionerec.model import architecture, experts, int8_rows
 from minionerec.model.adapted import check_dora, load_adapted, load_checkpoint, quantization_config  # noqa: F401
-from minionerec.model.adapters import prepare_quantized, set_up_adapter
+from minionerec.model.adapters import join_layers, prepare_quantized, set_up_adapter
 
 DEFAULTS = AdapterFlags()
 
@@ -202,6 +202,7 @@ def _wrapped_by_peft(model: nn.Module, config: PeftConfig, gradient_checkpointin
         for module in wrapped.modules():
             if isinstance(module, lora.LoraLayer):
                 module.lora_dropout["default"] = nn.Dropout(dropout)  # our forward applies it
+    join_layers(wrapped)
     if gradient_checkpointing:
         wrapped.enable_input_require_grads()
     return wrapped

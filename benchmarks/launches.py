@@ -38,6 +38,7 @@ from benchmarks.sft_step import save_base
 from minionerec import cli
 from minionerec.errors import Problems
 from minionerec.flags import AdapterFlags, check_positive
+from minionerec.model import fewer_kernels
 
 PARTS = ("sft", "rl", "decode")
 PROMPTS, GENERATIONS, PROMPT_TOKENS = 10, 16, 24  # of an RL step
@@ -142,19 +143,74 @@ def _place() -> str:
     return "backward"
 
 
+NORM_BACKWARD = fewer_kernels.norm_backward
+
+
+def one_kernel(name: str, function: Callable, inplace: bool = False) -> Callable:
+    """`function` as an operator that counts as one kernel, as on a GPU; on a CPU it is several."""
+    mutated = ("total",) if inplace else ()
+    return torch.library.custom_op(f"launches::{name}", function, mutates_args=mutated)
+
+
+def _product(left: torch.Tensor, right: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return (left.float() @ right.float()).to(dtype)
+
+
+def _add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
+    total.add_(left.float() @ right.float())
+
+
+def _copy_where_dequantized(total: torch.Tensor, values: torch.Tensor) -> None:
+    total.copy_(values)
+
+
+def _norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
+    result, root = torch.ops.aten._fused_rms_norm(x, weight.shape, weight, eps)
+    return result, root.clone()
+
+
+def _norm_of_x(
+    gradient: torch.Tensor, x: torch.Tensor, root: torch.Tensor, weight: torch.Tensor, wanted: list[bool]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    of_x, of_weight = NORM_BACKWARD(gradient, x, root, weight, wanted)
+    return of_x, of_weight
+
+
+ONE_KERNEL = {
+    "product": one_kernel("product", _product),
+    "add_product": one_kernel("add_product", _add_product, inplace=True),
+    "into": one_kernel("into", _copy_where_dequantized, inplace=True),
+    "norm_forward": one_kernel("norm_forward", _norm),
+    "norm_backward": one_kernel("norm_backward", _norm_of_x),
+}
+NO_KERNEL |= {"into"}  # a GPU dequantizes there at once
+
+
+def _dequantize_into(out: torch.Tensor, weight: Any) -> None:
+    import bitsandbytes
+
+    ONE_KERNEL["into"](out, bitsandbytes.functional.dequantize_4bit(weight.data, weight.quant_state))
+
+
 @contextmanager
 def as_on_gpu() -> Iterator[None]:
     """While open, the product takes the paths of a GPU on the CPU."""
     from torch.utils import _foreach_utils
 
     from minionerec.decoding import beams
-    from minionerec.model import device, head, int8_rows
+    from minionerec.model import device, groups, head, int8_rows
     from minionerec.training import sft_trainer
 
     supported = _foreach_utils._get_foreach_kernels_supported_devices
     patches = [
         mock.patch.object(device, "compute_dtype", lambda quantized=False: torch.bfloat16),
+        mock.patch.object(device, "starts_kernels", lambda where: where.type != "meta"),
         mock.patch.object(beams, "_shared_beginning", lambda *_: 0),
+        mock.patch.object(groups, "product", ONE_KERNEL["product"]),
+        mock.patch.object(groups, "add_product", ONE_KERNEL["add_product"]),
+        mock.patch.object(groups, "dequantize_into", _dequantize_into),
+        mock.patch.object(fewer_kernels, "norm_forward", ONE_KERNEL["norm_forward"]),
+        mock.patch.object(fewer_kernels, "norm_backward", ONE_KERNEL["norm_backward"]),
         mock.patch.object(head, "CHUNK", 2**30),
         mock.patch.object(int8_rows, "CHUNK", int8_rows.CHUNK_ON_GPU),
         mock.patch.object(sft_trainer, "attend_in_blocks", lambda _: False),
@@ -286,12 +342,15 @@ def count_rl(layers: int) -> dict[str, Any]:
 
     import lora_utils
     from minionerec.decoding.trie import Trie
+    from minionerec.model.fewer_kernels import use_fewer_kernels
     from minionerec.training.rl_trainer import ReReTrainer
 
     shape = {"hidden_size": 64, "num_hidden_layers": layers, "num_attention_heads": 4, "vocab_size": 2048}
     tokenizer, model, adapter, catalogue, sequences, prompts, silent = rl_step.setting(
         shape, 400, PROMPTS, PROMPT_TOKENS, 0
     )
+
+    use_fewer_kernels(model)
 
     def reward(prompts: list[list[int]], completion_ids: list[list[int]], **_: object) -> list[float]:
         return [rl_step.reward_of(*of, silent) for of in zip(prompts, completion_ids, strict=True)]
@@ -372,12 +431,16 @@ def count_decoding(layers: int, merged: bool) -> dict[str, Any]:
     import lora_utils
     from minionerec.decoding.beam_search import constrained_beam_search
     from minionerec.decoding.trie import Trie
+    from minionerec.model.fewer_kernels import use_fewer_kernels
+    from minionerec.model.groups import join_frozen_layers
 
     shape = {"hidden_size": 64, "num_hidden_layers": layers, "num_attention_heads": 4, "vocab_size": 2048}
     tokenizer, model, adapter, _, sequences, prompts, _ = rl_step.setting(shape, 400, REQUESTS, PROMPT_TOKENS, 0)
+    use_fewer_kernels(model)
     trie, model = Trie(sequences, tokenizer.eos_token_id), lora_utils.add_lora(model, adapter).eval()
     if merged:
         model = model.merge_and_unload()
+        join_frozen_layers(model)
     ids = torch.tensor(prompts)
     mask = torch.ones_like(ids)
     constrained_beam_search(model, ids, mask, trie, BEAMS)

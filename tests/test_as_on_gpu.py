@@ -6,15 +6,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from as_on_gpu import answer
+from as_on_gpu import answer, starts_kernels
 from helpers import logged, newest, rl_flags, sft_flags, strings, tensors_of
+from peft import PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import evaluate
+import lora_utils
 import merge_lora
 import rl
 import sft
+from minionerec.checkpoint import Checkpoint
 from minionerec.model import device, loading
+from minionerec.model.groups import JoinedLinear
 
 SFT = {
     "full": {},
@@ -30,6 +34,7 @@ WHOLE = ("full", "train_from_scratch", "freeze_LLM")
 @pytest.fixture(autouse=True)
 def on_gpu(monkeypatch):
     monkeypatch.setattr(device, "compute_dtype", answer("bfloat16"))
+    monkeypatch.setattr(device, "starts_kernels", starts_kernels)
 
 
 @pytest.fixture(scope="module")
@@ -151,3 +156,18 @@ def test_a_run_in_full_goes_on_exactly(files, trained, tmp_path):
     sft.train(**{**flags, "output_dir": str(again), "resume_from_checkpoint": "True"})
     one, two = tensors_of(newest(whole)), tensors_of(newest(again))
     assert all(torch.equal(two[name], tensor) for name, tensor in one.items())
+
+
+def test_a_served_adapter_is_merged(files, trained, tmp_path):
+    """In 16 bits, which a server takes for speed: recommendations are nearly those of the adapter."""
+    folder = trained("lora") / "final_checkpoint"
+    checkpoint, tokenizer = Checkpoint.read(str(folder)), loading.load_tokenizer(str(folder))
+    whole, adapted = (lora_utils.load_checkpoint(checkpoint, tokenizer, "", fast=fast) for fast in (True, False))
+    assert not isinstance(whole, PeftModel) and isinstance(adapted, PeftModel)
+    assert any(isinstance(module, JoinedLinear) for module in whole.modules())
+    ids = torch.tensor([tokenizer("Purchases: a bolt, M5").input_ids])
+    with torch.no_grad():
+        found, expected = (model(input_ids=ids).logits[0].float() for model in (whole, adapted))
+        with adapted.disable_adapter():
+            without = adapted(input_ids=ids).logits[0].float()
+    assert (found - expected).abs().mean() < 0.1 * (expected - without).abs().mean()

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict
+from peft.tuners import lora
 from peft.tuners.trainable_tokens import TrainableTokensLayer
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, TrainableTokensWrapper
 from safetensors import SafetensorError, safe_open
@@ -17,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from minionerec.errors import InputError
 from minionerec.model import architecture, experts
+from minionerec.model.groups import group_layers
 from minionerec.model.low_rank import LEAN_LAYERS
 from minionerec.model.sid_rows import SidRows
 
@@ -94,6 +96,13 @@ def set_up_adapter(wrapped: PeftModel) -> PeftModel:
     return wrapped
 
 
+def join_layers(wrapped: PeftModel) -> PeftModel:
+    """Lets a GPU compute layers with one input together (`minionerec.model.groups`), where the model can run."""
+    kinds = LEAN_LAYERS[lora.Linear], LEAN_LAYERS[lora.Linear4bit]
+    group_layers(wrapped, [module for module in wrapped.modules() if type(module) in kinds])
+    return wrapped
+
+
 def _absolute_path(name: str) -> str:
     """The absolute path of a local folder, so that the adapter loads from any directory; a hub name is unchanged."""
     return os.path.abspath(name) if os.path.isdir(name) else name
@@ -116,7 +125,7 @@ def load_adapter(model: PreTrainedModel, path: str, trainable: bool = False) -> 
             f"adapter {path} does not fit the base {model.config._name_or_path}: {reason.strip()[:300]}"
         ) from None
     _check_names(wrapped, path)
-    return set_up_adapter(wrapped)
+    return join_layers(set_up_adapter(wrapped))
 
 
 def adapter_parameters(model: nn.Module, adapter: str) -> dict[str, nn.Parameter]:

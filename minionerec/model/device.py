@@ -41,6 +41,12 @@ def process_state(timeout: int = 1800) -> "PartialState":
     return state
 
 
+def starts_kernels(where: torch.device) -> bool:
+    """Whether work on a device is started kernel by kernel, so that few large operators are faster than many small
+    ones: on a GPU."""
+    return where.type == "cuda"
+
+
 def free_memory_gb() -> float:
     """What is free on this process's GPU, in GB; 0 on a CPU."""
     return torch.cuda.mem_get_info(local_device())[0] / 1e9 if torch.cuda.is_available() else 0.0

@@ -124,7 +124,7 @@ def load_base(
         dtype: of the weights that are not quantized; "auto" for the type they were saved in, None for `compute_dtype`.
         ends_in_8_bits: whether embedding and output head of a quantized base are stored in 8 bits.
     """
-    from minionerec.model import architecture, experts, int8_rows
+    from minionerec.model import architecture, experts, fewer_kernels, int8_rows
 
     config = load_config(path)
     if getattr(config.get_text_config(), "output_router_logits", False):
@@ -138,6 +138,7 @@ def load_base(
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).to(device.local_device())
         architecture.freeze_beside_text(model)
         forget_sampling_defaults(model)
+        fewer_kernels.use_fewer_kernels(model)
         return model
     if dtype is None:
         dtype = device.compute_dtype(quantization is not None)
@@ -162,6 +163,7 @@ def load_base(
             model.get_output_embeddings().to(device.local_device())
     return_freed_memory()
     forget_sampling_defaults(model)
+    fewer_kernels.use_fewer_kernels(model)
     return model
 
 

@@ -23,6 +23,8 @@ import torch.nn.functional as F
 from peft.tuners import lora
 from torch import nn
 
+from minionerec.model.groups import Group
+
 if TYPE_CHECKING:
     from peft.tuners.lora import Linear as _Layer  # what `_LeanForward` is mixed into
 else:
@@ -128,9 +130,17 @@ def _dropout_mask(like: torch.Tensor, dropout: float, seed: int) -> torch.Tensor
 
 class _LeanForward(_Layer):
     """PEFT's LoRA layer around a linear layer, in any storage, with the update above. What the update does not cover
-    (DoRA, mixed batches, merged adapters) is left to PEFT."""
+    (DoRA, mixed batches, merged adapters) is left to PEFT.
+
+    Attributes:
+        group: the layers that are computed with this one, if any.
+    """
+
+    group: Group | None = None
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if self.group is not None and not args and not kwargs and self.group.suits(self, x):
+            return self.group.output(self, x)
         if self.disable_adapters or self.merged or self.lora_variant or kwargs.get("adapter_names") is not None:
             return super().forward(x, *args, **kwargs)
         base, device = self.base_layer, x.device.type
