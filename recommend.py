@@ -251,7 +251,7 @@ def load(flags: RecommendFlags, files: RecommendInput) -> "Ranker":
         items=files.items,
         num_beams=flags.num_beams,
         batch_size=flags.batch_size,
-    ).load_model(files.base)
+    ).load_model(files.base, fast=True)
 
 
 def serve(flags: RecommendFlags, files: RecommendInput) -> None:

@@ -107,11 +107,11 @@ class Ranker:
         ranker = cls(
             *(read, prompts, items.sids, read.path, remedy), items=items, num_beams=num_beams, batch_size=batch_size
         )
-        return ranker.load_model(base)
+        return ranker.load_model(base, fast=True)
 
-    def load_model(self, base: str) -> "Ranker":
-        """Loads the weights, their base stored as in training. Errors as in `load_adapted`."""
-        return self.use(load_checkpoint(self.checkpoint, self.tokenizer, base))
+    def load_model(self, base: str, fast: bool = False) -> "Ranker":
+        """Loads the weights, their base stored as in training. `fast` and errors as in `load_checkpoint`."""
+        return self.use(load_checkpoint(self.checkpoint, self.tokenizer, base, fast))
 
     def use(self, model: Any) -> "Ranker":
         """Ranks with a model that is loaded already."""
