@@ -19,7 +19,7 @@ def test_the_arrays_of_three_sids():
     trie = Trie([[11], [10, 21], [10, 20]], eos_token_id=2)
     for name in ("token", "first_child", "row", "first_row", "end_row"):
         assert getattr(trie, name).tolist() == [int(value) for value in line_of(Trie.__doc__, name).split()], name
-    for name in ("sequences", "source", "widths"):
+    for name in ("sequences", "source", "widths", "ends"):
         value = getattr(trie, name)
         value = value if isinstance(value, list) else value.tolist()
         assert value == ast.literal_eval(line_of(Trie.__doc__, name).strip()), name

@@ -85,22 +85,22 @@ def constrained_beam_search(
         child, exists = trie.children(node, width)  # [B, K, C]
         if before is not None:
             exists &= trie.may_go_on(child, before)
-        token = trie.token[child].clamp(min=0)
-        score_of = logits.gather(2, token) - logits.logsumexp(dim=2, keepdim=True) + score.unsqueeze(2)
-        score_of = score_of.masked_fill(~exists, -torch.inf).flatten(1)
+        score_of = logits.gather(2, trie.token_id[child]) - logits.logsumexp(dim=2, keepdim=True) + score.unsqueeze(2)
+        score_of = torch.where(exists, score_of, -torch.inf).flatten(1)
         child = child.flatten(1)
 
         # SIDs that end at this depth compete with those that ended before; the other beams continue.
-        row = trie.row[child]
-        ended = torch.where(row == PAD, -torch.inf, score_of / (depth + 1) ** length_penalty)
-        finished_score, best = torch.cat([finished_score, ended], dim=1).topk(beams, dim=1)
-        finished_row = torch.cat([finished_row, row], dim=1).gather(1, best)
-        if depth + 1 == trie.depth:
-            break
-        running = torch.where(row == PAD, score_of, -torch.inf)
-        score, best = running.topk(min(beams, running.shape[1]), dim=1)
+        if trie.ends[depth]:
+            row = trie.row[child]
+            ended = torch.where(row == PAD, -torch.inf, score_of / (depth + 1) ** length_penalty)
+            finished_score, best = torch.cat([finished_score, ended], dim=1).topk(beams, dim=1)
+            finished_row = torch.cat([finished_row, row], dim=1).gather(1, best)
+            if depth + 1 == trie.depth:
+                break
+            score_of = torch.where(row == PAD, score_of, -torch.inf)
+        score, best = score_of.topk(min(beams, score_of.shape[1]), dim=1)
         node = child.gather(1, best)
-        logits = state.step(best // width, trie.token[node].clamp(min=0), depth)
+        logits = state.step(best // width, trie.token_id[node], depth)
     if allowed is not None:  # what fills the places of missing beams
         finished_row = finished_row.masked_fill(finished_score == -torch.inf, PAD)
     return finished_row, finished_score
@@ -143,8 +143,7 @@ def constrained_sample(
     itself = torch.arange(count, device=node.device).expand_as(node)
     for depth, width in enumerate(trie.widths):
         child, exists = trie.children(node, width)  # [B, count, C]
-        token = trie.token[child].clamp(min=0)
-        scores = logits.float().expand(-1, count, -1).gather(2, token) / temperature
+        scores = logits.float().expand(-1, count, -1).gather(2, trie.token_id[child]) / temperature
         ended = trie.row[node] != PAD  # a leaf has no children, so the beam stays there
         scores = scores.masked_fill(~exists, -torch.inf).masked_fill(ended.unsqueeze(2), 0.0)
         up_to = scores.softmax(dim=2, dtype=torch.float64).cumsum(dim=2)
@@ -152,5 +151,5 @@ def constrained_sample(
         node = torch.where(ended, node, child.gather(2, drawn).squeeze(2))
         if depth + 1 < trie.depth:
             parent = itself if depth else torch.zeros_like(itself)
-            logits = state.step(parent, trie.token[node].clamp(min=0), depth)
+            logits = state.step(parent, trie.token_id[node], depth)
     return trie.row[node]

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from transformers import Cache, DynamicCache
 
+from minionerec.model import device
 from minionerec.model.device import weights_are_sharded
 from minionerec.model.head import float32_head
 from minionerec.model.packed_rows import attention_masks
@@ -40,6 +41,7 @@ class TreeBeams:
         self.model, self.cache = model, DynamicCache()
         self.length = mask.sum(dim=1, keepdim=True)
         self.ancestors = mask.new_zeros((len(mask), 1, 0), dtype=torch.bool)  # [B, K, T]
+        self.itself = self.ancestors[0]  # [K, K], once there are K
         shared = _shared_beginning(input_ids, self.length)
         if shared:
             start = input_ids.shape[1] - int(self.length[0])
@@ -51,9 +53,10 @@ class TreeBeams:
         self.prompt = torch.cat([mask.new_ones((len(mask), shared)), mask], dim=1).bool()  # [B, P]
         self.positions = (self.prompt.cumsum(dim=1) - 1).clamp(min=0)  # [B, P + T]
         seen: torch.Tensor | dict[str, torch.Tensor] = mask
-        if shared:
-            causal = self.prompt.new_ones(self.prompt.shape[1:] * 2).tril()[shared:]
-            seen = attention_masks(model, self.prompt.unsqueeze(1) & causal, self.positions)
+        if shared or device.starts_kernels(mask.device):  # transformers would wait to see whether `mask` is all 1
+            place = torch.arange(self.prompt.shape[1], device=mask.device)
+            causal, itself = place[shared:].unsqueeze(1) >= place, place[shared:].unsqueeze(1) == place
+            seen = attention_masks(model, (self.prompt.unsqueeze(1) & causal) | itself, self.positions)
         self.logits = self._read(input_ids, attention_mask=seen, position_ids=self.positions[:, shared:])
 
     def _read(self, input_ids: torch.Tensor, **inputs: object) -> torch.Tensor:
@@ -69,8 +72,9 @@ class TreeBeams:
         beams `parent` [B, K]."""
         prompts, beams = token.shape
         inherited = self.ancestors.gather(1, parent.unsqueeze(-1).expand(-1, -1, self.ancestors.shape[2]))
-        itself = torch.eye(beams, dtype=torch.bool, device=token.device).expand(prompts, -1, -1)
-        self.ancestors = torch.cat([inherited, itself], dim=2)
+        if self.itself.shape[1] != beams:
+            self.itself = torch.eye(beams, dtype=torch.bool, device=token.device)
+        self.ancestors = torch.cat([inherited, self.itself.expand(prompts, -1, -1)], dim=2)
         position = (self.length + depth).expand(-1, beams)
         self.positions = torch.cat([self.positions, position], dim=1)
         visible = torch.cat([self.prompt.unsqueeze(1).expand(-1, beams, -1), self.ancestors], dim=2)

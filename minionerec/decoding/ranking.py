@@ -84,8 +84,8 @@ def score_prompts(
                 *(trie, num_beams, length_penalty),
                 allowed=mask,
             )
-            finite = finite and not bool(scores.isnan().any())
-            found = zip(batch, beams.tolist(), scores.tolist(), strict=True)
+            found = list(zip(batch, beams.tolist(), scores.tolist(), strict=True))
+            finite = finite and not any(math.isnan(score) for _, _, of_rows in found for score in of_rows)
             rankings += [
                 (i, [(int(trie.source[row]), score) for row, score in zip(rows, of_rows, strict=True) if row != PAD])
                 for i, rows, of_rows in found

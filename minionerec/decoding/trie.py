@@ -28,6 +28,7 @@ class Trie:
         sequences: [S, D], the distinct SIDs with their end-of-sequence token, sorted, padded with PAD.
         source: [S], for every row of `sequences` its index in the input.
         widths: C at every depth.
+        ends: for every depth, whether no path ends there, some do, or all that go so far: 0, 1 or 2.
 
     Three SIDs as an example, `Trie([[11], [10, 21], [10, 20]], eos_token_id=2)`, with PAD = -1:
 
@@ -45,6 +46,7 @@ class Trie:
         sequences    [[10, 20, 2], [10, 21, 2], [11, 2, -1]]
         source       [2, 1, 0]
         widths       [2, 2, 1]
+        ends         [0, 1, 2]
 
     The children of node 1 are `first_child[1]` = 3 to `first_child[2] - 1` = 4. Node 5 has none: `first_child[5]` and
     `first_child[6]` are equal. Entry 8 of `first_child` closes the range of the last node.
@@ -69,6 +71,7 @@ class Trie:
         first_row, end_row = [np.array([0])], [np.array([len(rows)])]
         parents = []
         self.widths: list[int] = []
+        self.ends: list[int] = []
         # One depth at a time. Rows are sorted, so a row starts a new node where its tokens so far differ from those of
         # the row above.
         node: np.ndarray = np.zeros(len(rows), dtype=np.int64)  # for every row, the node that its tokens so far lead to
@@ -83,6 +86,8 @@ class Trie:
             token.append(rows[new, depth])
             row_of.append(np.where(rows[new, depth] == eos_token_id, new, PAD))
             self.widths.append(int(np.bincount(node[new]).max()))
+            ended = rows[new, depth] == eos_token_id
+            self.ends.append(int(ended.any()) + int(ended.all()))
             node = np.where(alive, count + np.cumsum(changed & alive) - 1, node)
             first_row.append(new)
             end_row.append(
@@ -92,6 +97,9 @@ class Trie:
         children = np.bincount(np.concatenate(parents), minlength=count)
         self.token = torch.from_numpy(np.concatenate(token))
         self.first_child = torch.from_numpy(np.concatenate([[1], 1 + np.cumsum(children)]))
+        self.after_children = self.first_child[1:]  # of a node, one past its last child
+        self.token_id = self.token.clamp(min=0)  # to look up with; the root's is never wanted
+        self.column = torch.arange(max(self.widths))
         self.row = torch.from_numpy(np.concatenate(row_of))
         self.first_row = torch.from_numpy(np.concatenate(first_row))
         self.end_row = torch.from_numpy(np.concatenate(end_row))
@@ -99,8 +107,9 @@ class Trie:
 
     def to(self, device: torch.device | str) -> "Trie":
         """Moves the tensors to `device`, in place, and returns the trie."""
-        for name in ("token", "first_child", "row", "first_row", "end_row", "sequences"):
-            setattr(self, name, getattr(self, name).to(device))
+        for name, value in list(vars(self).items()):
+            if isinstance(value, torch.Tensor):
+                setattr(self, name, value.to(device))
         return self
 
     def __len__(self) -> int:
@@ -119,9 +128,8 @@ class Trie:
 
     def children(self, node: torch.Tensor, width: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The children of nodes [...] as [..., width], and which of them exist [..., width]; the others are 0."""
-        first = self.first_child[node].unsqueeze(-1)
-        child = first + torch.arange(width, device=node.device)
-        exists = child < self.first_child[node + 1].unsqueeze(-1)
+        child = self.first_child[node].unsqueeze(-1) + self.column[:width]
+        exists = child < self.after_children[node].unsqueeze(-1)
         return torch.where(exists, child, 0), exists
 
     def count_before(self, allowed: torch.Tensor) -> torch.Tensor:

@@ -128,12 +128,15 @@ class Group(_Together):
 
     def _outputs(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         name, dtype = self.adapter(), self.dtype(x)
-        if name is None:
-            return _Grouped.apply(x, self, None, 0.0, dtype)
-        factors = self.owner.factors(name, dtype, self)
+        factors = None if name is None else self.owner.factors(name, dtype, self)
         first = self.layers[0]
-        dropout = getattr(first.lora_dropout[name], "p", 0.0) if first.training else 0.0
-        return _Grouped.apply(x, self, factors, dropout, dtype, *factors.first, *factors.second)
+        dropout = getattr(first.lora_dropout[name], "p", 0.0) if name is not None and first.training else 0.0
+        if torch.is_grad_enabled():
+            parameters = () if factors is None else (*factors.first, *factors.second)
+            return _Grouped.apply(x, self, factors, dropout, dtype, *parameters)
+        with torch.autocast(x.device.type, enabled=False):
+            out, *_ = _forward(x.to(dtype).flatten(0, -2), self, factors, dropout)
+        return _columns(out, x.shape[:-1], self.sizes)
 
     def weights(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor | None]:
         """[O, I] and [O] or None, of all layers."""
@@ -271,6 +274,31 @@ class Groups:
         torch._foreach_mul_(scaled, [of.scale for of in every for _ in range(2)])
 
 
+def _forward(
+    flat: torch.Tensor, group: Group, factors: Factors | None, dropout: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None, int | None]:
+    """The outputs [T, O] of all layers for x [T, I]; and what the backward pass needs: x, with the mask applied if that
+    is kept; the mask [T, I]; dropout(x) A^T [T, R]; the seed of a mask that is drawn again."""
+    out = F.linear(flat, *group.weights(flat.dtype))
+    if factors is None:
+        return out, flat, None, None, None
+    kept, dropped, mask, seed = flat, flat, None, None
+    if dropout and flat.numel() <= KEPT_MASK:
+        kept, mask = torch.native_dropout(flat, dropout, True)
+        dropped = kept
+    elif dropout:
+        seed = draw_seed()
+        dropped = redrawn(flat, dropout, seed).mul_(flat)
+    low = torch.mm(dropped, factors.scaled_a.T)
+    out.addmm_(low, factors.b.T)
+    return out, kept, mask, low, seed
+
+
+def _columns(out: torch.Tensor, leading: torch.Size, sizes: list[int]) -> tuple[torch.Tensor, ...]:
+    """The columns of out [T, O] of every layer, [..., O of the layer], as views."""
+    return out.view(*leading, -1).split(sizes, dim=-1)
+
+
 class _Grouped(torch.autograd.Function):
     """The outputs of a group for x [..., I]: [..., O of the layer], one a layer."""
 
@@ -285,20 +313,12 @@ class _Grouped(torch.autograd.Function):
         *parameters: torch.Tensor,
     ) -> tuple[torch.Tensor, ...]:
         ctx.group, ctx.factors, ctx.shape, ctx.given = group, factors, x.shape, x.dtype
-        ctx.dropout, ctx.seed, ctx.dtype = dropout, None, dtype
+        ctx.dropout, ctx.dtype = dropout, dtype
         with torch.autocast(x.device.type, enabled=False):
             flat = x.to(dtype).flatten(0, -2)
-            out = F.linear(flat, *group.weights(dtype))
-            if factors is not None:
-                dropped, mask = flat, None
-                if dropout and flat.numel() <= KEPT_MASK:
-                    dropped, mask = torch.native_dropout(flat, dropout, True)
-                elif dropout:
-                    ctx.seed = draw_seed()
-                    dropped = redrawn(flat, dropout, ctx.seed).mul_(flat)
-                low = torch.mm(dropped, factors.scaled_a.T)
-                out.addmm_(low, factors.b.T)
-                ctx.save_for_backward(flat if ctx.seed is not None else dropped, mask, low, *parameters)
+            out, dropped, mask, low, ctx.seed = _forward(flat, group, factors, dropout)
+        if factors is not None:
+            ctx.save_for_backward(dropped, mask, low, *parameters)
         return _parts(out, x.shape[:-1], group.sizes)
 
     @staticmethod
@@ -330,8 +350,8 @@ class _Grouped(torch.autograd.Function):
 
 
 def _parts(out: torch.Tensor, leading: torch.Size, sizes: list[int]) -> tuple[torch.Tensor, ...]:
-    """The columns of out [T, O] of every layer, [..., O of the layer]: they share its memory, and none is a view for
-    autograd, since a model may change its layer's result in place, as Llama 4 does."""
+    """As `_columns`, but none is a view for autograd, since a model may change its layer's result in place, as Llama 4
+    does."""
     strides: list[int] = []
     step = out.shape[1]
     for size in reversed(leading):
@@ -439,7 +459,7 @@ class _FrozenGroup(_Together):
         if not self._joined(self.layers):
             self._join(self.layers)
         out = F.linear(x.flatten(0, -2), self.weight, self.bias)
-        return _parts(out, x.shape[:-1], self.sizes)
+        return _columns(out, x.shape[:-1], self.sizes)
 
 
 class JoinedLinear(nn.Linear):
@@ -470,6 +490,7 @@ def join_frozen_layers(model: nn.Module) -> None:
     for together in _watched(model, layers, shape):
         if len(together) > 1:
             group = _FrozenGroup(together, [layer.out_features for layer in together])
+            group._join(together)
             for layer in together:
                 layer.__class__, layer.group = JoinedLinear, group
 
