@@ -193,7 +193,7 @@ class Factors:
     Attributes:
         first, second: the parameters A [r, I] and B [O, r] of every layer.
         scale: of the update.
-        a, b: [R, I] and, block-diagonal, [O, R]; `scaled_a` and `scaled_b` the same times the scale.
+        a, b: [R, I] and, block-diagonal, [O, R].
     """
 
     def __init__(self, group: Group, name: str, dtype: torch.dtype):
@@ -205,7 +205,6 @@ class Factors:
         total = self.rank * len(layers)
         self.a = torch.empty(total, self.first[0].shape[1], **like)
         self.b = torch.zeros(sum(group.sizes), total, **like)
-        self.scaled_a, self.scaled_b = torch.empty_like(self.a), torch.empty_like(self.b)
 
     def copies(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Parts of `a` and `b`, and the parameters that they are copies of."""
@@ -269,16 +268,13 @@ class Groups:
             chosen = [pair for pair in pairs if pair[0].is_contiguous() == dense]
             if chosen:
                 torch._foreach_copy_([part for part, _ in chosen], [parameter for _, parameter in chosen])
-        scaled = [tensor for of in every for tensor in (of.scaled_a, of.scaled_b)]
-        torch._foreach_copy_(scaled, [tensor for of in every for tensor in (of.a, of.b)])
-        torch._foreach_mul_(scaled, [of.scale for of in every for _ in range(2)])
 
 
 def _forward(
     flat: torch.Tensor, group: Group, factors: Factors | None, dropout: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None, int | None]:
     """The outputs [T, O] of all layers for x [T, I]; and what the backward pass needs: x, with the mask applied if that
-    is kept; the mask [T, I]; dropout(x) A^T [T, R]; the seed of a mask that is drawn again."""
+    is kept; the mask [T, I]; dropout(x) A^T * scale [T, R]; the seed of a mask that is drawn again."""
     out = F.linear(flat, *group.weights(flat.dtype))
     if factors is None:
         return out, flat, None, None, None
@@ -289,7 +285,7 @@ def _forward(
     elif dropout:
         seed = draw_seed()
         dropped = redrawn(flat, dropout, seed).mul_(flat)
-    low = torch.mm(dropped, factors.scaled_a.T)
+    low = _scaled(dropped, factors.a.T, factors.scale)
     out.addmm_(low, factors.b.T)
     return out, kept, mask, low, seed
 
@@ -332,7 +328,7 @@ class _Grouped(torch.autograd.Function):
             return None if grad_x is None else grad_x.view(ctx.shape).to(ctx.given), *[None] * 4
         dropped, mask, low, *_ = ctx.saved_tensors  # raises if an optimizer has moved the parameters
         drawn = redrawn(dropped, ctx.dropout, ctx.seed) if ctx.seed is not None else None
-        grad_low = torch.mm(gradient, factors.scaled_b)
+        grad_low = _scaled(gradient, factors.b, factors.scale)
         grad_x = None
         if ctx.needs_input_grad[0]:
             grad_x = torch.mm(grad_low, factors.a)
@@ -363,6 +359,12 @@ def _parts(out: torch.Tensor, leading: torch.Size, sizes: list[int]) -> tuple[to
         parts.append(part.set_(out.untyped_storage(), offset, (*leading, size), (*strides, 1)))
         offset += size
     return tuple(parts)
+
+
+def _scaled(left: torch.Tensor, right: torch.Tensor, scale: float) -> torch.Tensor:
+    """The matmul of two matrices times a number, in one kernel."""
+    out = left.new_empty(left.shape[0], right.shape[1])
+    return torch.addmm(out, left, right, beta=0, alpha=scale, out=out)
 
 
 # --- Gradients of the factors -----------------------------------------------------------------------------------------
