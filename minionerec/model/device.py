@@ -29,7 +29,8 @@ def process_state(timeout: int = 1800) -> "PartialState":
         # The launcher shows each process only its own GPU, and engines number the visible ones.
         os.environ["LOCAL_RANK"] = "0"
     state = PartialState(cpu=not cards, timeout=timedelta(seconds=timeout))
-    state.wait_for_everyone()  # a process that ends now, for bad input, would break off the others' connecting
+    if state.num_processes > 1:
+        state.wait_for_everyone()  # one that ended now, for bad input, would break off the others' connecting
     if cards > 1 and state.num_processes == 1:
         state.print(
             f"{cards} GPUs are visible and this process uses one, {local_device()}; to use all of them, start the "
