@@ -80,6 +80,14 @@ def test_the_files_of_an_older_release_tell_its_engine(tmp_path, files, found):
         assert resume_point(flags, RUN, print)
 
 
+def test_a_rate_from_before_rows_had_parameters_is_refused(tmp_path):
+    run = {**RUN, "flags": {"sid_learning_rate": 0.01}}
+    flags = checkpoint_in(tmp_path, run, "optimizer.pt")
+    with pytest.raises(InputError, match="has no optimizer state for SID rows alone"):
+        resume_point(flags, run, print)
+    assert resume_point(checkpoint_in(tmp_path, {**run, "engine": "", "processes": 1}, "optimizer.pt"), run, print)
+
+
 def test_the_stage_of_a_deepspeed_file_counts(tmp_path, monkeypatch):
     file = tmp_path / "zero.json"
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")

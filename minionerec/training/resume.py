@@ -67,6 +67,11 @@ def resume_point(flags: RunFlags, run: dict, say: Callable[[str], None]) -> Chec
         )
         if old != new
     ]
+    if here.get("sid_learning_rate") and "engine" not in recorded:
+        problems.append(
+            f"--resume_from_checkpoint: {path} has no optimizer state for SID rows alone, which --sid_learning_rate "
+            "needs now; finish that run with the commit that began it, or start a new one in another --output_dir"
+        )
     if problems:
         raise InputError(problems)
     for name in sorted(set(here) - {*IGNORED_ON_RESUME, *shape, *fixed}):
