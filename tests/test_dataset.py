@@ -145,7 +145,7 @@ def test_containers_with_the_same_process_id_share_a_cache(tokenizer, files, tmp
         return rows_of_files(files)(kind)
 
     assert tokenized_dataset(encoder, interrupted, [files["train"]])[:] == inner[1]
-    assert sorted(path.suffix for path in (tmp_path / "minionerec").iterdir()) == [".arrow", ".sha256"]
+    assert sorted(path.suffix for path in (tmp_path / "minionerec").iterdir()) == [".arrow", ".note", ".sha256"]
 
 
 def test_the_cache_knows_the_code_and_the_tokenizers_release(tokenizer, files, tmp_path, monkeypatch):

@@ -78,7 +78,7 @@ def test_losses_without_response_tokens():
         token_trees.edge_losses(logits * 1.0, none, none).sum().backward()
         assert not logits.grad.any()
     model, batch = adapted("qwen2", True, "lora"), Collator(0)([])
-    assert batch["input_ids"].shape == batch["labels"].shape == (1, 1)
+    assert batch["input_ids"].shape == batch["labels"].shape == (1, 2)
     losses, row = row_losses(model, batch)
     losses.sum().backward()
     assert losses.shape == row.shape == (0,)
@@ -93,8 +93,8 @@ def test_completions_of_no_prompts():
     for pack in (plain_rows, shared_rows):
         _, wanted, place = pack(model, *prompts, *answers)
         assert wanted.shape[0] == place.shape[0] == 0
-    rows, place, share = with_targets(*prompts, *answers, *answers)
-    assert all(len(tensor) == 0 for tensor in (*rows, place, share))
+    rows, place, share, groups = with_targets(*prompts, *answers, *answers)
+    assert all(len(of) == 0 for of in (*rows, place, share, groups))
 
 
 def test_a_batch_has_the_rows_it_was_given():

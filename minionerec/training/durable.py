@@ -323,7 +323,7 @@ class DurableRun(_Trainer):
     ) -> None:
         """As the Trainer's, which would wait for a GPU once for the loss and once for the norm."""
         logs = self.control.should_log and self.state.global_step > self._globalstep_last_logged
-        if logs and self.args.world_size == 1 and isinstance(grad_norm, torch.Tensor):
+        if logs and self.args.world_size == 1 and type(grad_norm) is torch.Tensor:  # FSDP's is of another class
             loss, grad_norm = torch.stack([tr_loss, grad_norm.to(tr_loss.dtype)]).tolist()
             tr_loss.zero_()  # now, because a checkpoint that is saved in there keeps the losses that are not logged yet
             super()._maybe_log_save_evaluate(torch.tensor(loss, dtype=tr_loss.dtype), grad_norm, *args, **kwargs)

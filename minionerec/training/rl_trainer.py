@@ -124,10 +124,12 @@ def rows_of(batch: dict[str, Any], rows: Any) -> dict[str, Any]:
     return {name: of(value) for name, value in batch.items()}
 
 
-def _numbered(prompts: Sequence[np.ndarray]) -> np.ndarray:
-    """[B], a number for each prompt, the same for the completions of one."""
-    numbers: dict[bytes, int] = {}
-    return np.array([numbers.setdefault(ids.tobytes(), len(numbers)) for ids in prompts])
+def _numbered(prompts: Sequence[np.ndarray], targets: Sequence[tuple[int, ...]]) -> np.ndarray:
+    """[B], a number for each prompt with its target, the same for the completions of one: histories may be equal and
+    go on differently."""
+    numbers: dict[tuple, int] = {}
+    pairs = zip(prompts, targets, strict=True)
+    return np.array([numbers.setdefault((ids.tobytes(), target), len(numbers)) for ids, target in pairs])
 
 
 class ReReTrainer(DurableRun, GRPOTrainer):
@@ -277,7 +279,9 @@ class ReReTrainer(DurableRun, GRPOTrainer):
             for name, tensor in {**arrays, "advantages": advantages}.items()
         }
         outputs["num_items_in_batch"] = self.accelerator.gather(outputs["num_items_in_batch"]).sum()
-        outputs["known"] = Known(np.array([len(ids) for ids in prompt_ids]), _numbered(prompt_ids), learns)
+        outputs["known"] = Known(
+            np.array([len(ids) for ids in prompt_ids]), _numbered(prompt_ids, self._targets), learns
+        )
         if self.args.gradient_accumulation_steps % (self.args.steps_per_generation * self.num_iterations):
             # The policy has moved when it learns from them.
             with torch.no_grad():
