@@ -4,31 +4,22 @@ import logging
 import math
 import os
 import pickle
-import random
 import shutil
-import signal
-import sys
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
-from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from accelerate.utils import gather_object
 from bitsandbytes.optim import GlobalOptimManager
 from peft import PeftModel
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers import (
     EarlyStoppingCallback,
-    Trainer,
     TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
 )
 from transformers.trainer_utils import TrainOutput
 
@@ -41,6 +32,7 @@ from minionerec.model_card import write_card
 from minionerec.output import why_not_written, writing
 from minionerec.process_memory import forget_peak_of_loading
 from minionerec.saving import make_readable, record_dtype, write_json
+from minionerec.training.stopping import Grace, StateOfStep, StepDropped, Stop, stop_on_signals
 
 if TYPE_CHECKING:
     from transformers import Trainer as _Trainer  # what `DurableRun` is mixed into
@@ -64,10 +56,10 @@ class DurableRun(_Trainer):
     _log_now: dict[str, Any]  # of the checkpoint that is being written
     _started: float | None = None  # None if nothing was trained
     _problem: str | None = None  # why this process must end the run, once all processes know
-    _stop: "_Stop | None" = None  # what signals tell, while the run trains
+    _stop: Stop | None = None  # what signals tell, while the run trains
     _saved_step = 0  # of the newest checkpoint
     _resumed: str | None = None  # the checkpoint that the run resumed from
-    _after_step: "_State | None" = None  # of the last complete step
+    _after_step: StateOfStep | None = None  # of the last complete step
     _unread: list[torch.Tensor]  # the losses of the micro-batches of this step
 
     def __init__(self, *args: Any, **kwargs: Any):
@@ -75,7 +67,7 @@ class DurableRun(_Trainer):
         # batch size; for a quantized model it would only multiply the batch size.
         kwargs["args"]._n_gpu = min(kwargs["args"].n_gpu, 1)
         super().__init__(*args, **kwargs)
-        self._unread, self._grace = [], _Grace(self.accelerator.print)
+        self._unread, self._grace = [], Grace(self.accelerator.print)
         plugin = self.accelerator.state.fsdp_plugin if self.is_fsdp_enabled else None
         if plugin and plugin.mixed_precision_policy:  # accelerate would reduce gradients and return logits in 16 bits
             policy = replace(plugin.mixed_precision_policy, reduce_dtype=torch.float32, output_dtype=None)
@@ -119,17 +111,17 @@ class DurableRun(_Trainer):
         self._log_before = resume.run.get("unlogged", {}) if resume else {}
         self.add_callback(_LogGoesOn(self))
         self._started, self._resumed = time.perf_counter(), path
-        self._grace = _Grace(self.accelerator.print)
+        self._grace = Grace(self.accelerator.print)
         forget_peak_of_loading()
         with (
-            _stop_on_signals(self) as self._stop,
+            stop_on_signals(self) as self._stop,
             _unpickling_nothing(path),
             _bfloat16_files(self.is_deepspeed_enabled),
             self._naming_last_good(),
         ):
             try:
                 result = super().train(path, **kwargs)
-            except _StepDropped:
+            except StepDropped:
                 self._save_last_step()
             except Exception as error:
                 if not (why := why_not_written(error)):  # checkpoints are written below; this was a tracker's log
@@ -286,7 +278,7 @@ class DurableRun(_Trainer):
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         together = self.accelerator.sync_gradients or self._micro_batches_are_collective()
         if self._drops_step(together):
-            raise _StepDropped
+            raise StepDropped
         if self._stop and self._stop.requested and not together:
             return torch.zeros((), device=self.args.device)  # of a step that will be dropped
         with self._grace.measuring("micro-batch"):
@@ -323,13 +315,14 @@ class DurableRun(_Trainer):
     ) -> None:
         """As the Trainer's, which would wait for a GPU once for the loss and once for the norm."""
         logs = self.control.should_log and self.state.global_step > self._globalstep_last_logged
-        if logs and self.args.world_size == 1 and type(grad_norm) is torch.Tensor:  # FSDP's is of another class
-            loss, grad_norm = torch.stack([tr_loss, grad_norm.to(tr_loss.dtype)]).tolist()
+        plain = isinstance(grad_norm, torch.Tensor) and not isinstance(grad_norm, DTensor)  # which FSDP has
+        if logs and self.args.world_size == 1 and plain:
+            loss, grad_norm = torch.stack([tr_loss, torch.as_tensor(grad_norm).to(tr_loss)]).tolist()
             tr_loss.zero_()  # now, because a checkpoint that is saved in there keeps the losses that are not logged yet
             super()._maybe_log_save_evaluate(torch.tensor(loss, dtype=tr_loss.dtype), grad_norm, *args, **kwargs)
         else:
             super()._maybe_log_save_evaluate(tr_loss, grad_norm, *args, **kwargs)
-        self._after_step = _State(self)
+        self._after_step = StateOfStep(self)
         self._grace.step_ended(self.current_gradient_accumulation_steps)
 
     def _micro_batches_are_collective(self) -> bool:
@@ -352,7 +345,7 @@ class DurableRun(_Trainer):
     def stop_between_passes(self) -> None:
         """Drops a step that is made in several passes, if the run is to stop; only where no other process waits."""
         if self.args.world_size == 1 and self._stop and self._stop.requested:
-            raise _StepDropped
+            raise StepDropped
 
     def _save_last_step(self) -> None:
         """Saves the last complete step, after a part of the next one."""
@@ -539,108 +532,3 @@ class _LogGoesOn(TrainerCallback):
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
         if self.trainer._log_before:  # a checkpoint of an older release has none
             self.trainer.continue_log(self.trainer._log_before)
-
-
-class _StepDropped(Exception):
-    """The run stops in the middle of a step, which is not finished."""
-
-
-class _State:
-    """What a part of a step changes, as it was before: the random states, and what is summed for the log."""
-
-    def __init__(self, trainer: DurableRun):
-        self.tokens, self.loss = trainer.state.num_input_tokens_seen, trainer._tr_loss.detach().clone()
-        self.metrics = {name: list(values) for name, values in trainer.unlogged_metrics.items()}
-        self.python, self.numpy, self.torch = random.getstate(), np.random.get_state(), torch.get_rng_state()
-        self.cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
-
-    def restore(self, trainer: DurableRun) -> None:
-        trainer.state.num_input_tokens_seen, trainer._tr_loss = self.tokens, self.loss
-        trainer.unlogged_metrics.clear()
-        trainer.unlogged_metrics.update(self.metrics)
-        random.setstate(self.python)
-        np.random.set_state(self.numpy)
-        torch.set_rng_state(self.torch)
-        if self.cuda is not None:
-            torch.cuda.set_rng_state(self.cuda)
-
-
-class _Grace:
-    """How long a run may take to stop after a signal: it ends what it is in the middle of, and saves a checkpoint."""
-
-    def __init__(self, say: Callable[[str], None]):
-        self.say, self.said = say, 0
-        self.longest = dict.fromkeys(("micro-batch", "evaluation", "checkpoint"), 0.0)
-        self.started: float | None = None  # when the first micro-batch of this step did
-        self.elsewhere = 0.0  # seconds since then in evaluations and checkpoints
-
-    @contextmanager
-    def measuring(self, what: str) -> Iterator[None]:
-        """While open, what cannot be interrupted."""
-        started = time.perf_counter()
-        if what == "micro-batch" and self.started is None:
-            self.started, self.elsewhere = started, 0.0
-        yield
-        took = time.perf_counter() - started
-        self.longest[what] = max(self.longest[what], took)
-        self.elsewhere += took if what != "micro-batch" else 0.0
-
-    def step_ended(self, micro_batches: int) -> None:
-        """Says how long, after the first step, and whenever it has become longer."""
-        if self.started is None:
-            return
-        # A GPU may still be at work when a micro-batch is over for the CPU.
-        step = time.perf_counter() - self.started - self.elsewhere
-        self.longest["micro-batch"] = max(self.longest["micro-batch"], step / micro_batches)
-        self.started = None
-        takes = max(self.longest["micro-batch"], self.longest["evaluation"]) + self.longest["checkpoint"]
-        if math.ceil(takes) > 1.2 * self.said:
-            self.said = math.ceil(takes)
-            grace = 2 * self.said + 5
-            parts = ", ".join(f"{what} {seconds:.1f} s" for what, seconds in self.longest.items() if seconds)
-            self.say(
-                f"a stop takes up to {self.said} s ({parts}); launchers should wait longer before they kill: torchrun "
-                f"--shutdown-timeout {grace}, Slurm --signal=TERM@{grace}, Kubernetes "
-                f"terminationGracePeriodSeconds: {grace}"
-            )
-
-
-class _Stop(TrainerCallback):
-    """Ends the training after a signal, with a checkpoint: after the step, if it comes in its last micro-batch."""
-
-    def __init__(self, trainer: Trainer):
-        self.trainer = trainer
-        self.requested = self.stopped = False
-
-    def on_signal(self, number: int, frame: FrameType | None) -> None:
-        if self.requested and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        if not self.requested and self.trainer.is_world_process_zero():
-            print(
-                "\nstopping after this micro-batch and saving a checkpoint; press Ctrl-C again to stop at once",
-                file=sys.stderr,
-                flush=True,
-            )
-        self.requested = True
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        requested = self.requested
-        if args.world_size > 1:  # all processes stop after the same step
-            requested = bool(self.trainer.accelerator.gather(torch.tensor([requested], device=args.device)).any())
-        if requested and state.global_step < state.max_steps:
-            self.stopped = control.should_save = control.should_training_stop = True
-
-
-@contextmanager
-def _stop_on_signals(trainer: Trainer) -> Iterator[_Stop]:
-    """While open, SIGINT and SIGTERM stop the trainer as `_Stop` does."""
-    stop = _Stop(trainer)
-    trainer.add_callback(stop)
-    numbers = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
-    before = {number: signal.signal(number, stop.on_signal) for number in numbers}
-    try:
-        yield stop
-    finally:
-        trainer.remove_callback(stop)
-        for number, handler in before.items():
-            signal.signal(number, handler)
