@@ -378,6 +378,7 @@ def train(flags: RLFlags) -> "dict | Prediction":
 
     with importing():
         world.watch()
+        from accelerate.utils import broadcast_object_list
         from transformers import set_seed
 
         import lora_utils
@@ -456,6 +457,7 @@ def train(flags: RLFlags) -> "dict | Prediction":
         inputs = report.Inputs(config, tokenizer, sid_token_ids, encoded.encoder, files.train_rows, lora_utils.adapt)
         longest_prompt = max(map(len, train_dataset["prompt"]))
         pass_size = report.largest_pass(flags, inputs, longest_prompt, trie.depth, files.continues, memory)
+        pass_size = broadcast_object_list([pass_size])[0]
         state.print(f"passes of up to {pass_size} completions, by the predicted memory")
 
     # Train.

@@ -10,8 +10,8 @@ response tokens only, exact resuming, and input that is checked before anything 
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal
 
 from minionerec import cli, world
 from minionerec.checkpoint import check_base, run_record
@@ -25,6 +25,7 @@ from minionerec.flags import (
     check_batch,
     check_cache,
     command,
+    engine,
     flag,
     fraction_of_training,
     one_of,
@@ -50,7 +51,12 @@ class SFTFlags(TrainingFlags):
         lambda value: "must be above 0, or -1 for all rows" if value == 0 or value < -1 else None,
     )
     batch_size: int = flag(128, "rows of an optimizer step, over all processes.", above_zero)
-    micro_batch_size: int = flag(4, "rows of a forward pass on one process.", above_zero)
+    micro_batch_size: int | Literal["auto"] = flag(
+        4,
+        "rows of a forward pass on one process; auto for as many as the memory of the GPU is predicted to hold (4 at "
+        "most on a CPU). The gradient does not depend on it.",
+        lambda value: None if value == "auto" else above_zero(value),
+    )
     num_epochs: int = flag(
         10, "passes over the training rows at most; three evaluations without a gain end the run.", above_zero
     )
@@ -103,6 +109,13 @@ class SFTFlags(TrainingFlags):
         return "freeze_LLM" if self.freeze_LLM else super().method
 
     @property
+    def micro_rows(self) -> int:
+        """`micro_batch_size` as a number; of auto, the largest up to 4 that divides the rows of a process."""
+        if self.micro_batch_size != "auto":
+            return self.micro_batch_size
+        return max(rows for rows in (1, 2, 3, 4) if self.batch_size % (rows * world.size()) == 0 or rows == 1)
+
+    @property
     def rows_together(self) -> int:
         """`pack_rows` as a number of rows."""
         return max(self.batch_size // 32, 1) if self.pack_rows == -1 else self.pack_rows
@@ -119,7 +132,7 @@ class SFTFlags(TrainingFlags):
             )
         if not self.category.strip():
             problems.add("--category is missing; say what the items are, such as Industrial_and_Scientific")
-        check_batch(problems, self.batch_size, self.micro_batch_size)
+        check_batch(problems, self.batch_size, self.micro_rows)
         check_cache(problems)
 
 
@@ -181,6 +194,7 @@ def train(flags: SFTFlags) -> "dict | Prediction":
     with importing():
         if not flags.dry_run:
             world.watch()
+        from accelerate.utils import broadcast_object_list
         from datasets import Dataset
         from transformers import EarlyStoppingCallback, set_seed
 
@@ -225,6 +239,7 @@ def train(flags: SFTFlags) -> "dict | Prediction":
     # Find the checkpoint to resume from.
     set_seed(flags.seed)
     state = device.process_state(flags.ddp_timeout)
+    memory = device.free_memory_gb()
     fingerprint = loading.fingerprint(flags.base_model)
     run = run_record("sft", flags.method, flags.to_dict(), files.prompts, fingerprint)
     nodes.check_same(flags.to_dict(), base=fingerprint)
@@ -261,12 +276,22 @@ def train(flags: SFTFlags) -> "dict | Prediction":
         state.print(note)
     state.print(f"training examples: {len(train_dataset):,}; validation examples: {len(eval_dataset):,}")
 
+    # Size the micro-batches where that is left to us: by the memory that was free before the base was loaded.
+    if flags.micro_batch_size == "auto":
+        if state.device.type == "cuda" and not engine():
+            from minionerec.dryrun import report
+
+            inputs = report.Inputs(config, tokenizer, sid_token_ids, encoder, files.train_rows, lora_utils.adapt)
+            rows = report.largest_micro_batch(flags, inputs, train_dataset, memory)
+            flags = replace(flags, micro_batch_size=broadcast_object_list([rows])[0])
+        state.print(f"--micro_batch_size auto: {flags.micro_rows} rows")
+
     # Plan the micro-batches: as token trees, where the model takes them.
-    sizes = flags.batch_size, flags.micro_batch_size, flags.num_epochs
+    sizes = flags.batch_size, flags.micro_rows, flags.num_epochs
     trees = plan_trees(model, train_dataset, eval_dataset, flags.rows_together, *sizes, flags.seed, state)
     if trees and flags.group_by_length:
         state.print("--group_by_length changes nothing for token trees; with --pack_rows 0 it sorts steps by length")
-    accumulation = trees.accumulation if trees else flags.batch_size // (flags.micro_batch_size * state.num_processes)
+    accumulation = trees.accumulation if trees else flags.batch_size // (flags.micro_rows * state.num_processes)
 
     # Train.
     steps = math.ceil(len(train_dataset) / flags.batch_size) * flags.num_epochs
@@ -308,8 +333,8 @@ def training_arguments(flags: SFTFlags, steps: int, accumulation: int) -> "Train
 
     return TrainingArguments(
         **shared_arguments(flags),
-        per_device_train_batch_size=flags.micro_batch_size,
-        per_device_eval_batch_size=flags.micro_batch_size,
+        per_device_train_batch_size=flags.micro_rows,
+        per_device_eval_batch_size=flags.micro_rows,
         gradient_accumulation_steps=accumulation,
         num_train_epochs=flags.num_epochs,
         learning_rate=flags.learning_rate,

@@ -15,7 +15,6 @@ import re
 import sys
 import threading
 import traceback
-import types
 import typing
 import warnings
 from collections.abc import Callable
@@ -50,9 +49,13 @@ THREADS_SLEEP = {"OMP_WAIT_POLICY": "PASSIVE"}
 def parse_value(text: str, annotation: Any) -> object:
     """The value of a flag from its text. Raises ValueError, naming what is expected, where the text does not fit.
 
-    `annotation` is bool, int, float or str, or one of them `| None` (then the text None gives None).
+    `annotation` is bool, int, float or str, or one of them `| None` (then the text None gives None) or `| Literal[...]`
+    (then these words are values, too).
     """
-    choices = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
+    choices = typing.get_args(annotation) or (annotation,)
+    words = [word for choice in choices for word in typing.get_args(choice)]
+    if text in words:
+        return text
     if type(None) in choices and text in ("None", "none"):
         return None
     kind = next(choice for choice in choices if choice is not type(None))
@@ -64,7 +67,7 @@ def parse_value(text: str, annotation: Any) -> object:
         try:
             return int(text)
         except ValueError:
-            raise ValueError("a whole number") from None
+            raise ValueError(" or ".join(["a whole number", *words])) from None
     if kind is float:
         try:
             value = float(text)

@@ -84,14 +84,17 @@ def _typed(values: dict[str, Any], by_name: dict[str, Any]) -> dict[str, Any]:
     for name, value in values.items():
         kind = by_name[name].type
         kinds = typing.get_args(kind) or (kind,)
+        words = [word for one in kinds for word in typing.get_args(one)]  # of a Literal
+        kinds = tuple(one for one in kinds if not typing.get_args(one))
         if isinstance(value, os.PathLike) and str in kinds:
             value = os.fspath(value)
         elif type(value) is int and float in kinds:
             value = float(value)
         elif type(None) in kinds and value in (False, "False", "false", "None"):  # --resume_from_checkpoint False
             value = None
-        if type(value) not in kinds:
-            wanted = " or ".join("None" if one is type(None) else one.__name__ for one in kinds)
+        if type(value) not in kinds and value not in words:
+            named = ["None" if one is type(None) else one.__name__ for one in kinds]
+            wanted = " or ".join([*named, *map(repr, words)])
             problems.add(f"--{name} {value!r}: must be {wanted}, not {type(value).__name__}")
         typed[name] = value
     problems.check()

@@ -6,7 +6,7 @@ from models import make_model
 from plain import EOS, prompts, random_sids
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from benchmarks import launches
+from benchmarks import counting
 from minionerec.decoding.beam_search import constrained_beam_search
 from minionerec.decoding.trie import Trie
 from minionerec.model.groups import join_frozen_layers
@@ -15,13 +15,13 @@ from minionerec.model.groups import join_frozen_layers
 @pytest.fixture(autouse=True)
 def on_gpu():
     torch.manual_seed(0)
-    with launches.as_on_gpu():
+    with counting.as_on_gpu():
         yield
 
 
 @pytest.mark.parametrize(("method", "most"), [("full", 125), ("lora", 78), ("qlora", 86)])
 def test_sft_starts_few_kernels_and_reads_little(method, most):
-    few, many = (launches.count_sft(method, layers, users=16) for layers in (1, 2))
+    few, many = (counting.count_sft(method, layers, users=16) for layers in (1, 2))
     assert 2 * many["kernels a layer"] - few["kernels a layer"] <= most
     # A step reads whether its losses are finite, and what is logged.
     assert many["reads of a micro-batch"] * many["micro-batches a step"] + many["reads of a step"] <= 2
@@ -29,7 +29,7 @@ def test_sft_starts_few_kernels_and_reads_little(method, most):
 
 
 def test_rl_starts_few_kernels_and_reads_little():
-    few, many = (launches.count_rl(layers) for layers in (1, 2))
+    few, many = (counting.count_rl(layers) for layers in (1, 2))
     assert many["kernels"] - few["kernels"] <= 205
     assert few["kernels"] <= 763
     assert many["reads"] <= 8
@@ -37,7 +37,7 @@ def test_rl_starts_few_kernels_and_reads_little():
 
 def test_a_search_starts_few_kernels_and_reads_little():
     for merged, most in ((False, 29), (True, 21)):
-        few, many = (launches.count_decoding(layers, merged) for layers in (1, 2))
+        few, many = (counting.count_decoding(layers, merged) for layers in (1, 2))
         assert 2 * many["a layer and pass"] - few["a layer and pass"] <= most
         assert many["outside the model, a level"] <= 26 and many["reads"] == 0
 

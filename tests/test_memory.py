@@ -22,6 +22,7 @@ from minionerec.process_memory import rss_gb
 from minionerec.training.logprobs import completion_logps
 from minionerec.training.sft_trainer import response_logits
 from rl import RLFlags
+from sft import SFTFlags
 
 ROWS, TOKENS, RESPONSE = 4, 120, 3
 
@@ -172,6 +173,31 @@ def test_a_pass_of_rl_is_as_large_as_the_memory():
         sizes.append(report.largest_pass(flags, inputs, 200, 4, False, needed * 1.00001))
     assert sizes == [24, 12, 8, 4]
     assert report.largest_pass(flags, inputs, 200, 4, False, 0.0) == 4
+
+
+def test_a_micro_batch_of_sft_is_as_large_as_the_memory():
+    """Of the divisors of the rows of a process."""
+    flags, tried = SFTFlags(batch_size=24, micro_batch_size="auto"), []
+
+    def rows_in(memory: float) -> int:
+        return report.largest_micro_batch(
+            flags, None, None, memory, lambda changed: tried.append(changed.micro_rows) or float(changed.micro_rows)
+        )
+
+    found = [rows_in(rows / (1 - report.SPARE) + 1e-9) for rows in (100, 23, 7, 3, 0.5)]
+    assert found == [24, 12, 6, 3, 1] and not set(tried) - {1, 2, 3, 4, 6, 8, 12, 24}
+    assert [SFTFlags(batch_size=rows, micro_batch_size="auto").micro_rows for rows in (128, 6, 5)] == [4, 3, 1]
+
+
+def test_a_dry_run_sizes_the_micro_batch(files, base, tmp_path):
+    flags = sft_flags(files, base, tmp_path / "run", batch_size=32, micro_batch_size="auto", use_lora=True)
+    done = run_command("sft.py", **flags, dry_run=True, gpu_memory="12GB")
+    assert done.returncode == 0, done.stderr
+    assert "--micro_batch_size auto: 32 rows" in done.stdout and "fits a GPU with 12GB" in done.stdout
+    refused(
+        "sft.py", "--micro_batch_size 'most' is not valid; expected a whole number or auto", micro_batch_size="most"
+    )
+    refused("sft.py", "--micro_batch_size 0: must be above 0", **{**flags, "micro_batch_size": 0})
 
 
 @pytest.mark.parametrize("bits", [4, 8])

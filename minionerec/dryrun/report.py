@@ -11,10 +11,12 @@ from dataclasses import dataclass, replace
 from statistics import median
 from typing import Any
 
+import numpy as np
 import torch
 from datasets import Dataset
 from transformers import PreTrainedConfig, PreTrainedTokenizerFast
 
+from minionerec import world
 from minionerec.data.encoding import Encoder, batches
 from minionerec.data.examples import BATCH_ROWS
 from minionerec.decoding.probe import may_share_rows
@@ -138,51 +140,91 @@ def suggestion(flags: Any, batch: str, size: float, total_of: Callable[[Any], fl
     return "nor does anything else here: take a smaller model, or a smaller --cutoff_len"
 
 
-def sft(flags: Any, inputs: Inputs, training_examples: Callable[[], Dataset]) -> Prediction:
-    """The dry run of sft.py, of its flags; `training_examples()` tokenizes them, or finds them in the cache."""
-    say_flags(flags)
-    examples, total, tokens, response = say_tasks(inputs.encoder, inputs.rows_of)
-    steps = math.ceil(examples / flags.batch_size)
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    print(f"\n{examples:,} examples; {steps:,} steps an epoch, at most {steps * flags.num_epochs:,} in all")
-    on_gpu, size, name = device_of(flags.gpu_memory)
-    merges = flags.rows_together > 0 and may_share_rows(inputs.config)
-    if merges:
-        dataset = training_examples()
+def _sft_steps(inputs: Inputs, tokens: int, response: int, dataset: Dataset | None, on_gpu: bool) -> Callable:
+    """What gives, for flags of sft.py, the largest micro-batch, a `Step`: of rows of up to `tokens` tokens, of which
+    `response` are the response's, or of the token trees of a dataset."""
+    if dataset is not None:
         prefixes = Prefixes(dataset)
         collate = TreeCollator(0, inputs.config.get_text_config().hidden_size, 16 if on_gpu else 1)
-        print(_tree_batches(flags, prefixes, processes).summary())
-    elif flags.rows_together:
-        print(f"token trees: off; every row is computed by itself, since {inputs.config.model_type} ignores 4-D masks")
 
     def step_of(flags: Any) -> Step:
-        rows = flags.micro_batch_size
-        if not merges:
-            return Step(rows, tokens, rows * response, accumulate=flags.batch_size > rows * processes)
-        plan = _tree_batches(flags, prefixes, processes)
+        rows = flags.micro_rows
+        if dataset is None:
+            return Step(rows, tokens, rows * response, accumulate=flags.batch_size > rows * world.size())
+        plan = _tree_batches(flags, prefixes)
         largest = collate(dataset.__getitems__(plan.survey()[2].tolist()))
         rows, width = largest["input_ids"].shape
         predicting = len(largest["predicting"])
         return Step(rows, width, predicting, shared=True, accumulate=plan.accumulation > 1, trees=True)
 
+    return step_of
+
+
+def largest_micro_batch(
+    flags: Any, inputs: Inputs, dataset: Dataset, memory: float, predicted: Callable[[Any], float] | None = None
+) -> int:
+    """How many rows of sft.py to compute in one forward pass: the most that divide the rows of a step on one process
+    and are predicted to fit `memory` (GB) on a GPU, but 1 at least.
+
+    Args:
+        predicted: of flags, the memory in GB; None for the prediction of the dry run.
+    """
+    if predicted is None:
+        length, prompt = (np.array(dataset[name][:]) for name in ("length", "prompt_length"))
+        merged = dataset if flags.rows_together > 0 and may_share_rows(inputs.config) else None
+        step_of = _sft_steps(inputs, int(length.max()), int((length - prompt).max()), merged, on_gpu=True)
+
+        def predicted(flags: Any) -> float:
+            return inputs.predict(step_of(flags), flags, on_gpu=True).total
+
+    of_process = flags.batch_size // world.size()
+    sizes = [rows for rows in range(of_process, 0, -1) if of_process % rows == 0]
+
+    def fits(rows: int) -> bool:
+        return predicted(replace(flags, micro_batch_size=rows)) <= (1 - SPARE) * memory
+
+    return sizes[bisect_left(sizes, True, hi=len(sizes) - 1, key=fits)]
+
+
+def sft(flags: Any, inputs: Inputs, training_examples: Callable[[], Dataset]) -> Prediction:
+    """The dry run of sft.py, of its flags; `training_examples()` tokenizes them, or finds them in the cache."""
+    say_flags(flags)
+    examples, total, tokens, response = say_tasks(inputs.encoder, inputs.rows_of)
+    steps = math.ceil(examples / flags.batch_size)
+    print(f"\n{examples:,} examples; {steps:,} steps an epoch, at most {steps * flags.num_epochs:,} in all")
+    on_gpu, size, name = device_of(flags.gpu_memory)
+    merges = flags.rows_together > 0 and may_share_rows(inputs.config)
+    if flags.micro_batch_size == "auto" and on_gpu:
+        flags = replace(flags, micro_batch_size=largest_micro_batch(flags, inputs, training_examples(), size))
+        print(f"--micro_batch_size auto: {flags.micro_rows} rows")
+    if merges:
+        dataset = training_examples()
+        prefixes = Prefixes(dataset)
+        collate = TreeCollator(0, inputs.config.get_text_config().hidden_size, 16 if on_gpu else 1)
+        print(_tree_batches(flags, prefixes).summary())
+    elif flags.rows_together:
+        print(f"token trees: off; every row is computed by itself, since {inputs.config.model_type} ignores 4-D masks")
+    step_of = _sft_steps(inputs, tokens, response, dataset if merges else None, on_gpu)
+
     def predicted(flags: Any) -> Prediction:
         return inputs.predict(step_of(flags), flags, on_gpu)
 
     def suggest() -> str:
-        return suggestion(flags, "micro_batch_size", size, lambda flags: predicted(flags).total)
+        numbered = replace(flags, micro_batch_size=flags.micro_rows)
+        return suggestion(numbered, "micro_batch_size", size, lambda flags: predicted(flags).total)
 
     found, step = say_memory(predicted(flags), size, name, suggest), step_of(flags)
     if not flags.gpu_memory:  # else the card is not here
         positions, predicting = total / examples * flags.batch_size, response * flags.batch_size
         if merges:  # of one optimizer step
-            parts = [part for part in next(_tree_batches(flags, prefixes, processes).steps()) if len(part)]
+            parts = [part for part in next(_tree_batches(flags, prefixes).steps()) if len(part)]
             positions = sum(prefixes.size(part).nodes for part in parts)
             trees = (collate(dataset.__getitems__(part.tolist())) for part in parts)
             predicting = sum(len(batch["predicting"]) for batch in trees)
         work = (
             found.flops / (step.rows * step.tokens) * positions + found.head_flops / step.response_tokens * predicting
         )
-        work /= processes
+        work /= world.size()
         speed = _matmul_speed(step.rows * step.tokens, inputs.config, device.compute_dtype(flags.bits < 16))
         print(
             f"about {_two_digits(work / speed)} s a step and {_two_digits(work / speed * steps / 3600)} h an epoch, or "
@@ -208,9 +250,9 @@ def _matmul_speed(positions: int, config: PreTrainedConfig, dtype: torch.dtype) 
     return 2 * hidden.numel() * weight.shape[1] / median(seconds[1:])
 
 
-def _tree_batches(flags: Any, prefixes: Prefixes, processes: int) -> TreeBatches:
+def _tree_batches(flags: Any, prefixes: Prefixes) -> TreeBatches:
     order = step_order(prefixes, flags.rows_together, flags.batch_size, flags.seed)
-    return TreeBatches(prefixes, order, flags.num_epochs, flags.micro_batch_size, flags.batch_size, processes)
+    return TreeBatches(prefixes, order, flags.num_epochs, flags.micro_rows, flags.batch_size, world.size())
 
 
 SPARE = 0.1  # of a GPU's memory, for what the allocator cannot use and the prediction misses
