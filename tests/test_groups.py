@@ -145,6 +145,7 @@ def test_the_factors_follow_an_optimizer(fused, to_none):
 def test_layers_without_an_adapter_join_where_nothing_trains(architecture):
     model = make_model(architecture, scale=2.0)
     plain = copy.deepcopy(model)
+    fewer_kernels.use_fewer_kernels(model)
     groups.join_frozen_layers(model)
     sizes = sizes_of(model)
     assert sizes == {"phi3": [], "gpt2": []}.get(architecture, [2, 2, 3, 3])
@@ -154,7 +155,7 @@ def test_layers_without_an_adapter_join_where_nothing_trains(architecture):
     loss.backward()  # with gradients, each is computed by itself
     plain(input_ids=TOKENS).logits.square().mean().backward()
     for one, other in zip(model.parameters(), plain.parameters(), strict=True):
-        torch.testing.assert_close(one.grad, other.grad)
+        torch.testing.assert_close(one.grad, other.grad, atol=1e-3, rtol=1e-3)
 
 
 def test_an_adapter_is_evaluated_in_the_type_of_its_base():

@@ -19,7 +19,7 @@ def on_gpu():
         yield
 
 
-@pytest.mark.parametrize(("method", "most"), [("full", 125), ("lora", 78), ("qlora", 86)])
+@pytest.mark.parametrize(("method", "most"), [("full", 125), ("lora", 75), ("qlora", 83)])
 def test_sft_starts_few_kernels_and_reads_little(method, most):
     few, many = (counting.count_sft(method, layers, users=16) for layers in (1, 2))
     assert 2 * many["kernels a layer"] - few["kernels a layer"] <= most
@@ -30,13 +30,13 @@ def test_sft_starts_few_kernels_and_reads_little(method, most):
 
 def test_rl_starts_few_kernels_and_reads_little():
     few, many = (counting.count_rl(layers) for layers in (1, 2))
-    assert many["kernels"] - few["kernels"] <= 205
-    assert few["kernels"] <= 763
-    assert many["reads"] <= 8
+    assert many["kernels"] - few["kernels"] <= 187
+    assert few["kernels"] <= 689
+    assert many["reads"] <= 5
 
 
 def test_a_search_starts_few_kernels_and_reads_little():
-    for merged, most in ((False, 29), (True, 21)):
+    for merged, most in ((False, 26), (True, 18)):
         few, many = (counting.count_decoding(layers, merged) for layers in (1, 2))
         assert 2 * many["a layer and pass"] - few["a layer and pass"] <= most
         assert many["outside the model, a level"] <= 26 and many["reads"] == 0

@@ -115,10 +115,57 @@ class _Rotary(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        return _turned_back(gradient, *ctx.saved_tensors), None, None
+
+
+class _RotaryOfBoth(torch.autograd.Function):
+    """The same for queries and keys whose heads are next to each other in memory, as `groups` makes them: rotated
+    together. Their gradients come apart."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, signed: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        ctx.save_for_backward(cos, signed)
+        return tuple(_alone(part) for part in _rotated_together(q, k, cos, signed))
+
+    @staticmethod
+    def backward(ctx: Any, of_q: torch.Tensor, of_k: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         cos, signed = ctx.saved_tensors
-        # Rotated back: the sines change their sign.
-        rolled = torch.roll(gradient, gradient.shape[-1] // 2, -1)
-        return torch.addcmul(gradient * cos, rolled, signed, value=-1), None, None
+        return *(_turned_back(gradient, cos, signed) for gradient in (of_q, of_k)), None, None
+
+
+def _turned_back(gradient: torch.Tensor, cos: torch.Tensor, signed: torch.Tensor) -> torch.Tensor:
+    """Rotated by the angle with the other sign."""
+    rolled = torch.roll(gradient, gradient.shape[-1] // 2, -1)
+    return torch.addcmul(gradient * cos, rolled, signed, value=-1)
+
+
+def _adjacent(q: torch.Tensor, k: torch.Tensor) -> bool:
+    """Whether the heads of k follow those of q in memory."""
+    heads, width = q.shape[1], q.shape[-1]
+    return (
+        q.stride() == k.stride()
+        and (q.shape[0], *q.shape[2:]) == (k.shape[0], *k.shape[2:])
+        and q.stride(1) == width
+        and q.stride(3) == 1
+        and k.storage_offset() == q.storage_offset() + heads * width
+        and q.untyped_storage().data_ptr() == k.untyped_storage().data_ptr()
+    )
+
+
+def _rotated_together(
+    q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, signed: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    both = q.as_strided((q.shape[0], q.shape[1] + k.shape[1], *q.shape[2:]), q.stride())
+    rotated = torch.addcmul(both * cos, torch.roll(both, both.shape[-1] // 2, -1), signed)
+    return rotated[:, : q.shape[1]], rotated[:, q.shape[1] :]
+
+
+def _alone(part: torch.Tensor) -> torch.Tensor:
+    """The same memory, but for autograd no view."""
+    result = torch.empty(0, dtype=part.dtype, device=part.device)
+    return result.set_(part.untyped_storage(), part.storage_offset(), part.shape, part.stride())
 
 
 class _Signed:
@@ -147,6 +194,9 @@ def rotation(original: Callable) -> Callable:
         if not fits or not device.starts_kernels(q.device):
             return original(q, k, cos, sin, *args, **kwargs)
         of_sin, of_cos = signed(sin), cos.unsqueeze(1)
+        if _adjacent(q, k):
+            together = _RotaryOfBoth.apply if torch.is_grad_enabled() else _rotated_together
+            return together(q, k, of_cos, of_sin)
         return _Rotary.apply(q, of_cos, of_sin), _Rotary.apply(k, of_cos, of_sin)
 
     apply_rotary_pos_emb.replaces = original  # type: ignore[attr-defined]
