@@ -106,10 +106,14 @@ def ours(connection: Connection, way: str, generations: int, micro_batch: int, *
     import lora_utils
     from minionerec.decoding.trie import Trie
     from minionerec.model import device
+    from minionerec.model.fewer_kernels import use_fewer_kernels
     from minionerec.training.rl_trainer import ReReTrainer
 
     tokenizer, model, adapter, catalogue, sequences, prompts, silent = setting(*settings)
-    steps = len(prompts) * generations // micro_batch
+    use_fewer_kernels(model)
+    # As rl.py: a step is one micro-batch, in passes of `micro_batch` completions on a CPU; a GPU that has the memory
+    # takes all at once.
+    pass_size = None if torch.cuda.is_available() else micro_batch
 
     def reward(prompts: list[list[int]], completion_ids: list[list[int]], **_: object) -> list[float]:
         return [reward_of(prompt, ids, silent) for prompt, ids in zip(prompts, completion_ids, strict=True)]
@@ -122,8 +126,7 @@ def ours(connection: Connection, way: str, generations: int, micro_batch: int, *
             GRPOConfig(
                 output_dir=folder,
                 report_to="none",
-                per_device_train_batch_size=micro_batch,
-                gradient_accumulation_steps=steps,
+                per_device_train_batch_size=len(prompts) * generations,
                 num_generations=generations,
                 beta=BETA,
                 use_bias_correction_kl=False,
@@ -141,9 +144,10 @@ def ours(connection: Connection, way: str, generations: int, micro_batch: int, *
             trie=Trie(sequences, tokenizer.eos_token_id),
             sids=catalogue,
             mask_all_zero=way == "masked",
+            pass_size=pass_size,
         )
     trainer.create_optimizer()
-    trainer.current_gradient_accumulation_steps = steps
+    trainer.current_gradient_accumulation_steps = 1
     trainer.model.train()
     phases, losses = Phases(), []
     generate, logps = trainer._generate_single_turn, trainer._get_per_token_logps_and_entropies
@@ -157,23 +161,26 @@ def ours(connection: Connection, way: str, generations: int, micro_batch: int, *
             return logps(*args, **kwargs)
 
     trainer.__dict__.update(_generate_single_turn=timed_generation, _get_per_token_logps_and_entropies=timed_logps)
+    backward = trainer.accelerator.backward
+
+    def timed_backward(loss: Any) -> None:
+        with phases.of("backward"):
+            backward(loss)
+
+    trainer.accelerator.backward = timed_backward
     batch = [{"row": row} for row in range(len(prompts)) for _ in range(generations)]
 
     def step() -> dict[str, float]:
         phases.clear()
-        started, total = time.perf_counter(), 0.0
+        started = time.perf_counter()
         trainer._step, trainer._buffered_inputs = 0, None
-        for _ in range(steps):
-            loss = trainer.compute_loss(trainer.model, trainer._prepare_inputs(batch))
-            trainer._step += 1
-            total += loss.item()
-            with phases.of("backward"):
-                loss.backward()
+        loss = trainer.compute_loss(trainer.model, trainer._prepare_inputs(batch))
+        trainer.accelerator.backward(loss)
         with phases.of("update"):
             torch.nn.utils.clip_grad_norm_(trainer.model.parameters(), 1.0)
             trainer.optimizer.step()
             trainer.optimizer.zero_grad()
-        losses.append(total)
+        losses.append(loss.item())
         seconds = time.perf_counter() - started
         return {**phases, "other": seconds - sum(phases.values()), "step": seconds}
 
