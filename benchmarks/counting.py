@@ -280,6 +280,7 @@ def count_sft(method: str, layers: int, users: int = 80) -> dict[str, Any]:
     trainer.remove_callback(PrinterCallback)
     with counting() as launches:
         trainer.training_step = launches.within("micro-batch", trainer.training_step)  # type: ignore[method-assign]
+        trainer._check_losses = launches.within("other", trainer._check_losses)  # type: ignore[method-assign]
         trainer._save_checkpoint = launches.within("checkpoint", trainer._save_checkpoint)  # type: ignore[method-assign]
         micro_batches, shapes = [], set()
         losses = trainer._losses
