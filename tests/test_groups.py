@@ -250,6 +250,25 @@ def test_gradient_checkpointing_draws_the_same_masks():
         torch.testing.assert_close(recomputed[1][name], gradient, atol=1e-6, rtol=1e-4)
 
 
+def test_a_layer_that_is_called_later_gets_an_output_of_its_own():
+    """With gradients, or another adapter, than when the first layer of its group computed all outputs."""
+    model = with_adapter(make_model(scale=2.0))
+    gate, up = model.get_base_model().model.layers[0].mlp.gate_proj, model.get_base_model().model.layers[0].mlp.up_proj
+    assert gate.group is up.group
+    x = torch.randn(2, 3, 64, requires_grad=True)
+    with torch.no_grad():
+        gate(x)
+    assert up(x).requires_grad
+    gate(x)
+    expected = alone(model).get_base_model().model.layers[0].mlp.up_proj.base_layer(x)
+    with model.disable_adapter():
+        torch.testing.assert_close(up(x), expected)
+    gate(x)
+    with torch.no_grad():
+        x.mul_(2.0)
+        torch.testing.assert_close(up(x), alone(model).get_base_model().model.layers[0].mlp.up_proj(x))
+
+
 def test_an_optimizer_between_the_passes_is_noticed():
     model = with_adapter(make_model(scale=2.0)).train()
     loss = model(input_ids=TOKENS).logits.sum()

@@ -47,17 +47,22 @@ class _Together:
         self.weight: torch.Tensor | None = None  # what the weights of the layers are parts of
         self.bias: torch.Tensor | None = None
         self.in_parts = True
-        self.pending: tuple[Any, ...] | None = None  # the input, its version and the outputs that are not yet taken
+        self.pending: tuple[Any, ...] | None = None  # the input, its state and the outputs that are not yet taken
 
     def output(self, layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
         """The output [..., O of the layer] for x [..., I]. The first layer that is called computes those of all."""
         pending, place = self.pending, self.place[id(layer)]
-        if pending is None or pending[0] is not x or pending[1] != x._version or pending[2][place] is None:
-            pending = self.pending = (x, x._version, list(self._outputs(x)))
+        state = x._version, torch.is_grad_enabled(), self.adapter()
+        if pending is None or pending[0] is not x or pending[1] != state or pending[2][place] is None:
+            pending = self.pending = (x, state, list(self._outputs(x)))
         found, pending[2][place] = pending[2][place], None
         if not any(of is not None for of in pending[2]):
             self.pending = None
         return found
+
+    def adapter(self) -> str | None:
+        """The adapter that is active in all layers, None where none is."""
+        return None
 
     def _outputs(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         raise NotImplementedError
@@ -94,7 +99,6 @@ class Group(_Together):
         self.scales: torch.Tensor | None = None  # of a weight in 4 bits
 
     def adapter(self) -> str | None:
-        """The adapter that is active in all layers, None where all are disabled."""
         first = self.layers[0]
         return None if first.disable_adapters else first.active_adapters[0]
 
