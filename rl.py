@@ -451,7 +451,7 @@ def train(flags: RLFlags) -> "dict | Prediction":
 
     # Size the passes: on a GPU by its memory, since each takes about as long as the next larger one.
     pass_size = flags.train_batch_size
-    if state.device.type == "cuda" and not engine():
+    if device.starts_kernels(state.device) and not engine():
         from minionerec.dryrun import report
 
         inputs = report.Inputs(config, tokenizer, sid_token_ids, encoded.encoder, files.train_rows, lora_utils.adapt)

@@ -181,6 +181,11 @@ def read_input(flags: SFTFlags) -> SFTInput:
     return SFTInput(flags, prompts, eval_prompts, catalogue, num_rows, notes)
 
 
+def next_smaller(rows: int, batch_size: int) -> int:
+    """The largest number of rows up to half of `rows` that divides `batch_size`."""
+    return next(size for size in range(rows // 2, 0, -1) if batch_size % size == 0)
+
+
 @command(SFTFlags)
 def train(flags: SFTFlags) -> "dict | Prediction":
     """Fine-tunes a causal LM to write the semantic ID (SID) of the next item.
@@ -210,7 +215,7 @@ def train(flags: SFTFlags) -> "dict | Prediction":
         from minionerec.training.finish import finish
         from minionerec.training.resume import resume_point
         from minionerec.training.row_rate import sid_weights
-        from minionerec.training.sft_trainer import SFTTrainer, plan_trees
+        from minionerec.training.sft_trainer import SFTTrainer, fits, plan_trees
 
     # Prove that the base can have the adapter, and that every SID becomes its own tokens.
     config = loading.load_config(flags.base_model)
@@ -277,8 +282,9 @@ def train(flags: SFTFlags) -> "dict | Prediction":
     state.print(f"training examples: {len(train_dataset):,}; validation examples: {len(eval_dataset):,}")
 
     # Size the micro-batches where that is left to us: by the memory that was free before the base was loaded.
+    sized = flags.micro_batch_size == "auto" and device.starts_kernels(state.device) and not engine()
     if flags.micro_batch_size == "auto":
-        if state.device.type == "cuda" and not engine():
+        if sized:
             from minionerec.dryrun import report
 
             inputs = report.Inputs(config, tokenizer, sid_token_ids, encoder, files.train_rows, lora_utils.adapt)
@@ -287,8 +293,15 @@ def train(flags: SFTFlags) -> "dict | Prediction":
         state.print(f"--micro_batch_size auto: {flags.micro_rows} rows")
 
     # Plan the micro-batches: as token trees, where the model takes them.
-    sizes = flags.batch_size, flags.micro_rows, flags.num_epochs
-    trees = plan_trees(model, train_dataset, eval_dataset, flags.rows_together, *sizes, flags.seed, state)
+    while True:
+        sizes = flags.batch_size, flags.micro_rows, flags.num_epochs
+        trees = plan_trees(model, train_dataset, eval_dataset, flags.rows_together, *sizes, flags.seed, state)
+        # The Trainer turns checkpointing on, so a trial before it would need more.
+        checked = not sized or flags.micro_rows == 1 or state.num_processes > 1 or flags.gradient_checkpointing
+        if checked or fits(model, train_dataset, trees, flags.micro_rows, tokenizer.pad_token_id):
+            break
+        flags = replace(flags, micro_batch_size=next_smaller(flags.micro_rows, flags.batch_size))
+        state.print(f"out of memory in a trial: {flags.micro_rows} rows in a micro-batch")
     if trees and flags.group_by_length:
         state.print("--group_by_length changes nothing for token trees; with --pack_rows 0 it sorts steps by length")
     accumulation = trees.accumulation if trees else flags.batch_size // (flags.micro_rows * state.num_processes)

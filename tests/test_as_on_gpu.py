@@ -19,6 +19,7 @@ import sft
 from minionerec.checkpoint import Checkpoint
 from minionerec.model import device, loading
 from minionerec.model.groups import JoinedLinear
+from minionerec.training import sft_trainer
 
 SFT = {
     "full": {},
@@ -35,6 +36,7 @@ WHOLE = ("full", "train_from_scratch", "freeze_LLM")
 def on_gpu(monkeypatch):
     monkeypatch.setattr(device, "compute_dtype", answer("bfloat16"))
     monkeypatch.setattr(device, "starts_kernels", starts_kernels)
+    monkeypatch.setattr(device, "free_memory_gb", lambda: 12.0)
 
 
 @pytest.fixture(scope="module")
@@ -171,3 +173,26 @@ def test_a_served_adapter_is_merged(files, trained, tmp_path):
         with adapted.disable_adapter():
             without = adapted(input_ids=ids).logits[0].float()
     assert (found - expected).abs().mean() < 0.1 * (expected - without).abs().mean()
+
+
+def test_sft_sizes_its_micro_batches(files, published, tmp_path, monkeypatch, capsys):
+    """By the predicted memory, then by a trial, which fails here above 4 rows."""
+    real, tried = sft_trainer.fits, []
+
+    def trial(model, dataset, trees, rows, pad_token_id):
+        tried.append(rows)
+        return rows <= 4 and real(model, dataset, trees, rows, pad_token_id)
+
+    monkeypatch.setattr(sft_trainer, "fits", trial)
+    flags = sft_flags(files, published, tmp_path / "run", micro_batch_size="auto", use_lora=True, eval_step=0.9)
+    metrics = sft.train(**strings(flags))
+    assert tried == [16, 8, 4] and metrics["steps"] > 0
+    printed = capsys.readouterr().out
+    assert "--micro_batch_size auto: 16 rows" in printed
+    assert printed.count("out of memory in a trial: ") == 2 and "trial: 4 rows in a micro-batch" in printed
+
+
+def test_rl_sizes_its_passes(files, trained, tmp_path, capsys):
+    flags = {"train_batch_size": 8, "gradient_accumulation_steps": 2, "use_lora": True, "test_during_training": False}
+    rl.train(**strings(rl_flags(files, trained("lora") / "final_checkpoint", tmp_path / "run", **flags)))
+    assert "passes of up to 16 completions, by the predicted memory" in capsys.readouterr().out

@@ -10,16 +10,19 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from accelerate import skip_first_batches
+from accelerate import PartialState, skip_first_batches
 from architectures import build
+from datasets import Dataset
 from models import adapted, examples, make_model, trainer_of
 from torch.utils.data import DataLoader
 from transformers import EarlyStoppingCallback, TrainerCallback
 
+import sft
 from minionerec.checkpoint import Checkpoint
 from minionerec.data.examples import Collator
 from minionerec.errors import InputError
 from minionerec.process_memory import forget_peak_of_loading, importing, peak_memory_gb
+from minionerec.training import sft_trainer
 from minionerec.training.finish import save_final
 from minionerec.training.resume import newest_checkpoint
 from minionerec.training.sft_trainer import RowBatches, SFTTrainer, StepSampler, response_logits, row_losses
@@ -360,3 +363,22 @@ def test_the_collector_pauses_for_imports_and_then_skips_what_the_first_ones_mad
     with importing():
         pass
     assert frozen == [True]
+
+
+@pytest.mark.parametrize("merged", [True, False])
+def test_a_trial_of_the_largest_micro_batch_leaves_nothing_behind(monkeypatch, merged):
+    model, rows = adapted("qwen2", True, "lora").train(), Dataset.from_list(examples(16))
+    sizes = (1, 16, 8, 1, 0, PartialState(cpu=True))
+    trees = sft_trainer.plan_trees(model, rows, rows, *sizes) if merged else None
+    random = torch.get_rng_state()
+    assert sft_trainer.fits(model, rows, trees, 8, 0)
+
+    def too_large(*_):
+        torch.rand(3)
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(sft_trainer, "tree_losses" if merged else "row_losses", too_large)
+    assert not sft_trainer.fits(model, rows, trees, 8, 0)
+    assert torch.equal(torch.get_rng_state(), random) and model.training
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert [sft.next_smaller(rows, 96) for rows in (96, 32, 3, 2)] == [48, 16, 1, 1]

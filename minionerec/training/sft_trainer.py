@@ -19,9 +19,10 @@ from torch import nn
 from torch.utils.data import DataLoader, Sampler
 from transformers import Trainer, TrainerControl
 
-from minionerec.data.examples import IGNORE
+from minionerec.data.examples import IGNORE, Collator
 from minionerec.decoding.probe import prove
 from minionerec.errors import InputError
+from minionerec.model.device import compute_dtype
 from minionerec.model.head import head_on
 from minionerec.model.token_trees import TreeCollator, attend_in_blocks, best_width, edge_losses, model_inputs
 from minionerec.training.durable import DurableRun
@@ -129,6 +130,32 @@ def plan_trees(
     batches = TreeBatches(prefixes, order, *sizes, state.num_processes, state.process_index)
     state.print(batches.summary())
     return batches
+
+
+def fits(
+    model: nn.Module, dataset: datasets.Dataset, trees: TreeBatches | None, micro_batch_size: int, pad_token_id: int
+) -> bool:
+    """Whether the micro-batch that needs the most memory can be computed, both passes. Leaves no gradient, and the
+    random state as it was. Arguments are as in `plan_trees`, and what that returned."""
+    longest = np.argsort(-np.array(dataset["length"][:]), kind="stable")[:micro_batch_size]
+    examples = dataset.__getitems__((longest if trees is None else trees.survey()[2]).tolist())
+    if trees is None:
+        batch = with_positions(Collator(pad_token_id)(examples))
+    else:
+        batch = tree_collator(model, pad_token_id, model.device)(examples)
+    batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
+    dtype, kind, training = compute_dtype(), model.device.type, model.training
+    try:
+        with torch.random.fork_rng([model.device] if kind == "cuda" else []):
+            with torch.autocast(kind, dtype, enabled=dtype != torch.float32):
+                losses, _ = (row_losses if trees is None else tree_losses)(model.train(), batch)
+            losses.sum().backward()
+    except torch.OutOfMemoryError:
+        return False
+    finally:
+        model.zero_grad()
+        model.train(training)
+    return True
 
 
 NO_SHARING = "rows that share a beginning get other scores"
