@@ -35,6 +35,7 @@ from minionerec.flags import (
 from minionerec.process_memory import importing
 
 if TYPE_CHECKING:
+    from accelerate import PartialState
     from datasets import Dataset
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
     from trl import GRPOConfig
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
     from minionerec.data.encoding import Encoder
     from minionerec.decoding.trie import Trie
     from minionerec.dryrun.memory import Prediction
+    from minionerec.dryrun.report import Inputs
     from minionerec.training.rl_trainer import ReReTrainer
 
 REWARD_TYPES = ("rule", "ranking", "ranking_only", "prefix", "semantic", "sasrec")
@@ -378,11 +380,11 @@ def train(flags: RLFlags) -> "dict | Prediction":
 
     with importing():
         world.watch()
-        from accelerate.utils import broadcast_object_list
         from transformers import set_seed
 
         import lora_utils
         from minionerec.decoding.probe import prove
+        from minionerec.dryrun import report
         from minionerec.metrics import watched_cutoff
         from minionerec.model import device, loading
         from minionerec.plots import RL_PANELS
@@ -417,11 +419,9 @@ def train(flags: RLFlags) -> "dict | Prediction":
     for line in files.notes:
         state.print(line)
     sid_token_ids = sorted(tokenizer.convert_tokens_to_ids(files.catalogue.sid_tokens))
+    inputs = report.Inputs(config, tokenizer, sid_token_ids, encoded.encoder, files.train_rows, lora_utils.adapt)
     if flags.dry_run:
-        from minionerec.dryrun import report
-
         print(*reach, sep="\n", end="\n" if reach else "")
-        inputs = report.Inputs(config, tokenizer, sid_token_ids, encoded.encoder, files.train_rows, lora_utils.adapt)
         return report.rl(flags, inputs, list(train_dataset["prompt"]), steps, trie.depth, files.continues)
     eval_dataset = encoded.eval_dataset
     for note in encoded.notes:
@@ -449,17 +449,6 @@ def train(flags: RLFlags) -> "dict | Prediction":
     for line in [lora_utils.trainable_report(model), *reach]:
         state.print(line)
 
-    # Size the passes: on a GPU by its memory, since each takes about as long as the next larger one.
-    pass_size = flags.train_batch_size
-    if device.starts_kernels(state.device) and not engine():
-        from minionerec.dryrun import report
-
-        inputs = report.Inputs(config, tokenizer, sid_token_ids, encoded.encoder, files.train_rows, lora_utils.adapt)
-        longest_prompt = max(map(len, train_dataset["prompt"]))
-        pass_size = report.largest_pass(flags, inputs, longest_prompt, trie.depth, files.continues, memory)
-        pass_size = broadcast_object_list([pass_size])[0]
-        state.print(f"passes of up to {pass_size} completions, by the predicted memory")
-
     # Train.
     cutoff = watched_cutoff(min(flags.test_beam, len(trie)))
     watched = f"{BEST_BY[flags.best_by]}@{cutoff}"
@@ -480,7 +469,7 @@ def train(flags: RLFlags) -> "dict | Prediction":
         mask_all_zero=flags.mask_all_zero,
         sft_weight=flags.sft_weight,
         average_weights=flags.average_weights,
-        pass_size=pass_size,
+        pass_size=size_of_passes(files, inputs, train_dataset, trie.depth, memory, state),
         test_beam=flags.test_beam,
         test_batch_size=math.ceil(flags.eval_batch_size / flags.test_beam),
     )
@@ -504,6 +493,30 @@ def train(flags: RLFlags) -> "dict | Prediction":
     if flags.test_during_training:
         state.print(verdict)
     return metrics
+
+
+def size_of_passes(
+    files: RLInput, inputs: "Inputs", train_dataset: "Dataset", depth: int, memory: float, state: "PartialState"
+) -> int:
+    """How many completions go through the model at a time: on a GPU as many as its free `memory` (GB) is predicted to
+    hold, since a pass takes about as long as the next larger one; else `--train_batch_size`.
+
+    Args:
+        depth: tokens of a completion at most.
+    """
+    from accelerate.utils import broadcast_object_list
+
+    from minionerec.dryrun import report
+    from minionerec.model import device
+
+    flags = files.flags
+    if not device.starts_kernels(state.device) or engine():
+        return flags.train_batch_size
+    longest = max(map(len, train_dataset["prompt"]))
+    size = report.largest_pass(flags, inputs, longest, depth, files.continues, memory)
+    size = broadcast_object_list([size])[0]
+    state.print(f"passes of up to {size} completions, by the predicted memory")
+    return size
 
 
 @dataclass(frozen=True)

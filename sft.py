@@ -34,9 +34,13 @@ from minionerec.flags import (
 from minionerec.process_memory import importing
 
 if TYPE_CHECKING:
-    from transformers import TrainingArguments
+    from accelerate import PartialState
+    from datasets import Dataset
+    from transformers import PreTrainedModel, TrainingArguments
 
     from minionerec.dryrun.memory import Prediction
+    from minionerec.dryrun.report import Inputs
+    from minionerec.training.tree_batches import TreeBatches
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,7 +203,6 @@ def train(flags: SFTFlags) -> "dict | Prediction":
     with importing():
         if not flags.dry_run:
             world.watch()
-        from accelerate.utils import broadcast_object_list
         from datasets import Dataset
         from transformers import EarlyStoppingCallback, set_seed
 
@@ -208,6 +211,7 @@ def train(flags: SFTFlags) -> "dict | Prediction":
         from minionerec.data.examples import Collator, tokenized_dataset
         from minionerec.data.sid_tokens import add_sid_tokens, check_sids
         from minionerec.decoding.probe import prove
+        from minionerec.dryrun import report
         from minionerec.model import device, loading
         from minionerec.model.sid_start import start_sid_rows
         from minionerec.plots import SFT_PANELS
@@ -215,7 +219,7 @@ def train(flags: SFTFlags) -> "dict | Prediction":
         from minionerec.training.finish import finish
         from minionerec.training.resume import resume_point
         from minionerec.training.row_rate import sid_weights
-        from minionerec.training.sft_trainer import SFTTrainer, fits, plan_trees
+        from minionerec.training.sft_trainer import SFTTrainer
 
     # Prove that the base can have the adapter, and that every SID becomes its own tokens.
     config = loading.load_config(flags.base_model)
@@ -232,13 +236,11 @@ def train(flags: SFTFlags) -> "dict | Prediction":
     def training_examples() -> Dataset:
         return tokenized_dataset(encoder, files.train_rows, sources, sample=flags.sample, seed=flags.seed)
 
+    ids = sorted(tokenizer.convert_tokens_to_ids(sid_tokens))
+    inputs = report.Inputs(config, tokenizer, ids, encoder, files.train_rows, lora_utils.adapt)
     if flags.dry_run:
-        from minionerec.dryrun import report
-
         for line in [*files.notes, *reach]:
             print(line)
-        ids = sorted(tokenizer.convert_tokens_to_ids(sid_tokens))
-        inputs = report.Inputs(config, tokenizer, ids, encoder, files.train_rows, lora_utils.adapt)
         return report.sft(flags, inputs, training_examples)
 
     # Find the checkpoint to resume from.
@@ -281,27 +283,8 @@ def train(flags: SFTFlags) -> "dict | Prediction":
         state.print(note)
     state.print(f"training examples: {len(train_dataset):,}; validation examples: {len(eval_dataset):,}")
 
-    # Size the micro-batches where that is left to us: by the memory that was free before the base was loaded.
-    sized = flags.micro_batch_size == "auto" and device.starts_kernels(state.device) and not engine()
-    if flags.micro_batch_size == "auto":
-        if sized:
-            from minionerec.dryrun import report
-
-            inputs = report.Inputs(config, tokenizer, sid_token_ids, encoder, files.train_rows, lora_utils.adapt)
-            rows = report.largest_micro_batch(flags, inputs, train_dataset, memory)
-            flags = replace(flags, micro_batch_size=broadcast_object_list([rows])[0])
-        state.print(f"--micro_batch_size auto: {flags.micro_rows} rows")
-
-    # Plan the micro-batches: as token trees, where the model takes them.
-    while True:
-        sizes = flags.batch_size, flags.micro_rows, flags.num_epochs
-        trees = plan_trees(model, train_dataset, eval_dataset, flags.rows_together, *sizes, flags.seed, state)
-        # The Trainer turns checkpointing on, so a trial before it would need more.
-        checked = not sized or flags.micro_rows == 1 or state.num_processes > 1 or flags.gradient_checkpointing
-        if checked or fits(model, train_dataset, trees, flags.micro_rows, tokenizer.pad_token_id):
-            break
-        flags = replace(flags, micro_batch_size=next_smaller(flags.micro_rows, flags.batch_size))
-        state.print(f"out of memory in a trial: {flags.micro_rows} rows in a micro-batch")
+    # Size the micro-batches where that is left to us, and plan them: as token trees, where the model takes them.
+    flags, trees = planned(flags, inputs, model, train_dataset, eval_dataset, memory, state)
     if trees and flags.group_by_length:
         state.print("--group_by_length changes nothing for token trees; with --pack_rows 0 it sorts steps by length")
     accumulation = trees.accumulation if trees else flags.batch_size // (flags.micro_rows * state.num_processes)
@@ -336,6 +319,43 @@ def train(flags: SFTFlags) -> "dict | Prediction":
     }
     saved_dtype = None if flags.adapted else loading.saved_dtype(flags.base_model)
     return finish(trainer, metrics, SFT_PANELS, merge=flags.freeze_LLM, dtype=saved_dtype)
+
+
+def planned(
+    flags: SFTFlags,
+    inputs: "Inputs",
+    model: "PreTrainedModel",
+    train_dataset: "Dataset",
+    eval_dataset: "Dataset",
+    memory: float,
+    state: "PartialState",
+) -> "tuple[SFTFlags, TreeBatches | None]":
+    """The flags with the size of a micro-batch, and the token trees of the training; None where rows stay separate.
+
+    With `--micro_batch_size auto` a GPU takes what the dry run predicts to fit `memory`, which was free before the base
+    was loaded (GB), and tries the largest micro-batch once.
+    """
+    from accelerate.utils import broadcast_object_list
+
+    from minionerec.dryrun import report
+    from minionerec.model import device
+    from minionerec.training.sft_trainer import fits, plan_trees
+
+    sized = flags.micro_batch_size == "auto" and device.starts_kernels(state.device) and not engine()
+    if flags.micro_batch_size == "auto":
+        if sized:
+            rows = report.largest_micro_batch(flags, inputs, train_dataset, memory)
+            flags = replace(flags, micro_batch_size=broadcast_object_list([rows])[0])
+        state.print(f"--micro_batch_size auto: {flags.micro_rows} rows")
+    while True:
+        sizes = flags.batch_size, flags.micro_rows, flags.num_epochs
+        trees = plan_trees(model, train_dataset, eval_dataset, flags.rows_together, *sizes, flags.seed, state)
+        # The Trainer turns checkpointing on, so a trial before it would need more.
+        checked = not sized or flags.micro_rows == 1 or state.num_processes > 1 or flags.gradient_checkpointing
+        if checked or fits(model, train_dataset, trees, flags.micro_rows, inputs.tokenizer.pad_token_id):
+            return flags, trees
+        flags = replace(flags, micro_batch_size=next_smaller(flags.micro_rows, flags.batch_size))
+        state.print(f"out of memory in a trial: {flags.micro_rows} rows in a micro-batch")
 
 
 def training_arguments(flags: SFTFlags, steps: int, accumulation: int) -> "TrainingArguments":

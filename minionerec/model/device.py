@@ -44,8 +44,8 @@ def process_state(timeout: int = 1800) -> "PartialState":
 
 def starts_kernels(where: torch.device) -> bool:
     """Whether work on a device is started kernel by kernel, so that few large operators are faster than many small
-    ones: on a GPU."""
-    return where.type == "cuda"
+    ones: on a GPU. `MINIONEREC_FEWER_KERNELS=0` in the environment says no: plain operators, in plain sizes."""
+    return where.type == "cuda" and os.environ.get("MINIONEREC_FEWER_KERNELS") != "0"
 
 
 def free_memory_gb() -> float:
