@@ -370,3 +370,9 @@ def test_the_peak_of_loading_on_a_card_is_forgotten(monkeypatch):
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: reset.append(True))
     process_memory.forget_peak_of_loading()
     assert reset == [True]
+
+
+def test_one_variable_turns_the_paths_of_a_gpu_off(monkeypatch):
+    assert device.starts_kernels(torch.device("cuda")) and not device.starts_kernels(torch.device("cpu"))
+    monkeypatch.setenv("MINIONEREC_FEWER_KERNELS", "0")
+    assert not device.starts_kernels(torch.device("cuda"))
