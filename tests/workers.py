@@ -61,9 +61,10 @@ def engines_on_cpus() -> None:
     transformers.training_args.is_torch_bf16_gpu_available = lambda: True
     trainable_tokens.check_deepspeed_zero3_enabled = lambda: False  # it sends the rows of a new adapter from GPU to GPU
     if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
-        import deepspeed.comm.torch
+        import deepspeed  # noqa: F401
 
-        deepspeed.comm.torch.build_shm_op = lambda: None  # it compiles a minute, to talk faster than gloo
+        # It compiles a minute, to talk faster than gloo. The attribute `deepspeed.comm.torch` is torch itself.
+        sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None
 
 
 def waits_end(seconds: int = 120) -> None:
