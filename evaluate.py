@@ -27,7 +27,7 @@ from minionerec.data.files import (
 from minionerec.data.items import Items
 from minionerec.data.prompts import RECOMMENDATION, Prompts, Task
 from minionerec.errors import InputError, Problems
-from minionerec.flags import PromptFlags, above_zero, check_new_file, command, flag
+from minionerec.flags import PromptFlags, above_zero, command, flag
 from minionerec.locks import hold, lock_of_new
 from minionerec.metrics import format_metrics, popularity, rank_of, ranking_metrics
 from minionerec.output import writing
@@ -84,7 +84,7 @@ class EvaluateFlags(PromptFlags):
         world.check_world(problems)
         if not 0 <= self.K <= self.num_beams:
             problems.add(f"--K {self.K}: must be between 0 and --num_beams {self.num_beams}, the length of a ranking")
-        check_new_file(problems, "result_json_data", self.result_json_data, "the rankings")
+        self.check_output(problems, "result_json_data", "the rankings", self.metrics_path)
 
 
 @dataclass(frozen=True)

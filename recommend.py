@@ -21,7 +21,7 @@ from minionerec.data.files import open_text, read_info_items, read_item_ids
 from minionerec.data.items import ItemColumns, Items, read_item_list
 from minionerec.data.prompts import RECOMMENDATION, Prompts
 from minionerec.errors import InputError, Problems
-from minionerec.flags import PromptFlags, above_zero, check_new_file, command, flag
+from minionerec.flags import PromptFlags, above_zero, command, flag
 from minionerec.locks import hold, lock_of_new
 from minionerec.process_memory import importing
 from minionerec.recommending.requests import Request, RequestReader
@@ -90,7 +90,7 @@ class RecommendFlags(PromptFlags):
         elif len(ways) > 1:
             problems.add(f"--{' and --'.join(ways)} exclude each other; give one of them")
         if self.histories:
-            check_new_file(problems, "output", self.output, "the recommendations")
+            self.check_output(problems, "output", "the recommendations", f"{self.output}.partial")
         elif self.output:
             problems.add("--output has no effect without --histories")
         if self.histories:

@@ -52,6 +52,11 @@ def zero_or_more(value: float) -> str | None:
     return None if value >= 0 else "must be 0 or more"
 
 
+def seed_range(value: int) -> str | None:
+    """What the libraries' random generators take."""
+    return None if 0 <= value < 2**32 else "must be from 0 to 4294967295"
+
+
 def fraction_of_training(value: float) -> str | None:
     return above_zero(value) or (None if value < 1 else "is a fraction of the training; give a number below 1")
 
@@ -71,6 +76,18 @@ class Flags:
             wrong = f.metadata["check"] and f.metadata["check"](value)
             if wrong:
                 problems.add(f"--{f.name} {repr(value) if isinstance(value, str) else value}: {wrong}")
+
+    def check_output(self, problems: Problems, name: str, what: str, *more: str) -> None:
+        """The flag `name` is the path of a file that the command makes or replaces; `what` it is, for the message. No
+        flag may name it, or one of the paths `more` that are written with it, as an input."""
+        path = getattr(self, name)
+        check_new_file(problems, name, path, what)
+        for f in fields(self):  # type: ignore[arg-type]
+            other = getattr(self, f.name)
+            if f.name == name or not isinstance(other, str) or not os.path.isfile(other):
+                continue
+            if any(os.path.exists(made) and os.path.samefile(made, other) for made in (path, *more)):
+                problems.add(f"--{name} {path}: would overwrite --{f.name} {other}; name another file")
 
     def to_dict(self) -> dict[str, Any]:
         """The flags by name, as a checkpoint records them."""
@@ -197,7 +214,7 @@ class RunFlags(Flags):
     """A training run: where it writes, how it resumes, who follows it. Resuming ignores changes of most of these."""
 
     output_dir: str = flag("", "folder for checkpoints, final_checkpoint, metrics.json and curves.png.")
-    seed: int = flag(42, "seed of every random choice.")
+    seed: int = flag(42, "seed of every random choice.", seed_range)
     resume_from_checkpoint: str | None = flag(
         None, "a checkpoint folder, or True for the newest one in output_dir.", _existing_checkpoint
     )
@@ -227,6 +244,8 @@ class RunFlags(Flags):
 
     def check(self, problems: Problems) -> None:
         super().check(problems)
+        if self.gpu_memory and not self.dry_run:
+            problems.add(f"--gpu_memory {self.gpu_memory} has no effect without --dry_run True")
         if not self.dry_run:  # which writes nothing
             world.check_world(problems)
             check_output_dir(problems, self.output_dir, resume=self.resume_from_checkpoint is not None)
@@ -334,7 +353,8 @@ class AdapterFlags(Flags):
                 f"--init_lora_weights orthogonal: PEFT has none for a base in {self.bits} bits; take gaussian, or True"
             )
         if self.load_in_8bit and not self.use_lora:
-            problems.add("--load_in_8bit stores the base of --use_lora True in 8 bits; QLoRA's base has 4 bits already")
+            already = "; QLoRA's base has 4 bits already" if self.use_qlora else ", which is missing"
+            problems.add(f"--load_in_8bit stores the base of --use_lora True in 8 bits{already}")
 
 
 @dataclass(frozen=True, kw_only=True)

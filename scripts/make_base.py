@@ -16,7 +16,7 @@ from minionerec import cli, locks
 from minionerec.data.files import read_titles_and_descriptions
 from minionerec.data.prompts import TASKS
 from minionerec.errors import Problems
-from minionerec.flags import check_positive, check_writable
+from minionerec.flags import check_positive, check_writable, seed_range
 from minionerec.output import writing
 from minionerec.saving import make_readable
 
@@ -59,6 +59,8 @@ def make_base(
         num_key_value_heads=num_key_value_heads,
         intermediate_size=intermediate_size,
     )
+    if 0 < vocab_size < 300:
+        problems.add(f"--vocab_size {vocab_size}: must be 300 or more; the bytes of all texts take 256")
     if num_attention_heads > 0 and hidden_size % (2 * num_attention_heads):
         problems.add(f"--hidden_size {hidden_size}: must be a multiple of twice --num_attention_heads")
     if num_key_value_heads > 0 and num_attention_heads % num_key_value_heads:
@@ -70,6 +72,8 @@ def make_base(
     else:
         locks.check_free(problems, "output_dir", output_dir, locks.lock_of_folder)
         check_writable(problems, "output_dir", output_dir)
+    if wrong := seed_range(seed):
+        problems.add(f"--seed {seed}: {wrong}")
     problems.check()
     locks.hold("output_dir", output_dir, locks.lock_of_folder)
 

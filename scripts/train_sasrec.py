@@ -13,7 +13,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from minionerec import cli, locks
 from minionerec.data.files import count_rows, read_info, read_interactions
 from minionerec.errors import Problems
-from minionerec.flags import check_new_folder, check_positive
+from minionerec.flags import check_new_folder, check_positive, seed_range
 from minionerec.metrics import format_metrics, rank_of, ranking_metrics, watched_cutoff
 from minionerec.output import whole_folder, writing
 
@@ -63,6 +63,8 @@ def train_sasrec(
     for flag, path in (("train_file", train_file), ("eval_file", eval_file), ("test_data_path", test_data_path)):
         if path or flag != "test_data_path":
             problems.attempt(count_rows, path, flag, sids, titles=False)
+    if wrong := seed_range(seed):
+        problems.add(f"--seed {seed}: {wrong}")
     problems.check()
     locks.hold("output_dir", output_dir, locks.lock_of_new)
 

@@ -1,7 +1,9 @@
 import json
+import shutil
+from pathlib import Path
 
 import pytest
-from helpers import COLUMNS, refused, run_command, sft_flags
+from helpers import COLUMNS, refused, rl_flags, run_command, sft_flags
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import lora_utils
@@ -273,3 +275,36 @@ def test_recommend_reports_all_problems_together(tmp_path):
     assert result.returncode == 2
     # K, history, output, where, model, category, info_file
     assert len(result.stderr.strip().splitlines()) == 7, result.stderr
+
+
+@pytest.mark.parametrize("flag", ["info_file", "test_data_path", "train_file"])
+def test_an_evaluation_does_not_overwrite_what_it_reads(files, sft_run, tmp_path, flag):
+    given = {"info_file": files["info"], "test_data_path": files["test"], "train_file": files["train"]}
+    copy = Path(shutil.copy(given[flag], tmp_path / "input.csv"))
+    (tmp_path / "link.csv").symlink_to(copy)
+    flags = {**given, flag: tmp_path / "link.csv", "base_model": sft_run("lora") / "final_checkpoint"}
+    refused("evaluate.py", f"would overwrite --{flag} {tmp_path}/link.csv", **flags, result_json_data=copy)
+    assert copy.read_bytes() == Path(given[flag]).read_bytes()
+
+
+def test_recommendations_do_not_overwrite_the_requests(files, sft_run, tmp_path):
+    requests = tmp_path / "requests.jsonl"
+    requests.write_text('{"history": ["3"]}\n')
+    flags = {"model": sft_run("lora") / "final_checkpoint", "info_file": files["info"], "histories": requests}
+    refused("recommend.py", f"would overwrite --histories {requests}", **flags, output=requests)
+    assert requests.read_text() == '{"history": ["3"]}\n'
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32])
+def test_seeds_are_what_random_generators_take(files, base, tmp_path, seed):
+    message, output = f"--seed {seed}: must be from 0 to 4294967295", tmp_path / "out"
+    refused("sft.py", message, **sft_flags(files, base, output, seed=seed))
+    refused("rl.py", message, **rl_flags(files, base, output, seed=seed))
+    for script, flags in (("make_base", {"item_meta_path": files["item"]}), ("train_sasrec", {})):
+        done = run_command(f"scripts/{script}.py", **flags, output_dir=output, seed=seed)
+        assert done.returncode == 2 and message in done.stderr
+    assert not output.exists()
+
+
+def test_a_card_is_named_for_a_dry_run_only(files, base, tmp_path):
+    refused("sft.py", "--gpu_memory 12GB has no effect", **sft_flags(files, base, tmp_path / "out", gpu_memory="12GB"))

@@ -74,6 +74,8 @@ def say_tasks(encoder: Encoder, rows_of: Callable[[str], Iterable]) -> tuple[int
         examples += len(lengths) * task.weight
         total += sum(lengths) * task.weight
         longest, longest_response = max(longest, lengths[-1]), max(longest_response, *responses)
+    if encoder.control_note:
+        print(encoder.control_note)
     return examples, total, longest, longest_response
 
 
