@@ -66,10 +66,21 @@ def check_world(problems: Problems) -> None:
     """A process that its launcher started as one of several must know of the others. It would train alone, and write
     into the same folder as they do."""
     remedy = "start the command with torchrun on every node (docs/clusters.md)"
-    if size() > 1:
-        if missing := [name for name in ADDRESS if name not in os.environ]:
-            problems.add(f"WORLD_SIZE is {size()}, but {', '.join(missing)} are not set; {remedy}")
+    odd = [
+        name for name in ("WORLD_SIZE", *ADDRESS) if name != "MASTER_ADDR" and not os.environ.get(name, "0").isdecimal()
+    ]
+    for name in odd:
+        problems.add(f"{name} is {os.environ[name]!r}, which is not a whole number; {remedy}, or unset it")
+    if odd:
         return
+    if size() > 1 or "LOCAL_RANK" in os.environ:
+        said = f"WORLD_SIZE is {size()}" if size() > 1 else f"LOCAL_RANK is {os.environ['LOCAL_RANK']}"
+        if missing := [name for name in ("WORLD_SIZE", *ADDRESS) if name not in os.environ]:
+            problems.add(f"{said}, but {', '.join(missing)} are not set; {remedy}")
+        elif rank() >= size():
+            problems.add(f"RANK is {rank()}, but WORLD_SIZE is {size()}: ranks begin with 0; {remedy}")
+        if missing or size() > 1:
+            return
     told = "SLURM_STEP_NUM_TASKS" in os.environ  # of this step; SLURM_NTASKS may be that of the whole job
     names = [name for name in (*PROCESSES, *NODES) if _number(name) > 1 and not (told and name == "SLURM_NTASKS")]
     for name in names[:1]:

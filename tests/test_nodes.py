@@ -52,6 +52,10 @@ TORCHRUN = {"WORLD_SIZE": 2, "RANK": 0, "LOCAL_RANK": 0, "MASTER_ADDR": "a", "MA
         ({"PET_NNODES": "2:4"}, "PET_NNODES is 2:4, but"),
         ({"MASTER_ADDR": "node-0", "MASTER_PORT": 29500}, "MASTER_ADDR is node-0, but WORLD_SIZE is not set"),
         ({"WORLD_SIZE": 2, "RANK": 1, "MASTER_ADDR": "a"}, "WORLD_SIZE is 2, but LOCAL_RANK, MASTER_PORT are not set"),
+        ({"WORLD_SIZE": "abc"}, "WORLD_SIZE is 'abc', which is not a whole number"),
+        ({**TORCHRUN, "MASTER_PORT": "http"}, "MASTER_PORT is 'http', which is not a whole number"),
+        ({"LOCAL_RANK": 3}, "LOCAL_RANK is 3, but WORLD_SIZE, RANK, MASTER_ADDR, MASTER_PORT are not set"),
+        ({**TORCHRUN, "RANK": 5}, "RANK is 5, but WORLD_SIZE is 2: ranks begin with 0"),
         ({}, None),
         ({"SLURM_NTASKS": 1}, None),
         ({"SLURM_STEP_NUM_TASKS": 1, "SLURM_NTASKS": 4}, None),  # srun --ntasks 1 in a larger job

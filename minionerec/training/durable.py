@@ -150,9 +150,10 @@ class DurableRun(_Trainer):
         checkpoint."""
 
         def what_is_left() -> str:
+            goes_on = "continues from it" if newest_checkpoint(self.args.output_dir) or self._resumed else "starts anew"
             return (
                 f"the last good checkpoint is {self._last_good()}; the same command with --resume_from_checkpoint True "
-                "continues from it"
+                f"{goes_on}"
             )
 
         world.say_at_the_end(what_is_left)
