@@ -31,7 +31,7 @@ def test_sft_starts_few_kernels_and_reads_little(method, most):
 def test_rl_starts_few_kernels_and_reads_little():
     few, many = (counting.count_rl(layers) for layers in (1, 2))
     assert many["kernels"] - few["kernels"] <= 187
-    assert few["kernels"] <= 689
+    assert few["kernels"] <= 691
     assert many["reads"] <= 5
 
 
