@@ -22,7 +22,7 @@ def write_card(folder: str, run: dict, metrics: dict | None = None) -> None:
 
     Args:
         run: as `Checkpoint.run`.
-        metrics: what the whole run gave; values that are no numbers or texts are left out.
+        metrics: what the whole run gave; only numbers and texts are listed.
     """
     flags, method = run.get("flags", {}), str(run.get("method", ""))
     base = str(flags.get("base_model") or flags.get("model_path") or "")

@@ -116,7 +116,7 @@ def test_embeddings_are_read_by_item_id(tmp_path):
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 1e300])
 def test_embeddings_that_are_not_finite_are_refused(tmp_path, value):
-    """They would make rewards that are no numbers, which teach nothing."""
+    """Their rewards would be NaN, which teach nothing."""
     matrix = np.ones((3, 2))
     matrix[1, 1] = value
     np.save(tmp_path / "e.npy", matrix)

@@ -1,5 +1,6 @@
 """Token trees against the rows one by one: what is merged, values and gradients, runs of the trainer and of sft.py."""
 
+import copy
 import json
 import re
 import shutil
@@ -358,11 +359,20 @@ def test_attention_by_matmuls_errs_less_than_torchs(key_heads, size):
 
 
 def test_blocks_attend_by_matmuls_in_16_bits(monkeypatch):
-    """The losses and gradients of whole rows in float32, up to the rounding, under autocast and in a 16-bit model."""
+    """The gradients of whole rows in float32, under autocast and in a 16-bit model, as closely as torch's own attention
+    gives them, or within 5%."""
     monkeypatch.setattr(token_trees, "BLOCK", 5)
     model, rows = with_adapter(make_model("qwen2", scale=2.0)), of_users(12)
+    torchs, torchs_errors = copy.deepcopy(model), {}
     row_losses(model, Collator(0)(rows))[0].sum().backward()
     expected = gradients(model)
+    for under_autocast in (True, False):
+        if not under_autocast:
+            torchs.to(torch.bfloat16)
+        with torch.autocast("cpu", torch.bfloat16, enabled=under_autocast):
+            tree_losses(torchs, TreeCollator(0, None)(rows), dtype=torch.bfloat16)[0].sum().backward()
+        errors = {name: (grad - expected[name]).norm() for name, grad in gradients(torchs).items()}
+        torchs_errors[under_autocast] = errors
     assert attend_in_blocks(model)
     monkeypatch.setattr(token_trees, "sdpa_attention_forward", lambda *_, **__: pytest.fail("torch's own attention"))
     for under_autocast in (True, False):
@@ -371,7 +381,8 @@ def test_blocks_attend_by_matmuls_in_16_bits(monkeypatch):
         with torch.autocast("cpu", torch.bfloat16, enabled=under_autocast):
             tree_losses(model, TreeCollator(0, None)(rows), dtype=torch.bfloat16)[0].sum().backward()
         for name, grad in gradients(model).items():
-            assert (grad - expected[name]).norm() < 0.06 * expected[name].norm(), name
+            most = max(0.05 * expected[name].norm(), torchs_errors[under_autocast][name])
+            assert (grad - expected[name]).norm() < most, name
 
 
 @pytest.mark.parametrize("architecture", ["gpt_oss", "mpt", "two kinds of layers"])

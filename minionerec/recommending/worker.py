@@ -149,7 +149,11 @@ class Worker:
             return
         started = time.perf_counter()
         try:
-            answers = batch[0].loaded.recommend([one.request for one in batch])
+            try:
+                answers = batch[0].loaded.recommend([one.request for one in batch])
+            finally:  # counted before anyone has an answer, and may ask for the counts
+                self.metrics.batches.observe(len(batch))
+                self.metrics.model_seconds.observe(time.perf_counter() - started)
             self.failing = False
             for one, items in zip(batch, answers, strict=True):
                 one.answer.set_result(items)
@@ -160,8 +164,6 @@ class Worker:
             for one in batch:
                 if not one.answer.done():
                     one.answer.set_exception(error)
-        self.metrics.batches.observe(len(batch))
-        self.metrics.model_seconds.observe(time.perf_counter() - started)
 
     def _replace(self, reload: "Future[Loaded]") -> None:
         """Loads the checkpoint again. If that fails, the one of now stays."""
