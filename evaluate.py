@@ -176,7 +176,7 @@ def evaluate(flags: EvaluateFlags) -> dict[str, float]:
 
     with importing():
         world.watch()
-        from minionerec.decoding.probe import prove
+        from minionerec.decoding.probe import probe
         from minionerec.model import device
         from minionerec.ranking import Ranker
         from minionerec.training import nodes
@@ -212,7 +212,7 @@ def evaluate(flags: EvaluateFlags) -> dict[str, float]:
     if ranker.encoder.control_note:
         state.print(ranker.encoder.control_note)
     longest, length = max(map(len, prompts)), min(flags.num_beams, len(ranker.trie))
-    state.print(f"decoding: {prove(model, longest, longest + length * depth, f'--base_model {files.base}')}")
+    state.print(f"decoding: {probe(model, longest, longest + length * depth, f'--base_model {files.base}')}")
     decoding = time.perf_counter()
     rankings = ranker.rank(prompts, flags.length_penalty)
     decode_seconds = time.perf_counter() - decoding

@@ -1,7 +1,7 @@
 """Recommends items for one history, for a file of histories, or over HTTP.
 
 The prompts, the base and its storage are those that the checkpoint records, as in evaluate.py. What a request may say
-is in minionerec/recommending/requests.py.
+is in minionerec/serving/requests.py.
 
     python recommend.py --model out/lora/final_checkpoint --info_file info.txt --history "12, 40, 7"
     python recommend.py --model ... --info_file info.txt --histories requests.jsonl --output recommendations.jsonl
@@ -24,7 +24,7 @@ from minionerec.errors import InputError, Problems
 from minionerec.flags import PromptFlags, above_zero, command, flag
 from minionerec.locks import hold, lock_of_new
 from minionerec.process_memory import importing
-from minionerec.recommending.requests import Request, RequestReader
+from minionerec.serving.requests import Request, RequestReader
 
 if TYPE_CHECKING:
     from minionerec.ranking import Ranker
@@ -144,7 +144,7 @@ class RecommendInput:
     Attributes:
         requests: how many `histories` has.
         request: of --history.
-        settings, done: of an output file (see `recommending.batch`).
+        settings, done: of an output file (see `serving.batch`).
         keys: of --api_key_file.
     """
 
@@ -187,7 +187,7 @@ def read_files(problems: Problems, flags: RecommendFlags) -> RecommendInput:
     settings: dict[str, object] = {}
     done = 0
     if checkpoint and not problems and flags.output:
-        from minionerec.recommending.batch import check_output, settings_of
+        from minionerec.serving.batch import check_output, settings_of
 
         names = ("info_file", "histories", "train_file", "allow", "deny", "item_meta_path", "prompt_file")
         files = [path for name in names if (path := getattr(flags, name))]
@@ -256,9 +256,9 @@ def load(flags: RecommendFlags, files: RecommendInput) -> "Ranker":
 
 def serve(flags: RecommendFlags, files: RecommendInput) -> None:
     """Recommends over HTTP until a signal stops it."""
-    from minionerec.recommending.connections import run
-    from minionerec.recommending.server import make_app
-    from minionerec.recommending.worker import Loaded
+    from minionerec.serving.connections import run
+    from minionerec.serving.server import make_app
+    from minionerec.serving.worker import Loaded
 
     read = [files]
 
@@ -299,7 +299,7 @@ def recommend(flags: RecommendFlags) -> None:
         from tqdm import tqdm
 
         from minionerec.model import device
-        from minionerec.recommending import batch
+        from minionerec.serving import batch
         from minionerec.training import nodes
 
     state = device.process_state()

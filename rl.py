@@ -383,7 +383,7 @@ def train(flags: RLFlags) -> "dict | Prediction":
         from transformers import set_seed
 
         import lora_utils
-        from minionerec.decoding.probe import prove
+        from minionerec.decoding.probe import probe
         from minionerec.dryrun import report
         from minionerec.metrics import watched_cutoff
         from minionerec.model import device, loading
@@ -440,8 +440,10 @@ def train(flags: RLFlags) -> "dict | Prediction":
     model = load_policy(files, tokenizer, fingerprint)
     beams = max(flags.test_beam, flags.num_generations * 3 // 2, flags.train_batch_size)
     longest = files.cutoff_len, files.cutoff_len + beams * trie.depth
-    proof = prove(model, *longest, f"--model_path {checkpoint.path}")
-    state.print(f"decoding: {proof}; completions {'share a row with' if proof.shared else 'each repeat'} their prompt")
+    support = probe(model, *longest, f"--model_path {checkpoint.path}")
+    state.print(
+        f"decoding: {support}; completions {'share a row with' if support.shared else 'each repeat'} their prompt"
+    )
     new_adapter = flags.adapted and not files.continues
     if new_adapter:
         model = lora_utils.adapt(model, flags, sid_token_ids)

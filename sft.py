@@ -210,7 +210,7 @@ def train(flags: SFTFlags) -> "dict | Prediction":
         from minionerec.data.encoding import Encoder
         from minionerec.data.examples import Collator, tokenized_dataset
         from minionerec.data.sid_tokens import add_sid_tokens, check_sids
-        from minionerec.decoding.probe import prove
+        from minionerec.decoding.probe import probe
         from minionerec.dryrun import report
         from minionerec.model import device, loading
         from minionerec.model.sid_start import start_sid_rows
@@ -218,8 +218,8 @@ def train(flags: SFTFlags) -> "dict | Prediction":
         from minionerec.training import nodes
         from minionerec.training.finish import finish
         from minionerec.training.resume import resume_point
-        from minionerec.training.row_rate import sid_weights
         from minionerec.training.sft_trainer import SFTTrainer
+        from minionerec.training.sid_learning_rate import sid_weights
 
     # Prove that the base can have the adapter, and that every SID becomes its own tokens.
     config = loading.load_config(flags.base_model)
@@ -265,9 +265,9 @@ def train(flags: SFTFlags) -> "dict | Prediction":
     sid_token_ids = loading.add_sid_tokens(model, tokenizer, sid_tokens)
     if not flags.train_from_scratch:
         start_sid_rows(model, tokenizer, new_tokens, files.catalogue, flags.sid_init)
-    proof = prove(model, name=f"--base_model {flags.base_model}")
-    if proof.why:
-        state.print(f"decoding: {proof}")
+    support = probe(model, name=f"--base_model {flags.base_model}")
+    if support.why:
+        state.print(f"decoding: {support}")
     model = lora_utils.adapt(model, flags, sid_token_ids)
     model.config.use_cache = False
     trainable, total = lora_utils.count_parameters(model)

@@ -29,7 +29,7 @@ from minionerec.data.files import read_info_items
 from minionerec.data.items import Items
 from minionerec.errors import Problems, RunError
 from minionerec.flags import check_positive
-from minionerec.recommending.requests import RequestReader
+from minionerec.serving.requests import RequestReader
 
 COMMAND = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "recommend.py")
 TOLERANCE = 1e-3  # for a score: batches of other sizes round differently
@@ -172,7 +172,7 @@ def serve(
     table = []
     for name, size in (("shared batches", batch_size), ("one by one", 1)):
         with served(flags, size, clients) as (address, _, _):
-            load(address, bodies[:clients], clients)  # the first requests prove how the model can be decoded
+            load(address, bodies[:clients], clients)  # the first requests find out how the model can be decoded
             answers, seconds, wall = load(address, bodies, clients)
         seconds.sort()
         row: dict[str, object] = {"server": name, "requests/s": len(bodies) / wall}

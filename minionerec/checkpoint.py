@@ -11,7 +11,7 @@ from minionerec.data.files import shorten
 from minionerec.data.prompts import Prompts, load_prompts
 from minionerec.errors import InputError, Problems
 from minionerec.flags import AdapterFlags, engine
-from minionerec.recorded import ADAPTER, FLAGS, RUN, TRAINER_STATE, check_values
+from minionerec.validation import ADAPTER, FLAGS, RUN, TRAINER_STATE, check_values
 
 RUN_FILE = "minionerec.json"  # the resolved configuration of the run that wrote the checkpoint
 ADAPTER_FILE = "adapter_config.json"

@@ -26,7 +26,7 @@ from minionerec.decoding.ranking import rank_prompts, score_prompts
 from minionerec.decoding.trie import Trie
 from minionerec.model import device, loading
 from minionerec.model.adapted import load_checkpoint
-from minionerec.recommending.requests import Request, RequestReader
+from minionerec.serving.requests import Request, RequestReader
 
 MOST_CACHED = 64  # masks of sets that may come again: those of flags and columns
 

@@ -1,34 +1,45 @@
-from contextlib import nullcontext
-from types import SimpleNamespace
+"""`from minionerec import Ranker`: what evaluation and recommendations share, from Python."""
+
+import json
+import subprocess
+import sys
 
 import pytest
-import torch
+from helpers import ROOT, run_command
 
-from minionerec.decoding import ranking
-from minionerec.decoding.trie import Trie
+from minionerec import InputError, Ranker
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-def test_the_longest_prompts_are_ranked_first(monkeypatch, processes):
-    """Each process as often as the others; rankings come back in the order of the prompts."""
-    prompts = [[1] * length for length in (3, 9, 1, 7, 2, 8, 5, 4, 6)]
-    trie = Trie([[1, 2], [1, 3], [2, 3]], 0)
-    widths: dict[int, list[int]] = {}
-    found = []
+@pytest.mark.parametrize("method", ["full", "lora", "qlora"])
+def test_a_ranker_recommends_what_the_command_does(files, sft_run, tmp_path, method):
+    checkpoint, history = sft_run(method) / "final_checkpoint", ["12", "30", "7"]
+    (tmp_path / "requests.jsonl").write_text(json.dumps({"history": history, "K": 5, "exclude_seen": True}) + "\n")
+    done = run_command(
+        "recommend.py",
+        model=checkpoint,
+        info_file=files["info"],
+        histories=tmp_path / "requests.jsonl",
+        output=tmp_path / "out.jsonl",
+    )
+    assert done.returncode == 0, done.stderr
+    ranker = Ranker.load(checkpoint, info_file=files["info"])
+    found = ranker.recommend(history, k=5, exclude_seen=True)
+    assert found == json.loads((tmp_path / "out.jsonl").read_text())["items"]
+    assert len(found) == 5 and not {item["id"] for item in found} & set(history)
+    assert ranker.recommend([found[0]["sid"]], k=2) == ranker.recommend([found[0]["id"]], k=2)
 
-    def search(model, input_ids, attention_mask, trie, num_beams, length_penalty, allowed):
-        widths.setdefault(state.process_index, []).append(input_ids.shape[1])
-        first = attention_mask.sum(dim=1, keepdim=True) % 3  # a ranking that names its prompt
-        return torch.cat([first, (first + 1) % 3], dim=1), torch.zeros(len(first), 2)
 
-    monkeypatch.setattr(ranking, "constrained_beam_search", search)
-    monkeypatch.setattr(ranking, "PartialState", lambda: state)
-    monkeypatch.setattr(ranking, "prove", lambda *_: SimpleNamespace(padding=True))
-    monkeypatch.setattr(ranking, "gather_object", lambda own: own if own == [True] else found.extend(own) or found)
-    for index in reversed(range(processes)):
-        state = SimpleNamespace(process_index=index, num_processes=processes, is_main_process=False)
-        with pytest.raises(KeyError) if index else nullcontext():  # the others' rankings are not there yet
-            ranked = ranking.rank_prompts(SimpleNamespace(device="cpu"), trie, prompts, 0, 2, batch_size=2)
-    assert widths == {1: {0: [9, 7, 5, 3, 1]}, 2: {0: [9, 5, 1], 1: [7, 3, 1]}}[processes]
-    expected = [[len(prompt) % 3, (len(prompt) + 1) % 3] for prompt in prompts]
-    assert ranked == [[int(trie.source[row]) for row in rows] for rows in expected]
+def test_a_ranker_says_what_is_wrong(files, sft_run):
+    checkpoint = sft_run("lora") / "final_checkpoint"
+    ranker = Ranker.load(checkpoint, info_file=files["info"], num_beams=10)
+    with pytest.raises(InputError, match="'x' is no item id, SID or title"):
+        ranker.recommend(["x"])
+    with pytest.raises(InputError, match="whole number from 1 to 10"):
+        ranker.recommend(["12"], k=11)
+    with pytest.raises(InputError, match="no such file"):
+        Ranker.load(checkpoint, info_file="nowhere.txt")
+
+
+def test_the_package_imports_torch_only_when_a_ranker_is_asked_for():
+    code = "import sys, minionerec; assert 'torch' not in sys.modules; minionerec.Ranker; assert 'torch' in sys.modules"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0

@@ -254,9 +254,9 @@ def probe() -> None:
     from torch.distributed.fsdp import fully_shard
     from transformers.models.bamba import modeling_bamba
 
-    from minionerec.decoding import probe
+    from minionerec.decoding import probe as probing
     from minionerec.decoding.beams import CopiedBeams, RereadBeams, TreeBeams
-    from minionerec.decoding.probe import prove
+    from minionerec.decoding.probe import probe
     from minionerec.decoding.ranking import rank_prompts
     from minionerec.decoding.trie import Trie
 
@@ -271,9 +271,9 @@ def probe() -> None:
             if sharded:
                 fully_shard(model, mesh=mesh)
                 if dist.get_rank():  # what it finds out does not count
-                    probe._distance = lambda *_: torch.tensor(torch.nan)
+                    probing._distance = lambda *_: torch.tensor(torch.nan)
             found[sharded] = rank_prompts(model, Trie(SIDS, EOS), prompts, 0, 4, batch_size=2)
-            assert prove(model).beams is beams and prove(model).padding == (architecture == "qwen2")
+            assert probe(model).beams is beams and probe(model).padding == (architecture == "qwen2")
         assert found[True] == found[False]
     dist.destroy_process_group()
 

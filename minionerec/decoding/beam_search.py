@@ -11,7 +11,7 @@ from torch import nn
 
 from minionerec.data.sid_tokens import PAD
 from minionerec.decoding.beams import CopiedBeams, TreeBeams
-from minionerec.decoding.probe import prove
+from minionerec.decoding.probe import probe
 from minionerec.decoding.trie import Trie
 
 
@@ -19,8 +19,8 @@ def _beams_and_padding(model: nn.Module, prompt: int, row: int, tree: bool | Non
     """The kind of beams to use with prompts of `prompt` tokens and rows of `row`, and whether prompts may be padded."""
     if tree is not None:
         return TreeBeams if tree else CopiedBeams, True
-    proof = prove(model, prompt, row)
-    return proof.beams, proof.padding
+    support = probe(model, prompt, row)
+    return support.beams, support.padding
 
 
 def _single_prompts(
@@ -55,7 +55,7 @@ def constrained_beam_search(
         model: a causal LM in evaluation mode.
         input_ids, attention_mask: [B, P], padded on the left.
         trie: on the model's device.
-        tree: True for a tree mask, False for copies of the cache, None for the first way that `probe.prove` accepts.
+        tree: True for a tree mask, False for copies of the cache, None for the first way that `probe.probe` accepts.
         allowed: [B, S], the rows of `trie.sequences` that each prompt may get; None for all.
 
     Returns:

@@ -34,7 +34,7 @@ MASKED = {"full_attention", "sliding_attention", "chunked_attention"}  # layer t
 
 
 @dataclass(frozen=True)
-class Proof:
+class DecodingSupport:
     """How a model can be decoded.
 
     Attributes:
@@ -57,7 +57,7 @@ class Proof:
         return f"every step recomputes the whole beams, which is slow: {self.why}, and no cache gives the same scores"
 
 
-def prove(model: nn.Module, prompt: int = PROMPT, row: int = ROW, name: str = "") -> Proof:
+def probe(model: nn.Module, prompt: int = PROMPT, row: int = ROW, name: str = "") -> DecodingSupport:
     """How `model` can be decoded with prompts of up to `prompt` tokens, in rows of up to `row` with all their beams.
 
     The model is tried once and the result cached; it is tried again only for longer rows that reach a window named in
@@ -68,7 +68,7 @@ def prove(model: nn.Module, prompt: int = PROMPT, row: int = ROW, name: str = ""
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     config = base.config.get_text_config()
-    known = vars(base).setdefault("_proofs", {}).setdefault(config._attn_implementation, {})
+    known = vars(base).setdefault("_decoding_support", {}).setdefault(config._attn_implementation, {})
     if "short" not in known:
         known["short"] = _try_all(model, PROMPT, ROW, name)
     if known["short"].beams is not TreeBeams or not any(PROMPT < window <= row for window in _windows(config)):
@@ -83,19 +83,19 @@ def prove(model: nn.Module, prompt: int = PROMPT, row: int = ROW, name: str = ""
 
 def may_share_rows(config: PreTrainedConfig) -> bool:
     """Whether completions are expected to share a row with their prompt, judged by the configuration only: for the dry
-    run, which has no weights to probe. A run itself calls `prove`."""
+    run, which has no weights to probe. A run itself calls `probe`."""
     text = config.get_text_config()
-    if _beside_attention(text):
+    if _non_attention_layers(text):
         return False
     return text.model_type not in IGNORE_MASKS and not getattr(text, "alibi", False)
 
 
 def shares_rows(model: nn.Module, prompt: int, row: int) -> bool:
-    """Whether completions may share a row of `row` tokens with their prompt of `prompt`; raises what `prove` raises."""
-    return prove(model, prompt, row).shared
+    """Whether completions may share a row of `row` tokens with their prompt of `prompt`; raises what `probe` raises."""
+    return probe(model, prompt, row).shared
 
 
-def _beside_attention(config: PreTrainedConfig) -> set[str]:
+def _non_attention_layers(config: PreTrainedConfig) -> set[str]:
     """The types of layers in a configuration that do not follow a 4-D mask, such as recurrent ones."""
     return set(getattr(config, "layer_types", None) or ()) - MASKED
 
@@ -106,7 +106,7 @@ def _windows(config: PreTrainedConfig) -> list[int]:
     return [value for key, value in config.to_dict().items() if reach.search(key) and type(value) is int]
 
 
-def _try_all(model: nn.Module, prompt: int, row: int, name: str) -> Proof:
+def _try_all(model: nn.Module, prompt: int, row: int, name: str) -> DecodingSupport:
     training, tf32 = model.training, torch.backends.cudnn.allow_tf32
     model.eval()
     torch.backends.cudnn.allow_tf32 = False  # its rounding in convolutions would hide small leaks
@@ -141,15 +141,15 @@ def _remedy(model: nn.Module) -> str:
     return "leave out --load_in_8bit" if in_8_bits else "choose another model"
 
 
-def _first_that_holds(trial: "_Trial", name: str) -> Proof:
+def _first_that_holds(trial: "_Trial", name: str) -> DecodingSupport:
     kind = type(trial.model).__name__
     leaks_show = trial.holds(trial.leaks_exceed_rounding)
     if leaks_show and trial.holds(partial(trial.beams_match, TreeBeams)):
-        return Proof(TreeBeams, padding=True, shared=trial.holds(trial.shared_rows_match))
+        return DecodingSupport(TreeBeams, padding=True, shared=trial.holds(trial.shared_rows_match))
     why = _why_no_tree(trial.model.config.get_text_config(), trial.row, leaks_show)
     for beams, padding in ((CopiedBeams, True), (CopiedBeams, False), (RereadBeams, False)):
         if trial.holds(partial(trial.beams_match, beams, padding)):
-            return Proof(beams, padding, shared=False, why=why)
+            return DecodingSupport(beams, padding, shared=False, why=why)
     raise InputError(f"{name}: {kind} gives different scores for the same tokens; {_remedy(trial.model)}")
 
 
@@ -157,7 +157,7 @@ def _why_no_tree(config: PreTrainedConfig, row: int, leaks_show: bool) -> str:
     """The clause that says why beams cannot share a cache."""
     if config._attn_implementation not in ("sdpa", "eager"):
         return f"{config._attn_implementation} attention does not take a tree mask"
-    layers = " and ".join(sorted(_beside_attention(config))) or config.model_type
+    layers = " and ".join(sorted(_non_attention_layers(config))) or config.model_type
     if not leaks_show:
         return f"rounding hides whether {layers} layers follow a tree mask"
     if row > ROW:
@@ -343,4 +343,4 @@ def _rounding(model: nn.Module) -> float:
     if not exact or torch.is_autocast_enabled(model.device.type):  # 16 bits or fewer: errors grow with the depth
         return 0.005 * (2 * model.config.get_text_config().num_hidden_layers) ** 0.5
     # Kernels of recurrent layers may use TF32 on a GPU, whatever torch is told.
-    return 2e-3 if model.device.type == "cuda" and _beside_attention(model.config.get_text_config()) else 2e-5
+    return 2e-3 if model.device.type == "cuda" and _non_attention_layers(model.config.get_text_config()) else 2e-5

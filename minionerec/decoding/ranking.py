@@ -13,7 +13,7 @@ from tqdm import tqdm
 from minionerec.data.encoding import left_padded
 from minionerec.data.sid_tokens import PAD
 from minionerec.decoding.beam_search import constrained_beam_search
-from minionerec.decoding.probe import prove
+from minionerec.decoding.probe import probe
 from minionerec.decoding.trie import Trie
 from minionerec.errors import RunError
 
@@ -62,7 +62,7 @@ def score_prompts(
     """
     state = PartialState()
     longest = max(map(len, prompts), default=0)
-    if not prove(model, longest, longest + min(num_beams, len(trie)) * trie.depth).padding:
+    if not probe(model, longest, longest + min(num_beams, len(trie)) * trie.depth).padding:
         batch_size = 1  # so that all processes run the same number of forward passes
     # Prompts of similar length are in one batch. The longest come first, so a run that does not fit into memory fails
     # at its start. Batches go to the processes in turn, so each process gets short and long ones.

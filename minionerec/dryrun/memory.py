@@ -190,7 +190,7 @@ def predict(
     stored = {id(weight) for weight in quantized}
     elsewhere = None
     if bits < 16:
-        int8_rows.quantize_ends(model, torch.device("meta"))
+        int8_rows.quantize_embeddings(model, torch.device("meta"))
         embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
         if on_gpu and isinstance(embedding, int8_rows.Int8Layer) and embedding.packed is not head.packed:
             elsewhere = embedding.packed  # it stays on the CPU

@@ -84,7 +84,7 @@ def say_flags(flags: AdapterFlags) -> None:
     print(json.dumps({name: value for name, value in flags.to_dict().items() if value not in ("", None)}, indent=2))
 
 
-def device_of(gpu_memory: str) -> tuple[bool, float, str]:
+def detect_device(gpu_memory: str) -> tuple[bool, float, str]:
     """(whether it is a GPU, its memory in GB, its name): of `gpu_memory`, such as 12GB, or of what this machine has."""
     if gpu_memory:
         return True, memory_gb(gpu_memory), f"a GPU with {gpu_memory}"
@@ -94,7 +94,7 @@ def device_of(gpu_memory: str) -> tuple[bool, float, str]:
     return False, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / GB, "the CPU of this machine"
 
 
-def say_memory(predicted: Prediction, size: float, name: str, suggest: Callable[[], str]) -> Prediction:
+def print_memory(predicted: Prediction, size: float, name: str, suggest: Callable[[], str]) -> Prediction:
     """Prints the prediction, and where it does not fit what would; returns it."""
     print(f"\ntrainable parameters: {predicted.trainable:,}")
     print("predicted peak memory of one device, in GB:")
@@ -194,7 +194,7 @@ def sft(flags: Any, inputs: Inputs, training_examples: Callable[[], Dataset]) ->
     examples, total, tokens, response = say_tasks(inputs.encoder, inputs.rows_of)
     steps = math.ceil(examples / flags.batch_size)
     print(f"\n{examples:,} examples; {steps:,} steps an epoch, at most {steps * flags.num_epochs:,} in all")
-    on_gpu, size, name = device_of(flags.gpu_memory)
+    on_gpu, size, name = detect_device(flags.gpu_memory)
     merges = flags.rows_together > 0 and may_share_rows(inputs.config)
     if flags.micro_batch_size == "auto" and on_gpu:
         flags = replace(flags, micro_batch_size=largest_micro_batch(flags, inputs, training_examples(), size))
@@ -215,7 +215,7 @@ def sft(flags: Any, inputs: Inputs, training_examples: Callable[[], Dataset]) ->
         numbered = replace(flags, micro_batch_size=flags.micro_rows)
         return suggestion(numbered, "micro_batch_size", size, lambda flags: predicted(flags).total)
 
-    found, step = say_memory(predicted(flags), size, name, suggest), step_of(flags)
+    found, step = print_memory(predicted(flags), size, name, suggest), step_of(flags)
     if not flags.gpu_memory:  # else the card is not here
         positions, predicting = total / examples * flags.batch_size, response * flags.batch_size
         if merges:  # of one optimizer step
@@ -333,7 +333,7 @@ def rl(flags: Any, inputs: Inputs, prompts: list[list[int]], steps: int, depth: 
     print(
         f"\n{len(lengths):,} prompts of {median(lengths):.0f} tokens (median), {lengths[-1]} at most; {steps:,} steps"
     )
-    on_gpu, size, name = device_of(flags.gpu_memory)
+    on_gpu, size, name = detect_device(flags.gpu_memory)
     if not may_share_rows(inputs.config):
         print(f"predicted for completions that each repeat their prompt: {inputs.config.model_type} ignores 4-D masks")
 
@@ -344,7 +344,7 @@ def rl(flags: Any, inputs: Inputs, prompts: list[list[int]], steps: int, depth: 
         least = flags.num_generations
         return suggestion(flags, "train_batch_size", size, lambda flags: predicted(flags).total, least)
 
-    found = say_memory(predicted(flags), size, name, suggest)
+    found = print_memory(predicted(flags), size, name, suggest)
     if on_gpu and found.total <= size:
         passes = largest_pass(flags, inputs, lengths[-1], depth, continues, size)
         print(f"a run takes passes of up to {passes} completions, as many as the memory is predicted to hold")

@@ -49,11 +49,11 @@ def ready_for_fsdp(model: nn.Module) -> Iterator[None]:
     visits a module only once, but PEFT keeps the rows of tied matrices in one dictionary for both modules; so the head
     gets a dictionary of its own with the same parameters.
     """
-    ends = (model.get_input_embeddings(), model.get_output_embeddings())
-    wrappers = [module for module in ends if isinstance(module, TrainableTokensWrapper)]
+    embeddings = (model.get_input_embeddings(), model.get_output_embeddings())
+    wrappers = [module for module in embeddings if isinstance(module, TrainableTokensWrapper)]
     for wrapper in wrappers:
         wrapper.__dict__["weight"] = wrapper.original_module.weight
-    for rows in (module.token_adapter if module in wrappers else module for module in ends):
+    for rows in (module.token_adapter if module in wrappers else module for module in embeddings):
         if isinstance(rows, TrainableTokensLayer) and rows.tied_adapter is not None:
             rows.trainable_tokens_delta = nn.ParameterDict(rows.trainable_tokens_delta.items())
     try:

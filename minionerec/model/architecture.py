@@ -29,7 +29,7 @@ def text_decoder(model: PreTrainedModel) -> PreTrainedModel:
     return [m for m in model.modules() if isinstance(m, PreTrainedModel) and _holds(m, embedding)][-1]
 
 
-def beside_text(model: PreTrainedModel) -> list[str]:
+def non_text_modules(model: PreTrainedModel) -> list[str]:
     """The names of the parts of a composite model that text does not go through, such as a vision tower."""
     decoder, head = text_decoder(model), model.get_output_embeddings()
     names = {module: name for name, module in model.named_modules()}
@@ -48,7 +48,7 @@ def _holds(outer: nn.Module, inner: nn.Module) -> bool:
 
 def freeze_beside_text(model: PreTrainedModel) -> None:
     """Freezes the parts that text does not go through, in place: they get no gradient, and DDP would wait for one."""
-    for name in beside_text(model):
+    for name in non_text_modules(model):
         model.get_submodule(name).requires_grad_(False)
     # FSDP shards by the classes named here, and fails if one of them is not in the model.
     model._no_split_modules = set(model._no_split_modules or ()) & {type(module).__name__ for module in model.modules()}
@@ -74,11 +74,11 @@ class Matrices:
 
 def matrices(model: PreTrainedModel) -> Matrices:
     """Sorts the weights of the text decoder into those groups."""
-    beside = tuple(f"{name}." for name in beside_text(model))
-    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    beside = tuple(f"{name}." for name in non_text_modules(model))
+    embeddings = (model.get_input_embeddings(), model.get_output_embeddings())
     found = Matrices({}, {}, {})
     for name, module in model.named_modules():
-        if f"{name}.".startswith(beside) or any(module is end for end in ends):
+        if f"{name}.".startswith(beside) or any(module is embedding for embedding in embeddings):
             continue
         if ROUTERS & set(name.split(".")):
             reason = "a router"

@@ -40,12 +40,13 @@ else:
     _Experts = _Wrapper = _Conversion = _Quantizer = object
 
 
-def grouped(x: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
-    """The matmul of x [S, I] and weight [E, I, O]: expert e gets the rows from ends[e - 1] to ends[e], with `ends` [E].
+def grouped(x: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+    """The matmul of x [S, I] and weight [E, I, O]: expert e gets the rows from offsets[e - 1] to
+    offsets[e], with `offsets` [E].
     Returns [S, O] in the type of the weight."""
     if not len(x):  # which torch refuses
         return x.to(weight.dtype) @ weight[0]
-    return moe._grouped_mm(x, weight, ends)
+    return moe._grouped_mm(x, weight, offsets)
 
 
 class _FourBits(torch.autograd.Function):
@@ -57,19 +58,19 @@ class _FourBits(torch.autograd.Function):
         x: torch.Tensor,
         weight: torch.Tensor,
         state: bitsandbytes.functional.QuantState,
-        ends: torch.Tensor,
+        offsets: torch.Tensor,
         transposed: bool,
     ) -> torch.Tensor:
-        ctx.save_for_backward(ends)
+        ctx.save_for_backward(offsets)
         ctx.weight, ctx.state, ctx.transposed, ctx.dtype = weight, state, transposed, x.dtype
         stored = bitsandbytes.functional.dequantize_4bit(weight, state)
-        return grouped(x, stored if transposed else stored.mT, ends)
+        return grouped(x, stored if transposed else stored.mT, offsets)
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None, None, None]:
-        (ends,) = ctx.saved_tensors
+        (offsets,) = ctx.saved_tensors
         stored = bitsandbytes.functional.dequantize_4bit(ctx.weight, ctx.state)
-        grad_x = grouped(gradient.contiguous(), stored.mT if ctx.transposed else stored, ends)
+        grad_x = grouped(gradient.contiguous(), stored.mT if ctx.transposed else stored, offsets)
         return grad_x.to(ctx.dtype), None, None, None, None
 
 
@@ -91,20 +92,20 @@ class LeanExperts(_Experts):
             return super().forward(hidden_states, *routing)
         if not routing:
             x = hidden_states.reshape(-1, self.hidden_size)
-            ends = torch.arange(1, self.num_experts + 1, device=x.device, dtype=torch.int32)
-            ends *= len(x) // self.num_experts
-            gate, up = self._project("gate_up_proj", x, ends).chunk(2, dim=-1)
-            return self._project("down_proj", up * self.act_fn(gate), ends)
+            offsets = torch.arange(1, self.num_experts + 1, device=x.device, dtype=torch.int32)
+            offsets *= len(x) // self.num_experts
+            gate, up = self._project("gate_up_proj", x, offsets).chunk(2, dim=-1)
+            return self._project("down_proj", up * self.act_fn(gate), offsets)
         chosen, weights = routing
         expert, order = chosen.flatten().sort(stable=True)
         numbers = torch.arange(self.num_experts, device=expert.device)
-        ends = torch.searchsorted(expert, numbers, right=True, out_int32=True)
+        offsets = torch.searchsorted(expert, numbers, right=True, out_int32=True)
         x = hidden_states[order // chosen.shape[-1]]  # [S, I]
         if self.has_gate:
-            x = self._apply_gate(self._project("gate_up_proj", x, ends, expert))
+            x = self._apply_gate(self._project("gate_up_proj", x, offsets, expert))
         else:
-            x = self.act_fn(self._project("up_proj", x, ends, expert))
-        x = self._project("down_proj", x, ends, expert)
+            x = self.act_fn(self._project("up_proj", x, offsets, expert))
+        x = self._project("down_proj", x, offsets, expert)
         if self.has_post_expert_norm:
             x = self.post_expert_norm(x)
         x = x * weights.flatten()[order].unsqueeze(-1)
@@ -112,19 +113,19 @@ class LeanExperts(_Experts):
         return outputs.to(hidden_states.dtype)
 
     def _project(
-        self, name: str, x: torch.Tensor, ends: torch.Tensor, expert: torch.Tensor | None = None
+        self, name: str, x: torch.Tensor, offsets: torch.Tensor, expert: torch.Tensor | None = None
     ) -> torch.Tensor:
         """x [S, I] through the weight `name` and its updates, [S, O]; `expert` [S] picks the bias of each row."""
         weight, state = getattr(self, name), self.states.get(name)
         if state is not None:
-            result = _FourBits.apply(x, weight, state, ends, self.multiplies_right)
+            result = _FourBits.apply(x, weight, state, offsets, self.multiplies_right)
         else:
-            result = grouped(x, weight if self.multiplies_right else weight.mT, ends)
+            result = grouped(x, weight if self.multiplies_right else weight.mT, offsets)
         if getattr(self, "has_bias", False):
             result = result + getattr(self, f"{name}_bias")[expert]
         for first, second, scale, dropout in self.updates.get(name, ()):
-            low = grouped(dropout(x), first, ends)
-            result = result + (grouped(low, second, ends) * scale).to(result.dtype)
+            low = grouped(dropout(x), first, offsets)
+            result = result + (grouped(low, second, offsets) * scale).to(result.dtype)
         return result
 
     @property
@@ -240,8 +241,8 @@ class _QuantizeExperts(Bnb4bitQuantize):
 
 
 class _EndsOnCPU(_Conversion):
-    """Leaves the embedding and the output head on the CPU while the other weights are loaded: `int8_rows.quantize_ends`
-    packs them there, so that a GPU never holds them in 16 bits."""
+    """Leaves the embedding and the output head on the CPU while the other weights are loaded:
+    `int8_rows.quantize_embeddings` packs them there, so that a GPU never holds them in 16 bits."""
 
     def convert(
         self,
@@ -286,7 +287,7 @@ class _OurQuantizer(_Quantizer):
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
         model = super()._dequantize(model, dtype=dtype)
-        int8_rows.dequantize_ends(model, dtype or model.config.dtype)
+        int8_rows.dequantize_embeddings(model, dtype or model.config.dtype)
         return model
 
     @staticmethod

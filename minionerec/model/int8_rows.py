@@ -164,7 +164,7 @@ def _bytes(packed: torch.Tensor) -> torch.Tensor:
 # --- In a model -------------------------------------------------------------------------------------------------------
 
 
-def quantize_ends(model: PreTrainedModel, used_on: torch.device) -> None:
+def quantize_embeddings(model: PreTrainedModel, used_on: torch.device) -> None:
     """Stores the embedding and the output head of a frozen model in 8 bits, in place: packed where they are, then moved
     to `used_on`. If other code reads one of them by its `weight`, both stay as they are, and are only moved."""
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
@@ -267,7 +267,7 @@ def set_rows(layer: Int8Layer, ids: torch.Tensor, values: torch.Tensor) -> None:
     stored[ids.to(stored.device)] = pack(values).to(stored.device)
 
 
-def dequantize_ends(model: nn.Module, dtype: torch.dtype) -> None:
+def dequantize_embeddings(model: nn.Module, dtype: torch.dtype) -> None:
     """Turns the layers in 8 bits into plain ones, in place, with the values that their bytes stand for."""
     weights: dict[int, nn.Parameter] = {}
     for module in model.modules():

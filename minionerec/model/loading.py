@@ -157,7 +157,7 @@ def load_base(
     if quantization is not None:
         _keep_training_layout(model)
         if ends_in_8_bits:
-            int8_rows.quantize_ends(model, device.local_device())
+            int8_rows.quantize_embeddings(model, device.local_device())
         else:
             model.get_input_embeddings().to(device.local_device())
             model.get_output_embeddings().to(device.local_device())

@@ -36,8 +36,8 @@ def start_sid_rows(
     if way == "random" or not new_tokens:
         return
     ids = torch.tensor(tokenizer.convert_tokens_to_ids(list(new_tokens)))
-    ends = {id(layer.weight): layer for layer in (model.get_input_embeddings(), model.get_output_embeddings())}
-    for layer in ends.values():
+    embeddings = {id(layer.weight): layer for layer in (model.get_input_embeddings(), model.get_output_embeddings())}
+    for layer in embeddings.values():
         rows = _mean_row(layer.weight, len(tokenizer), ids).expand(len(ids), -1).clone()
         if way == "text":
             total, count = _title_rows(layer.weight, tokenizer, new_tokens, catalogue)

@@ -36,7 +36,7 @@ def completion_logps(
         temperature: the logits are divided by it.
         unwrapped: the model inside the wrappers, if there are any.
         shared: True for one row per prompt, False for one row per completion, None for one row per prompt if
-            `probe.prove` accepts it.
+            `probe.probe` accepts it.
         width: tokens of the longest prompt.
         groups: how many consecutive completions have equal prompts, prompt by prompt. Without these two, the host reads
             them from the tensors and waits for a GPU.

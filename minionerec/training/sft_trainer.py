@@ -20,13 +20,13 @@ from torch.utils.data import DataLoader, Sampler
 from transformers import Trainer, TrainerControl
 
 from minionerec.data.examples import IGNORE, Collator
-from minionerec.decoding.probe import prove
+from minionerec.decoding.probe import probe
 from minionerec.errors import InputError
 from minionerec.model.device import compute_dtype
 from minionerec.model.head import head_on
 from minionerec.model.token_trees import TreeCollator, attend_in_blocks, best_width, edge_losses, model_inputs
 from minionerec.training.durable import DurableRun
-from minionerec.training.row_rate import give_rate
+from minionerec.training.sid_learning_rate import give_rate
 from minionerec.training.tree_batches import GroupSampler, Prefixes, Size, TreeBatches, evaluation_batches
 
 
@@ -112,7 +112,7 @@ def plan_trees(
     """The micro-batches of a training on token trees; None if `pack_rows` is 0, or if the probe finds that the model
     does not follow a tree mask. Prints which way the run takes. Every process must call it.
 
-    Arguments are as in `sft.train`. Raises what `prove` does.
+    Arguments are as in `sft.train`. Raises what `probe` does.
     """
     if not pack_rows:
         state.print("token trees: off; every row is computed by itself")
@@ -120,9 +120,9 @@ def plan_trees(
     longest = max(max(dataset["length"][:]) for dataset in (train_dataset, eval_dataset))
     width = 2 * max(best_width(model.config.get_text_config().hidden_size), longest)
     # A window counts positions; whether it does is tried in rows as long as there may be.
-    proof = prove(model, longest, max(min(width, micro_batch_size * longest), longest + 2))
-    if not proof.shared:
-        state.print(f"token trees: off; every row is computed by itself, since {proof.why or NO_SHARING}")
+    support = probe(model, longest, max(min(width, micro_batch_size * longest), longest + 2))
+    if not support.shared:
+        state.print(f"token trees: off; every row is computed by itself, since {support.why or NO_SHARING}")
         return None
     prefixes = Prefixes(train_dataset)
     order = step_order(prefixes, pack_rows, batch_size, seed)

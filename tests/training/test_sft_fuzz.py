@@ -1,6 +1,6 @@
 """Random settings of SFT against one row at a time: architectures, methods, batches, trees and rows of all kinds.
 
-`FUZZ_SEEDS=500 pytest tests/test_sft_fuzz.py` tries more of them.
+`FUZZ_SEEDS=500 pytest tests/training/test_sft_fuzz.py` tries more of them.
 """
 
 from dataclasses import dataclass, field

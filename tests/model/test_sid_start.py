@@ -19,7 +19,7 @@ def started(files, base, way, quantized=False, untied=False):
         model.config.tie_word_embeddings = False
         model.lm_head.weight = torch.nn.Parameter(torch.randn_like(model.lm_head.weight))
     if quantized:
-        int8_rows.quantize_ends(model.requires_grad_(False), torch.device("cpu"))
+        int8_rows.quantize_embeddings(model.requires_grad_(False), torch.device("cpu"))
     loading.add_sid_tokens(model, tokenizer, catalogue.sid_tokens)
     ends = [model.get_input_embeddings(), model.get_output_embeddings()]
     every = torch.arange(len(tokenizer))

@@ -36,9 +36,9 @@ QLORA = AdapterFlags(use_qlora=True, lora_dropout=0.0)
 def in_8_bits(model, used_on: torch.device = CPU):
     """A copy of the model with both ends in 8 bits, and its twin: plain layers with the same values."""
     model = copy.deepcopy(model).requires_grad_(False)
-    int8_rows.quantize_ends(model, used_on)
+    int8_rows.quantize_embeddings(model, used_on)
     twin = copy.deepcopy(model)
-    int8_rows.dequantize_ends(twin, torch.float32)
+    int8_rows.dequantize_embeddings(twin, torch.float32)
     return model, twin
 
 

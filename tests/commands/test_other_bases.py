@@ -66,7 +66,7 @@ def assert_only_text_moved(checkpoint: str, base: str) -> None:
 
 def test_what_stands_beside_the_text_is_named_and_frozen():
     model = architecture.meta_model(configuration("gemma3"))
-    assert architecture.beside_text(model) == ["model.vision_tower", "model.multi_modal_projector"]
+    assert architecture.non_text_modules(model) == ["model.vision_tower", "model.multi_modal_projector"]
     frozen = {name.split(".")[1] for name, p in model.named_parameters() if not p.requires_grad}
     assert frozen == {"vision_tower", "multi_modal_projector"}
     assert lora_utils.trainable_report(model).endswith(

@@ -4,7 +4,7 @@ from models import make_model
 from plain import batch, gradients, one_by_one, with_adapter
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from minionerec.decoding.probe import prove
+from minionerec.decoding.probe import probe
 from minionerec.training.logprobs import completion_logps
 
 
@@ -68,7 +68,7 @@ def test_temperature_divides_the_logits():
 
 def test_a_prompt_goes_through_the_model_once():
     model = make_model()
-    prove(model)
+    probe(model)
     seen = []
     model.model.register_forward_pre_hook(lambda _m, _a, kw: seen.append(kw["input_ids"].shape), with_kwargs=True)
     completion_logps(model, *batch())

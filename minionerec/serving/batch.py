@@ -13,8 +13,8 @@ from itertools import islice
 
 from minionerec.checkpoint import read_json
 from minionerec.errors import InputError, RunError
-from minionerec.recommending.requests import Request
 from minionerec.saving import write_json
+from minionerec.serving.requests import Request
 
 BATCHES = 16  # that are sorted by length together
 

@@ -14,8 +14,8 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 from minionerec.errors import InputError
-from minionerec.recommending.metrics import Metrics
-from minionerec.recommending.requests import Request, RequestReader
+from minionerec.serving.metrics import Metrics
+from minionerec.serving.requests import Request, RequestReader
 
 log = logging.getLogger("minionerec.serve")
 

@@ -15,7 +15,7 @@ import sft
 from minionerec.errors import InputError
 from minionerec.flags import AdapterFlags
 from minionerec.model.sid_rows import merge_own_rows
-from minionerec.training.row_rate import give_rate, sid_weights
+from minionerec.training.sid_learning_rate import give_rate, sid_weights
 
 
 @pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.SGD], ids=lambda kind: kind.__name__)

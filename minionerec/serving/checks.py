@@ -10,8 +10,8 @@ from fastapi.responses import Response
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 
 from minionerec.data.files import MOST_PROBLEMS
-from minionerec.recommending.guard import problem
-from minionerec.recommending.worker import Loaded
+from minionerec.serving.guard import problem
+from minionerec.serving.worker import Loaded
 
 MOST_BYTES = 1_000_000  # of a body
 BODY_SECONDS = 20  # for a body to arrive

@@ -14,7 +14,7 @@ from minionerec.checkpoint import Checkpoint
 from minionerec.data.files import read_info_items, read_interactions
 from minionerec.data.items import Items
 from minionerec.model import loading
-from minionerec.recommending import batch
+from minionerec.serving import batch
 
 
 @pytest.fixture(scope="module")

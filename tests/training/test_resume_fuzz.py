@@ -1,6 +1,6 @@
 """Runs with random settings that are killed or stopped, once or twice, end as the run that was left alone.
 
-    FUZZ_SEEDS=2:40 pytest tests/test_resume_fuzz.py
+    FUZZ_SEEDS=2:40 pytest tests/training/test_resume_fuzz.py
 
 tries other seeds than the few of every day.
 """

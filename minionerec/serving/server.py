@@ -2,7 +2,7 @@
 
 | path | what it does |
 |---|---|
-| POST /recommend | recommends for a request (see `recommending.requests`); 422 for a bad one, 503 if too many wait |
+| POST /recommend | recommends for a request (see `serving.requests`); 422 for a bad one, 503 if too many wait |
 | GET /items?title=WORDS | finds items by the words of their titles |
 | GET /options | what requests may say: K, and the columns for `where` |
 | GET /health | says whether the server works: not if the model failed when it was last asked |
@@ -35,12 +35,21 @@ from starlette.exceptions import HTTPException as AnyHTTPException
 from starlette.requests import ClientDisconnect
 
 from minionerec.errors import InputError
-from minionerec.recommending.checks import Serving, check_key, invalid, read_body, refused
-from minionerec.recommending.guard import Guard, problem
-from minionerec.recommending.interface import MOST_LISTED, Answer, Asked, Column, FoundItem, Health, Options, Problem
-from minionerec.recommending.metrics import Metrics
-from minionerec.recommending.requests import Request
-from minionerec.recommending.worker import Loaded, TooManyWaiting, Worker
+from minionerec.serving.checks import Serving, check_key, invalid, read_body, refused
+from minionerec.serving.guard import Guard, problem
+from minionerec.serving.interface import (
+    MOST_LISTED,
+    Column,
+    ErrorResponse,
+    FoundItem,
+    Health,
+    Options,
+    RecommendRequest,
+    RecommendResponse,
+)
+from minionerec.serving.metrics import Metrics
+from minionerec.serving.requests import Request
+from minionerec.serving.worker import Loaded, TooManyWaiting, Worker
 
 MOST_FOUND = 100  # items of a search
 MOST_WORDS = 20  # of a search
@@ -118,7 +127,7 @@ def _on_hangup(worker: Worker, in_foreground: bool) -> None:
 # --- Without a key ----------------------------------------------------------------------------------------------------
 
 _open = fastapi.APIRouter()
-_unready: dict[int | str, dict[str, Any]] = {503: {"model": Problem}}
+_unready: dict[int | str, dict[str, Any]] = {503: {"model": ErrorResponse}}
 
 
 def _health(http: fastapi.Request) -> Response:
@@ -160,7 +169,9 @@ _open.add_api_route("/docs", _page("docs.html"), include_in_schema=False)
 # --- With a key, if there are keys ------------------------------------------------------------------------------------
 
 _guarded = fastapi.APIRouter()
-_problems: dict[int | str, dict[str, Any]] = {code: {"model": Problem} for code in (401, 408, 413, 415, 422, 500, 503)}
+_problems: dict[int | str, dict[str, Any]] = {
+    code: {"model": ErrorResponse} for code in (401, 408, 413, 415, 422, 500, 503)
+}
 
 
 def _read(loaded: Loaded, body: bytes) -> Request:
@@ -172,9 +183,12 @@ def _read(loaded: Loaded, body: bytes) -> Request:
 
 @_guarded.post(
     "/recommend",
-    responses={200: {"model": Answer}, **_problems},
+    responses={200: {"model": RecommendResponse}, **_problems},
     openapi_extra={
-        "requestBody": {"required": True, "content": {"application/json": {"schema": Asked.model_json_schema()}}}
+        "requestBody": {
+            "required": True,
+            "content": {"application/json": {"schema": RecommendRequest.model_json_schema()}},
+        }
     },
 )
 async def recommend_items(http: fastapi.Request, loaded: Serving) -> Response:
@@ -236,7 +250,7 @@ async def show_metrics(http: fastapi.Request) -> Response:
 
 
 @_guarded.post(
-    "/reload", responses={code: {"model": Problem} for code in (401, 403, 409, 422, 500)}, response_model=Health
+    "/reload", responses={code: {"model": ErrorResponse} for code in (401, 403, 409, 422, 500)}, response_model=Health
 )
 async def reload(http: fastapi.Request) -> Response:
     """Loads the checkpoint and its files again. Requests wait meanwhile; if it fails, what is loaded stays."""

@@ -27,11 +27,11 @@ httpx = pytest.importorskip("httpx", reason="pip install httpx")
 from minionerec.data.files import read_info_items  # noqa: E402
 from minionerec.data.items import ItemColumns, Items  # noqa: E402
 from minionerec.errors import InputError, RunError  # noqa: E402
-from minionerec.recommending import checks, connections  # noqa: E402
-from minionerec.recommending import server as server_module  # noqa: E402
-from minionerec.recommending.requests import RequestReader  # noqa: E402
-from minionerec.recommending.server import make_app  # noqa: E402
-from minionerec.recommending.worker import Loaded  # noqa: E402
+from minionerec.serving import checks, connections  # noqa: E402
+from minionerec.serving import server as server_module  # noqa: E402
+from minionerec.serving.requests import RequestReader  # noqa: E402
+from minionerec.serving.server import make_app  # noqa: E402
+from minionerec.serving.worker import Loaded  # noqa: E402
 
 
 class Model:

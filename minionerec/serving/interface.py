@@ -2,12 +2,12 @@
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from minionerec.recommending.requests import MOST_HISTORY
+from minionerec.serving.requests import MOST_HISTORY
 
 MOST_LISTED = 20_000  # items of "allow" and of "deny"
 
 
-class Asked(BaseModel):
+class RecommendRequest(BaseModel):
     """A request. Items are named by id, SID or title; null stands for what is not given."""
 
     model_config = ConfigDict(extra="forbid")
@@ -36,7 +36,7 @@ class RecommendedItem(FoundItem):
     score: float
 
 
-class Answer(BaseModel):
+class RecommendResponse(BaseModel):
     """The items for a history, best first; fewer than K where fewer are allowed."""
 
     history: list[str]
@@ -68,7 +68,7 @@ class Health(BaseModel):
     waiting: int
 
 
-class Problem(BaseModel):
+class ErrorResponse(BaseModel):
     """What is wrong."""
 
     detail: list[str]

@@ -12,7 +12,7 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from minionerec.recommending.metrics import Metrics
+from minionerec.serving.metrics import Metrics
 
 log = logging.getLogger("minionerec.serve")
 

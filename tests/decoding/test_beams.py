@@ -5,7 +5,7 @@ from architectures import COPIED, DECODED, REREAD, build
 from plain import LENGTHS, check_beams, check_logps
 
 from minionerec.decoding.beams import CopiedBeams, RereadBeams, TreeBeams
-from minionerec.decoding.probe import may_share_rows, prove
+from minionerec.decoding.probe import may_share_rows, probe
 
 # A window that prompts of these tests are longer than; one that any row is, one that the probe's rows may be, and one
 # that prompts are shorter than and rows with all their beams are not.
@@ -47,14 +47,14 @@ WIDE = {
 @pytest.mark.parametrize("architecture", DECODED)
 def test_every_architecture_is_decoded_exactly(architecture):
     model = build(architecture)
-    proof = prove(model)
+    support = probe(model)
     if architecture in REREAD:
-        assert proof.beams is RereadBeams and not proof.padding
+        assert support.beams is RereadBeams and not support.padding
     else:
-        assert proof.beams is (CopiedBeams if architecture in COPIED else TreeBeams) and proof.padding
-    assert proof.shared == (proof.beams is TreeBeams)
-    assert COPIED.get(architecture, "") in proof.why and bool(proof.why) != proof.shared
-    assert may_share_rows(model.config) == proof.shared  # what the dry run expects, without weights
+        assert support.beams is (CopiedBeams if architecture in COPIED else TreeBeams) and support.padding
+    assert support.shared == (support.beams is TreeBeams)
+    assert COPIED.get(architecture, "") in support.why and bool(support.why) != support.shared
+    assert may_share_rows(model.config) == support.shared  # what the dry run expects, without weights
     check_beams(model)
     check_logps(
         model, with_gradients=architecture in ("qwen3", "gemma3", "gpt2", "qwen3_5_text", "lfm2", "mpt", "mamba")
@@ -69,6 +69,6 @@ def test_a_window_is_kept_to_whatever_its_width(architecture, window):
     model = build(architecture, **window)
     check_beams(model)
     check_logps(model, with_gradients=architecture == "gpt_oss")
-    longest = prove(model, LENGTHS[-1], LENGTHS[-1] + 24)
+    longest = probe(model, LENGTHS[-1], LENGTHS[-1] + 24)
     kept = {"gpt_neo": CopiedBeams, "recurrent_gemma": RereadBeams}
     assert longest.beams is kept.get(architecture, TreeBeams)

@@ -17,10 +17,10 @@ import evaluate
 import lora_utils
 import rl
 import sft
-from minionerec.decoding import probe
+from minionerec.decoding import probe as probing
 from minionerec.decoding.beam_search import constrained_beam_search
 from minionerec.decoding.beams import CopiedBeams, RereadBeams, TreeBeams
-from minionerec.decoding.probe import prove
+from minionerec.decoding.probe import probe
 from minionerec.decoding.ranking import rank_prompts
 from minionerec.decoding.trie import Trie
 from minionerec.errors import InputError
@@ -39,25 +39,25 @@ def forwards_of(model) -> list:
 def test_a_model_is_tried_once_and_left_as_it_was():
     model = make_model("mistral", sliding_window=64).train()
     seen, weights, state = forwards_of(model), copy.deepcopy(model.state_dict()), torch.get_rng_state()
-    proof = prove(model)
-    assert proof.beams is TreeBeams and proof.shared and model.training and 0 < len(seen) < 10
+    support = probe(model)
+    assert support.beams is TreeBeams and support.shared and model.training and 0 < len(seen) < 10
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())
     tried = len(seen)
-    assert prove(model) is proof and prove(with_adapter(model), 30, 63) is proof and len(seen) == tried
+    assert probe(model) is support and probe(with_adapter(model), 30, 63) is support and len(seen) == tried
     # Rows that the window is shorter than are tried as long as they are, once too.
-    assert prove(model, 40, 64).beams is TreeBeams and len(seen) > tried
+    assert probe(model, 40, 64).beams is TreeBeams and len(seen) > tried
     tried = len(seen)
-    assert prove(model, 40, 64).shared and prove(model, 9, 64).shared and len(seen) == tried
+    assert probe(model, 40, 64).shared and probe(model, 9, 64).shared and len(seen) == tried
 
 
 @pytest.mark.parametrize("architecture", KINDS)
 def test_rounding_does_not_hide_it(architecture):
-    proof = prove(build(architecture).to(torch.bfloat16))
-    assert proof.beams is (CopiedBeams if architecture in COPIED else TreeBeams) and proof.padding
-    assert proof.shared == (proof.beams is TreeBeams)
+    support = probe(build(architecture).to(torch.bfloat16))
+    assert support.beams is (CopiedBeams if architecture in COPIED else TreeBeams) and support.padding
+    assert support.shared == (support.beams is TreeBeams)
     # Of layers that have learnt little, what they ignore may be smaller than the rounding.
-    assert architecture not in COPIED or prove(make_untrained(architecture)).beams is CopiedBeams
+    assert architecture not in COPIED or probe(make_untrained(architecture)).beams is CopiedBeams
 
 
 def make_untrained(architecture):
@@ -74,8 +74,8 @@ def make_untrained(architecture):
 def test_quantized_bases(architecture, bits, tmp_path):
     build(architecture).save_pretrained(tmp_path)
     quantization = lora_utils.quantization_config(AdapterFlags(use_qlora=bits == 4, load_in_8bit=bits == 8))
-    proof = prove(loading.load_base(str(tmp_path), quantization))
-    assert proof.beams is (CopiedBeams if architecture in COPIED else TreeBeams) and proof.padding
+    support = probe(loading.load_base(str(tmp_path), quantization))
+    assert support.beams is (CopiedBeams if architecture in COPIED else TreeBeams) and support.padding
 
 
 def test_a_kernel_for_few_tokens_may_round_differently():
@@ -85,8 +85,8 @@ def test_a_kernel_for_few_tokens_may_round_differently():
         if isinstance(layer, torch.nn.Linear):
             layer.forward = partial(multiply_as_4_bits_on_a_gpu, layer)
     model.is_quantized = True
-    proof = prove(model)
-    assert proof.beams is TreeBeams and proof.padding and proof.shared
+    support = probe(model)
+    assert support.beams is TreeBeams and support.padding and support.shared
 
 
 def multiply_as_4_bits_on_a_gpu(layer, x):
@@ -99,8 +99,8 @@ def multiply_as_4_bits_on_a_gpu(layer, x):
 def test_layers_that_ignore_padding_get_one_prompt_at_a_time(monkeypatch):
     monkeypatch.setattr(modeling_bamba, "apply_mask_to_padding_states", lambda states, _mask: states)
     model = build("bamba")
-    proof = prove(model)
-    assert proof.beams is CopiedBeams and not proof.padding and "one prompt at a time" in str(proof)
+    support = probe(model)
+    assert support.beams is CopiedBeams and not support.padding and "one prompt at a time" in str(support)
     check_beams(model)
     check_logps(model, with_gradients=False)
     # Each process decodes single prompts, so that all run as many forward passes.
@@ -119,7 +119,7 @@ def test_a_cache_that_forgets_is_not_used(monkeypatch):
         "minionerec.decoding.beams.select_rows", lambda cache, rows: cache.reorder_cache(torch.zeros_like(rows))
     )
     model = build("lfm2")
-    assert prove(model).beams is RereadBeams
+    assert probe(model).beams is RereadBeams
     check_beams(model)
 
 
@@ -132,7 +132,7 @@ def test_what_is_not_causal_is_refused():
     broken = build("qwen2")
     broken.lm_head.forward = lambda _: None
     with pytest.raises(InputError, match=r"--base_model x: Qwen2ForCausalLM cannot be run: .*; choose another model"):
-        prove(broken, name="--base_model x")
+        probe(broken, name="--base_model x")
 
 
 def test_the_first_process_decides(monkeypatch):
@@ -147,7 +147,7 @@ def test_the_first_process_decides(monkeypatch):
 
     monkeypatch.setattr(probe, "dist", Dist)
     model = build("qwen2")
-    assert prove(model).beams is CopiedBeams and next(answers, None) is None
+    assert probe(model).beams is CopiedBeams and next(answers, None) is None
 
 
 def test_weights_of_rwkv_stay_as_they_are(tmp_path):
@@ -156,7 +156,7 @@ def test_weights_of_rwkv_stay_as_they_are(tmp_path):
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     model = loading.load_base(str(tmp_path))
     weights = copy.deepcopy(model.state_dict())
-    assert prove(model.eval()).beams is RereadBeams
+    assert probe(model.eval()).beams is RereadBeams
     assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())
 
 
@@ -204,10 +204,10 @@ def test_an_expert_that_rounding_exchanges_does_not_make_a_model_look_ahead(monk
 
         return is_causal
 
-    monkeypatch.setattr(probe._Trial, "is_causal", later_than(2))
-    assert prove(make_model()).beams
+    monkeypatch.setattr(probing._Trial, "is_causal", later_than(2))
+    assert probe(make_model()).beams
     assert len(draws) == 3 and draws[0] != draws[1] != draws[2]
     draws.clear()
-    monkeypatch.setattr(probe._Trial, "is_causal", later_than(3))
+    monkeypatch.setattr(probing._Trial, "is_causal", later_than(3))
     with pytest.raises(InputError, match="is not causal"):
-        prove(make_model())
+        probe(make_model())

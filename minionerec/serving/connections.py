@@ -12,7 +12,7 @@ import fastapi
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from minionerec.recommending.metrics import Metrics
+from minionerec.serving.metrics import Metrics
 
 log = logging.getLogger("minionerec.serve")
 

@@ -14,7 +14,7 @@ from plain import EOS, exhaustive, fuzz_seeds, prompts, random_sids, sids_of
 from minionerec.data.encoding import left_padded
 from minionerec.data.sid_tokens import PAD
 from minionerec.decoding.beam_search import constrained_beam_search
-from minionerec.decoding.probe import prove
+from minionerec.decoding.probe import probe
 from minionerec.decoding.ranking import score_prompts
 from minionerec.decoding.trie import Trie
 
@@ -156,7 +156,7 @@ def test_nothing_allowed_gives_nothing():
 def test_masks_follow_their_prompts_through_batches(architecture):
     """Of prompts sorted by length; one at a time where a model allows no padding."""
     model = build(architecture)
-    assert prove(model).padding == (architecture == "qwen2")
+    assert probe(model).padding == (architecture == "qwen2")
     trie = Trie(SIDS, EOS)
     lists = [list(range(1, 1 + length)) for length in (5, 31, 12, 8)]
     chosen = [np.isin(np.arange(60), indices) for indices in ([1, 2, 3], [*range(50)], [59], [4])]

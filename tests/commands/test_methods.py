@@ -12,7 +12,7 @@ from processes import start
 from transformers.training_args import OptimizerNames
 
 import lora_utils
-from minionerec.decoding.probe import prove
+from minionerec.decoding.probe import probe
 from minionerec.errors import InputError
 from minionerec.flags import OPTIMIZERS
 from minionerec.model import loading
@@ -107,4 +107,4 @@ def test_a_model_that_does_not_run_in_8_bits_is_not_blamed(tmp_path):
     build("deepseek_v3").save_pretrained(tmp_path)
     model = loading.load_base(str(tmp_path), lora_utils.quantization_config(flags_of("lora on 8 bits")))
     with pytest.raises(InputError, match=r"cannot be run: .*; leave out --load_in_8bit"):
-        prove(model)
+        probe(model)
