@@ -145,7 +145,7 @@ def test_the_first_process_decides(monkeypatch):
         def broadcast_object_list(decided, device):
             decided[0] = next(answers)
 
-    monkeypatch.setattr(probe, "dist", Dist)
+    monkeypatch.setattr(probing, "dist", Dist)
     model = build("qwen2")
     assert probe(model).beams is CopiedBeams and next(answers, None) is None
 
