@@ -168,7 +168,7 @@ def ours(connection: Connection, way: str, generations: int, micro_batch: int, *
             backward(loss)
 
     trainer.accelerator.backward = timed_backward
-    batch = [{"row": row} for row in range(len(prompts)) for _ in range(generations)]
+    batch = [row for row in range(len(prompts)) for _ in range(generations)]
 
     def step() -> dict[str, float]:
         phases.clear()

@@ -28,7 +28,7 @@ from minionerec.training.completions import Completions, Tokens
 from minionerec.training.early_warning import EarlyWarning
 from minionerec.training.logprobs import completion_logps, logps_in_passes
 from minionerec.training.policy_loss import PolicyLoss
-from minionerec.training.prompts import Columns, PromptSampler, RowNumbers, look_up
+from minionerec.training.prompts import Columns, PromptSampler, look_up
 from minionerec.training.reference import Reference, as_given, disable_dropout
 from minionerec.training.rewards import advantages_of, equal_in_group, rewards_of
 from minionerec.training.rl_log import RLLog
@@ -115,7 +115,9 @@ class ReReTrainer(RLRun):
     def _get_dataloader(
         self, dataset: datasets.Dataset, *args: object, is_training: bool = False, **kwargs: object
     ) -> DataLoader:
-        rows = RowNumbers(len(dataset)) if is_training else dataset
+        # Row numbers only: pinning and moving a batch visit every int of every list in it, and a batch would hold each
+        # prompt once per completion.
+        rows = range(len(dataset)) if is_training else dataset
         return super()._get_dataloader(rows, *args, is_training=is_training, **kwargs)
 
     def _get_train_sampler(self, dataset: datasets.Dataset | None = None) -> PromptSampler:
@@ -128,7 +130,7 @@ class ReReTrainer(RLRun):
             seed=self.args.seed,
         )
 
-    def _prepare_inputs(self, generation_batch: list[dict[str, int]] | Rollouts) -> Rollouts:
+    def _prepare_inputs(self, generation_batch: list[int] | Rollouts) -> Rollouts:
         """As TRL's, but the shuffle moves whole groups: only consecutive completions of a prompt share its row."""
         if isinstance(generation_batch, Rollouts):  # prepared already
             return generation_batch
@@ -214,7 +216,7 @@ class ReReTrainer(RLRun):
     def training_step(
         self,
         model: nn.Module,
-        inputs: list[dict[str, int]],
+        inputs: list[int],
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor:
         # Kept over an attempt that does not fit.
@@ -271,17 +273,10 @@ class ReReTrainer(RLRun):
         `logps_in_passes`."""
 
         def of_pass(part: Completed) -> tuple[torch.Tensor, torch.Tensor]:
+            width = int(part.known.length.max())
             with self.autocast():
                 return completion_logps(
-                    model,
-                    part.prompt_ids,
-                    part.prompt_mask,
-                    part.completion_ids,
-                    part.completion_mask,
-                    self.temperature,
-                    self.unwrapped(model),
-                    width=int(part.known.length.max()),
-                    groups=part.known.groups,
+                    model, *part.tensors, self.temperature, self.unwrapped(model), width=width, groups=part.known.groups
                 )
 
         least = self.num_generations if self._passes_are_collective() else 0

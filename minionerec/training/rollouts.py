@@ -46,15 +46,14 @@ class Completed:
     completion_mask: torch.Tensor
     known: Known
 
+    @property
+    def tensors(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        return self.prompt_ids, self.prompt_mask, self.completion_ids, self.completion_mask
+
     def pick(self, numbers: np.ndarray, place: torch.Tensor) -> "Completed":
         """Some of the completions, by their numbers on the host and on the device."""
-        return Completed(
-            self.prompt_ids.index_select(0, place),
-            self.prompt_mask.index_select(0, place),
-            self.completion_ids.index_select(0, place),
-            self.completion_mask.index_select(0, place),
-            self.known.rows(numbers),
-        )
+        ids, mask, completion_ids, completion_mask = (tensor.index_select(0, place) for tensor in self.tensors)
+        return Completed(ids, mask, completion_ids, completion_mask, self.known.rows(numbers))
 
 
 @dataclass

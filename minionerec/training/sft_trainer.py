@@ -5,8 +5,7 @@ Dimensions: `B` rows, `L` tokens, `N` response tokens in the batch, `H` hidden, 
 """
 
 import math
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
 
 import datasets
 import numpy as np
@@ -238,31 +237,31 @@ class SFTTrainer(DurableRun, Trainer):
     `sid_learning_rate`, if that is not 0.
     """
 
-    data_collator: Any
+    data_collator: Callable
     control: TrainerControl
 
     def __init__(
         self,
-        *args: Any,
+        *args: object,
         run: dict,
+        data_collator: Collator,
         train_batches: TreeBatches | None = None,
         sid_weights: Sequence[nn.Parameter] = (),
         sid_learning_rate: float = 0.0,
-        **kwargs: Any,
+        **kwargs: object,
     ):
-        super().__init__(*args, **kwargs)
+        super().__init__(*args, data_collator=data_collator, **kwargs)
         self.run, self.train_batches = run, train_batches
         self.sid_weights, self.sid_learning_rate = sid_weights, sid_learning_rate
         if train_batches is not None:
             model = self.unwrapped(self.model)
-            self.data_collator = tree_collator(model, self.data_collator.pad_token_id, self.args.device)
+            self.data_collator = tree_collator(model, data_collator.pad_token_id, self.args.device)
         else:
-            collate = self.data_collator
-            self.data_collator = lambda examples: with_positions(collate(examples))
+            self.data_collator = lambda examples: with_positions(data_collator(examples))
         # The Trainer then counts the response tokens of an accumulated batch and leaves the division to compute_loss.
         self.model_accepts_loss_kwargs = True
 
-    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+    def create_optimizer(self, *args: object, **kwargs: object) -> torch.optim.Optimizer:
         optimizer = super().create_optimizer(*args, **kwargs)
         if self.sid_learning_rate:
             if not isinstance(optimizer, torch.optim.Optimizer):
@@ -273,7 +272,7 @@ class SFTTrainer(DurableRun, Trainer):
             give_rate(optimizer, self.sid_weights, self.sid_learning_rate)
         return optimizer
 
-    def _build_accelerator_args(self, **kwargs: Any) -> dict:
+    def _build_accelerator_args(self, **kwargs: object) -> dict:
         args = super()._build_accelerator_args(**kwargs)
         # Autocast would keep its 16-bit copies of all weights until the forward pass ends, which uses each only once.
         if self.args.activation_checkpointing:
@@ -364,7 +363,7 @@ class SFTTrainer(DurableRun, Trainer):
         inputs: dict[str, torch.Tensor],
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
-    ) -> Any:
+    ) -> torch.Tensor | tuple[torch.Tensor, dict[str, torch.Tensor]]:
         losses, _ = self._losses(model, inputs)
         # Gradients are averaged over processes; the count is that of all of them.
         loss = losses.sum() / num_items_in_batch * self.accelerator.num_processes
