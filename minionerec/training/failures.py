@@ -55,11 +55,7 @@ class Failures:
         checkpoint."""
 
         def what_is_left() -> str:
-            goes_on = "continues from it" if newest_checkpoint(self.output_dir) or self.resumed else "starts anew"
-            return (
-                f"the last good checkpoint is {self.last_good()}; the same command with --resume_from_checkpoint True "
-                f"{goes_on}"
-            )
+            return self._left("; the", bool(newest_checkpoint(self.output_dir) or self.resumed))
 
         world.say_at_the_end(what_is_left)
         try:
@@ -77,8 +73,11 @@ class Failures:
 
     def how_to_go_on(self) -> str:
         """What is left where a file could not be written, and what to do."""
-        goes_on = "continues from it" if newest_checkpoint(self.output_dir) else "starts anew"
+        return self._left(". Make room, then the", newest_checkpoint(self.output_dir) is not None)
+
+    def _left(self, then: str, continues: bool) -> str:
+        goes_on = "continues from it" if continues else "starts anew"
         return (
-            f"the last good checkpoint is {self.last_good()}. Make room, then the same command with "
-            f"--resume_from_checkpoint True {goes_on}"
+            f"the last good checkpoint is {self.last_good()}{then} same command with --resume_from_checkpoint True "
+            f"{goes_on}"
         )

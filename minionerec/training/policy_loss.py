@@ -54,25 +54,16 @@ class PolicyLoss:
             logps, entropies, supervised = self._with_supervised(model, part)
         else:
             logps, entropies = self.logps(model, part)
-        losses, divergence, clipped = token_losses(
-            logps,
-            part.old_logps,
-            reference,
-            mask,
-            part.advantages,
-            beta=args.beta,
-            clip=(args.epsilon, args.epsilon if args.epsilon_high is None else args.epsilon_high),
-            by_sequence=args.importance_sampling_level == "sequence",
-        )
+        losses, divergence, found = self._of_tokens(part, logps, reference)
         if args.loss_type == "grpo":
             loss = ((losses * mask).sum(-1) / mask.sum(-1).clamp(min=1.0)).sum() / count / accumulation
         else:  # dapo; the tokens are those of all that was generated, of which this may be one of several steps
             tokens = part.tokens.clamp(min=1.0) / self.processes
             loss = (losses * mask).sum() / (tokens * accumulation / args.steps_per_generation)
-        found = {f"clip_ratio/{name}": values for name, values in clipped.items()} | {"entropy": entropies}
+        tokens = mask.sum()
+        found["entropy"] = entropies
         if divergence is not None:
             found["kl"] = divergence
-        tokens = mask.sum()
         for name, values in found.items():
             self.log.add_mean(name, (values.detach() * mask).sum(), tokens, first)
         if supervised is not None:
@@ -91,48 +82,28 @@ class PolicyLoss:
         supervised = -(share * logps[count:].sum(dim=1) / lengths).sum()
         return logps[:count, :width], entropies[:count, :width], supervised
 
+    def _of_tokens(
+        self, part: Rollouts, logps: torch.Tensor, reference: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None, dict[str, torch.Tensor]]:
+        """The loss of every token [B, C], its divergence from the reference [B, C] (nats; None without a reference),
+        and how often ratios were clipped, by direction, as the log names it.
 
-def token_losses(
-    logps: torch.Tensor,
-    old: torch.Tensor | None,
-    reference: torch.Tensor | None,
-    mask: torch.Tensor,
-    advantages: torch.Tensor,
-    *,
-    beta: float,
-    clip: tuple[float, float],
-    by_sequence: bool,
-) -> tuple[torch.Tensor, torch.Tensor | None, dict[str, torch.Tensor]]:
-    """The loss of every token [B, C], its divergence from the reference [B, C] (nats; None without a reference), and
-    how often ratios were clipped, by direction.
-
-    Args:
-        logps: log-probabilities of the policy [B, C], nats.
-        old: those of the policy that made the completions; None where that is this one.
-        reference: those of the reference, or None for no KL term.
-        mask: [B, C], 1 for the tokens of a completion.
-        advantages: [B].
-        beta: weight of the KL term.
-        clip: how far the ratio may fall below 1 and rise above it.
-        by_sequence: ratios of whole completions (GSPO).
-
-    Source: Shao et al., DeepSeekMath (2024); Zheng et al., Group Sequence Policy Optimization (2025).
-    """
-    advantages = advantages.unsqueeze(1)
-    log_ratio = logps - (logps.detach() if old is None else old)
-    if by_sequence:
-        log_ratio = ((log_ratio * mask).sum(-1) / mask.sum(-1).clamp(min=1.0)).unsqueeze(-1)
-    ratio = log_ratio.exp()
-    losses = -torch.min(ratio * advantages, ratio.clamp(1 - clip[0], 1 + clip[1]) * advantages)
-    divergence = None
-    if reference is not None:
-        divergence = (reference - logps).exp() - (reference - logps) - 1
-        losses = losses + beta * divergence
-    if by_sequence:
-        losses = losses.expand_as(logps)
-    clipped: dict[str, torch.Tensor] = {}
-    if old is not None:  # else all ratios are 1
-        low = (ratio < 1 - clip[0]) & (advantages < 0)
-        high = (ratio > 1 + clip[1]) & (advantages > 0)
-        clipped = {"low_mean": low, "high_mean": high, "region_mean": low | high}
-    return losses, divergence, {name: found.float().expand_as(logps) for name, found in clipped.items()}
+        Source: Shao et al., DeepSeekMath (2024); Zheng et al., Group Sequence Policy Optimization (2025).
+        """
+        args, mask, advantages, old = self.args, part.completion_mask, part.advantages.unsqueeze(1), part.old_logps
+        below, above = 1 - args.epsilon, 1 + (args.epsilon if args.epsilon_high is None else args.epsilon_high)
+        of_sequence = args.importance_sampling_level == "sequence"  # ratios of whole completions (GSPO)
+        log_ratio = logps - (logps.detach() if old is None else old)
+        if of_sequence:
+            log_ratio = ((log_ratio * mask).sum(-1) / mask.sum(-1).clamp(min=1.0)).unsqueeze(-1)
+        ratio = log_ratio.exp()
+        losses = -torch.min(ratio * advantages, ratio.clamp(below, above) * advantages)
+        divergence, found = None, {}
+        if old is not None:  # else all ratios are 1
+            low, high = (ratio < below) & (advantages < 0), (ratio > above) & (advantages > 0)
+            clipped = {"low_mean": low, "high_mean": high, "region_mean": low | high}
+            found = {f"clip_ratio/{name}": values.float().expand_as(logps) for name, values in clipped.items()}
+        if reference is not None:
+            divergence = (reference - logps).exp() - (reference - logps) - 1
+            losses = losses + args.beta * divergence
+        return losses.expand_as(logps), divergence, found

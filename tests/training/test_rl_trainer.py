@@ -3,6 +3,7 @@ import torch
 from accelerate.utils import operations
 from as_on_gpu import answer
 from datasets import Dataset
+from peft import LoraConfig
 from torch.utils.data._utils import pin_memory
 from trl import GRPOConfig
 
@@ -136,6 +137,17 @@ def test_where_the_reference_is(sft, tmp_path):
     assert without.reference is None
     without.train()
     assert all("kl" not in entry for entry in without.state.log_history)
+
+
+def test_an_adapter_that_trl_makes_is_a_new_one(sft, tmp_path):
+    """The model without it is the reference, and TRL leaves the model's forward method and the arguments alone."""
+    adapter = LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    trainer = make_trainer(sft, "full", tmp_path, switches={"peft_config": adapter})
+    assert trainer.reference.whole is None and trainer.reference.adapter is None and trainer.args.beta == 0.04
+    assert not any("forward" in vars(module) for module in trainer.model.modules())
+    trainer.train()
+    kl = [entry["kl"] for entry in trainer.state.log_history if "kl" in entry]
+    assert kl[0] == 0.0 < kl[1]
 
 
 @pytest.mark.parametrize("start", ["full", "new LoRA", "own LoRA"])
