@@ -87,9 +87,9 @@ class Rollouts(Completed):
         """From lists, on the CPU. `learns`: [B], whether a completion counts."""
         ids, mask = right_padded(completions, pad_token_id)
         learnt = right_padded(targets, pad_token_id) if learn_targets else ()
-        known = Known(np.array([len(ids) for ids in prompts]), _numbered(prompts, targets), learns)
-        of_learning = mask * torch.from_numpy(learns).unsqueeze(1)
-        return cls(*left_padded(prompts, pad_token_id), ids, of_learning, known, advantages, mask.sum(), *learnt)
+        known = Known(np.array(list(map(len, prompts))), _numbered(prompts, targets), learns)
+        counts = mask * torch.from_numpy(learns).unsqueeze(1)
+        return cls(*left_padded(prompts, pad_token_id), ids, counts, known, advantages, mask.sum(), *learnt)
 
     def to(self, device: torch.device) -> "Rollouts":
         return self._with(lambda tensor: tensor.to(device, non_blocking=True), self.known)
