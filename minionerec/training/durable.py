@@ -55,7 +55,7 @@ class DurableRun(SavedRun):
             except StepDropped:
                 self._save_last_step()
             except Exception as error:
-                if not (why := why_not_written(error)):  # checkpoints are written below; this was a tracker's log
+                if not (why := why_not_written(error)):  # a checkpoint raises RunError; this was a tracker's log
                     raise
                 raise RunError(f"the run cannot write its log: {why}; {self._failures.how_to_go_on()}") from None
         if self._stop.stopped:
