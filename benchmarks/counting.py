@@ -374,14 +374,11 @@ def count_rl(layers: int) -> dict[str, Any]:
         trainer.remove_callback(PrinterCallback)
         within = launches.within
         trainer.__dict__.update(
-            _generate_single_turn=within("generation", trainer._generate_single_turn),
-            _get_per_token_logps_and_entropies=within(
-                lambda: "policy" if torch.is_grad_enabled() else "reference",
-                trainer._get_per_token_logps_and_entropies,
-            ),
+            complete=within("generation", trainer.complete),
             _score=within("host", trainer._score),
             create_optimizer=_counted_optimizer(trainer, within),
         )
+        trainer.loss.logps = within(lambda: "policy" if torch.is_grad_enabled() else "reference", trainer.loss.logps)
         backward = trainer.accelerator.backward
         trainer.accelerator.backward = within("backward", backward)
         trainer.train()

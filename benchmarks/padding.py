@@ -1,6 +1,6 @@
 """Measures an SFT step whose examples are sorted by length before they are split into micro-batches.
 
-`minionerec.training.sft_trainer.StepSampler` sorts them so. It is compared with the same step in random order.
+`minionerec.training.row_batches.StepSampler` sorts them so. It is compared with the same step in random order.
 
     python benchmarks/padding.py --base_model out/base --train_file train.csv \\
         --sid_index_path Industrial_and_Scientific.index.json --item_meta_path Industrial_and_Scientific.item.json
@@ -67,7 +67,8 @@ def padding(
     from minionerec.data.examples import Collator, tokenized_dataset
     from minionerec.model import loading
     from minionerec.model.device import compute_dtype, local_device
-    from minionerec.training.sft_trainer import StepSampler, response_logits
+    from minionerec.training.row_batches import StepSampler
+    from minionerec.training.sft_trainer import response_logits
 
     quiet()
 

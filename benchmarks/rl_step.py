@@ -150,17 +150,17 @@ def ours(connection: Connection, way: str, generations: int, micro_batch: int, *
     trainer.current_gradient_accumulation_steps = 1
     trainer.model.train()
     phases, losses = Phases(), []
-    generate, logps = trainer._generate_single_turn, trainer._get_per_token_logps_and_entropies
+    complete, logps = trainer.complete, trainer.loss.logps
 
     def timed_generation(*args: Any) -> Any:
         with phases.of("generation"):
-            return generate(*args)
+            return complete(*args)
 
-    def timed_logps(*args: Any, **kwargs: Any) -> Any:
+    def timed_logps(*args: Any) -> Any:
         with phases.of("policy" if torch.is_grad_enabled() else "reference"):
-            return logps(*args, **kwargs)
+            return logps(*args)
 
-    trainer.__dict__.update(_generate_single_turn=timed_generation, _get_per_token_logps_and_entropies=timed_logps)
+    trainer.__dict__["complete"], trainer.loss.logps = timed_generation, timed_logps
     backward = trainer.accelerator.backward
 
     def timed_backward(loss: Any) -> None:
@@ -168,7 +168,7 @@ def ours(connection: Connection, way: str, generations: int, micro_batch: int, *
             backward(loss)
 
     trainer.accelerator.backward = timed_backward
-    batch = [{"row": row} for row in range(len(prompts)) for _ in range(generations)]
+    batch = [row for row in range(len(prompts)) for _ in range(generations)]
 
     def step() -> dict[str, float]:
         phases.clear()

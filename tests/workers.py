@@ -110,9 +110,9 @@ def watched(folder: str, script: str, *flags: str) -> None:
     from trl import GRPOConfig
 
     from minionerec.training import finish as end
-    from minionerec.training.rl_trainer import ReReTrainer
+    from minionerec.training.policy_loss import PolicyLoss
 
-    finish, check, compute = end.finish, GRPOConfig.__post_init__, ReReTrainer._compute_loss
+    finish, check, compute = end.finish, GRPOConfig.__post_init__, PolicyLoss.of_pass
     counted: list[int] = []
 
     def recorded(run, *args, **kwargs):
@@ -129,11 +129,11 @@ def watched(folder: str, script: str, *flags: str) -> None:
         config.ref_model_sync_steps = 2
         check(config)
 
-    def computed(run, model, inputs, *args, **kwargs):
-        counted.append(int(inputs["completion_mask"].any(dim=1).sum()))
-        return compute(run, model, inputs, *args, **kwargs)
+    def computed(loss, model, part, *args, **kwargs):
+        counted.append(int(part.completion_mask.any(dim=1).sum()))
+        return compute(loss, model, part, *args, **kwargs)
 
-    end.finish, GRPOConfig.__post_init__, ReReTrainer._compute_loss = recorded, checked, computed
+    end.finish, GRPOConfig.__post_init__, PolicyLoss.of_pass = recorded, checked, computed
     run(folder, script, flags)
 
 
@@ -187,16 +187,16 @@ def stops_in_a_step(folder: str, script: str, *flags: str) -> None:
 
 def finds_less(folder: str, script: str, *flags: str) -> None:
     """Runs rl.py with evaluations that find less from step to step."""
-    from minionerec.training import rl_trainer
+    from minionerec.training import rl_run
 
-    evaluate, measure = rl_trainer.ReReTrainer.evaluate, rl_trainer.ranking_metrics
+    evaluate, measure = rl_run.RLRun.evaluate, rl_run.ranking_metrics
 
     def evaluated(run, *args, **kwargs):
         found = 1 / (1 + run.state.global_step)
-        rl_trainer.ranking_metrics = lambda *ranks: {name: found * value for name, value in measure(*ranks).items()}
+        rl_run.ranking_metrics = lambda *ranks: {name: found * value for name, value in measure(*ranks).items()}
         return evaluate(run, *args, **kwargs)
 
-    rl_trainer.ReReTrainer.evaluate = evaluated
+    rl_run.RLRun.evaluate = evaluated
     run(folder, script, flags)
 
 

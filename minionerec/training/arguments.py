@@ -1,7 +1,6 @@
 """The arguments that both trainers share, from the flags."""
 
 import os
-from typing import Any
 
 import torch
 
@@ -9,7 +8,7 @@ from minionerec.flags import TrainingFlags
 from minionerec.model import device
 
 
-def shared_arguments(flags: TrainingFlags) -> dict[str, Any]:
+def shared_arguments(flags: TrainingFlags) -> dict[str, object]:
     """Arguments of `transformers.TrainingArguments` and `trl.GRPOConfig`: device, precision, logs and checkpoints.
 
     The trackers take the project and the folder from the environment, which is set here.

@@ -2,14 +2,15 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
-from transformers import TrainerCallback, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from minionerec.model.sharding import OwnedWeights
+from minionerec.model.sharding import OwnedWeights, whole_tensors
+from minionerec.training.resume import load_tensors
 
 POWER = 3  # the weights after step t count about t^POWER
+UNAVERAGED_FILE = "unaveraged.safetensors"  # in a checkpoint: the weights that train on, since it has their average
 
 
 class WeightAverage(TrainerCallback):
@@ -24,7 +25,9 @@ class WeightAverage(TrainerCallback):
         self.weights = weights
         self.other = [tensor.clone() for tensor in weights.tensors]  # what the model does not hold now
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
         share = (POWER + 1) / (state.global_step + POWER)
         torch._foreach_lerp_(self.other, self.weights.tensors, share)
 
@@ -44,3 +47,14 @@ class WeightAverage(TrainerCallback):
             yield
         finally:
             self.swap()
+
+    def state(self, keep: bool) -> dict[str, torch.Tensor]:
+        """What a checkpoint keeps while the model has the average: the weights that train on, in the processes that
+        `keep` them. All processes must call it."""
+        with self.in_place():
+            return whole_tensors(self.weights.named, keep)
+
+    def resume(self, checkpoint: str) -> None:
+        """Writes them into the model, which has loaded the average. Raises InputError if the checkpoint has lost
+        them."""
+        self.weights.overwrite(load_tensors(checkpoint, UNAVERAGED_FILE))

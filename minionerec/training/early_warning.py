@@ -3,7 +3,6 @@
 import math
 import sys
 from collections.abc import Sequence
-from typing import Any
 
 from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -30,7 +29,7 @@ class EarlyWarning(TrainerCallback):
         self.suggested = "ranking,prefix" if beam_search else "rule,prefix"  # sampled completions have no rank
         self.judged = self.drifted = False
 
-    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object) -> None:
         step, idle = state.global_step, _idle(state)
         due = min(MOST_STEPS, max(LEAST_STEPS, math.ceil(JUDGED * state.max_steps)), state.max_steps)
         if idle and step >= due and not self.judged:
@@ -51,7 +50,7 @@ class EarlyWarning(TrainerCallback):
             )
 
     def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
         idle = _idle(state)
         if idle and min(idle) == 1:

@@ -4,14 +4,16 @@ Dimensions: `B` completions, `P` prompt tokens, `C` completion tokens, `N` posit
 vocabulary.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 from torch import nn
 
 from minionerec.decoding.probe import shares_rows
 from minionerec.model.head import float32_head, head_on
-from minionerec.model.packed_rows import groups_of, plain_rows, shared_rows
+from minionerec.model.packed_rows import plain_rows, shared_rows
+from minionerec.training.rollouts import Completed
 
 
 def completion_logps(
@@ -27,7 +29,7 @@ def completion_logps(
     groups: Sequence[int] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probabilities [B, C] of completion tokens (nats, differentiable) and entropies [B, C] of the distributions
-    they were drawn from (nats, no gradient). Both are 0 where `completion_mask` is 0.
+    they come from (nats, no gradient). Both are 0 where `completion_mask` is 0.
 
     Args:
         model: a causal LM, wrapped for distributed training or not.
@@ -56,47 +58,34 @@ def completion_logps(
     return token_logps(logits, row, completion_ids, completion_mask)
 
 
-def with_targets(
-    prompt_ids: torch.Tensor,
-    prompt_mask: torch.Tensor,
-    completion_ids: torch.Tensor,
-    completion_mask: torch.Tensor,
-    target_ids: torch.Tensor,
-    target_mask: torch.Tensor,
-    groups: Sequence[int] | None = None,
-) -> tuple[tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor, torch.Tensor, list[int]]:
-    """Adds the target of each prompt as one more completion, after the others of that prompt.
+def logps_in_passes(
+    compute: Callable[[Completed], tuple[torch.Tensor, torch.Tensor]], completed: Completed, size: int, least: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probabilities and entropies [B, C] of completions, as of `completion_logps`. Completions that do not count
+    cost nothing, and have 0.
 
     Args:
-        prompt_ids to completion_mask, groups: as `completion_logps` takes them.
-        target_ids, target_mask: [B, T], padded on the right; equal for the completions of a prompt.
-
-    Returns (rows, place, share, groups): what `completion_logps` takes, with B + R rows for R prompts; in which of them
-    the B completions and then the R targets are, [B + R]; the fraction of the completions that each prompt has, [R];
-    how many rows each prompt has now.
+        compute: those of the completions of one pass.
+        size: completions of a pass at most.
+        least: completions of a pass in which none counts, for which other processes wait; 0 to leave it out.
     """
-    device = prompt_ids.device
-    if groups is None:
-        key = torch.cat([prompt_ids, target_ids], dim=1)
-        groups = groups_of(key, key)
-    count = torch.tensor(groups, dtype=torch.int64)
-    first = (count.cumsum(0) - count).to(device)
-    prompt = torch.arange(len(groups)).repeat_interleave(count)
-    place = torch.cat([torch.arange(len(prompt)) + prompt, (count + 1).cumsum(0) - 1]).to(device)
-    order = place.argsort()
-
-    def joined(completions: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        width = max(completions.shape[1], targets.shape[1])
-        parts = [nn.functional.pad(part, (0, width - part.shape[1])) for part in (completions, targets[first])]
-        return torch.cat(parts)[order]
-
-    rows = (
-        torch.cat([prompt_ids, prompt_ids[first]])[order],
-        torch.cat([prompt_mask, prompt_mask[first]])[order],
-        joined(completion_ids, target_ids),
-        joined(completion_mask, target_mask),
-    )
-    return rows, place, (count / len(prompt)).to(device), [size + 1 for size in groups]
+    mask = completed.completion_mask
+    logps = torch.zeros(mask.shape, device=mask.device)
+    entropies = torch.zeros_like(logps)
+    for start in range(0, len(mask), size):
+        of_pass = np.arange(start, min(start + size, len(mask)))
+        kept = of_pass[completed.known.learns[of_pass]]
+        if not len(kept):
+            kept = of_pass[:least]
+        if len(kept) == len(mask):
+            logps, entropies = compute(completed)
+        elif len(kept):
+            place = torch.from_numpy(kept).to(mask.device)
+            values, entropy = compute(completed.pick(kept, place))
+            logps, entropies = logps.index_copy(0, place, values), entropies.index_copy(0, place, entropy)
+    if torch.is_grad_enabled() and not logps.requires_grad:  # no pass was made
+        logps.requires_grad_()
+    return logps, entropies
 
 
 def token_logps(

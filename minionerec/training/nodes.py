@@ -5,9 +5,9 @@ import hashlib
 import os
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from accelerate.utils import broadcast_object_list, gather_object
 
@@ -28,7 +28,7 @@ def first_decides(decide: Callable[[], T]) -> T:
     return answer[0]  # type: ignore[return-value]
 
 
-def check_same(flags: dict[str, Any], **more: object) -> None:
+def check_same(flags: Mapping[str, object], **more: object) -> None:
     """Flags, and the files they name, must be the same on all nodes: where the files are may differ, their content not.
     `more`: other values that must not differ, by what they are. Raises InputError in every process."""
     if not world.on_several_nodes():

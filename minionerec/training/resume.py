@@ -4,6 +4,9 @@ import os
 from collections.abc import Callable
 from dataclasses import fields
 
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from transformers import TrainerState
 
 from minionerec import world
@@ -80,6 +83,17 @@ def resume_point(flags: RunFlags, run: dict, say: Callable[[str], None]) -> Chec
         elif here[name] != there[name]:
             say(f"warning: --{name} is {here[name]} here and was {there[name]} up to {path}")
     return checkpoint
+
+
+def load_tensors(checkpoint: str, name: str) -> dict[str, torch.Tensor]:
+    """The tensors of a file that a checkpoint to resume from must have. Raises InputError if it cannot be read."""
+    try:
+        return load_file(os.path.join(checkpoint, name))
+    except (OSError, SafetensorError):
+        raise InputError(
+            f"--resume_from_checkpoint: {checkpoint} has lost its {name}, or it is damaged; resume from another "
+            "checkpoint"
+        ) from None
 
 
 def _other_engine(checkpoint: Checkpoint, say: Callable[[str], None]) -> list[str]:

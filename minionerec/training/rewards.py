@@ -79,6 +79,24 @@ def equal_in_group(rewards: torch.Tensor, group_size: int) -> torch.Tensor:
     return highest <= groups.masked_fill(no_reward, math.inf).amin(dim=1)
 
 
+def advantages_of(rewards: torch.Tensor, group_size: int, scale: str = "group") -> torch.Tensor:
+    """[B], how far each reward is above the mean of its group, in standard deviations of the group, of all (`batch`),
+    or unscaled (`none`); 0 for a completion without a reward, which is NaN."""
+    groups = rewards.view(-1, group_size)
+    apart = groups - groups.nanmean(dim=1, keepdim=True)
+    if scale != "none":
+        apart = apart / (deviation(groups if scale == "group" else rewards.view(1, -1)) + 1e-4)
+    return apart.nan_to_num(nan=0.0).flatten()
+
+
+def deviation(values: torch.Tensor) -> torch.Tensor:
+    """[n, 1], the standard deviation of each row of values [n, m] that are not NaN; NaN for fewer than two."""
+    count = (~values.isnan()).sum(dim=1, keepdim=True)
+    variance = (values - values.nanmean(dim=1, keepdim=True)).square().nanmean(dim=1, keepdim=True)
+    correction = torch.where(count > 1, count / (count - 1), torch.nan)
+    return (variance * correction).sqrt()
+
+
 def semantic(predicted: Sequence[str], targets: Sequence[str], embeddings: Mapping[str, np.ndarray]) -> list[float]:
     """The cosine similarity of the embeddings of the recommended item and the target. `embeddings`: SID -> [d]."""
 
@@ -145,6 +163,21 @@ def read_embeddings(path: str, sid_of_item: Mapping[str, str]) -> dict[str, np.n
 
 
 Reward = Callable[..., list[float]]
+
+
+def rewards_of(functions: Sequence[Reward], columns: Mapping[str, list], count: int, **more: object) -> torch.Tensor:
+    """[B, reward functions], NaN where a function gives no reward; on the CPU. Raises ValueError where a function does
+    not return `count` rewards.
+
+    Args:
+        columns: of the completions, by name; `more` is passed on as well.
+    """
+    found = [function(**columns, **more) for function in functions]
+    values = [[math.nan if reward is None else reward for reward in of_function] for of_function in found]
+    rewards = torch.tensor(values, dtype=torch.float32).T.contiguous()
+    if len(rewards) != count:
+        raise ValueError(f"a reward function returned {len(rewards)} rewards for {count} completions")
+    return rewards
 
 
 def reward_functions(

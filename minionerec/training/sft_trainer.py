@@ -5,8 +5,7 @@ Dimensions: `B` rows, `L` tokens, `N` response tokens in the batch, `H` hidden, 
 """
 
 import math
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import datasets
 import numpy as np
@@ -26,6 +25,7 @@ from minionerec.model.device import compute_dtype
 from minionerec.model.head import head_on
 from minionerec.model.token_trees import TreeCollator, attend_in_blocks, best_width, edge_losses, model_inputs
 from minionerec.training.durable import DurableRun
+from minionerec.training.row_batches import RowBatches, StepSampler
 from minionerec.training.sid_learning_rate import give_rate
 from minionerec.training.tree_batches import GroupSampler, Prefixes, Size, TreeBatches, evaluation_batches
 
@@ -122,7 +122,8 @@ def plan_trees(
     # A window counts positions; whether it does is tried in rows as long as there may be.
     support = probe(model, longest, max(min(width, micro_batch_size * longest), longest + 2))
     if not support.shared:
-        state.print(f"token trees: off; every row is computed by itself, since {support.why or NO_SHARING}")
+        why = support.why or "rows that share a beginning get other scores"
+        state.print(f"token trees: off; every row is computed by itself, since {why}")
         return None
     prefixes = Prefixes(train_dataset)
     order = step_order(prefixes, pack_rows, batch_size, seed)
@@ -158,75 +159,6 @@ def fits(
     return True
 
 
-NO_SHARING = "rows that share a beginning get other scores"
-
-
-class StepSampler(Sampler):
-    """A random order of the examples, in which those of an optimizer step are sorted, the longest first.
-
-    A step's gradient does not depend on how its examples are split into micro-batches, but its padding and time do.
-    The micro-batch that needs the most memory comes first. The order follows from the seed and the epoch only, so a
-    resumed run gets the same steps.
-
-    Args:
-        lengths: tokens of every example.
-        step_rows: examples of an optimizer step, over all processes.
-        seed: of the order, which is different in every epoch.
-        group_by_length: sort the examples of up to 50 steps together, but at most a quarter of all: the examples of a
-            step then have similar lengths. The longest example comes first of all.
-    """
-
-    def __init__(self, lengths: Sequence[int] | np.ndarray, step_rows: int, seed: int, group_by_length: bool = False):
-        self.lengths, self.seed = np.asarray(lengths), seed
-        steps = min(50, len(self.lengths) // (4 * step_rows)) if group_by_length else 1
-        self.sorted_rows, self.group_by_length = step_rows * max(steps, 1), group_by_length
-        self.epoch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return len(self.lengths)
-
-    def __iter__(self) -> Iterator[int]:
-        order = np.random.default_rng((self.seed, self.epoch)).permutation(len(self))
-        if self.group_by_length:
-            longest = int(self.lengths[order].argmax())
-            order[[0, longest]] = order[[longest, 0]]
-        place = np.arange(len(order)) // self.sorted_rows
-        yield from order[np.lexsort((-self.lengths[order], place))].tolist()
-
-
-class RowBatches(Sampler):
-    """The micro-batches of one process, as lists of rows, where every row is computed by itself.
-
-    Consecutive ones go to the processes in turn. Every process has as many, because all must make the same number of
-    passes; the last ones of an epoch may be empty. accelerate would fill them with rows from the start of the epoch,
-    which would then train twice.
-
-    Args:
-        sampler: the order of the rows, the same in every process.
-        micro_rows: rows of a micro-batch.
-        process: the index of this process.
-    """
-
-    def __init__(self, sampler: Sampler, micro_rows: int, processes: int = 1, process: int = 0):
-        self.sampler, self.micro_rows, self.processes, self.process = sampler, micro_rows, processes, process
-
-    def set_epoch(self, epoch: int) -> None:
-        if hasattr(self.sampler, "set_epoch"):
-            self.sampler.set_epoch(epoch)
-
-    def __len__(self) -> int:
-        return math.ceil(math.ceil(len(self.sampler) / self.micro_rows) / self.processes)
-
-    def __iter__(self) -> Iterator[list[int]]:
-        order = list(self.sampler)
-        for start in range(0, len(order), self.micro_rows * self.processes):
-            own = start + self.process * self.micro_rows
-            yield order[own : own + self.micro_rows]
-
-
 class SFTTrainer(DurableRun, Trainer):
     """Supervised fine-tuning on prompts and responses.
 
@@ -238,31 +170,31 @@ class SFTTrainer(DurableRun, Trainer):
     `sid_learning_rate`, if that is not 0.
     """
 
-    data_collator: Any
+    data_collator: Callable
     control: TrainerControl
 
     def __init__(
         self,
-        *args: Any,
+        *args: object,
         run: dict,
+        data_collator: Collator,
         train_batches: TreeBatches | None = None,
         sid_weights: Sequence[nn.Parameter] = (),
         sid_learning_rate: float = 0.0,
-        **kwargs: Any,
+        **kwargs: object,
     ):
-        super().__init__(*args, **kwargs)
+        super().__init__(*args, data_collator=data_collator, **kwargs)
         self.run, self.train_batches = run, train_batches
         self.sid_weights, self.sid_learning_rate = sid_weights, sid_learning_rate
         if train_batches is not None:
             model = self.unwrapped(self.model)
-            self.data_collator = tree_collator(model, self.data_collator.pad_token_id, self.args.device)
+            self.data_collator = tree_collator(model, data_collator.pad_token_id, self.args.device)
         else:
-            collate = self.data_collator
-            self.data_collator = lambda examples: with_positions(collate(examples))
+            self.data_collator = lambda examples: with_positions(data_collator(examples))
         # The Trainer then counts the response tokens of an accumulated batch and leaves the division to compute_loss.
         self.model_accepts_loss_kwargs = True
 
-    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+    def create_optimizer(self, *args: object, **kwargs: object) -> torch.optim.Optimizer:
         optimizer = super().create_optimizer(*args, **kwargs)
         if self.sid_learning_rate:
             if not isinstance(optimizer, torch.optim.Optimizer):
@@ -273,7 +205,7 @@ class SFTTrainer(DurableRun, Trainer):
             give_rate(optimizer, self.sid_weights, self.sid_learning_rate)
         return optimizer
 
-    def _build_accelerator_args(self, **kwargs: Any) -> dict:
+    def _build_accelerator_args(self, **kwargs: object) -> dict:
         args = super()._build_accelerator_args(**kwargs)
         # Autocast would keep its 16-bit copies of all weights until the forward pass ends, which uses each only once.
         if self.args.activation_checkpointing:
@@ -364,7 +296,7 @@ class SFTTrainer(DurableRun, Trainer):
         inputs: dict[str, torch.Tensor],
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
-    ) -> Any:
+    ) -> torch.Tensor | tuple[torch.Tensor, dict[str, torch.Tensor]]:
         losses, _ = self._losses(model, inputs)
         # Gradients are averaged over processes; the count is that of all of them.
         loss = losses.sum() / num_items_in_batch * self.accelerator.num_processes

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -101,7 +101,9 @@ class Stop(TrainerCallback):
             )
         self.requested = True
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
         requested = self.requested
         if args.world_size > 1:  # all processes stop after the same step
             requested = bool(self.trainer.accelerator.gather(torch.tensor([requested], device=args.device)).any())

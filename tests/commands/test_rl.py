@@ -21,7 +21,7 @@ from minionerec import sasrec
 from minionerec.checkpoint import Checkpoint
 from minionerec.data.files import read_info
 from minionerec.data.prompts import RECOMMENDATION
-from minionerec.training.rl_trainer import ReReTrainer
+from minionerec.training.policy_loss import PolicyLoss
 
 
 @pytest.fixture(scope="module")
@@ -154,15 +154,16 @@ def test_a_run_that_is_stopped_in_the_middle_of_a_step_continues_exactly(files, 
     flags = {"use_lora": True, "beam_search": False, "gradient_accumulation_steps": 2, "average_weights": True}
     flags |= {"eval_step": 0.4, "save_steps": 0.4, "reward_type": "rule"}
     whole, _ = run_rl(files, sft["lora"], tmp_path / "whole", **flags)
-    output, compute, passes = tmp_path / "run", ReReTrainer._compute_loss, []
+    output, compute, passes = tmp_path / "run", PolicyLoss.of_pass, []
 
-    def stopped(trainer, *args, **kwargs):
-        if trainer.state.global_step == 3 and not passes:
-            passes.append(os.kill(os.getpid(), signal.SIGTERM))
-        return compute(trainer, *args, **kwargs)
+    def stopped(*args, **kwargs):
+        passes.append(None)
+        if len(passes) == 7:  # the first of two passes of the fourth step
+            os.kill(os.getpid(), signal.SIGTERM)
+        return compute(*args, **kwargs)
 
     with monkeypatch.context() as patched:
-        patched.setattr(ReReTrainer, "_compute_loss", stopped)
+        patched.setattr(PolicyLoss, "of_pass", stopped)
         done = run_command("rl.py", **rl_flags(files, sft["lora"], output, **flags))
     assert done.returncode == 130 and f"stopped at step 3 of 5 and saved {output}/checkpoint-3;" in done.stderr
     resumed, _ = run_rl(files, sft["lora"], output, **flags, resume_from_checkpoint=True)

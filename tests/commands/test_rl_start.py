@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerControl, Tr
 
 import lora_utils
 from minionerec.checkpoint import Checkpoint
-from minionerec.training import rewards, rl_trainer
+from minionerec.training import rewards, rl_run
 from minionerec.training.early_warning import EarlyWarning
 
 EVERY_2 = {"eval_step": 0.2, "save_steps": 0.2}  # of 10 steps
@@ -24,7 +24,7 @@ EVERY_2 = {"eval_step": 0.2, "save_steps": 0.2}  # of 10 steps
 @pytest.fixture
 def scored(monkeypatch):
     """`scored(by_step, stop)`: evaluations find these (HR@10, NDCG@10), and the run is killed at step `stop`."""
-    evaluate = rl_trainer.ReReTrainer.evaluate
+    evaluate = rl_run.RLRun.evaluate
 
     def use(by_step: dict[int, tuple[float, float]], stop: int | None = None) -> None:
         def scripted(trainer, *args, **kwargs):
@@ -33,10 +33,10 @@ def scored(monkeypatch):
                 raise KeyboardInterrupt
             hr, ndcg = by_step.get(step, (0.1, 0.1))
             found = {"HR@10": hr, "NDCG@10": ndcg, "MRR": ndcg}
-            monkeypatch.setattr(rl_trainer, "ranking_metrics", lambda ranks, length: dict(found))
+            monkeypatch.setattr(rl_run, "ranking_metrics", lambda ranks, length: dict(found))
             return evaluate(trainer, *args, **kwargs)
 
-        monkeypatch.setattr(rl_trainer.ReReTrainer, "evaluate", scripted)
+        monkeypatch.setattr(rl_run.RLRun, "evaluate", scripted)
 
     return use
 

@@ -1,6 +1,7 @@
 """Every part of a model of ours takes tensors without rows, forward and backward: the last step of an epoch may have
 micro-batches without any."""
 
+import numpy as np
 import pytest
 import torch
 from architectures import build
@@ -14,7 +15,8 @@ from minionerec.model import head, int8_rows, token_trees
 from minionerec.model.experts import LeanParameter
 from minionerec.model.low_rank import _LowRankUpdate
 from minionerec.model.packed_rows import plain_rows, shared_rows
-from minionerec.training.logprobs import completion_logps, with_targets
+from minionerec.training.logprobs import completion_logps
+from minionerec.training.rollouts import Known, Rollouts
 from minionerec.training.sft_trainer import row_losses
 
 SHAPES = [(0, 8), (2, 0, 8), (0, 3, 8)]
@@ -93,8 +95,10 @@ def test_completions_of_no_prompts():
     for pack in (plain_rows, shared_rows):
         _, wanted, place = pack(model, *prompts, *answers)
         assert wanted.shape[0] == place.shape[0] == 0
-    rows, place, share, groups = with_targets(*prompts, *answers, *answers)
-    assert all(len(of) == 0 for of in (*rows, place, share, groups))
+    nothing = torch.zeros(0)
+    known = Known(*(np.zeros(0, dtype=kind) for kind in (np.int64, np.int64, bool)))
+    completed, place, share = Rollouts(*prompts, *answers, known, nothing, nothing.sum(), *answers).with_targets()
+    assert len(completed.completion_ids) == len(completed.known.groups) == len(place) == len(share) == 0
 
 
 def test_a_batch_has_the_rows_it_was_given():

@@ -27,7 +27,8 @@ from minionerec.checkpoint import Checkpoint, newest_checkpoint
 from minionerec.data.examples import Collator
 from minionerec.model import loading, token_trees
 from minionerec.model.token_trees import TreeCollator, attend_in_blocks, split
-from minionerec.training.sft_trainer import SFTTrainer, StepSampler, plan_trees, row_losses, step_order, tree_losses
+from minionerec.training.row_batches import StepSampler
+from minionerec.training.sft_trainer import SFTTrainer, plan_trees, row_losses, step_order, tree_losses
 from minionerec.training.tree_batches import Prefixes, Size, TreeBatches
 from sft import SFTFlags
 

@@ -162,12 +162,13 @@ def run_step(settings: Settings, model, tokenizer, trie: Trie, rewards, weights,
     )
     move(trainer.model, settings.seed + 1)
     watch, drawn, asked = Watch(trainer.model), [], []
-    generate, score = trainer._generate_single_turn, trainer._generate_and_score_completions
-    trainer._generate_single_turn = lambda *args: drawn.append(generate(*args)) or drawn[-1]
-    trainer._generate_and_score_completions = lambda rows: asked.append(rows) or score(rows)
+    complete, roll_out = trainer.complete, trainer.roll_out
+    trainer.complete = lambda *args: drawn.append(complete(*args)) or drawn[-1]
+    trainer.roll_out = lambda columns: asked.append(columns) or roll_out(columns)
     trainer.add_callback(watch)
     trainer.train()
-    (rows,), ((completions, _),) = asked, drawn
+    (columns,), (completions,) = asked, drawn
+    rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
     return Step(rows, completions, watch.gradients, trainer.state.log_history[0])
 
 

@@ -1,10 +1,9 @@
-import copy
-
 import pytest
 import torch
 from accelerate.utils import operations
 from as_on_gpu import answer
 from datasets import Dataset
+from peft import LoraConfig
 from torch.utils.data._utils import pin_memory
 from trl import GRPOConfig
 
@@ -16,8 +15,10 @@ from minionerec.decoding.trie import Trie
 from minionerec.flags import AdapterFlags
 from minionerec.model import adapters, device, loading
 from minionerec.training import rewards, rl_trainer
+from minionerec.training.completions import choose
 from minionerec.training.logprobs import completion_logps
-from minionerec.training.rl_trainer import ReReTrainer, choose, rows_of
+from minionerec.training.prompts import look_up
+from minionerec.training.rl_trainer import ReReTrainer
 
 STARTS = ("full", "new LoRA", "own LoRA", "new QLoRA", "own QLoRA", "own DoRA")
 
@@ -89,12 +90,12 @@ def make_trainer(sft, start: str, output_dir, rows=8, switches=None, reward=None
 def generated(trainer):
     """The scored completions of one generation batch."""
     trainer.model.train()
-    batch = trainer.look_up(next(iter(trainer.get_train_dataloader())))
-    return batch, trainer._generate_and_score_completions(batch)
+    columns = look_up(trainer.train_dataset, next(iter(trainer.get_train_dataloader())))
+    return columns, trainer.roll_out(columns)
 
 
 def sids_of(trainer, outputs) -> list[str]:
-    pairs = zip(outputs["completion_ids"].tolist(), outputs["completion_mask"].tolist(), strict=True)
+    pairs = zip(outputs.completion_ids.tolist(), outputs.completion_mask.tolist(), strict=True)
     sid_of = trainer.trie.sid_of(trainer.sids)
     return [sid_of[tuple(t for t, m in zip(ids, mask, strict=True) if m)] for ids, mask in pairs]
 
@@ -106,11 +107,11 @@ def sids_of(trainer, outputs) -> list[str]:
 def test_kl_starts_at_zero_and_the_reference_stays(sft, tmp_path, start):
     trainer = make_trainer(sft, start, tmp_path, max_steps=3)
     inner = trainer.accelerator.unwrap_model(trainer.model)
-    if trainer.reference_adapter:
+    if trainer.reference.adapter:
         frozen = adapters.adapter_parameters(inner, "ref")
         assert any("trainable_tokens_delta" in name for name in frozen)
-    elif trainer.ref_model is not None:
-        frozen = dict(trainer.ref_model.named_parameters())
+    elif trainer.reference.whole is not None:
+        frozen = dict(trainer.reference.whole.named_parameters())
     else:
         frozen = {name: p for name, p in inner.named_parameters() if not p.requires_grad}
     before = {name: parameter.detach().clone() for name, parameter in frozen.items()}
@@ -129,12 +130,24 @@ def test_kl_starts_at_zero_and_the_reference_stays(sft, tmp_path, start):
 
 def test_where_the_reference_is(sft, tmp_path):
     new, own = (make_trainer(sft, start, tmp_path) for start in ("new LoRA", "own LoRA"))
-    assert new.reference_adapter is None and new.ref_model is None and list(new.model.peft_config) == ["default"]
-    assert own.reference_adapter == "ref" and own.ref_model is None
+    assert new.reference.adapter is None and new.reference.whole is None
+    assert list(new.model.peft_config) == ["default"]
+    assert own.reference.adapter == "ref" and own.reference.whole is None
     without = make_trainer(sft, "own LoRA", tmp_path, beta=0.0)
-    assert without.reference_adapter is None and without.ref_model is None
+    assert without.reference is None
     without.train()
     assert all("kl" not in entry for entry in without.state.log_history)
+
+
+def test_an_adapter_that_trl_makes_is_a_new_one(sft, tmp_path):
+    """The model without it is the reference, and TRL leaves the model's forward method and the arguments alone."""
+    adapter = LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    trainer = make_trainer(sft, "full", tmp_path, switches={"peft_config": adapter})
+    assert trainer.reference.whole is None and trainer.reference.adapter is None and trainer.args.beta == 0.04
+    assert not any("forward" in vars(module) for module in trainer.model.modules())
+    trainer.train()
+    kl = [entry["kl"] for entry in trainer.state.log_history if "kl" in entry]
+    assert kl[0] == 0.0 < kl[1]
 
 
 @pytest.mark.parametrize("start", ["full", "new LoRA", "own LoRA"])
@@ -145,7 +158,7 @@ def test_the_reference_follows_when_it_should(sft, tmp_path, start):
 
     def both():
         if start == "full":
-            return dict(trainer.ref_model.named_parameters()), dict(inner.named_parameters())
+            return dict(trainer.reference.whole.named_parameters()), dict(inner.named_parameters())
         return adapters.adapter_parameters(inner, "ref"), adapters.adapter_parameters(inner, "default")
 
     old = {name: parameter.detach().clone() for name, parameter in both()[0].items()}
@@ -197,7 +210,7 @@ def test_moving_a_batch_does_not_walk_through_its_prompts(sft, tmp_path, monkeyp
         batch = next(iter(trainer.get_train_dataloader()))
         assert len(batch) == 8
         for module, name in ((operations, "send_to_device"), (pin_memory, "pin_memory")):
-            assert visits(monkeypatch, module, name, batch) <= 1 + 2 * len(batch)  # a row, and its number
+            assert visits(monkeypatch, module, name, batch) <= 1 + len(batch)  # a number for each row
 
 
 def test_rewards_and_logs_get_the_columns_of_the_rows(sft, tmp_path):
@@ -249,24 +262,24 @@ def test_the_loss_is_the_formula(sft, tmp_path, mode):
     trainer = make_trainer(sft, "own LoRA", tmp_path, **loss_settings(mode))
     trainer.train()  # so that policy and reference differ
     _, inputs = generated(trainer)
-    inputs["completion_mask"][::3, 2:] = 0  # sequences of different lengths
-    inputs["num_items_in_batch"] = inputs["completion_mask"].sum()
+    inputs.completion_mask[::3, 2:] = 0  # sequences of different lengths
+    inputs.tokens = inputs.completion_mask.sum()
     torch.manual_seed(0)
-    inputs["advantages"] = torch.randn(len(inputs["advantages"]))
+    inputs.advantages = torch.randn(len(inputs.advantages))
     names = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")
-    parts = [inputs[name] for name in names]
+    parts = [getattr(inputs, name) for name in names]
     logps, _ = completion_logps(trainer.model, *parts, shared=False)
-    inputs["old_per_token_logps"] = logps.detach() + 0.3 * torch.randn_like(logps)
-    with torch.no_grad(), trainer._reference() as reference:
+    inputs.old_logps = logps.detach() + 0.3 * torch.randn_like(logps)
+    with torch.no_grad(), trainer.reference.in_place() as reference:
         ref, _ = completion_logps(reference, *parts, shared=False)
-    mask = inputs["completion_mask"]
-    expected = plain_loss(mode, logps, inputs["old_per_token_logps"], ref, mask, inputs["advantages"], 0.04)
+    mask = inputs.completion_mask
+    expected = plain_loss(mode, logps, inputs.old_logps, ref, mask, inputs.advantages, 0.04)
     expected.backward()
     moving = {name: p for name, p in trainer.model.named_parameters() if p.requires_grad}
     grads = {name: p.grad.clone() for name, p in moving.items()}
     trainer.model.zero_grad()
     trainer.current_gradient_accumulation_steps = 1
-    loss = trainer._compute_loss(trainer.model, inputs)
+    loss = trainer.compute_loss(trainer.model, inputs)
     torch.testing.assert_close(loss, expected, atol=1e-5, rtol=1e-4)
     loss.backward()
     for name, parameter in moving.items():
@@ -294,7 +307,7 @@ def test_passes_change_no_gradient(sft, tmp_path, settings):
     switches = {"beam_search": True, "sft_weight": 0.5, "mask_all_zero": True}
     trainer = make_trainer(sft, "own LoRA", tmp_path, per_device_train_batch_size=16, switches=switches, **settings)
     _, inputs = generated(trainer)
-    inputs["completion_mask"][::3, 2:] = 0
+    inputs.completion_mask[::3, 2:] = 0
     trainer.current_gradient_accumulation_steps = 1
     found = []
     for size in (16, 8, 6):
@@ -302,7 +315,7 @@ def test_passes_change_no_gradient(sft, tmp_path, settings):
         trainer.model.zero_grad()
         loss = trainer.compute_loss(trainer.model, inputs)
         loss.backward()
-        trainer.read_metrics()
+        trainer.step_log.read()
         logged = {name: trainer._metrics["train"][name].pop() for name in ("kl", "entropy", "sft_loss")}
         gradients = {n: p.grad.clone() for n, p in trainer.model.named_parameters() if p.requires_grad}
         found.append((loss.detach(), gradients, torch.tensor(list(logged.values()))))
@@ -348,10 +361,10 @@ def test_the_supervised_loss_is_that_of_the_targets(sft, tmp_path, monkeypatch, 
     trainer.train()
     batch, inputs = generated(trainer)
     sid_of = trainer.trie.sid_of(trainer.sids)
-    assert [sid_of[tuple(ids)] for ids in inputs["target_ids"].tolist()] == [row["target"] for row in batch]
-    inputs["completion_mask"][:4] = 0  # a group without a signal still learns its target
-    inputs["target_mask"][4:, -1] = 0  # targets of different lengths
-    model, parts = trainer.model, [inputs[name] for name in ("prompt_ids", "prompt_mask", "target_ids", "target_mask")]
+    assert [sid_of[tuple(ids)] for ids in inputs.target_ids.tolist()] == batch["target"]
+    inputs.completion_mask[:4] = 0  # a group without a signal still learns its target
+    inputs.target_mask[4:, -1] = 0  # targets of different lengths
+    model, parts = trainer.model, [inputs.prompt_ids, inputs.prompt_mask, inputs.target_ids, inputs.target_mask]
     trainer.current_gradient_accumulation_steps = 2
     moving = {name: p for name, p in model.named_parameters() if p.requires_grad}
 
@@ -361,15 +374,15 @@ def test_the_supervised_loss_is_that_of_the_targets(sft, tmp_path, monkeypatch, 
         return {name: p.grad.clone() for name, p in moving.items()}
 
     logps, _ = completion_logps(model, *parts, shared=False)
-    plain = -(logps.sum(dim=1) / inputs["target_mask"].sum(dim=1)).mean()
-    trainer.sft_weight = 0.0
-    expected = trainer._compute_loss(model, inputs) + 0.7 * plain / 2
+    plain = -(logps.sum(dim=1) / inputs.target_mask.sum(dim=1)).mean()
+    trainer.loss.sft_weight = 0.0
+    expected = trainer.compute_loss(model, inputs) + 0.7 * plain / 2
     of_plain = gradients(expected)
-    trainer.sft_weight = 0.7
-    loss = trainer._compute_loss(model, inputs)
+    trainer.loss.sft_weight = 0.7
+    loss = trainer.compute_loss(model, inputs)
     tolerance = {"atol": 1e-5, "rtol": 1e-3}
     torch.testing.assert_close(loss, expected, **tolerance)
-    trainer.read_metrics()
+    trainer.step_log.read()
     assert trainer._metrics["train"]["sft_loss"][-1] == pytest.approx(plain.item(), rel=1e-2)
     for name, gradient in gradients(loss).items():
         torch.testing.assert_close(gradient, of_plain[name], **tolerance)
@@ -381,9 +394,9 @@ def test_the_supervised_loss_is_that_of_the_targets(sft, tmp_path, monkeypatch, 
 def test_beams_are_the_best_items_in_order(sft, tmp_path):
     trainer = make_trainer(sft, "new LoRA", tmp_path)
     batch, outputs = generated(trainer)
-    assert [example["prompt"] for example in batch[:4]] == [batch[0]["prompt"]] * 4
+    assert batch["prompt"][:4] == [batch["prompt"][0]] * 4
     names = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")
-    logps, _ = completion_logps(trainer.model, *(outputs[name] for name in names), shared=False)
+    logps, _ = completion_logps(trainer.model, *(getattr(outputs, name) for name in names), shared=False)
     scores = logps.sum(dim=1).view(-1, 4)
     assert (scores[:, :-1] >= scores[:, 1:]).all()
     groups = [sids_of(trainer, outputs)[start : start + 4] for start in (0, 4)]
@@ -406,7 +419,7 @@ def test_add_gt_puts_the_target_last(sft, tmp_path):
     trainer = make_trainer(sft, "new LoRA", tmp_path, switches={"add_gt": True})
     batch, outputs = generated(trainer)
     predicted = sids_of(trainer, outputs)
-    assert [predicted[3], predicted[7]] == [batch[3]["target"], batch[7]["target"]]
+    assert [predicted[3], predicted[7]] == [batch["target"][3], batch["target"][7]]
 
 
 def test_choose_keeps_the_target_and_the_most_frequent():
@@ -419,12 +432,12 @@ def test_choose_keeps_the_target_and_the_most_frequent():
 
 def test_dynamic_sampling_draws_more_and_keeps_the_hit(sft, tmp_path):
     trainer = make_trainer(sft, "new LoRA", tmp_path, switches={"dynamic_sampling": True})
-    batch = trainer.look_up(next(iter(trainer.get_train_dataloader())))
-    ids = torch.tensor([batch[0]["prompt"]])
+    columns = look_up(trainer.train_dataset, next(iter(trainer.get_train_dataloader())))
+    ids = torch.tensor([columns["prompt"][0]])
     rows, _ = beam_search.constrained_beam_search(trainer.model.eval(), ids, torch.ones_like(ids), trainer.trie, 6)
     six = [trainer.sids[i] for i in trainer.trie.source[rows[0]]]
     trainer.model.train()
-    kept = trainer._generate_and_score_completions([{**example, "target": six[5]} for example in batch])
+    kept = trainer.roll_out({**columns, "target": [six[5]] * 8})
     assert sids_of(trainer, kept)[:4] == [*six[:3], six[5]]
 
 
@@ -448,7 +461,7 @@ def test_silent_groups_cost_nothing(sft, tmp_path, mode):
         trainer.model.get_base_model().model.register_forward_pre_hook(
             lambda _m, _a, kw: seen.append(len(kw["input_ids"])), with_kwargs=True
         )
-        losses[masked] = trainer._compute_loss(trainer.model, inputs)
+        losses[masked] = trainer.compute_loss(trainer.model, inputs)
         losses[masked].backward()
         grads[masked] = {n: p.grad.clone() for n, p in trainer.model.named_parameters() if p.requires_grad}
     assert seen == [2, 1]
@@ -475,9 +488,9 @@ def test_groups_of_equal_fractions_are_silent(sft, tmp_path, size):
         reward_weights=[0.7, 0.3], num_generations=size, per_device_train_batch_size=4 * size,
     )  # fmt: skip
     _, outputs = generated(trainer)
-    advantages = outputs["advantages"].view(4, size)
+    advantages = outputs.advantages.view(4, size)
     assert not advantages[[0, 3]].any() and advantages[1].any() and advantages[2].any()
-    counted = outputs["completion_mask"].view(4, size, -1).any(dim=2)
+    counted = outputs.completion_mask.view(4, size, -1).any(dim=2)
     assert counted.tolist() == [[False] * size, [True] * size, [True] * size, [False] * size]
     assert trainer._metrics["train"]["frac_reward_zero_std"] == [0.5]
 
@@ -489,7 +502,7 @@ def test_a_batch_of_silent_groups_runs_no_model(sft, tmp_path):
     _, inputs = generated(trainer)
     trainer.current_gradient_accumulation_steps = 1
     trainer.model.get_base_model().model.register_forward_pre_hook(lambda *_: pytest.fail("the model ran"))
-    loss = trainer._compute_loss(trainer.model, inputs)
+    loss = trainer.compute_loss(trainer.model, inputs)
     loss.backward()
     assert loss.item() == 0.0
     assert all(p.grad is None for p in trainer.model.parameters())
@@ -507,7 +520,7 @@ def test_a_step_of_silent_groups_has_a_zero_gradient(sft, tmp_path, monkeypatch,
     ran = []
     trainer.model.get_base_model().model.register_forward_pre_hook(lambda *_: ran.append(torch.is_grad_enabled()))
     _, batch = generated(trainer)
-    trainer._buffered_inputs = [rows_of(batch, slice(i, i + 2)) for i in (0, 2)]
+    trainer._buffered_inputs = [batch.rows(slice(i, i + 2)) for i in (0, 2)]
     trainer._step, trainer.current_gradient_accumulation_steps = 1, 2
     ran.clear()
     loss = trainer.training_step(trainer.model, [], None)
@@ -535,13 +548,11 @@ def test_rewards_see_each_row_its_own_target(sft, tmp_path):
     trainer = make_trainer(sft, "new LoRA", tmp_path)
     batch, outputs = generated(trainer)
     sid_of, first = trainer.trie.sid_of(trainer.sids), sids_of(trainer, outputs)[:4]
-    rows = [{**copy.deepcopy(batch[0]), "target": first[0]}] * 4 + [{**copy.deepcopy(batch[0]), "target": first[2]}] * 4
-
-    sid_of = trainer.trie.sid_of(trainer.sids)
+    rows = {"prompt": [batch["prompt"][0]] * 8, "target": [first[0]] * 4 + [first[2]] * 4, "row": batch["row"]}
 
     def rule(completion_ids, target, **_):
         return rewards.rule([sid_of[tuple(ids)] for ids in completion_ids], target)
 
     trainer.reward_funcs = [rule]
-    advantages = trainer._generate_and_score_completions(rows)["advantages"].view(2, 4)
+    advantages = trainer.roll_out(rows).advantages.view(2, 4)
     assert advantages.argmax(dim=1).tolist() == [0, 2]

@@ -19,7 +19,7 @@ import lora_utils
 from minionerec.data.examples import Collator
 from minionerec.errors import InputError
 from minionerec.model import architecture, loading, token_trees
-from minionerec.training.rl_trainer import disable_dropout
+from minionerec.training.reference import disable_dropout
 from minionerec.training.sft_trainer import SFTTrainer, plan_trees
 
 RANDOM = {"phimoe"}  # its router draws experts at random in training

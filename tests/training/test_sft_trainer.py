@@ -25,7 +25,8 @@ from minionerec.process_memory import forget_peak_of_loading, importing, peak_me
 from minionerec.training import sft_trainer
 from minionerec.training.finish import save_final
 from minionerec.training.resume import newest_checkpoint
-from minionerec.training.sft_trainer import RowBatches, SFTTrainer, StepSampler, response_logits, row_losses
+from minionerec.training.row_batches import RowBatches, StepSampler
+from minionerec.training.sft_trainer import SFTTrainer, response_logits, row_losses
 
 
 @pytest.mark.parametrize("architecture", ["qwen2", "qwen3", "llama", "mistral", "gemma2", "phi3", "gpt2"])

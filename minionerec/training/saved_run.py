@@ -1,0 +1,229 @@
+"""What the checkpoints of a run hold, which of them is the best, and how a run goes on from one."""
+
+import logging
+import math
+import os
+import pickle
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import nn
+
+from minionerec.checkpoint import RUN_FILE, is_complete
+from minionerec.errors import InputError
+from minionerec.model import adapters, sid_rows
+from minionerec.model.sharding import local_shard
+from minionerec.model_card import write_card
+from minionerec.saving import make_readable, record_dtype, write_json
+from minionerec.training.engines import AnyEngine
+from minionerec.training.failures import Failures
+from minionerec.training.stopping import Grace
+
+
+class SavedRun(AnyEngine):
+    """A mixin for a Trainer whose checkpoints are complete or absent, and that resumes exactly.
+
+    Every checkpoint holds `run`, the resolved configuration, with the seconds trained so far and what the log still
+    lacks. Its trainer state is written last, after all processes have written their files.
+    """
+
+    run: dict
+    save_dtype: torch.dtype | None = None  # of saved weights; None for the type they train in
+    _seconds_before = 0.0
+    _started: float | None = None  # None if nothing was trained
+    _log_now: dict[str, object]  # of the checkpoint that is being written
+    _saved_step = 0  # of the newest checkpoint
+
+    def __init__(self, *args: object, **kwargs: object):
+        super().__init__(*args, **kwargs)
+        self._failures, self._grace = Failures(self.args.output_dir), Grace(self.accelerator.print)
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of training up to now, including those before the checkpoint that the run resumed from."""
+        return self._seconds_before + (time.perf_counter() - self._started if self._started is not None else 0.0)
+
+    # --- The best checkpoint ------------------------------------------------------------------------------------------
+
+    @property
+    def loads_best(self) -> bool:
+        """Whether the best checkpoint becomes the model at the end. A run that resumed without evaluations may still
+        know one from before."""
+        return self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None
+
+    @property
+    def best_metric(self) -> float | None:
+        """The metric of `best_checkpoint`."""
+        return self.state.best_metric if self.loads_best else None
+
+    @property
+    def best_checkpoint(self) -> str | None:
+        """The checkpoint that the model has at the end as the best one, relative to the run's folder, which may be
+        moved; `start` for the model before the first step, None for the last model."""
+        best = self.state.best_model_checkpoint if self.loads_best else None
+        if best and self.state.best_global_step == 0:
+            return "start"
+        return os.path.relpath(best, self.args.output_dir) if best else None
+
+    # --- Resuming -----------------------------------------------------------------------------------------------------
+
+    def unlogged(self) -> dict[str, object]:
+        """What a checkpoint keeps so that the log of a resumed run is that of the whole one: the sum of the losses, and
+        those of the steps since the last entry. Every process must call it."""
+        loss = self._tr_loss.detach()
+        if self.args.world_size > 1:
+            loss = self.accelerator.gather(loss).mean()
+        return {"total": self._total_loss_scalar, "loss": loss.item(), "step": self._globalstep_last_logged}
+
+    def continue_log(self, before: dict) -> None:
+        """Takes over what `unlogged` gave when the checkpoint was written."""
+        self._total_loss_scalar, self._globalstep_last_logged = before["total"], before["step"]
+        self._tr_loss += before["loss"]
+
+    def _init_training_state(
+        self, max_steps: int, steps_per_epoch: int, epochs: int, resume_from_checkpoint: str | None, trial: None
+    ) -> tuple[int, int]:
+        """As the Trainer's, which looks for the best checkpoint at its recorded path. Here it is looked for next to the
+        checkpoint that the run resumes from, because the run's folder may have been moved."""
+        with _without_log("The best checkpoint", "Warning: The following arguments do not match"):
+            trained = super()._init_training_state(max_steps, steps_per_epoch, epochs, resume_from_checkpoint, trial)
+        done, step = self.state.global_step, self.state.best_global_step
+        self._saved_step = done if resume_from_checkpoint else 0
+        if resume_from_checkpoint and step is not None:
+            folder = os.path.dirname(os.path.normpath(resume_from_checkpoint)) or os.curdir
+            if os.path.isdir(self.args.output_dir) and os.path.samefile(folder, self.args.output_dir):
+                # The Trainer keeps the best checkpoint by comparing paths as text, so they must be spelled alike.
+                folder = self.args.output_dir
+            best = os.path.join(folder, f"checkpoint-{step}")
+            self.state.best_model_checkpoint = best if is_complete(best) else None
+            if not is_complete(best):
+                self.accelerator.print(f"warning: the best checkpoint, {best}, no longer exists")
+        if resume_from_checkpoint and done >= max_steps:
+            self.accelerator.print(
+                f"nothing is left to train: {resume_from_checkpoint} is at step {done} of {max_steps}; "
+                f"{'the best checkpoint' if self.loads_best else 'it'} becomes final_checkpoint"
+            )
+        return trained
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """As the Trainer's, without warnings about tied weights: a checkpoint has one of their names, and loading it
+        fills both."""
+        tied = {
+            *getattr(self.model, "all_tied_weights_keys", {}),
+            *(f"{name}.{sid_rows.OWN_ROWS}" for name in sid_rows.own_rows(self.model)),
+        }
+        missing = [name for name in load_result.missing_keys if name not in tied]
+        super()._issue_warnings_after_load(load_result._replace(missing_keys=missing))
+
+    # --- Saving -------------------------------------------------------------------------------------------------------
+
+    def _save_checkpoint(self, model: nn.Module, trial: None) -> None:
+        step = self.state.global_step
+        trained = [local_shard(p) for p in self.model.parameters() if p.requires_grad]
+        if not _all_finite([tensor for tensor in trained if tensor.numel()]):
+            good = self._failures.last_good()
+            self._failures.later(
+                f"weights are NaN or infinite at step {step}; the last good checkpoint is {good}. Try a smaller "
+                "--learning_rate"
+            )
+        self._failures.together()
+        self._log_now = self.unlogged()
+        try:
+            # An engine writes its files between collectives of its own, where the processes cannot fail together.
+            at_once = self.is_deepspeed_enabled or self.is_fsdp_enabled
+            with self._grace.measuring("checkpoint"), self._writing_checkpoint(at_once):
+                super()._save_checkpoint(model, trial)
+            self._failures.together()
+            self._saved_step = step
+        except BaseException:
+            shutil.rmtree(os.path.join(self.args.output_dir, f"checkpoint-{step}"), ignore_errors=True)
+            raise
+
+    def _writing_checkpoint(self, at_once: bool = False) -> AbstractContextManager[None]:
+        """As `Failures.writing`."""
+        return self._failures.writing(f"the checkpoint of step {self.state.global_step}", at_once)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        """As the Trainer's, with the resolved configuration and without a pickle. SID rows with a rate of their own are
+        put into their matrices, tied weights are saved once, and of an adapted model its adapter."""
+        if self.is_deepspeed_enabled and self.args.fp16:
+            state_dict = {**(state_dict or {}), **self.float32_weights()}
+        if sid_rows.own_rows(self.model) and self.args.should_save:
+            state_dict = dict(state_dict if state_dict is not None else self.model.state_dict())
+            sid_rows.merge_own_rows(self.model, state_dict)
+        if self.save_dtype is not None and self.args.should_save:
+            state_dict = state_dict if state_dict is not None else self.model.state_dict()
+            state_dict = {n: t.to(self.save_dtype) if t.is_floating_point() else t for n, t in state_dict.items()}
+        if state_dict is not None:  # an engine gathers tied matrices twice
+            tied = getattr(self.model, "all_tied_weights_keys", {})
+            state_dict = {name: tensor for name, tensor in state_dict.items() if name not in tied}
+        elif isinstance(self.model, PeftModel):  # of the whole base, bitsandbytes would read a value of every layer
+            state_dict = adapters.adapter_state(self.model)
+        folder = output_dir or self.args.output_dir
+        in_checkpoint = os.path.basename(folder) == f"checkpoint-{self.state.global_step}"
+        with self._writing_checkpoint() if in_checkpoint else nullcontext():
+            super()._save(output_dir, state_dict)
+            if self.args.should_save:
+                if self.save_dtype is not None:
+                    record_dtype(folder, str(self.save_dtype).removeprefix("torch."))
+                os.remove(os.path.join(folder, "training_args.bin"))  # a pickle, which nothing here reads
+                unlogged = {"unlogged": self._log_now} if in_checkpoint else {}
+                write_json(os.path.join(folder, RUN_FILE), {**self.run, "seconds": self.seconds, **unlogged})
+                write_card(folder, self.run)
+                make_readable(folder)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        self._failures.together()
+        super()._save_optimizer_and_scheduler(output_dir)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        self._failures.together()  # the trainer state is written only if all processes have written their files
+
+
+def _all_finite(tensors: list[torch.Tensor]) -> bool:
+    """Whether no tensor holds NaN or an infinite value: their largest absolute values, read together."""
+    if not tensors:
+        return True
+    largest = torch._foreach_norm([tensor.detach() for tensor in tensors], math.inf)
+    return bool(torch.stack([value.float() for value in largest]).isfinite().all())
+
+
+@contextmanager
+def unpickling_nothing(checkpoint: str | None) -> Iterator[None]:
+    """Turns the error that torch raises for a state file with code in it into InputError."""
+    problem = ""
+    try:
+        yield
+    except RuntimeError as error:
+        if "PytorchStreamReader" not in str(error):
+            raise
+        problem = "is damaged"
+    except pickle.UnpicklingError:
+        problem = "contains more than tensors and plain values and is not loaded"
+    if problem:
+        raise InputError(
+            f"--resume_from_checkpoint {checkpoint}: a .pt or .pth file there {problem}; resume from another checkpoint"
+        )
+
+
+@contextmanager
+def _without_log(*beginnings: str) -> Iterator[None]:
+    """While open, the Trainer logs no message that starts with one of these."""
+    loggers = [logging.getLogger(f"transformers.{name}") for name in ("trainer", "trainer_utils")]
+
+    def wanted(record: logging.LogRecord) -> bool:
+        return not record.getMessage().startswith(beginnings)
+
+    for logger in loggers:
+        logger.addFilter(wanted)
+    try:
+        yield
+    finally:
+        for logger in loggers:
+            logger.removeFilter(wanted)
