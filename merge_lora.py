@@ -124,7 +124,7 @@ def merge(flags: MergeFlags) -> dict:
 
         import lora_utils
         from minionerec.model import loading
-        from minionerec.model.merging import merge_and_count
+        from minionerec.model.merging import CountingMerge
         from minionerec.ranking import Ranker
 
     tokenizer = loading.load_tokenizer(checkpoint.path)
@@ -148,14 +148,16 @@ def merge(flags: MergeFlags) -> dict:
     before = None
     if not files.unread:
         before = rankings(lora_utils.load_adapted(checkpoint, tokenizer, files.base, quantization))
-    model, changed, updated = lora_utils.load_adapted(
+    counting = CountingMerge()
+    model = lora_utils.load_adapted(
         checkpoint,
         tokenizer,
         files.base,
         None if flags.into == "original" else quantization,
         merge_in=dtype,
-        merge=merge_and_count,
+        merge=counting,
     )
+    changed, updated = counting.changed, counting.updated
     align_special_tokens(model, tokenizer)
     precision = str(dtype).removeprefix("torch.")
     report: dict[str, object] = {
