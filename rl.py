@@ -109,9 +109,9 @@ def read_input(flags: RLFlags) -> RLInput:
     # The wording of all tasks is recorded, not of this run's only: a checkpoint is asked in the wording it was taught.
     prompts = wording = validation = None
     if checkpoint:
-        given = flags.category, flags.prompt_file
-        prompts = problems.attempt(checkpoint.prompts, *given, flags.tasks, RL_TASKS)
-        wording = prompts and checkpoint.prompts(*given, default=tuple(TASKS))
+        category, prompt_file = flags.category, flags.prompt_file
+        prompts = problems.attempt(checkpoint.prompts, category, prompt_file, flags.tasks, RL_TASKS)
+        wording = prompts and checkpoint.prompts(category, prompt_file, default=tuple(TASKS))
         validation = wording and wording.only(RECOMMENDATION)
     for task in prompts.tasks.values() if prompts else ():
         if task.ending is None:
@@ -181,8 +181,8 @@ def _how_it_continues(checkpoint: Checkpoint, flags: RLFlags) -> list[str]:
 def train(flags: RLFlags) -> "dict | Prediction":
     """Trains an SFT checkpoint further on rewards for the items it recommends (GRPO). Batch sizes count completions."""
     # Check the flags, the checkpoint and every row of the files, before anything heavy is imported.
-    files = read_input(flags)
-    flags, checkpoint = files.flags, files.checkpoint
+    inputs = read_input(flags)
+    flags, checkpoint = inputs.flags, inputs.checkpoint
     flags.hold_output_dir()
 
     with importing():
@@ -205,11 +205,11 @@ def train(flags: RLFlags) -> "dict | Prediction":
     set_seed(flags.seed)
     state = device.process_state(flags.ddp_timeout)
     memory = device.free_memory_gb()
-    config = loading.load_config(files.base, "model_path" if checkpoint.adapter is None else "base_model")
-    own = checkpoint.path if files.continues else None
+    config = loading.load_config(inputs.base, "model_path" if checkpoint.adapter is None else "base_model")
+    own = checkpoint.path if inputs.continues else None
     reach = [lora_utils.check_adapter(config, flags, own)] if flags.adapted else []
     tokenizer = loading.load_tokenizer(checkpoint.path)
-    encoded = encode(files, tokenizer)
+    encoded = encode(inputs, tokenizer)
     train_dataset, trie = encoded.train_dataset, encoded.trie
     step = flags.train_batch_size * flags.gradient_accumulation_steps * state.num_processes // flags.num_generations
     steps = len(train_dataset) // step * flags.num_train_epochs
@@ -219,39 +219,39 @@ def train(flags: RLFlags) -> "dict | Prediction":
         )
     processes = f", on {state.num_processes} processes" if state.num_processes > 1 else ""
     state.print(f"an optimizer step: {step:,} prompts x {flags.num_generations} completions{processes}")
-    sid_of = trie.sid_of(files.sids)
+    sid_of = trie.sid_of(inputs.sids)
     reward_funcs, reward_weights = reward_functions(
-        flags.rewards, flags.num_generations, sid_of, files.catalogue, flags.ada_path, flags.cf_path
+        flags.rewards, flags.num_generations, sid_of, inputs.catalogue, flags.ada_path, flags.cf_path
     )
-    for line in files.notes:
+    for line in inputs.notes:
         state.print(line)
-    sid_token_ids = sorted(tokenizer.convert_tokens_to_ids(files.catalogue.sid_tokens))
-    inputs = report.Inputs(config, tokenizer, sid_token_ids, encoded.encoder, files.train_rows, lora_utils.adapt)
+    sid_token_ids = sorted(tokenizer.convert_tokens_to_ids(inputs.catalogue.sid_tokens))
+    predictor = report.Inputs(config, tokenizer, sid_token_ids, encoded.encoder, inputs.train_rows, lora_utils.adapt)
     if flags.dry_run:
         print(*reach, sep="\n", end="\n" if reach else "")
-        return report.rl(flags, inputs, list(train_dataset["prompt"]), steps, trie.depth, files.continues)
+        return report.rl(flags, predictor, list(train_dataset["prompt"]), steps, trie.depth, inputs.continues)
     eval_dataset = encoded.eval_dataset
     for note in encoded.notes:
         state.print(note)
     state.print(f"prompts: {len(train_dataset):,} to train on, {len(eval_dataset):,} to validate; steps: {steps:,}")
 
     # Find the checkpoint to resume from.
-    fingerprint = loading.fingerprint(files.base)
-    recorded_flags = {**flags.to_dict(), "cutoff_len": files.cutoff_len}
-    run = run_record("rl", flags.method, recorded_flags, files.wording, fingerprint)
+    fingerprint = loading.fingerprint(inputs.base)
+    recorded_flags = {**flags.to_dict(), "cutoff_len": inputs.cutoff_len}
+    run = run_record("rl", flags.method, recorded_flags, inputs.wording, fingerprint)
     nodes.check_same(flags.to_dict(), base=fingerprint)
     nodes.check_output_shared(flags.output_dir)
     resume = resume_point(flags, run, state.print)
 
     # Load the policy. Probed before the weights are sharded, and for the longest rows that any process can have.
-    model = load_policy(files, tokenizer, fingerprint)
+    model = load_policy(inputs, tokenizer, fingerprint)
     beams = max(flags.test_beam, flags.num_generations * 3 // 2, flags.train_batch_size)
-    longest = files.cutoff_len, files.cutoff_len + beams * trie.depth
-    support = probe(model, *longest, f"--model_path {checkpoint.path}")
+    longest = inputs.cutoff_len
+    support = probe(model, longest, longest + beams * trie.depth, f"--model_path {checkpoint.path}")
     state.print(
         f"decoding: {support}; completions {'share a row with' if support.shared else 'each repeat'} their prompt"
     )
-    new_adapter = flags.adapted and not files.continues
+    new_adapter = flags.adapted and not inputs.continues
     if new_adapter:
         model = lora_utils.adapt(model, flags, sid_token_ids)
     trainable, total = lora_utils.count_parameters(model)
@@ -270,7 +270,7 @@ def train(flags: RLFlags) -> "dict | Prediction":
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
         trie=trie,
-        sids=files.sids,
+        sids=inputs.sids,
         run=run,
         beam_search=flags.beam_search,
         add_gt=flags.add_gt,
@@ -278,7 +278,7 @@ def train(flags: RLFlags) -> "dict | Prediction":
         mask_all_zero=flags.mask_all_zero,
         sft_weight=flags.sft_weight,
         average_weights=flags.average_weights,
-        pass_size=size_of_passes(files, inputs, train_dataset, trie.depth, memory, state),
+        pass_size=size_of_passes(inputs, predictor, train_dataset, trie.depth, memory, state),
         test_beam=flags.test_beam,
         test_batch_size=math.ceil(flags.eval_batch_size / flags.test_beam),
     )
@@ -297,7 +297,7 @@ def train(flags: RLFlags) -> "dict | Prediction":
     }
     if flags.test_during_training:
         metrics["improved"], verdict = compared_with_start(trainer, watched, cutoff)
-    saved_dtype = None if flags.adapted else loading.saved_dtype(files.base)
+    saved_dtype = None if flags.adapted else loading.saved_dtype(inputs.base)
     metrics = finish(trainer, metrics, RL_PANELS, dtype=saved_dtype)
     if flags.test_during_training:
         state.print(verdict)
@@ -305,7 +305,7 @@ def train(flags: RLFlags) -> "dict | Prediction":
 
 
 def size_of_passes(
-    files: RLInput, inputs: "Inputs", train_dataset: "Dataset", depth: int, memory: float, state: "PartialState"
+    inputs: RLInput, predictor: "Inputs", train_dataset: "Dataset", depth: int, memory: float, state: "PartialState"
 ) -> int:
     """How many completions go through the model at a time: on a GPU as many as its free `memory` (GB) is predicted to
     hold, since a pass takes about as long as the next larger one; else `--train_batch_size`.
@@ -318,11 +318,11 @@ def size_of_passes(
     from minionerec.dryrun import report
     from minionerec.model import device
 
-    flags = files.flags
+    flags = inputs.flags
     if not device.starts_kernels(state.device) or engine():
         return flags.train_batch_size
     longest = max(map(len, train_dataset["prompt"]))
-    size = report.largest_pass(flags, inputs, longest, depth, files.continues, memory)
+    size = report.largest_pass(flags, predictor, longest, depth, inputs.continues, memory)
     size = broadcast_object_list([size])[0]
     state.print(f"passes of up to {size} completions, by the predicted memory")
     return size
@@ -340,7 +340,7 @@ class Encoded:
     notes: list[str]
 
 
-def encode(files: RLInput, tokenizer: "PreTrainedTokenizerFast") -> Encoded:
+def encode(inputs: RLInput, tokenizer: "PreTrainedTokenizerFast") -> Encoded:
     """Tokenizes the prompts, and the SIDs, each of which must become its own tokens in all prompts and responses.
 
     Raises InputError where one does not.
@@ -350,22 +350,22 @@ def encode(files: RLInput, tokenizer: "PreTrainedTokenizerFast") -> Encoded:
     from minionerec.data.sid_tokens import sid_responses
     from minionerec.decoding.trie import Trie
 
-    flags, where = files.flags, f"--model_path {files.checkpoint.path}"
-    tasks = {**files.prompts.tasks, **files.validation.tasks}
-    checked = Encoder(tokenizer, replace(files.prompts, tasks=tasks), files.cutoff_len)
+    flags, where = inputs.flags, f"--model_path {inputs.checkpoint.path}"
+    tasks = {**inputs.prompts.tasks, **inputs.validation.tasks}
+    checked = Encoder(tokenizer, replace(inputs.prompts, tasks=tasks), inputs.cutoff_len)
     remedy = f"start from a checkpoint that sft.py made with {flags.sid_index_path}"
-    sequences = sid_responses(checked, files.sids, files.ending, files.catalogue, where, remedy)
+    sequences = sid_responses(checked, inputs.sids, inputs.ending, inputs.catalogue, where, remedy)
     trie = Trie(sequences, tokenizer.eos_token_id)
 
     # The longest SID, its end included, must fit after each prompt.
-    budget = files.cutoff_len - trie.depth
-    encoder = Encoder(tokenizer, files.prompts, files.cutoff_len)
-    train_dataset = prompt_dataset(encoder, files.train_rows, budget)
+    budget = inputs.cutoff_len - trie.depth
+    encoder = Encoder(tokenizer, inputs.prompts, inputs.cutoff_len)
+    train_dataset = prompt_dataset(encoder, inputs.train_rows, budget)
     if flags.sample_train:
         train_dataset = train_dataset.shuffle(seed=flags.seed)
         train_dataset = train_dataset.select(range(int(LEFT_OUT * len(train_dataset)), len(train_dataset)))
-    eval_encoder = Encoder(tokenizer, files.validation, files.cutoff_len)
-    eval_dataset = prompt_dataset(eval_encoder, files.eval_rows, budget)
+    eval_encoder = Encoder(tokenizer, inputs.validation, inputs.cutoff_len)
+    eval_dataset = prompt_dataset(eval_encoder, inputs.eval_rows, budget)
     notes = list(filter(None, dict.fromkeys([encoder.control_note, eval_encoder.control_note])))
     return Encoded(encoder, trie, train_dataset, eval_dataset, notes)
 
@@ -438,19 +438,19 @@ def compared_with_start(trainer: "ReReTrainer", watched: str, cutoff: int) -> tu
     return improved, f"{beats} on the validation file ({', '.join(shown)}); final_checkpoint is {final}"
 
 
-def load_policy(files: RLInput, tokenizer: "PreTrainedTokenizerFast", fingerprint: str | None) -> "PreTrainedModel":
+def load_policy(inputs: RLInput, tokenizer: "PreTrainedTokenizerFast", fingerprint: str | None) -> "PreTrainedModel":
     """The model to train: the checkpoint's adapter on its base, merged into it, or a whole model."""
     import lora_utils
     from minionerec.model import architecture, device, loading
 
-    flags, quantization = files.flags, lora_utils.quantization_config(files.flags)
+    flags, quantization = inputs.flags, lora_utils.quantization_config(inputs.flags)
     dtype = None if flags.adapted else device.master_dtype()
-    if files.checkpoint.adapter is None:
-        return loading.load_base(files.base, quantization, dtype=dtype)
+    if inputs.checkpoint.adapter is None:
+        return loading.load_base(inputs.base, quantization, dtype=dtype)
     model = lora_utils.load_adapted(
-        files.checkpoint,
+        inputs.checkpoint,
         tokenizer,
-        files.base,
+        inputs.base,
         quantization,
         trainable=flags.adapted,
         merge_in=dtype,

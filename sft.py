@@ -90,7 +90,7 @@ def train(flags: SFTFlags) -> "dict | Prediction":
     The checkpoint with the lowest validation loss on the task sid_history_to_sid is kept.
     """
     # Check the flags and every row of the files, before anything heavy is imported.
-    files = read_input(flags)
+    inputs = read_input(flags)
     flags.hold_output_dir()
 
     with importing():
@@ -118,36 +118,36 @@ def train(flags: SFTFlags) -> "dict | Prediction":
     config = loading.load_config(flags.base_model)
     reach = [lora_utils.check_adapter(config, flags)] if flags.adapted else []
     tokenizer = loading.load_tokenizer(flags.base_model)
-    sid_tokens = files.catalogue.sid_tokens
+    sid_tokens = inputs.catalogue.sid_tokens
     new_tokens = [token for token in sid_tokens if tokenizer.backend_tokenizer.token_to_id(token) is None]
     add_sid_tokens(tokenizer, sid_tokens)
-    encoder = Encoder(tokenizer, files.prompts, flags.cutoff_len)
+    encoder = Encoder(tokenizer, inputs.prompts, flags.cutoff_len)
     remedy = f"rename the SID tokens in --sid_index_path {flags.sid_index_path}, or take another base"
-    check_sids(encoder, files.catalogue, f"--base_model {flags.base_model}", remedy)
+    check_sids(encoder, inputs.catalogue, f"--base_model {flags.base_model}", remedy)
     sources = [flags.train_file, flags.sid_index_path, flags.item_meta_path]
 
     def training_examples() -> Dataset:
-        return tokenized_dataset(encoder, files.train_rows, sources, sample=flags.sample, seed=flags.seed)
+        return tokenized_dataset(encoder, inputs.train_rows, sources, sample=flags.sample, seed=flags.seed)
 
     ids = sorted(tokenizer.convert_tokens_to_ids(sid_tokens))
-    inputs = report.Inputs(config, tokenizer, ids, encoder, files.train_rows, lora_utils.adapt)
+    predictor = report.Inputs(config, tokenizer, ids, encoder, inputs.train_rows, lora_utils.adapt)
     if flags.dry_run:
-        for line in [*files.notes, *reach]:
+        for line in [*inputs.notes, *reach]:
             print(line)
-        return report.sft(flags, inputs, training_examples)
+        return report.sft(flags, predictor, training_examples)
 
     # Find the checkpoint to resume from.
     set_seed(flags.seed)
     state = device.process_state(flags.ddp_timeout)
     memory = device.free_memory_gb()
     fingerprint = loading.fingerprint(flags.base_model)
-    run = run_record("sft", flags.method, flags.to_dict(), files.prompts, fingerprint)
+    run = run_record("sft", flags.method, flags.to_dict(), inputs.prompts, fingerprint)
     nodes.check_same(flags.to_dict(), base=fingerprint)
     nodes.check_output_shared(flags.output_dir)
     resume = resume_point(flags, run, state.print)
 
     # Load the base and add what trains. What cannot be decoded is not worth training.
-    for line in files.notes:
+    for line in inputs.notes:
         state.print(line)
     model = loading.load_base(
         flags.base_model,
@@ -157,7 +157,7 @@ def train(flags: SFTFlags) -> "dict | Prediction":
     )
     sid_token_ids = loading.add_sid_tokens(model, tokenizer, sid_tokens)
     if not flags.train_from_scratch:
-        start_sid_rows(model, tokenizer, new_tokens, files.catalogue, flags.sid_init)
+        start_sid_rows(model, tokenizer, new_tokens, inputs.catalogue, flags.sid_init)
     support = probe(model, name=f"--base_model {flags.base_model}")
     if support.why:
         state.print(f"decoding: {support}")
@@ -168,16 +168,16 @@ def train(flags: SFTFlags) -> "dict | Prediction":
         state.print(line)
 
     # Tokenize the rows, or find them in the cache.
-    eval_encoder = Encoder(tokenizer, files.eval_prompts, flags.cutoff_len)
+    eval_encoder = Encoder(tokenizer, inputs.eval_prompts, flags.cutoff_len)
     with state.local_main_process_first():
         train_dataset = training_examples()
-        eval_dataset = tokenized_dataset(eval_encoder, files.eval_rows, [flags.eval_file])
+        eval_dataset = tokenized_dataset(eval_encoder, inputs.eval_rows, [flags.eval_file])
     for note in filter(None, dict.fromkeys([encoder.control_note, eval_encoder.control_note])):
         state.print(note)
     state.print(f"training examples: {len(train_dataset):,}; validation examples: {len(eval_dataset):,}")
 
     # Size the micro-batches where that is left to us, and plan them: as token trees, where the model takes them.
-    flags, trees = planned(flags, inputs, model, train_dataset, eval_dataset, memory, state)
+    flags, trees = planned(flags, predictor, model, train_dataset, eval_dataset, memory, state)
     if trees and flags.group_by_length:
         state.print("--group_by_length changes nothing for token trees; with --pack_rows 0 it sorts steps by length")
     accumulation = trees.accumulation if trees else flags.batch_size // (flags.micro_rows * state.num_processes)
@@ -216,7 +216,7 @@ def train(flags: SFTFlags) -> "dict | Prediction":
 
 def planned(
     flags: SFTFlags,
-    inputs: "Inputs",
+    predictor: "Inputs",
     model: "PreTrainedModel",
     train_dataset: "Dataset",
     eval_dataset: "Dataset",
@@ -237,7 +237,7 @@ def planned(
     sized = flags.micro_batch_size == "auto" and device.starts_kernels(state.device) and not engine()
     if flags.micro_batch_size == "auto":
         if sized:
-            rows = report.largest_micro_batch(flags, inputs, train_dataset, memory)
+            rows = report.largest_micro_batch(flags, predictor, train_dataset, memory)
             flags = replace(flags, micro_batch_size=broadcast_object_list([rows])[0])
         state.print(f"--micro_batch_size auto: {flags.micro_rows} rows")
     while True:
@@ -245,7 +245,7 @@ def planned(
         trees = plan_trees(model, train_dataset, eval_dataset, flags.rows_together, *sizes, flags.seed, state)
         # The Trainer turns checkpointing on, so a trial before it would need more.
         checked = not sized or flags.micro_rows == 1 or state.num_processes > 1 or flags.gradient_checkpointing
-        if checked or fits(model, train_dataset, trees, flags.micro_rows, inputs.tokenizer.pad_token_id):
+        if checked or fits(model, train_dataset, trees, flags.micro_rows, predictor.tokenizer.pad_token_id):
             return flags, trees
         flags = replace(flags, micro_batch_size=next_smaller(flags.micro_rows, flags.batch_size))
         state.print(f"out of memory in a trial: {flags.micro_rows} rows in a micro-batch")
