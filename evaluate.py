@@ -170,8 +170,8 @@ def _told_apart(
 def evaluate(flags: EvaluateFlags) -> dict[str, float]:
     """Evaluates a checkpoint on a test file."""
     # Check the flags, the checkpoint and every row of the files, before anything heavy is imported.
-    files = read_input(flags)
-    checkpoint, sids = files.checkpoint, files.sids
+    inputs = read_input(flags)
+    checkpoint, sids = inputs.checkpoint, inputs.sids
     hold("result_json_data", flags.result_json_data, lock_of_new)
 
     with importing():
@@ -185,12 +185,12 @@ def evaluate(flags: EvaluateFlags) -> dict[str, float]:
     started = time.perf_counter()
     state = device.process_state()
     nodes.check_same(flags.to_dict())
-    for line in files.notes:
+    for line in inputs.notes:
         state.print(line)
-    outside = {sid for example in files.examples for sid in example.sid_history}.difference(sids)
+    outside = {sid for example in inputs.examples for sid in example.sid_history}.difference(sids)
     ranker = Ranker(
         checkpoint,
-        files.prompts,
+        inputs.prompts,
         sids,
         f"{'--adapter' if flags.adapter else '--base_model'} {checkpoint.path}",
         f"--info_file {flags.info_file} belongs to a different catalogue, or sft.py must make the checkpoint again",
@@ -205,31 +205,31 @@ def evaluate(flags: EvaluateFlags) -> dict[str, float]:
         )
 
     # Load the model, with its base stored as in training.
-    model = ranker.load_model(files.base).model
+    model = ranker.load_model(inputs.base).model
 
     # Rank.
-    prompts = ranker.encode(files.examples)
+    prompts = ranker.encode(inputs.examples)
     if ranker.encoder.control_note:
         state.print(ranker.encoder.control_note)
     longest, length = max(map(len, prompts)), min(flags.num_beams, len(ranker.trie))
-    state.print(f"decoding: {probe(model, longest, longest + length * depth, f'--base_model {files.base}')}")
+    state.print(f"decoding: {probe(model, longest, longest + length * depth, f'--base_model {inputs.base}')}")
     decoding = time.perf_counter()
     rankings = ranker.rank(prompts, flags.length_penalty)
     decode_seconds = time.perf_counter() - decoding
-    ranks = [rank_of(example.sid, ranking) for example, ranking in zip(files.examples, rankings, strict=True)]
+    ranks = [rank_of(example.sid, ranking) for example, ranking in zip(inputs.examples, rankings, strict=True)]
     metrics = ranking_metrics(ranks, length, flags.K)
 
     # Where items share SIDs, the same for items: those of a SID follow each other, the popular ones first.
     by_item = None
-    if files.items and files.targets:
-        item_ranks = [_item_rank(files.items, *one, length) for one in zip(files.targets, rankings, strict=True)]
+    if inputs.items and inputs.targets:
+        item_ranks = [_item_rank(inputs.items, *one, length) for one in zip(inputs.targets, rankings, strict=True)]
         by_item = ranking_metrics(item_ranks, length, flags.K)
 
     # Write the rankings and metrics, and print them beside popularity.
     if state.is_main_process:
         results = [
             {"input": ranker.tokenizer.decode(ids), "output": example.sid, "predict": ranking}
-            for ids, example, ranking in zip(prompts, files.examples, rankings, strict=True)
+            for ids, example, ranking in zip(prompts, inputs.examples, rankings, strict=True)
         ]
         with writing(flags.result_json_data):
             os.makedirs(os.path.dirname(os.path.abspath(flags.result_json_data)), exist_ok=True)
@@ -239,11 +239,11 @@ def evaluate(flags: EvaluateFlags) -> dict[str, float]:
         with writing(flags.metrics_path):
             write_json(flags.metrics_path, summary)
         print(format_metrics(metrics))
-        if files.items and by_item:
-            print(f"items instead of SIDs, {files.items.num_sharing} of {len(files.items)} share theirs:")
+        if inputs.items and by_item:
+            print(f"items instead of SIDs, {inputs.items.num_sharing} of {len(inputs.items)} share theirs:")
             print(format_metrics(by_item))
         if flags.train_file:
-            print_beside_popularity(flags, files.examples, ranks, length)
+            print_beside_popularity(flags, inputs.examples, ranks, length)
         print(f"{len(results)} rows, {len(results) / decode_seconds:.1f} rows/s; rankings in {flags.result_json_data}")
     return metrics
 

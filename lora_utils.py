@@ -163,7 +163,7 @@ def lora_config(model: nn.Module, sid_token_ids: list[int], flags: AdapterFlags 
         )
     settings = flags.lora_settings()
     # A token passes through several experts: together they have the rank of one layer. The update's scale is the same.
-    r, alpha = settings["r"], settings["lora_alpha"]
+    r, alpha = flags.lora_r, flags.lora_alpha
     rank = max(1, r // architecture.experts_per_token(model.config)) if stacks else r
     if rank != r:
         settings |= {"r": rank, "lora_alpha": alpha * (rank / r) ** (0.5 if flags.use_rslora else 1)}

@@ -114,8 +114,8 @@ def read_input(flags: MergeFlags) -> MergeInput:
 def merge(flags: MergeFlags) -> dict:
     """Merges an adapter into its base and saves a standalone checkpoint. The adapter and the base stay as they are."""
     # Check the flags, the adapter and the rows to compare on, before anything heavy is imported.
-    files = read_input(flags)
-    checkpoint = files.checkpoint
+    inputs = read_input(flags)
+    checkpoint = inputs.checkpoint
     hold("output_dir", flags.output_dir, lock_of_new)
 
     with importing():
@@ -124,43 +124,45 @@ def merge(flags: MergeFlags) -> dict:
 
         import lora_utils
         from minionerec.model import loading
-        from minionerec.model.merging import merge_and_count
+        from minionerec.model.merging import CountingMerge
         from minionerec.ranking import Ranker
 
     tokenizer = loading.load_tokenizer(checkpoint.path)
     quantization = lora_utils.quantization_config(checkpoint.adapter_flags)
-    dtype = loading.saved_dtype(files.base) if flags.dtype == "auto" else getattr(torch, flags.dtype)
+    dtype = loading.saved_dtype(inputs.base) if flags.dtype == "auto" else getattr(torch, flags.dtype)
 
     def rankings(model: torch.nn.Module) -> list[list[str]]:
-        assert files.prompts and files.catalogue and files.rows  # nothing is unread
+        assert inputs.prompts and inputs.catalogue and inputs.rows  # nothing is unread
         ranker = Ranker(
             checkpoint,
-            files.prompts,
-            sorted(files.catalogue.sids),
+            inputs.prompts,
+            sorted(inputs.catalogue.sids),
             f"--adapter {flags.adapter}",
             "give the --sid_index_path it was trained with",
-            catalogue=files.catalogue,
+            catalogue=inputs.catalogue,
             num_beams=COMPARED,
         ).use(model)
-        return ranker.rank(ranker.encode(files.rows))
+        return ranker.rank(ranker.encode(inputs.rows))
 
     # Merge. One model at a time: the adapter on its base, the merged one, what was saved of it.
     before = None
-    if not files.unread:
-        before = rankings(lora_utils.load_adapted(checkpoint, tokenizer, files.base, quantization))
-    model, changed, updated = lora_utils.load_adapted(
+    if not inputs.unread:
+        before = rankings(lora_utils.load_adapted(checkpoint, tokenizer, inputs.base, quantization))
+    counting = CountingMerge()
+    model = lora_utils.load_adapted(
         checkpoint,
         tokenizer,
-        files.base,
+        inputs.base,
         None if flags.into == "original" else quantization,
         merge_in=dtype,
-        merge=merge_and_count,
+        merge=counting,
     )
+    changed, updated = counting.changed, counting.updated
     align_special_tokens(model, tokenizer)
     precision = str(dtype).removeprefix("torch.")
     report: dict[str, object] = {
         "adapter": flags.adapter,
-        "base_model": files.base,
+        "base_model": inputs.base,
         "into": flags.into,
         "saved": flags.output_dir,
     }
@@ -184,7 +186,7 @@ def merge(flags: MergeFlags) -> dict:
 
     # Say how well the merged model stands for the adapter.
     if before is None:
-        print(f"rankings are not compared with the adapter's: {'; '.join(files.unread)}")
+        print(f"rankings are not compared with the adapter's: {'; '.join(inputs.unread)}")
     else:
         base = "quantized base" if quantization else "base"
         print(

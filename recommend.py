@@ -237,49 +237,49 @@ def _reader(problems: Problems, flags: RecommendFlags, items: Items) -> RequestR
     return RequestReader(items, columns, max(flags.K, 1), most, flags.exclude_seen, tuple(only))
 
 
-def load(flags: RecommendFlags, files: RecommendInput) -> "Ranker":
+def load(flags: RecommendFlags, inputs: RecommendInput) -> "Ranker":
     """Loads the model and the trie of the catalogue."""
     with importing():
         from minionerec.ranking import Ranker
 
     return Ranker(
-        files.checkpoint,
-        files.prompts,
-        files.items.sids,
-        f"{'--adapter' if flags.adapter else '--model'} {files.checkpoint.path}",
+        inputs.checkpoint,
+        inputs.prompts,
+        inputs.items.sids,
+        f"{'--adapter' if flags.adapter else '--model'} {inputs.checkpoint.path}",
         f"--info_file {flags.info_file} belongs to a different catalogue, or sft.py must make the checkpoint again",
-        items=files.items,
+        items=inputs.items,
         num_beams=flags.num_beams,
         batch_size=flags.batch_size,
-    ).load_model(files.base, fast=True)
+    ).load_model(inputs.base, fast=True)
 
 
-def serve(flags: RecommendFlags, files: RecommendInput) -> None:
+def serve(flags: RecommendFlags, inputs: RecommendInput) -> None:
     """Recommends over HTTP until a signal stops it."""
     from minionerec.serving.connections import run
     from minionerec.serving.server import make_app
     from minionerec.serving.worker import Loaded
 
-    read = [files]
+    read = [inputs]
 
     def load_checkpoint() -> Loaded:
         """In the thread that asks the model. From the second time on, the files are read again."""
         again = not read
-        files = read_files(Problems(), flags) if again else read.pop()
+        inputs = read_files(Problems(), flags) if again else read.pop()
         with importing():
             from tqdm import tqdm
 
             from minionerec.model import device
 
         device.process_state()
-        for line in files.notes:
+        for line in inputs.notes:
             print(line, flush=True)
-        ranker = load(flags, files)
+        ranker = load(flags, inputs)
         if not again:
-            print(f"{flags.url} recommends from {len(files.items)} items; Ctrl-C stops", flush=True)
-        return Loaded(files.reader, lambda requests: ranker.answer(requests, tqdm(disable=True)))
+            print(f"{flags.url} recommends from {len(inputs.items)} items; Ctrl-C stops", flush=True)
+        return Loaded(inputs.reader, lambda requests: ranker.answer(requests, tqdm(disable=True)))
 
-    app = make_app(load_checkpoint, flags.batch_size, flags.max_waiting, files.keys, flags.hosts)
+    app = make_app(load_checkpoint, flags.batch_size, flags.max_waiting, inputs.keys, flags.hosts)
     run(app, flags.host, flags.serve)
 
 
@@ -287,11 +287,11 @@ def serve(flags: RecommendFlags, files: RecommendInput) -> None:
 def recommend(flags: RecommendFlags) -> None:
     """Recommends items for one history, for a file of histories, or over HTTP."""
     # Check the flags, the checkpoint, the catalogue and every request, before anything heavy is imported.
-    files = read_input(flags)
+    inputs = read_input(flags)
 
     # Over HTTP, until it is stopped. It says that the model is loading meanwhile.
     if flags.serve:
-        serve(flags, files)
+        serve(flags, inputs)
         return
 
     with importing():
@@ -304,13 +304,13 @@ def recommend(flags: RecommendFlags) -> None:
 
     state = device.process_state()
     nodes.check_same(flags.to_dict())
-    for line in files.notes:
+    for line in inputs.notes:
         state.print(line)
-    ranker = load(flags, files)
+    ranker = load(flags, inputs)
 
     # One history: a line for each item.
-    if files.request:
-        (items,) = ranker.answer([files.request], tqdm(disable=True))
+    if inputs.request:
+        (items,) = ranker.answer([inputs.request], tqdm(disable=True))
         if not items:
             state.print("nothing is left to recommend: the constraints allow no item of the catalogue")
         for place, item in enumerate(items, 1):
@@ -318,15 +318,15 @@ def recommend(flags: RecommendFlags) -> None:
         return
 
     # A file of histories: a line of JSON for each. The processes of a distributed run divide its batches.
-    kept = nodes.first_decides(lambda: files.done)
+    kept = nodes.first_decides(lambda: inputs.done)
     if kept:
-        state.print(f"{flags.output}.partial: {kept} of {files.requests} rows are there already")
-    rows = files.reader.read_file(flags.histories, "histories")
+        state.print(f"{flags.output}.partial: {kept} of {inputs.requests} rows are there already")
+    rows = inputs.reader.read_file(flags.histories, "histories")
     chunk = batch.BATCHES * flags.batch_size
-    with tqdm(total=files.requests, unit="row", leave=False, disable=not state.is_main_process) as bar:
+    with tqdm(total=inputs.requests, unit="row", leave=False, disable=not state.is_main_process) as bar:
         count = batch.write_recommendations(
             flags.output,
-            files.settings,
+            inputs.settings,
             kept,
             rows,
             lambda requests: ranker.answer(requests, bar, chunk),

@@ -11,7 +11,6 @@ resuming, and input that is checked before anything is loaded.
 """
 
 import math
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -22,16 +21,8 @@ from minionerec.data.files import Catalogue, Interaction, Item, read_catalogue, 
 from minionerec.data.prompts import RECOMMENDATION, RL_TASKS, TASKS, Prompts
 from minionerec.data.texts import check_interactions, items_left_out
 from minionerec.errors import InputError, Problems
-from minionerec.flags import (
-    TrainingFlags,
-    above_zero,
-    command,
-    engine,
-    flag,
-    fraction_of_training,
-    one_of,
-    zero_or_more,
-)
+from minionerec.flags import command, engine
+from minionerec.flags.rl import BEST_BY, RLFlags
 from minionerec.process_memory import importing
 
 if TYPE_CHECKING:
@@ -46,191 +37,7 @@ if TYPE_CHECKING:
     from minionerec.dryrun.report import Inputs
     from minionerec.training.rl_trainer import ReReTrainer
 
-REWARD_TYPES = ("rule", "ranking", "ranking_only", "prefix", "semantic", "sasrec")
 LEFT_OUT = 0.2  # of the training prompts by sample_train
-BEST_BY = {"ndcg": "NDCG", "hr": "HR", "mean": "mean"}  # best_by -> the metric of evaluations
-
-
-def _names(text: str) -> list[str]:
-    return [name.strip() for name in text.split(",") if name.strip()]
-
-
-def _known_rewards(value: str) -> str | None:
-    names = _names(value)
-    if not names or set(names) - set(REWARD_TYPES):
-        return f"must be one of {', '.join(REWARD_TYPES)}, or several of them separated by commas"
-    return None if len(names) == len(set(names)) else "names a reward twice"
-
-
-def _weights(value: str) -> str | None:
-    try:
-        good = all(0 < float(weight) < math.inf for weight in _names(value))
-    except ValueError:
-        good = False
-    return None if good else "must be numbers above 0, separated by commas"
-
-
-@dataclass(frozen=True, kw_only=True)
-class RLFlags(TrainingFlags):
-    """The flags of rl.py beside those of all trainings."""
-
-    model_path: str = flag(
-        "",
-        "folder of an SFT checkpoint: a full model or an adapter. An adapter is continued with use_lora or "
-        "use_qlora and merged into its base without them.",
-    )
-    base_model: str = flag("", "where the base of an adapter checkpoint is, if not where the adapter says.")
-    info_file: str = flag(
-        "", "the catalogue that completions come from, one SID, title and item id a line, separated by tabs."
-    )
-    train_batch_size: int = flag(
-        32,
-        "completions of a forward pass on one process. An optimizer step has this times gradient_accumulation_steps "
-        "times the number of processes. A GPU takes as many of a step in a pass as its memory holds.",
-        above_zero,
-    )
-    eval_batch_size: int = flag(32, "beams of a forward pass in evaluations during training.", above_zero)
-    gradient_accumulation_steps: int = flag(1, "forward passes of an optimizer step.", above_zero)
-    temperature: float = flag(
-        1.0,
-        "of sampling, and what the logits in the loss are divided by (in the original: of drawing only).",
-        above_zero,
-    )
-    add_gt: bool = flag(False, "put the target in the place of the last completion of every group.")
-    eval_step: float = flag(0.199, "how often to evaluate, as a fraction of the training.", fraction_of_training)
-    num_generations: int = flag(
-        16,
-        "completions per prompt (the group size).",
-        lambda value: "a group needs 2 completions or more to compare" if value < 2 else None,
-    )
-    num_train_epochs: int = flag(1, "passes over the prompts.", above_zero)
-    learning_rate: float = flag(
-        1e-6,
-        "peak of the cosine schedule, after 3% of the steps; gradients are clipped at 0.3. 1e-6 suits full "
-        "fine-tuning; an adapter needs 10 to 100 times as much.",
-        above_zero,
-    )
-    beta: float = flag(0.04, "weight of the KL divergence from the start; 0 drops the reference pass.", zero_or_more)
-    beam_search: bool = flag(
-        False,
-        "complete prompts with the best items by beam search (the original draws its beams at random); otherwise items "
-        "are sampled (the original: at each token from the 50 most likely).",
-    )
-    test_during_training: bool = flag(
-        True,
-        "evaluate HR@K and NDCG@K on eval_file, and keep the best checkpoint, which is the starting model if no other "
-        "is better (the original measures the prompts of each step and keeps the last model).",
-    )
-    best_by: str = flag(
-        "mean",
-        "what makes a checkpoint the best: ndcg (NDCG@10), hr (HR@10) or mean (their geometric mean).",
-        one_of(*BEST_BY),
-    )
-    dynamic_sampling: bool = flag(
-        False,
-        "draw 1.5 times as many completions, keep the target, if drawn, and the most frequent (the original keeps the "
-        "target as often as it was drawn, and ignores the flag under beam_search).",
-    )
-    mask_all_zero: bool = flag(
-        False,
-        "leave groups whose rewards are all equal out of the loss, KL included; they then cost no pass. They still "
-        "count in its average, with dapo and gspo too, so the other groups weigh as much as without the flag (the "
-        "original ignores the flag).",
-    )
-    sync_ref_model: bool = flag(False, "let the reference follow the policy slowly.")
-    test_beam: int = flag(20, "beams of an evaluation.", above_zero)
-    reward_type: str = flag(
-        "rule",
-        "a reward, or several separated by commas, which add up: rule (1 for the target), ranking (rule, and a penalty "
-        "for wrong items by rank, which needs beam_search), ranking_only (only the penalty), prefix (fraction of "
-        "leading SID levels that are the target's), semantic (cosine of item embeddings), sasrec (score of a SASRec "
-        "model).",
-        _known_rewards,
-    )
-    reward_weights: str = flag(
-        "", "a weight for each reward of reward_type, separated by commas; 1 each if not given.", _weights
-    )
-    sft_weight: float = flag(
-        0.0,
-        "weight of a supervised loss on the targets beside the rewards: their mean negative log-probability per token. "
-        "It keeps what SFT has learnt (the original has none).",
-        zero_or_more,
-    )
-    average_weights: bool = flag(
-        False,
-        "evaluate and save an average of the weights after every step, in which later steps count more; the learning "
-        "rate stays constant after its warm-up (the original has none).",
-    )
-    sample_train: bool = flag(
-        False, "leave out a random fifth of the prompts (the original: if model_path contains sft)."
-    )
-    ada_path: str = flag(
-        "",
-        "item embeddings for semantic, .npy or .safetensors, row i for item id i (the original: a pickle, row i for "
-        "line i of info_file).",
-    )
-    cf_path: str = flag(
-        "", "folder of a model of scripts/train_sasrec.py, for sasrec (the original: a file of its own sasrec.py)."
-    )
-    dapo: bool = flag(False, "average the loss over all tokens of a batch instead of over sequences first.")
-    gspo: bool = flag(False, "importance ratios of sequences instead of tokens.")
-    save_steps: float = flag(
-        0.0,
-        "how often to save a checkpoint, as a fraction of the training: a multiple of eval_step, because the best is "
-        "one of the saved models. 0: after every evaluation; without test_during_training, 0.199 (the original: 0.1).",
-        lambda value: None if value == 0 else fraction_of_training(value),
-    )
-
-    @property
-    def save_fraction(self) -> float:
-        """`save_steps` as a fraction of the training."""
-        return self.save_steps or (self.eval_step if self.test_during_training else 0.199)
-
-    @property
-    def rewards(self) -> dict[str, float]:
-        """The weight of every reward."""
-        names = _names(self.reward_type)
-        weights = [float(weight) for weight in _names(self.reward_weights)] or [1.0] * len(names)
-        return dict(zip(names, weights, strict=True))
-
-    def check(self, problems: Problems) -> None:
-        super().check(problems)
-        rewards, weights = _names(self.reward_type), _names(self.reward_weights)
-        if weights and len(weights) != len(rewards):
-            problems.add(
-                f"--reward_weights {self.reward_weights}: has {len(weights)} weights for the {len(rewards)} rewards of "
-                f"--reward_type {self.reward_type}"
-            )
-        step = self.train_batch_size * self.gradient_accumulation_steps
-        if self.num_generations > 1 and step % self.num_generations:
-            problems.add(
-                f"--num_generations {self.num_generations} does not divide --train_batch_size {self.train_batch_size} "
-                f"x --gradient_accumulation_steps {self.gradient_accumulation_steps} completions; groups must be whole"
-            )
-        if self.dapo and self.gspo:
-            problems.add("--dapo and --gspo exclude each other; keep one")
-        if self.sync_ref_model and not self.beta:
-            problems.add("--sync_ref_model needs a reference, and --beta 0 drops it; give --beta above 0")
-        if self.test_during_training and not _is_multiple(self.save_fraction, self.eval_step):
-            problems.add(
-                f"--save_steps {self.save_steps}: must be a multiple of --eval_step {self.eval_step}, so that the best "
-                "evaluated model is a saved one; without the flag, every evaluated model is saved"
-            )
-        embeddings = self.ada_path.endswith((".npy", ".safetensors")) and os.path.isfile(self.ada_path)
-        if "semantic" in rewards and not embeddings:
-            problems.add(
-                f"--ada_path {self.ada_path!r}: --reward_type semantic needs a file of item embeddings, .npy or "
-                ".safetensors"
-            )
-        if "sasrec" in rewards and not os.path.isfile(os.path.join(self.cf_path, "sasrec.json")):
-            problems.add(
-                f"--cf_path {self.cf_path!r}: --reward_type sasrec needs a model of scripts/train_sasrec.py; give its "
-                "folder"
-            )
-
-
-def _is_multiple(whole: float, part: float) -> bool:
-    return part > 0 and whole >= part and abs(whole / part - round(whole / part)) < 1e-9
 
 
 @dataclass(frozen=True)
@@ -302,9 +109,9 @@ def read_input(flags: RLFlags) -> RLInput:
     # The wording of all tasks is recorded, not of this run's only: a checkpoint is asked in the wording it was taught.
     prompts = wording = validation = None
     if checkpoint:
-        given = flags.category, flags.prompt_file
-        prompts = problems.attempt(checkpoint.prompts, *given, flags.tasks, RL_TASKS)
-        wording = prompts and checkpoint.prompts(*given, default=tuple(TASKS))
+        category, prompt_file = flags.category, flags.prompt_file
+        prompts = problems.attempt(checkpoint.prompts, category, prompt_file, flags.tasks, RL_TASKS)
+        wording = prompts and checkpoint.prompts(category, prompt_file, default=tuple(TASKS))
         validation = wording and wording.only(RECOMMENDATION)
     for task in prompts.tasks.values() if prompts else ():
         if task.ending is None:
@@ -329,7 +136,7 @@ def read_input(flags: RLFlags) -> RLInput:
     notes = check_interactions(problems, "train_file", flags.train_file, sids, prompts)[1]
     notes += check_interactions(problems, "eval_file", flags.eval_file, sids, validation)[1]
     notes += items_left_out(catalogue, prompts, flags.item_meta_path) + flags.notes
-    if not flags.beam_search and {"ranking", "ranking_only"} & set(_names(flags.reward_type)):
+    if not flags.beam_search and {"ranking", "ranking_only"} & set(flags.reward_names):
         notes.append(
             f"warning: --reward_type {flags.reward_type} penalizes wrong items by rank, but sampled completions have "
             "no rank, only the order they were drawn in; give --beam_search True"
@@ -374,8 +181,8 @@ def _how_it_continues(checkpoint: Checkpoint, flags: RLFlags) -> list[str]:
 def train(flags: RLFlags) -> "dict | Prediction":
     """Trains an SFT checkpoint further on rewards for the items it recommends (GRPO). Batch sizes count completions."""
     # Check the flags, the checkpoint and every row of the files, before anything heavy is imported.
-    files = read_input(flags)
-    flags, checkpoint = files.flags, files.checkpoint
+    inputs = read_input(flags)
+    flags, checkpoint = inputs.flags, inputs.checkpoint
     flags.hold_output_dir()
 
     with importing():
@@ -398,11 +205,11 @@ def train(flags: RLFlags) -> "dict | Prediction":
     set_seed(flags.seed)
     state = device.process_state(flags.ddp_timeout)
     memory = device.free_memory_gb()
-    config = loading.load_config(files.base, "model_path" if checkpoint.adapter is None else "base_model")
-    own = checkpoint.path if files.continues else None
+    config = loading.load_config(inputs.base, "model_path" if checkpoint.adapter is None else "base_model")
+    own = checkpoint.path if inputs.continues else None
     reach = [lora_utils.check_adapter(config, flags, own)] if flags.adapted else []
     tokenizer = loading.load_tokenizer(checkpoint.path)
-    encoded = encode(files, tokenizer)
+    encoded = encode(inputs, tokenizer)
     train_dataset, trie = encoded.train_dataset, encoded.trie
     step = flags.train_batch_size * flags.gradient_accumulation_steps * state.num_processes // flags.num_generations
     steps = len(train_dataset) // step * flags.num_train_epochs
@@ -412,39 +219,39 @@ def train(flags: RLFlags) -> "dict | Prediction":
         )
     processes = f", on {state.num_processes} processes" if state.num_processes > 1 else ""
     state.print(f"an optimizer step: {step:,} prompts x {flags.num_generations} completions{processes}")
-    sid_of = trie.sid_of(files.sids)
+    sid_of = trie.sid_of(inputs.sids)
     reward_funcs, reward_weights = reward_functions(
-        flags.rewards, flags.num_generations, sid_of, files.catalogue, flags.ada_path, flags.cf_path
+        flags.rewards, flags.num_generations, sid_of, inputs.catalogue, flags.ada_path, flags.cf_path
     )
-    for line in files.notes:
+    for line in inputs.notes:
         state.print(line)
-    sid_token_ids = sorted(tokenizer.convert_tokens_to_ids(files.catalogue.sid_tokens))
-    inputs = report.Inputs(config, tokenizer, sid_token_ids, encoded.encoder, files.train_rows, lora_utils.adapt)
+    sid_token_ids = sorted(tokenizer.convert_tokens_to_ids(inputs.catalogue.sid_tokens))
+    predictor = report.Inputs(config, tokenizer, sid_token_ids, encoded.encoder, inputs.train_rows, lora_utils.adapt)
     if flags.dry_run:
         print(*reach, sep="\n", end="\n" if reach else "")
-        return report.rl(flags, inputs, list(train_dataset["prompt"]), steps, trie.depth, files.continues)
+        return report.rl(flags, predictor, list(train_dataset["prompt"]), steps, trie.depth, inputs.continues)
     eval_dataset = encoded.eval_dataset
     for note in encoded.notes:
         state.print(note)
     state.print(f"prompts: {len(train_dataset):,} to train on, {len(eval_dataset):,} to validate; steps: {steps:,}")
 
     # Find the checkpoint to resume from.
-    fingerprint = loading.fingerprint(files.base)
-    recorded_flags = {**flags.to_dict(), "cutoff_len": files.cutoff_len}
-    run = run_record("rl", flags.method, recorded_flags, files.wording, fingerprint)
+    fingerprint = loading.fingerprint(inputs.base)
+    recorded_flags = {**flags.to_dict(), "cutoff_len": inputs.cutoff_len}
+    run = run_record("rl", flags.method, recorded_flags, inputs.wording, fingerprint)
     nodes.check_same(flags.to_dict(), base=fingerprint)
     nodes.check_output_shared(flags.output_dir)
     resume = resume_point(flags, run, state.print)
 
     # Load the policy. Probed before the weights are sharded, and for the longest rows that any process can have.
-    model = load_policy(files, tokenizer, fingerprint)
+    model = load_policy(inputs, tokenizer, fingerprint)
     beams = max(flags.test_beam, flags.num_generations * 3 // 2, flags.train_batch_size)
-    longest = files.cutoff_len, files.cutoff_len + beams * trie.depth
-    support = probe(model, *longest, f"--model_path {checkpoint.path}")
+    longest = inputs.cutoff_len
+    support = probe(model, longest, longest + beams * trie.depth, f"--model_path {checkpoint.path}")
     state.print(
         f"decoding: {support}; completions {'share a row with' if support.shared else 'each repeat'} their prompt"
     )
-    new_adapter = flags.adapted and not files.continues
+    new_adapter = flags.adapted and not inputs.continues
     if new_adapter:
         model = lora_utils.adapt(model, flags, sid_token_ids)
     trainable, total = lora_utils.count_parameters(model)
@@ -463,7 +270,7 @@ def train(flags: RLFlags) -> "dict | Prediction":
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
         trie=trie,
-        sids=files.sids,
+        sids=inputs.sids,
         run=run,
         beam_search=flags.beam_search,
         add_gt=flags.add_gt,
@@ -471,7 +278,7 @@ def train(flags: RLFlags) -> "dict | Prediction":
         mask_all_zero=flags.mask_all_zero,
         sft_weight=flags.sft_weight,
         average_weights=flags.average_weights,
-        pass_size=size_of_passes(files, inputs, train_dataset, trie.depth, memory, state),
+        pass_size=size_of_passes(inputs, predictor, train_dataset, trie.depth, memory, state),
         test_beam=flags.test_beam,
         test_batch_size=math.ceil(flags.eval_batch_size / flags.test_beam),
     )
@@ -490,7 +297,7 @@ def train(flags: RLFlags) -> "dict | Prediction":
     }
     if flags.test_during_training:
         metrics["improved"], verdict = compared_with_start(trainer, watched, cutoff)
-    saved_dtype = None if flags.adapted else loading.saved_dtype(files.base)
+    saved_dtype = None if flags.adapted else loading.saved_dtype(inputs.base)
     metrics = finish(trainer, metrics, RL_PANELS, dtype=saved_dtype)
     if flags.test_during_training:
         state.print(verdict)
@@ -498,7 +305,7 @@ def train(flags: RLFlags) -> "dict | Prediction":
 
 
 def size_of_passes(
-    files: RLInput, inputs: "Inputs", train_dataset: "Dataset", depth: int, memory: float, state: "PartialState"
+    inputs: RLInput, predictor: "Inputs", train_dataset: "Dataset", depth: int, memory: float, state: "PartialState"
 ) -> int:
     """How many completions go through the model at a time: on a GPU as many as its free `memory` (GB) is predicted to
     hold, since a pass takes about as long as the next larger one; else `--train_batch_size`.
@@ -511,11 +318,11 @@ def size_of_passes(
     from minionerec.dryrun import report
     from minionerec.model import device
 
-    flags = files.flags
+    flags = inputs.flags
     if not device.starts_kernels(state.device) or engine():
         return flags.train_batch_size
     longest = max(map(len, train_dataset["prompt"]))
-    size = report.largest_pass(flags, inputs, longest, depth, files.continues, memory)
+    size = report.largest_pass(flags, predictor, longest, depth, inputs.continues, memory)
     size = broadcast_object_list([size])[0]
     state.print(f"passes of up to {size} completions, by the predicted memory")
     return size
@@ -533,7 +340,7 @@ class Encoded:
     notes: list[str]
 
 
-def encode(files: RLInput, tokenizer: "PreTrainedTokenizerFast") -> Encoded:
+def encode(inputs: RLInput, tokenizer: "PreTrainedTokenizerFast") -> Encoded:
     """Tokenizes the prompts, and the SIDs, each of which must become its own tokens in all prompts and responses.
 
     Raises InputError where one does not.
@@ -543,22 +350,22 @@ def encode(files: RLInput, tokenizer: "PreTrainedTokenizerFast") -> Encoded:
     from minionerec.data.sid_tokens import sid_responses
     from minionerec.decoding.trie import Trie
 
-    flags, where = files.flags, f"--model_path {files.checkpoint.path}"
-    tasks = {**files.prompts.tasks, **files.validation.tasks}
-    checked = Encoder(tokenizer, replace(files.prompts, tasks=tasks), files.cutoff_len)
+    flags, where = inputs.flags, f"--model_path {inputs.checkpoint.path}"
+    tasks = {**inputs.prompts.tasks, **inputs.validation.tasks}
+    checked = Encoder(tokenizer, replace(inputs.prompts, tasks=tasks), inputs.cutoff_len)
     remedy = f"start from a checkpoint that sft.py made with {flags.sid_index_path}"
-    sequences = sid_responses(checked, files.sids, files.ending, files.catalogue, where, remedy)
+    sequences = sid_responses(checked, inputs.sids, inputs.ending, inputs.catalogue, where, remedy)
     trie = Trie(sequences, tokenizer.eos_token_id)
 
     # The longest SID, its end included, must fit after each prompt.
-    budget = files.cutoff_len - trie.depth
-    encoder = Encoder(tokenizer, files.prompts, files.cutoff_len)
-    train_dataset = prompt_dataset(encoder, files.train_rows, budget)
+    budget = inputs.cutoff_len - trie.depth
+    encoder = Encoder(tokenizer, inputs.prompts, inputs.cutoff_len)
+    train_dataset = prompt_dataset(encoder, inputs.train_rows, budget)
     if flags.sample_train:
         train_dataset = train_dataset.shuffle(seed=flags.seed)
         train_dataset = train_dataset.select(range(int(LEFT_OUT * len(train_dataset)), len(train_dataset)))
-    eval_encoder = Encoder(tokenizer, files.validation, files.cutoff_len)
-    eval_dataset = prompt_dataset(eval_encoder, files.eval_rows, budget)
+    eval_encoder = Encoder(tokenizer, inputs.validation, inputs.cutoff_len)
+    eval_dataset = prompt_dataset(eval_encoder, inputs.eval_rows, budget)
     notes = list(filter(None, dict.fromkeys([encoder.control_note, eval_encoder.control_note])))
     return Encoded(encoder, trie, train_dataset, eval_dataset, notes)
 
@@ -631,19 +438,19 @@ def compared_with_start(trainer: "ReReTrainer", watched: str, cutoff: int) -> tu
     return improved, f"{beats} on the validation file ({', '.join(shown)}); final_checkpoint is {final}"
 
 
-def load_policy(files: RLInput, tokenizer: "PreTrainedTokenizerFast", fingerprint: str | None) -> "PreTrainedModel":
+def load_policy(inputs: RLInput, tokenizer: "PreTrainedTokenizerFast", fingerprint: str | None) -> "PreTrainedModel":
     """The model to train: the checkpoint's adapter on its base, merged into it, or a whole model."""
     import lora_utils
     from minionerec.model import architecture, device, loading
 
-    flags, quantization = files.flags, lora_utils.quantization_config(files.flags)
+    flags, quantization = inputs.flags, lora_utils.quantization_config(inputs.flags)
     dtype = None if flags.adapted else device.master_dtype()
-    if files.checkpoint.adapter is None:
-        return loading.load_base(files.base, quantization, dtype=dtype)
+    if inputs.checkpoint.adapter is None:
+        return loading.load_base(inputs.base, quantization, dtype=dtype)
     model = lora_utils.load_adapted(
-        files.checkpoint,
+        inputs.checkpoint,
         tokenizer,
-        files.base,
+        inputs.base,
         quantization,
         trainable=flags.adapted,
         merge_in=dtype,

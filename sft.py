@@ -11,7 +11,7 @@ response tokens only, exact resuming, and input that is checked before anything 
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from minionerec import cli, world
 from minionerec.checkpoint import check_base, run_record
@@ -19,18 +19,8 @@ from minionerec.data.files import Catalogue, Interaction, Item, read_catalogue, 
 from minionerec.data.prompts import Prompts, load_prompts
 from minionerec.data.texts import check_interactions, items_left_out
 from minionerec.errors import Problems
-from minionerec.flags import (
-    TrainingFlags,
-    above_zero,
-    check_batch,
-    check_cache,
-    command,
-    engine,
-    flag,
-    fraction_of_training,
-    one_of,
-    zero_or_more,
-)
+from minionerec.flags import command, engine
+from minionerec.flags.sft import SFTFlags
 from minionerec.process_memory import importing
 
 if TYPE_CHECKING:
@@ -41,103 +31,6 @@ if TYPE_CHECKING:
     from minionerec.dryrun.memory import Prediction
     from minionerec.dryrun.report import Inputs
     from minionerec.training.tree_batches import TreeBatches
-
-
-@dataclass(frozen=True, kw_only=True)
-class SFTFlags(TrainingFlags):
-    """The flags of sft.py beside those of all trainings."""
-
-    base_model: str = flag("", "folder or hub name of the model to start from.")
-    sample: int = flag(
-        -1,
-        "how many rows of each source to train on, chosen at random; -1 for all. Validation always uses all rows (the "
-        "original samples those too).",
-        lambda value: "must be above 0, or -1 for all rows" if value == 0 or value < -1 else None,
-    )
-    batch_size: int = flag(128, "rows of an optimizer step, over all processes.", above_zero)
-    micro_batch_size: int | Literal["auto"] = flag(
-        4,
-        "rows of a forward pass on one process; auto for as many as the memory of the GPU is predicted to hold (4 at "
-        "most on a CPU). The gradient does not depend on it.",
-        lambda value: None if value == "auto" else above_zero(value),
-    )
-    num_epochs: int = flag(
-        10, "passes over the training rows at most; three evaluations without a gain end the run.", above_zero
-    )
-    learning_rate: float = flag(
-        3e-4,
-        "peak of the schedule, which rises over 20 steps, or a tenth of a short run, and falls linearly.",
-        above_zero,
-    )
-    sid_learning_rate: float = flag(
-        0.0,
-        "learning rate of the rows of SID tokens, which know nothing at the start; 0 for learning_rate. Full "
-        "fine-tuning of a pre-trained model needs it: what suits its weights is too slow for new rows.",
-        zero_or_more,
-    )
-    cutoff_len: int = flag(
-        512,
-        "tokens of a row at most; the oldest items of a history go first (the original cuts the beginning of the "
-        "prompt).",
-        lambda value: "must be 32 or more to hold a prompt" if value < 32 else None,
-    )
-    group_by_length: bool = flag(
-        False, "put rows of similar length into the same optimizer step; those of a step always go by length."
-    )
-    pack_rows: int = flag(
-        -1,
-        "compute the common beginnings of the rows of an optimizer step once (token trees), and put up to this many "
-        "rows that share much, such as a user's, into the same step. -1: a 32nd of batch_size. 1: steps stay random. 0 "
-        "computes every row by itself, as is done for models whose attention takes no tree mask, and only then "
-        "group_by_length has an effect.",
-        lambda value: "must be 0 or more, or -1 for a 32nd of --batch_size" if value < -1 else None,
-    )
-    freeze_LLM: bool = flag(
-        False,
-        "train only the SID rows of the embedding matrices (the original leaves an output head of its own frozen).",
-    )
-    train_from_scratch: bool = flag(False, "random weights from base_model's configuration.")
-    sid_init: str = flag(
-        "text",
-        "what the rows of new SID tokens start with: text (the mean of the title tokens of their items), mean (of all "
-        "tokens of the base), or random, as in the original.",
-        one_of("text", "mean", "random"),
-    )
-    eval_step: float = flag(
-        0.05, "how often to evaluate and save, as a fraction of the training.", fraction_of_training
-    )
-
-    @property
-    def method(self) -> str:
-        """full, freeze_LLM, lora or qlora."""
-        return "freeze_LLM" if self.freeze_LLM else super().method
-
-    @property
-    def micro_rows(self) -> int:
-        """`micro_batch_size` as a number; of auto, the largest up to 4 that divides the rows of a process."""
-        if self.micro_batch_size != "auto":
-            return self.micro_batch_size
-        return max(rows for rows in (1, 2, 3, 4) if self.batch_size % (rows * world.size()) == 0 or rows == 1)
-
-    @property
-    def rows_together(self) -> int:
-        """`pack_rows` as a number of rows."""
-        return max(self.batch_size // 32, 1) if self.pack_rows == -1 else self.pack_rows
-
-    def check(self, problems: Problems) -> None:
-        super().check(problems)
-        if self.adapted and (self.freeze_LLM or self.train_from_scratch):
-            problems.add(
-                "--freeze_LLM and --train_from_scratch train without an adapter; drop --use_lora / --use_qlora"
-            )
-        if self.freeze_LLM and self.train_from_scratch:
-            problems.add(
-                "--freeze_LLM and --train_from_scratch exclude each other: a frozen random model learns nothing"
-            )
-        if not self.category.strip():
-            problems.add("--category is missing; say what the items are, such as Industrial_and_Scientific")
-        check_batch(problems, self.batch_size, self.micro_rows)
-        check_cache(problems)
 
 
 @dataclass(frozen=True)
@@ -197,7 +90,7 @@ def train(flags: SFTFlags) -> "dict | Prediction":
     The checkpoint with the lowest validation loss on the task sid_history_to_sid is kept.
     """
     # Check the flags and every row of the files, before anything heavy is imported.
-    files = read_input(flags)
+    inputs = read_input(flags)
     flags.hold_output_dir()
 
     with importing():
@@ -225,36 +118,36 @@ def train(flags: SFTFlags) -> "dict | Prediction":
     config = loading.load_config(flags.base_model)
     reach = [lora_utils.check_adapter(config, flags)] if flags.adapted else []
     tokenizer = loading.load_tokenizer(flags.base_model)
-    sid_tokens = files.catalogue.sid_tokens
+    sid_tokens = inputs.catalogue.sid_tokens
     new_tokens = [token for token in sid_tokens if tokenizer.backend_tokenizer.token_to_id(token) is None]
     add_sid_tokens(tokenizer, sid_tokens)
-    encoder = Encoder(tokenizer, files.prompts, flags.cutoff_len)
+    encoder = Encoder(tokenizer, inputs.prompts, flags.cutoff_len)
     remedy = f"rename the SID tokens in --sid_index_path {flags.sid_index_path}, or take another base"
-    check_sids(encoder, files.catalogue, f"--base_model {flags.base_model}", remedy)
+    check_sids(encoder, inputs.catalogue, f"--base_model {flags.base_model}", remedy)
     sources = [flags.train_file, flags.sid_index_path, flags.item_meta_path]
 
     def training_examples() -> Dataset:
-        return tokenized_dataset(encoder, files.train_rows, sources, sample=flags.sample, seed=flags.seed)
+        return tokenized_dataset(encoder, inputs.train_rows, sources, sample=flags.sample, seed=flags.seed)
 
     ids = sorted(tokenizer.convert_tokens_to_ids(sid_tokens))
-    inputs = report.Inputs(config, tokenizer, ids, encoder, files.train_rows, lora_utils.adapt)
+    predictor = report.Inputs(config, tokenizer, ids, encoder, inputs.train_rows, lora_utils.adapt)
     if flags.dry_run:
-        for line in [*files.notes, *reach]:
+        for line in [*inputs.notes, *reach]:
             print(line)
-        return report.sft(flags, inputs, training_examples)
+        return report.sft(flags, predictor, training_examples)
 
     # Find the checkpoint to resume from.
     set_seed(flags.seed)
     state = device.process_state(flags.ddp_timeout)
     memory = device.free_memory_gb()
     fingerprint = loading.fingerprint(flags.base_model)
-    run = run_record("sft", flags.method, flags.to_dict(), files.prompts, fingerprint)
+    run = run_record("sft", flags.method, flags.to_dict(), inputs.prompts, fingerprint)
     nodes.check_same(flags.to_dict(), base=fingerprint)
     nodes.check_output_shared(flags.output_dir)
     resume = resume_point(flags, run, state.print)
 
     # Load the base and add what trains. What cannot be decoded is not worth training.
-    for line in files.notes:
+    for line in inputs.notes:
         state.print(line)
     model = loading.load_base(
         flags.base_model,
@@ -264,7 +157,7 @@ def train(flags: SFTFlags) -> "dict | Prediction":
     )
     sid_token_ids = loading.add_sid_tokens(model, tokenizer, sid_tokens)
     if not flags.train_from_scratch:
-        start_sid_rows(model, tokenizer, new_tokens, files.catalogue, flags.sid_init)
+        start_sid_rows(model, tokenizer, new_tokens, inputs.catalogue, flags.sid_init)
     support = probe(model, name=f"--base_model {flags.base_model}")
     if support.why:
         state.print(f"decoding: {support}")
@@ -275,16 +168,16 @@ def train(flags: SFTFlags) -> "dict | Prediction":
         state.print(line)
 
     # Tokenize the rows, or find them in the cache.
-    eval_encoder = Encoder(tokenizer, files.eval_prompts, flags.cutoff_len)
+    eval_encoder = Encoder(tokenizer, inputs.eval_prompts, flags.cutoff_len)
     with state.local_main_process_first():
         train_dataset = training_examples()
-        eval_dataset = tokenized_dataset(eval_encoder, files.eval_rows, [flags.eval_file])
+        eval_dataset = tokenized_dataset(eval_encoder, inputs.eval_rows, [flags.eval_file])
     for note in filter(None, dict.fromkeys([encoder.control_note, eval_encoder.control_note])):
         state.print(note)
     state.print(f"training examples: {len(train_dataset):,}; validation examples: {len(eval_dataset):,}")
 
     # Size the micro-batches where that is left to us, and plan them: as token trees, where the model takes them.
-    flags, trees = planned(flags, inputs, model, train_dataset, eval_dataset, memory, state)
+    flags, trees = planned(flags, predictor, model, train_dataset, eval_dataset, memory, state)
     if trees and flags.group_by_length:
         state.print("--group_by_length changes nothing for token trees; with --pack_rows 0 it sorts steps by length")
     accumulation = trees.accumulation if trees else flags.batch_size // (flags.micro_rows * state.num_processes)
@@ -323,7 +216,7 @@ def train(flags: SFTFlags) -> "dict | Prediction":
 
 def planned(
     flags: SFTFlags,
-    inputs: "Inputs",
+    predictor: "Inputs",
     model: "PreTrainedModel",
     train_dataset: "Dataset",
     eval_dataset: "Dataset",
@@ -344,7 +237,7 @@ def planned(
     sized = flags.micro_batch_size == "auto" and device.starts_kernels(state.device) and not engine()
     if flags.micro_batch_size == "auto":
         if sized:
-            rows = report.largest_micro_batch(flags, inputs, train_dataset, memory)
+            rows = report.largest_micro_batch(flags, predictor, train_dataset, memory)
             flags = replace(flags, micro_batch_size=broadcast_object_list([rows])[0])
         state.print(f"--micro_batch_size auto: {flags.micro_rows} rows")
     while True:
@@ -352,7 +245,7 @@ def planned(
         trees = plan_trees(model, train_dataset, eval_dataset, flags.rows_together, *sizes, flags.seed, state)
         # The Trainer turns checkpointing on, so a trial before it would need more.
         checked = not sized or flags.micro_rows == 1 or state.num_processes > 1 or flags.gradient_checkpointing
-        if checked or fits(model, train_dataset, trees, flags.micro_rows, inputs.tokenizer.pad_token_id):
+        if checked or fits(model, train_dataset, trees, flags.micro_rows, predictor.tokenizer.pad_token_id):
             return flags, trees
         flags = replace(flags, micro_batch_size=next_smaller(flags.micro_rows, flags.batch_size))
         state.print(f"out of memory in a trial: {flags.micro_rows} rows in a micro-batch")

@@ -1,21 +1,30 @@
 """Generative recommendation with semantic IDs: data, prompts, constrained decoding, training, metrics."""
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-__version__ = "0.1.0"
-__all__ = ["InputError", "Ranker", "RunError", "__version__"]
+__version__ = "0.2.0"
+__all__ = ["InputError", "RLFlags", "Ranker", "RunError", "SFTFlags", "__version__"]
 
 if TYPE_CHECKING:
     from minionerec.errors import InputError, RunError
+    from minionerec.flags.rl import RLFlags
+    from minionerec.flags.sft import SFTFlags
     from minionerec.ranking import Ranker
 
-_HOME = {"Ranker": "minionerec.ranking", "InputError": "minionerec.errors", "RunError": "minionerec.errors"}
+_HOME = {
+    "InputError": "minionerec.errors",
+    "RLFlags": "minionerec.flags.rl",
+    "Ranker": "minionerec.ranking",
+    "RunError": "minionerec.errors",
+    "SFTFlags": "minionerec.flags.sft",
+}
 
+if not TYPE_CHECKING:  # a type checker would take any name for one of these
 
-def __getattr__(name: str) -> Any:
-    """Imports what is asked for: the command lines check their input before torch is imported."""
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from importlib import import_module
+    def __getattr__(name: str) -> object:
+        """Imports what is asked for: the command lines check their input before torch is imported."""
+        if name not in _HOME:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        from importlib import import_module
 
-    return getattr(import_module(_HOME[name]), name)
+        return getattr(import_module(_HOME[name]), name)

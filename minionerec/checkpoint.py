@@ -16,6 +16,17 @@ from minionerec.validation import ADAPTER, FLAGS, RUN, TRAINER_STATE, check_valu
 RUN_FILE = "minionerec.json"  # the resolved configuration of the run that wrote the checkpoint
 ADAPTER_FILE = "adapter_config.json"
 NAME_BASE = "name it with --base_model"
+# What runs of 0.1 did, by the flags that it lacked. A new flag that its runs can resume with belongs here too.
+LACKED_IN_0_1: dict[str, dict[str, object]] = {
+    "sft": {"optim": "adamw_torch_fused", "pack_rows": 0, "sid_init": "random", "sid_learning_rate": 0.0},
+    "rl": {
+        "optim": "adamw_torch_fused",
+        "best_by": "ndcg",
+        "reward_weights": "",
+        "sft_weight": 0.0,
+        "average_weights": False,
+    },
+}
 
 
 def is_adapter(path: str) -> bool:
@@ -44,8 +55,9 @@ class Checkpoint:
     Attributes:
         path: the folder or name.
         adapter: the configuration of a PEFT adapter; None for a whole model.
-        run: the resolved configuration of the run that wrote it (command, method, engine, processes, flags, prompts,
-            fingerprint of the base, seconds of training); empty where there is none.
+        run: the resolved configuration of the run that wrote it (command, method, release, engine, processes, flags,
+            prompts, fingerprint of the base, seconds of training), as this release records it; empty where there is
+            none.
     """
 
     path: str
@@ -65,6 +77,11 @@ class Checkpoint:
     def flags(self) -> dict:
         """The flags of the run that wrote it, as far as they are recorded."""
         return self.run.get("flags", {})
+
+    @property
+    def release(self) -> tuple[int, int]:
+        """The release that wrote it, as (0, 2) for 0.2.1: later ones of the same pair read the same files."""
+        return release_of(self.run.get("version", "0.1.0"))
 
     @property
     def cutoff_len(self) -> int:
@@ -210,7 +227,24 @@ def _read_run(path: str) -> dict:
     remedy = "correct it there, or remove the file and give the flags"
     run = check_values(file, read_json(file), RUN, remedy)
     check_values(f"{file}, flags", run.get("flags", {}), FLAGS, remedy)
-    return run
+    return _migrated(file, run)
+
+
+def _migrated(file: str, run: dict) -> dict:
+    """The record of an older release as this one would have written it. Raises InputError for one of a newer release,
+    which may mean something else by what it says."""
+    release = release_of(run.get("version", "0.1.0"))
+    if release > release_of(__version__):
+        written = f"was written by release {run['version']} of minionerec-lora"
+        raise InputError(f"{file}: {written}, and this is {__version__}; update it")
+    lacked = LACKED_IN_0_1.get(run.get("command", ""), {}) if release < (0, 2) else {}
+    return {**run, "flags": {**lacked, **run.get("flags", {})}} if lacked else run
+
+
+def release_of(version: str) -> tuple[int, int]:
+    """Major and minor number: (0, 2) of 0.2.0."""
+    major, minor = version.split(".")[:2]
+    return int(major), int(minor)
 
 
 def read_json(path: str) -> dict:

@@ -18,7 +18,6 @@ import traceback
 import typing
 import warnings
 from collections.abc import Callable
-from typing import Any
 
 from minionerec import world
 from minionerec.errors import InputError, RunError
@@ -46,7 +45,7 @@ SAVES_MEMORY = {
 THREADS_SLEEP = {"OMP_WAIT_POLICY": "PASSIVE"}
 
 
-def parse_value(text: str, annotation: Any) -> object:
+def parse_value(text: str, annotation: object) -> object:
     """The value of a flag from its text. Raises ValueError, naming what is expected, where the text does not fit.
 
     `annotation` is bool, int, float or str, or one of them `| None` (then the text None gives None) or `| Literal[...]`

@@ -1,8 +1,13 @@
 """Plots the curves of a training run or of several, and bar charts of metrics."""
 
-from typing import Any
+from collections.abc import Mapping, Sequence
+from types import ModuleType
+from typing import TYPE_CHECKING
 
 from minionerec.output import whole_file
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 # The label of each panel, and its curves: key of the log history -> name in the legend.
 Panels = dict[str, dict[str, str]]
@@ -22,7 +27,7 @@ RL_PANELS: Panels = {
 }
 
 
-def _pyplot() -> Any:
+def _pyplot() -> ModuleType:
     """matplotlib's pyplot, without a window. Imported only when a run plots, at its end: the import is slow."""
     import matplotlib
 
@@ -32,14 +37,14 @@ def _pyplot() -> Any:
     return matplotlib.pyplot
 
 
-def _save(figure: Any, path: str) -> None:
+def _save(figure: "Figure", path: str) -> None:
     """Writes a figure to a PNG file and frees its memory."""
     with whole_file(path) as partial:
         figure.savefig(partial, dpi=120, format="png")
     _pyplot().close(figure)
 
 
-def plot_curves(history: list[dict[str, Any]], path: str, panels: Panels) -> None:
+def plot_curves(history: Sequence[Mapping[str, float]], path: str, panels: Panels) -> None:
     """Plots values of a Trainer's log history over optimizer steps, with the panels side by side, to a PNG file.
 
     The entries of `history` have `step` and any of the keys of `panels`; a panel without values stays empty.

@@ -11,10 +11,11 @@ Dimensions: `N` items of the catalogue, `S` distinct SIDs, the rows of the trie.
 import os
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Any
 
 import numpy as np
+from peft import PeftModel
 from tqdm import tqdm
+from transformers import PreTrainedModel
 
 from minionerec.checkpoint import NAME_BASE, Checkpoint
 from minionerec.data.encoding import Encoder
@@ -44,7 +45,7 @@ class Ranker:
         batch_size: rows of a forward pass.
     """
 
-    model: Any
+    model: PreTrainedModel | PeftModel
 
     def __init__(
         self,
@@ -113,7 +114,7 @@ class Ranker:
         """Loads the weights, their base stored as in training. `fast` and errors as in `load_checkpoint`."""
         return self.use(load_checkpoint(self.checkpoint, self.tokenizer, base, fast))
 
-    def use(self, model: Any) -> "Ranker":
+    def use(self, model: PreTrainedModel | PeftModel) -> "Ranker":
         """Ranks with a model that is loaded already."""
         self.model = model.eval()
         self.trie.to(model.device)

@@ -10,7 +10,6 @@ Dimensions: `B` rows, `L` items of a history, `S` items, `H` hidden.
 import json
 import os
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -37,7 +36,7 @@ class SASRec(nn.Module):
     ):
         super().__init__()
         self.length = length
-        self.settings: dict[str, Any] = {
+        self.settings: dict[str, int | float] = {
             "hidden_size": hidden_size,
             "layers": layers,
             "heads": heads,

@@ -4,6 +4,7 @@ Each table has the values that later commands read, by name: a check, and what t
 """
 
 import math
+import re
 
 from minionerec.data.files import shorten
 from minionerec.errors import InputError
@@ -19,6 +20,10 @@ def _is_number(value: object) -> bool:
 
 def _is(*kinds: type):
     return lambda value: isinstance(value, kinds)
+
+
+def _is_release(value: object) -> bool:
+    return isinstance(value, str) and re.match(r"\d{1,9}\.\d{1,9}(\.|$)", value) is not None
 
 
 def _is_log(value: object) -> bool:
@@ -38,6 +43,7 @@ STEPS = (_is_whole(0), "a whole number from 0")
 RUN = {
     "command": TEXT,
     "method": TEXT,
+    "version": (_is_release, "a release such as 0.2.0"),
     "engine": TEXT,
     "processes": (_is_whole(1), "a whole number from 1"),
     "base_fingerprint": TEXT_OR_NULL,

@@ -60,8 +60,13 @@ def curves(runs: str = "", figure: str = "") -> None:
 def _losses(folder: str) -> dict[float, float]:
     """Epoch -> validation loss of a run. Raises InputError if there is none."""
     path = os.path.join(folder, "metrics.json")
-    history = read_json(path).get("history", [])
-    losses = {entry["epoch"]: entry["eval_loss"] for entry in history if "eval_loss" in entry}
+    metrics: object = read_json(path)
+    history = metrics.get("history") if isinstance(metrics, dict) else None
+    losses = {
+        entry["epoch"]: entry["eval_loss"]
+        for entry in (history if isinstance(history, list) else [])
+        if isinstance(entry, dict) and all(isinstance(entry.get(name), int | float) for name in ("epoch", "eval_loss"))
+    }
     if not losses:
         raise InputError(f"--runs: {path} holds no validation loss; it must be that of an SFT run")
     return losses

@@ -75,6 +75,7 @@ def make_base(
     if wrong := seed_range(seed):
         problems.add(f"--seed {seed}: {wrong}")
     problems.check()
+    assert texts  # nothing was wrong
     locks.hold("output_dir", output_dir, locks.lock_of_folder)
 
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers

@@ -4,7 +4,8 @@
 # the comments at their heads.
 set -euo pipefail
 if [[ " $* " == *" --help "* || " $* " == *" -h "* ]]; then
-    for ((i = ${#BASH_SOURCE[@]} - 1; i > 0; i--)); do sed -n '2,/^[^#]/ s/^# \{0,1\}//p' "${BASH_SOURCE[i]}"; done
+    first=$((${#BASH_SOURCE[@]} > 1)) # sourced, it says nothing of itself
+    for ((i = ${#BASH_SOURCE[@]} - 1; i >= first; i--)); do sed -n '2,/^[^#]/ s/^# \{0,1\}//p' "${BASH_SOURCE[i]}"; done
     exit 0
 fi
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

@@ -33,29 +33,24 @@ fail() {
     echo "$(basename "$0"): error: $1" >&2
     exit 2
 }
-use_method() { # sets the flags of METHOD and PRESET, default learning rates, and those that compare.sh tries
-    MICRO_BATCH=8 RL_RATE=1e-5 DEFAULT_SFT_RATES="3e-4 1e-3 3e-3" DEFAULT_RL_RATES="1e-5 1e-4"
-    case "$METHOD" in
-    full)
-        METHOD_FLAGS=() RL_RATE=1e-6
-        DEFAULT_SFT_RATES="1e-4 3e-4 1e-3" DEFAULT_RL_RATES="1e-6 1e-5"
-        ;;
-    lora) METHOD_FLAGS=(--use_lora True) ;;
-    qlora) METHOD_FLAGS=(--use_qlora True) MICRO_BATCH=16 ;;
-    *) fail "METHOD=$METHOD: must be full, lora or qlora" ;;
-    esac
-    case "$PRESET" in
-    # A larger adapter wants a smaller rate, about as 1 / sqrt(r): benchmarks/RESULTS.md.
-    quick) SFT_RATE=2e-3 PRESET_FLAGS=(--lora_r 8 --lora_alpha 16 --lora_dropout 0.05 --lora_target_modules qkv) ;;
-    balanced) SFT_RATE=1.5e-3 PRESET_FLAGS=(--lora_r 16 --lora_alpha 32 --lora_dropout 0.05 --lora_target_modules all) ;;
-    best) SFT_RATE=1e-3 PRESET_FLAGS=(--lora_r 32 --lora_alpha 64 --lora_dropout 0.1 --lora_target_modules all) ;;
-    low_memory) SFT_RATE=2e-3 PRESET_FLAGS=(--lora_r 8 --lora_alpha 16 --lora_dropout 0.05 --lora_target_modules qkv) ;;
-    *) fail "PRESET=$PRESET: must be quick, balanced, best or low_memory" ;;
-    esac
-    [ "$METHOD" != full ] || SFT_RATE=3e-4 PRESET_FLAGS=() # full fine-tuning has no adapter to configure
-    [ "$PRESET" != low_memory ] || PRESET_FLAGS+=(--gradient_checkpointing True)
-}
-use_method
+# The flags of METHOD and PRESET, and the default learning rates.
+MICRO_BATCH=8 RL_RATE=1e-5
+case "$METHOD" in
+full) METHOD_FLAGS=() RL_RATE=1e-6 ;;
+lora) METHOD_FLAGS=(--use_lora True) ;;
+qlora) METHOD_FLAGS=(--use_qlora True) MICRO_BATCH=16 ;;
+*) fail "METHOD=$METHOD: must be full, lora or qlora" ;;
+esac
+case "$PRESET" in
+# A larger adapter wants a smaller rate, about as 1 / sqrt(r): benchmarks/RESULTS.md.
+quick) SFT_RATE=2e-3 PRESET_FLAGS=(--lora_r 8 --lora_alpha 16 --lora_dropout 0.05 --lora_target_modules qkv) ;;
+balanced) SFT_RATE=1.5e-3 PRESET_FLAGS=(--lora_r 16 --lora_alpha 32 --lora_dropout 0.05 --lora_target_modules all) ;;
+best) SFT_RATE=1e-3 PRESET_FLAGS=(--lora_r 32 --lora_alpha 64 --lora_dropout 0.1 --lora_target_modules all) ;;
+low_memory) SFT_RATE=2e-3 PRESET_FLAGS=(--lora_r 8 --lora_alpha 16 --lora_dropout 0.05 --lora_target_modules qkv) ;;
+*) fail "PRESET=$PRESET: must be quick, balanced, best or low_memory" ;;
+esac
+[ "$METHOD" != full ] || SFT_RATE=3e-4 PRESET_FLAGS=() # full fine-tuning has no adapter to configure
+[ "$PRESET" != low_memory ] || PRESET_FLAGS+=(--gradient_checkpointing True)
 [[ "$NPROC" =~ ^[1-9][0-9]*$ ]] || fail "NPROC=$NPROC: must be a number from 1"
 [ -z "${CONFIG:-}" ] || [ -f "$CONFIG" ] || fail "CONFIG=$CONFIG: no such file; choose one of $(echo configs/*.yaml)"
 [[ "$OUT" != *,* ]] || fail "OUT=$OUT: must not contain a comma"

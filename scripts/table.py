@@ -4,24 +4,42 @@ python scripts/table.py --train_file train.csv --test_data_path test.csv --runs 
 python scripts/table.py ... --runs "full=out/full,LoRA=out/lora_42,LoRA=out/lora_43" --intervals True
 """
 
-import json
 import os
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, TypedDict
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from minionerec import cli
+from minionerec.checkpoint import read_json
 from minionerec.data.files import count_rows, read_interactions
 from minionerec.errors import InputError, Problems
 from minionerec.flags import check_new_file
-from minionerec.metrics import popularity, rank_of, ranking_metrics
+from minionerec.metrics import popularity, rank_of
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from minionerec.statistics import Bootstrap, Estimate
+
+    Seeds = list[dict[str, np.ndarray]]  # the metrics of every test row, for each seed of a run
 
 RANKING = ("HR@1", "HR@5", "HR@10", "NDCG@5", "NDCG@10", "MRR")
 RELATIVE = ("HR@10", "NDCG@10", "MRR")
-COSTS = ("trainable", "time (s)", "peak memory (GB)", "checkpoint (MB)")
-RESAMPLES = 1000
-RESULT = "result.json"
+# The costs in metrics.json, and their columns.
+COSTS = {
+    "trainable_parameters": "trainable",
+    "seconds": "time (s)",
+    "peak_memory_gb": "peak memory (GB)",
+    "checkpoint_mb": "checkpoint (MB)",
+}
+
+
+class Ranked(TypedDict):
+    """A row of result.json: the target and the ranking."""
+
+    output: str
+    predict: list[str]
 
 
 def table(
@@ -49,100 +67,36 @@ def table(
     problems.attempt(count_rows, train_file, "train_file", titles=False)
     rows = problems.attempt(count_rows, test_data_path, "test_data_path", titles=False)
     folders = folders_of(problems, runs)
+    all_folders = [folder for seeds in folders.values() for folder in seeds]
+    costs = {folder: problems.attempt(read_costs, folder) or {} for folder in all_folders}
+    results = {folder: problems.attempt(read_rankings, folder) or [] for folder in all_folders}
+    for folder, ranked in results.items():
+        if ranked and rows and len(ranked) != rows:
+            problems.add(f"--runs: {folder} ranks {len(ranked)} rows, {test_data_path} has {rows}")
     if figure:
         check_new_file(problems, "figure", figure, "the plot")
     references = [word for word in against.split(",") if word]
     for word in references:
         if not any(name.split(" ")[0] == word for name in folders):
             problems.add(f"--against {word!r}: no name of a run starts with it; the names are {', '.join(folders)}")
-    for folder in (folder for seeds in folders.values() for folder in seeds):
-        for name in ("metrics.json", RESULT):
-            if not os.path.isfile(os.path.join(folder, name)):
-                problems.add(f"--runs: {os.path.join(folder, name)}: no such file; train and evaluate the run first")
     problems.check()
+    assert rows  # nothing was wrong
 
-    import numpy as np
+    from minionerec.statistics import Bootstrap
 
-    def values_of(ranks: list[int | None], length: int) -> dict[str, np.ndarray]:
-        """The metrics of every row, [rows] each; their means are those of the run."""
-        row_metrics = [ranking_metrics([rank], length) for rank in ranks]
-        return {name: np.array([row[name] for row in row_metrics]) for name in row_metrics[0]}
-
-    results = {folder: _read(os.path.join(folder, RESULT)) for seeds in folders.values() for folder in seeds}
-    for folder, result in results.items():
-        if len(result) != rows:
-            raise InputError(f"--runs: {folder} ranks {len(result)} rows, {test_data_path} has {rows}")
-    # MRR grows with the length of a ranking, so all are cut to the shortest.
-    length = min(len(result[0]["predict"]) for result in results.values())
-
-    def values_in(folder: str) -> dict[str, np.ndarray]:
-        return values_of([rank_of(row["output"], row["predict"][:length]) for row in results[folder]], length)
-
-    top = popularity((row.sid for row in read_interactions(train_file, "train_file", titles=False)), length)
-    popular = [rank_of(row.sid, top) for row in read_interactions(test_data_path, "test_data_path", titles=False)]
-    seeds_of = {"popularity": [values_of(popular, length)]}
-    seeds_of |= {name: [values_in(folder) for folder in seeds] for name, seeds in folders.items()}
-    order = list(seeds_of)
-    # The same resampled rows for every run, so that ratios compare equal rows.
-    drawn = np.random.default_rng(0).integers(0, rows, (RESAMPLES, rows))
-
-    def row_means(name: str, metric: str) -> np.ndarray:
-        """[rows], the means over seeds."""
-        return np.mean([seed[metric] for seed in seeds_of[name]], axis=0)
-
-    def seed_means(name: str, metric: str) -> np.ndarray:
-        """[seeds], the means over rows."""
-        return np.array([seed[metric].mean() for seed in seeds_of[name]])
-
-    def interval(samples: np.ndarray) -> tuple[float, float]:
-        low, high = np.percentile(samples, (2.5, 97.5))
-        return low, high
-
-    def deviation(values: np.ndarray, digits: int = 4) -> str:
-        return f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else ""
-
-    def cell(name: str, metric: str) -> str:
-        if metric not in seeds_of[name][0]:
-            return ""
-        values = row_means(name, metric)
-        text = f"{values.mean():.4f}"
-        if intervals:
-            low, high = interval(values[drawn].mean(axis=1))
-            text += f" [{low:.4f}, {high:.4f}]{deviation(seed_means(name, metric))}"
-        return text
-
-    def ratio(name: str, method: str, metric: str) -> str:
-        """The ratio to the same stage of a method in a row above; empty if there is none, or rankings are too short."""
-        other = " ".join([method, *name.split(" ")[1:]])
-        if other not in order[: order.index(name)] or metric not in seeds_of[name][0]:
-            return ""
-        ours, theirs = row_means(name, metric), row_means(other, metric)
-        text = f"{ours.mean() / theirs.mean():.3f}"
-        if intervals:
-            low, high = interval(ours[drawn].mean(axis=1) / theirs[drawn].mean(axis=1))
-            text += f" [{low:.3f}, {high:.3f}]"
-            if len(seeds_of[name]) == len(seeds_of[other]):
-                text += deviation(seed_means(name, metric) / seed_means(other, metric), digits=3)
-        return text
-
+    found = metrics_of(folders, results, train_file, test_data_path)
+    bootstrap = Bootstrap(rows)
     compared = [(method, metric) for method in references for metric in RELATIVE]
-    header = [*RANKING, *(f"{metric} / {method}" for method, metric in compared), *COSTS]
+    header = [*RANKING, *(f"{metric} / {method}" for method, metric in compared), *COSTS.values()]
     print("| | " + " | ".join(header) + " |")
     print("|---" * (1 + len(header)) + "|")
-    for name in seeds_of:
-        cells = [cell(name, metric) for metric in RANKING]
-        cells += [ratio(name, method, metric) for method, metric in compared]
-        print(f"| {name} | " + " | ".join(cells + _costs(folders.get(name, []))) + " |")
+    for name in found:
+        cells = [_mean_cell(bootstrap, found[name], metric, intervals) for metric in RANKING]
+        cells += [_ratio_cell(bootstrap, found, name, method, metric, intervals) for method, metric in compared]
+        cells += _cost_cells([costs[folder] for folder in folders.get(name, [])])
+        print(f"| {name} | " + " | ".join(cells) + " |")
     if figure:
-        from minionerec.plots import plot_bars
-
-        os.makedirs(os.path.dirname(figure) or ".", exist_ok=True)
-        panels: dict[str, dict[str, tuple[float, float, float]]] = {"HR@10": {}, "NDCG@10": {}, "MRR": {}}
-        for metric, bars in panels.items():
-            for name in (name for name in seeds_of if metric in seeds_of[name][0]):
-                values = row_means(name, metric)
-                bars[name] = (values.mean(), *interval(values[drawn].mean(axis=1)))
-        plot_bars(panels, figure)
+        _plot(found, bootstrap, figure)
 
 
 def folders_of(problems: Problems, runs: str) -> dict[str, list[str]]:
@@ -159,22 +113,97 @@ def folders_of(problems: Problems, runs: str) -> dict[str, list[str]]:
     return folders
 
 
-def _read(path: str) -> Any:
-    with open(path, encoding="utf-8") as file:
-        return json.load(file)
+def read_rankings(folder: str) -> list[Ranked]:
+    """The rankings of an evaluated run. Raises InputError where there are none."""
+    path = os.path.join(folder, "result.json")
+    rows: object = read_json(path) if os.path.isfile(path) else None
+    if not isinstance(rows, list) or not rows or not all(map(_is_ranked, rows)):
+        raise InputError(f"--runs: {path}: holds no rankings of evaluate.py; evaluate the run first")
+    return rows
 
 
-def _costs(folders: list[str]) -> list[str]:
-    """The cells of COSTS, with the mean time and the highest peak over the seeds; empty cells for no folders."""
-    if not folders:
+def _is_ranked(row: object) -> bool:
+    return isinstance(row, dict) and isinstance(row.get("output"), str) and isinstance(row.get("predict"), list)
+
+
+def read_costs(folder: str) -> dict[str, float]:
+    """What a run cost, by the names of COSTS. Raises InputError where that is not known."""
+    path = os.path.join(folder, "metrics.json")
+    metrics: object = read_json(path) if os.path.isfile(path) else None
+    known = metrics if isinstance(metrics, dict) else {}
+    costs = {name: known[name] for name in COSTS if isinstance(known.get(name), int | float)}
+    if len(costs) < len(COSTS):
+        raise InputError(f"--runs: {path}: does not say what the training cost; train the run first")
+    return costs
+
+
+def metrics_of(
+    folders: dict[str, list[str]], results: dict[str, list[Ranked]], train_file: str, test_data_path: str
+) -> "dict[str, Seeds]":
+    """The metrics of popularity and of every run, by name. MRR grows with the length of a ranking, so all are cut to
+    the shortest."""
+    from minionerec.statistics import row_metrics
+
+    length = min(len(ranked[0]["predict"]) for ranked in results.values())
+    top = popularity((row.sid for row in read_interactions(train_file, "train_file", titles=False)), length)
+    popular = [rank_of(row.sid, top) for row in read_interactions(test_data_path, "test_data_path", titles=False)]
+    ranks = {
+        folder: [rank_of(row["output"], row["predict"][:length]) for row in ranked]
+        for folder, ranked in results.items()
+    }
+    found = {"popularity": [row_metrics(popular, length)]}
+    return found | {name: [row_metrics(ranks[folder], length) for folder in seeds] for name, seeds in folders.items()}
+
+
+def _mean_cell(bootstrap: "Bootstrap", seeds: "Seeds", metric: str, intervals: bool) -> str:
+    if metric not in seeds[0]:  # rankings are too short for it
+        return ""
+    return _cell(bootstrap.mean([seed[metric] for seed in seeds]), 4, intervals)
+
+
+def _ratio_cell(
+    bootstrap: "Bootstrap", found: "dict[str, Seeds]", name: str, method: str, metric: str, intervals: bool
+) -> str:
+    """The ratio to the same stage of a method, such as that of "full SFT" for "lora SFT"; empty if it is in no row
+    above, or rankings are too short."""
+    order, other = list(found), " ".join([method, *name.split(" ")[1:]])
+    if other not in order[: order.index(name)] or metric not in found[name][0]:
+        return ""
+    ours, theirs = ([seed[metric] for seed in found[run]] for run in (name, other))
+    return _cell(bootstrap.ratio(ours, theirs), 3, intervals)
+
+
+def _cell(estimate: "Estimate", digits: int, intervals: bool) -> str:
+    text = f"{estimate.value:.{digits}f}"
+    if intervals:
+        text += f" [{estimate.low:.{digits}f}, {estimate.high:.{digits}f}]"
+        text += "" if estimate.deviation is None else f" ± {estimate.deviation:.{digits}f}"
+    return text
+
+
+def _cost_cells(seeds: list[dict[str, float]]) -> list[str]:
+    """The cells of COSTS, with the mean time and the highest peak over the seeds; empty cells for none."""
+    if not seeds:
         return [""] * len(COSTS)
-    costs = [_read(os.path.join(folder, "metrics.json")) for folder in folders]
     return [
-        f"{costs[0]['trainable_parameters']:,}",
-        f"{sum(cost['seconds'] for cost in costs) / len(costs):.0f}",
-        f"{max(cost['peak_memory_gb'] for cost in costs):.2f}",
-        f"{costs[0]['checkpoint_mb']:.1f}",
+        f"{seeds[0]['trainable_parameters']:,}",
+        f"{sum(cost['seconds'] for cost in seeds) / len(seeds):.0f}",
+        f"{max(cost['peak_memory_gb'] for cost in seeds):.2f}",
+        f"{seeds[0]['checkpoint_mb']:.1f}",
     ]
+
+
+def _plot(found: "dict[str, Seeds]", bootstrap: "Bootstrap", figure: str) -> None:
+    """Plots the metrics of RELATIVE as bars with their intervals."""
+    from minionerec.plots import plot_bars
+
+    panels: dict[str, dict[str, tuple[float, float, float]]] = {metric: {} for metric in RELATIVE}
+    for metric, bars in panels.items():
+        for name in (name for name in found if metric in found[name][0]):
+            estimate = bootstrap.mean([seed[metric] for seed in found[name]])
+            bars[name] = estimate.value, estimate.low, estimate.high
+    os.makedirs(os.path.dirname(figure) or ".", exist_ok=True)
+    plot_bars(panels, figure)
 
 
 if __name__ == "__main__":

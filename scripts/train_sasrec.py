@@ -66,6 +66,7 @@ def train_sasrec(
     if wrong := seed_range(seed):
         problems.add(f"--seed {seed}: {wrong}")
     problems.check()
+    assert sids  # nothing was wrong
     locks.hold("output_dir", output_dir, locks.lock_of_new)
 
     import random

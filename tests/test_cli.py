@@ -145,7 +145,7 @@ def test_a_misspelt_keyword_and_a_positional_argument_are_named():
         TypeError, match=r"train\(\) got an unexpected keyword argument 'base_modle'; did you mean 'base_mo"
     ):
         sft.train(base_modle="x")
-    with pytest.raises(TypeError, match=r"train\(\) takes keyword arguments only"):
+    with pytest.raises(TypeError, match=r"train\(\) takes keyword arguments, or RLFlags alone"):
         rl.train("x")
 
 

@@ -80,8 +80,12 @@ def score_prompts(
             input_ids, attention_mask = left_padded([prompts[i] for i in batch], pad_token_id)
             mask = masks_of(list(map(allowed, batch)), trie) if allowed is not None else None
             beams, scores = constrained_beam_search(
-                *(model, input_ids.to(model.device), attention_mask.to(model.device)),
-                *(trie, num_beams, length_penalty),
+                model,
+                input_ids.to(model.device),
+                attention_mask.to(model.device),
+                trie,
+                num_beams,
+                length_penalty,
                 allowed=mask,
             )
             found = list(zip(batch, beams.tolist(), scores.tolist(), strict=True))

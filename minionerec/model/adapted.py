@@ -3,11 +3,10 @@
 from collections.abc import Callable
 from itertools import chain
 from operator import methodcaller
-from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import BitsAndBytesConfig, PreTrainedTokenizerFast
+from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from minionerec.checkpoint import Checkpoint
 from minionerec.errors import InputError
@@ -55,9 +54,9 @@ def load_adapted(
     quantization: BitsAndBytesConfig | None = None,
     trainable: bool = False,
     merge_in: torch.dtype | None = None,
-    merge: Callable[[PeftModel], Any] = methodcaller("merge_and_unload"),
+    merge: Callable[[PeftModel], PreTrainedModel] = methodcaller("merge_and_unload"),
     fingerprint: str | None = None,
-) -> Any:
+) -> PreTrainedModel | PeftModel:
     """The model of an adapter checkpoint on its base, or, with `merge_in`, what `merge` makes of it on a base of that
     precision: one whole model.
 
@@ -94,7 +93,7 @@ def load_adapted(
 
 def load_checkpoint(
     checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerFast, base_model: str, fast: bool = False
-) -> Any:
+) -> PreTrainedModel | PeftModel:
     """The model of a whole or adapter checkpoint, in evaluation mode, its base stored as in training. Errors as in
     `load_adapted`.
 

@@ -4,7 +4,6 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict
@@ -79,7 +78,9 @@ def prepare_quantized(model: nn.Module) -> None:
             module.float().register_forward_hook(partial(_cast_output, dtype))
 
 
-def _cast_output(dtype: torch.dtype, _module: nn.Module, _args: Any, output: torch.Tensor) -> torch.Tensor:
+def _cast_output(
+    dtype: torch.dtype, _module: nn.Module, _args: tuple[object, ...], output: torch.Tensor
+) -> torch.Tensor:
     return output.to(dtype)
 
 

@@ -13,7 +13,7 @@ Dimensions: `E` experts, `T` tokens, `K` experts per token, `S` = T K rows sorte
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 from unittest import mock
 
 import bitsandbytes
@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from peft.tuners.lora.layer import ParamWrapper
 from torch import nn
+from torch.autograd.function import FunctionCtx
 from transformers import PreTrainedModel
 from transformers.integrations import moe
 from transformers.integrations.bitsandbytes import Bnb4bitQuantize, Bnb8bitQuantize
@@ -54,7 +55,7 @@ class _FourBits(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
+        ctx: FunctionCtx,
         x: torch.Tensor,
         weight: torch.Tensor,
         state: bitsandbytes.functional.QuantState,
@@ -67,7 +68,7 @@ class _FourBits(torch.autograd.Function):
         return grouped(x, stored if transposed else stored.mT, offsets)
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None, None, None]:
+    def backward(ctx: FunctionCtx, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None, None, None]:
         (offsets,) = ctx.saved_tensors
         stored = bitsandbytes.functional.dequantize_4bit(ctx.weight, ctx.state)
         grad_x = grouped(gradient.contiguous(), stored.mT if ctx.transposed else stored, offsets)
@@ -137,7 +138,7 @@ class LeanExperts(_Experts):
 class LeanParameter(_Wrapper):
     """PEFT's layer around a module of experts, for one of its parameters."""
 
-    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
         if self.merged or kwargs.get("adapter_names") is not None:
             return super().forward(x, *args, **kwargs)
         experts = self.get_base_layer()
@@ -216,10 +217,10 @@ class _QuantizeExperts(Bnb4bitQuantize):
 
     def convert(
         self,
-        input_dict: dict[str, Any],
+        input_dict: dict[str, torch.Tensor | list[torch.Tensor]],
         full_layer_name: str | None = None,
         model: PreTrainedModel | None = None,
-        **kwargs: Any,
+        **kwargs: object,
     ) -> dict[str, torch.Tensor]:
         config = self.hf_quantizer.quantization_config
         result: dict[str, torch.Tensor] = {}
@@ -246,10 +247,10 @@ class _EndsOnCPU(_Conversion):
 
     def convert(
         self,
-        input_dict: dict[str, Any],
+        input_dict: dict[str, torch.Tensor | list[torch.Tensor]],
         full_layer_name: str | None = None,
         model: PreTrainedModel | None = None,
-        **kwargs: Any,
+        **kwargs: object,
     ) -> dict[str, torch.Tensor]:
         name, value = next(iter(input_dict.items()))  # weights come one by one
         assert model
@@ -278,7 +279,7 @@ class _OurQuantizer(_Quantizer):
     """Adds the layers of `architecture.not_to_quantize` to those that a quantizer skips, and handles the embedding and
     the output head itself."""
 
-    def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
+    def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: object) -> bool:
         return _is_end(model, param_name) or super().param_needs_quantization(model, param_name, **kwargs)
 
     def param_element_size(self, model: PreTrainedModel, param_name: str, param: torch.Tensor) -> float:
@@ -291,7 +292,7 @@ class _OurQuantizer(_Quantizer):
         return model
 
     @staticmethod
-    def get_modules_to_not_convert(model: PreTrainedModel, *args: Any, **kwargs: Any) -> list[str]:
+    def get_modules_to_not_convert(model: PreTrainedModel, *args: object, **kwargs: object) -> list[str]:
         found = Bnb4BitHfQuantizer.get_modules_to_not_convert(model, *args, **kwargs)
         return found + architecture.not_to_quantize(model)
 
@@ -299,7 +300,7 @@ class _OurQuantizer(_Quantizer):
 class _With4BitExperts(Bnb4BitHfQuantizer):
     """transformers' 4-bit quantizer, extended to experts."""
 
-    def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
+    def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: object) -> bool:
         module, leaf = get_module_from_name(model, param_name)
         return leaf in architecture.expert_parameters(module) or super().param_needs_quantization(model, param_name)
 

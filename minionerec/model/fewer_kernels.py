@@ -11,10 +11,10 @@ import inspect
 import sys
 from collections.abc import Callable
 from functools import cache
-from typing import Any
 
 import torch
 from torch import nn
+from torch.autograd.function import FunctionCtx
 
 from minionerec.model import device
 
@@ -40,13 +40,13 @@ def norm_backward(
 
 class _Norm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    def forward(ctx: FunctionCtx, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         result, root = norm_forward(x, weight, eps)
         ctx.save_for_backward(x, weight, root)
         return result
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None]:
+    def backward(ctx: FunctionCtx, gradient: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None]:
         x, weight, root = ctx.saved_tensors
         wanted = list(ctx.needs_input_grad[:2])
         return *norm_backward(gradient.contiguous(), x, root, weight, wanted), None
@@ -109,12 +109,12 @@ class _Rotary(torch.autograd.Function):
     """x [B, heads, T, D] rotated; `cos` is [B, 1, T, D] and `signed` the sines, whose first half has the other sign."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, cos: torch.Tensor, signed: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: FunctionCtx, x: torch.Tensor, cos: torch.Tensor, signed: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(cos, signed)
         return torch.addcmul(x * cos, torch.roll(x, x.shape[-1] // 2, -1), signed)
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+    def backward(ctx: FunctionCtx, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         return _turned_back(gradient, *ctx.saved_tensors), None, None
 
 
@@ -124,13 +124,13 @@ class _RotaryOfBoth(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, signed: torch.Tensor
+        ctx: FunctionCtx, q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, signed: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         ctx.save_for_backward(cos, signed)
         return tuple(_alone(part) for part in _rotated_together(q, k, cos, signed))
 
     @staticmethod
-    def backward(ctx: Any, of_q: torch.Tensor, of_k: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: FunctionCtx, of_q: torch.Tensor, of_k: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         cos, signed = ctx.saved_tensors
         return *(_turned_back(gradient, cos, signed) for gradient in (of_q, of_k)), None, None
 
@@ -188,7 +188,7 @@ def rotation(original: Callable) -> Callable:
     signed = _Signed()
 
     def apply_rotary_pos_emb(
-        q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *args: Any, **kwargs: Any
+        q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *args: object, **kwargs: object
     ) -> tuple[torch.Tensor, torch.Tensor]:
         fits = not args and not kwargs and cos.dim() == 3 and cos.shape[-1] == q.shape[-1] and cos.dtype == q.dtype
         if not fits or not device.starts_kernels(q.device):

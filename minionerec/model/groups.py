@@ -14,13 +14,14 @@ Dimensions: `T` tokens, `I` features in, `O` out of all layers of a group, `R` t
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import bitsandbytes
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from bitsandbytes.functional import QuantState
 from torch import nn
+from torch.autograd.function import FunctionCtx
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from minionerec.model import device
@@ -47,7 +48,8 @@ class _Together:
         self.weight: torch.Tensor | None = None  # what the weights of the layers are parts of
         self.bias: torch.Tensor | None = None
         self.in_parts = True
-        self.pending: tuple[Any, ...] | None = None  # the input, its state and the outputs that are not yet taken
+        # The input, its state, and the outputs that are not yet taken.
+        self.pending: tuple[torch.Tensor, tuple[int, bool, str | None], list[torch.Tensor | None]] | None = None
 
     def output(self, layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
         """The output [..., O of the layer] for x [..., I]. The first layer that is called computes those of all."""
@@ -160,14 +162,15 @@ class Group(_Together):
         return weight, None if self.bias is None else self.bias.to(dtype)
 
     def _join(self, bases: list[nn.Module]) -> None:
-        states: list[Any] = [getattr(base.weight, "quant_state", None) for base in bases]
+        found = (getattr(base.weight, "quant_state", None) for base in bases)
+        states: list[QuantState] = [state for state in found if state is not None]  # none of a base in 16 bits
         self.scales, self.in_parts = None, True
-        if states[0] is not None:
+        if states:
             kinds = {(of.blocksize, of.quant_type, of.shape.numel() % of.blocksize) for of in states}
             small = sum(of.shape.numel() for of in states) <= KEPT_SCALES
             self.in_parts = small and len(kinds) == 1 and not kinds.pop()[2]
         if self.in_parts:
-            self.scales = torch.cat([_scales(of) for of in states]) if states[0] is not None else None
+            self.scales = torch.cat([_scales(of) for of in states]) if states else None
             super()._join(bases)
             return
         super()._join(bases[:1])  # each is dequantized by itself
@@ -175,7 +178,7 @@ class Group(_Together):
             self.bias = torch.cat([base.bias.detach() for base in bases])
 
 
-def _scales(state: Any) -> torch.Tensor:
+def _scales(state: QuantState) -> torch.Tensor:
     """The largest absolute value of every block of a weight in 4 bits, in float32; they are stored in 8 bits."""
     if not state.nested:
         return state.absmax.float()
@@ -304,7 +307,7 @@ class _Grouped(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
+        ctx: FunctionCtx,
         x: torch.Tensor,
         group: Group,
         factors: Factors | None,
@@ -322,7 +325,7 @@ class _Grouped(torch.autograd.Function):
         return _parts(out, x.shape[:-1], group.sizes)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: FunctionCtx, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         group, factors = ctx.group, ctx.factors
         flat = [gradient.to(ctx.dtype).flatten(0, -2) for gradient in gradients]
         gradient = torch.cat(flat, dim=1) if len(flat) > 1 else flat[0].contiguous()

@@ -6,11 +6,11 @@ Dimensions: `B` rows, `L` tokens, `N` positions, `H` hidden, `V` vocabulary.
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd.function import FunctionCtx
 
 CHUNK = 4096  # rows of the head's weight that are converted to float32 at a time
 
@@ -24,7 +24,9 @@ def head_on(model: nn.Module, positions: torch.Tensor) -> Iterator[None]:
     head (Gemma's soft cap) still works, because it is elementwise.
     """
 
-    def select(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    def select(
+        _module: nn.Module, args: tuple[torch.Tensor, *tuple[object, ...]]
+    ) -> tuple[torch.Tensor, *tuple[object, ...]]:
         return (args[0].flatten(0, -2).index_select(0, positions), *args[1:])
 
     handle = model.get_output_embeddings().register_forward_pre_hook(select)
@@ -71,7 +73,7 @@ class _Float32Linear(torch.autograd.Function):
     """hidden [..., H] times a 16-bit weight [V, H], in float32; saves both in their own types."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: FunctionCtx, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(hidden, weight)
         flat = hidden.flatten(0, -2)
         if _on_tensor_cores(flat, weight):
@@ -84,7 +86,7 @@ class _Float32Linear(torch.autograd.Function):
         return result.view(*hidden.shape[:-1], len(weight))
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    def backward(ctx: FunctionCtx, gradient: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         hidden, weight = ctx.saved_tensors
         gradient, flat = gradient.flatten(0, -2), hidden.flatten(0, -2)
         grad_hidden = grad_weight = None

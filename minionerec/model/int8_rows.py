@@ -10,10 +10,10 @@ Dimensions: `N` positions, `H` hidden, `V` vocabulary.
 
 from collections.abc import Iterator
 from functools import cache
-from typing import Any
 
 import torch
 from torch import nn
+from torch.autograd.function import FunctionCtx
 from transformers import PreTrainedModel
 
 from minionerec.model import architecture, device
@@ -44,7 +44,7 @@ class Rows:
     def device(self) -> torch.device:
         return self.layer.packed.device if isinstance(self.layer.packed, nn.Parameter) else self.layer.used_on
 
-    def __getitem__(self, ids: Any) -> torch.Tensor:
+    def __getitem__(self, ids: torch.Tensor | slice) -> torch.Tensor:
         return unpack(_bytes(self.layer.packed)[ids], self.dtype).to(self.device)
 
 
@@ -95,7 +95,7 @@ class _Int8Linear(torch.autograd.Function):
     made, in either pass, and only `hidden` has a gradient."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: torch.Tensor, packed: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: FunctionCtx, hidden: torch.Tensor, packed: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(packed)
         ctx.dtype = hidden.dtype
         rows, flat = _bytes(packed), hidden.flatten(0, -2)
@@ -113,7 +113,7 @@ class _Int8Linear(torch.autograd.Function):
         return result.view(*hidden.shape[:-1], len(rows))
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, None]:
+    def backward(ctx: FunctionCtx, gradient: torch.Tensor) -> tuple[torch.Tensor | None, None]:
         (packed,) = ctx.saved_tensors
         rows, flat = _bytes(packed), gradient.flatten(0, -2).float()
         result = flat.new_zeros(len(flat), rows.shape[1] - SCALE)

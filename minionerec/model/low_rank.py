@@ -16,12 +16,13 @@ share one input, gate and up another: 2 bytes x 2,048 x (3 x 3,584 + 18,944) = 1
 """
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from peft.tuners import lora
 from torch import nn
+from torch.autograd.function import FunctionCtx
 
 from minionerec.model.groups import Group
 
@@ -42,8 +43,8 @@ class _LowRankUpdate(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        result: Any,
+        ctx: FunctionCtx,
+        result: torch.Tensor | None,
         x: torch.Tensor,
         a: torch.Tensor,
         b: torch.Tensor,
@@ -58,7 +59,8 @@ class _LowRankUpdate(torch.autograd.Function):
         ctx.scale = scale / _kept_fraction(dropout)
         dropped = x.to(dtype)
         in_place = False
-        if weight is not None:
+        if result is None:
+            assert weight is not None  # one of them is given
             out = of_base = F.linear(dropped.flatten(0, -2), weight.to(dtype), None if bias is None else bias.to(dtype))
         elif result.grad_fn and result.dtype == dtype and result.is_contiguous() and not result._is_view():
             in_place = True  # fresh from the base layer
@@ -79,7 +81,7 @@ class _LowRankUpdate(torch.autograd.Function):
         return updated.to(dtype if result is None else result.dtype)
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: FunctionCtx, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, a, b, low, weight = ctx.saved_tensors
         dropped = x.to(ctx.dtype)
         mask = _dropout_mask(dropped, ctx.dropout, ctx.seed) if ctx.dropout else None
@@ -138,7 +140,7 @@ class _LeanForward(_Layer):
 
     group: Group | None = None
 
-    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
         if self.group is not None and not args and not kwargs and self.group.suits(self, x):
             return self.group.output(self, x)
         if self.disable_adapters or self.merged or self.lora_variant or kwargs.get("adapter_names") is not None:

@@ -6,32 +6,37 @@ change it. So merging can lose a few steps of RL with a small learning rate.
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer, ParamWrapper
 from torch import nn
+from transformers import PreTrainedModel
 
 
-def merge_and_count(wrapped: PeftModel) -> tuple[nn.Module, int, int]:
-    """The merged model, the number of weights in its target matrices that differ from the base, and the number of
-    weights in these matrices.
+class CountingMerge:
+    """Merges an adapter, and counts the weights of its target matrices. Matrices are compared one at a time, so no
+    second copy of the base is in memory. SID rows are not counted.
 
-    Matrices are compared one at a time, so no second copy of the base is in memory. SID rows are not counted.
+    Attributes:
+        updated: the weights in these matrices.
+        changed: those of them that then differ from the base.
     """
-    changed = updated = 0
 
-    def counted(layer: LoraLayer, merge: Callable[..., None], *args: Any, **kwargs: Any) -> None:
-        nonlocal changed, updated
+    def __init__(self) -> None:
+        self.updated = self.changed = 0
+
+    def __call__(self, wrapped: PeftModel) -> PreTrainedModel:
+        """The merged model."""
+        for module in wrapped.modules():
+            if isinstance(module, LoraLayer):
+                module.merge = partial(self._counted, module, module.merge)
+        return wrapped.merge_and_unload()
+
+    def _counted(self, layer: LoraLayer, merge: Callable[..., None], *args: object, **kwargs: object) -> None:
         before = _weight(layer).detach().clone()
         merge(*args, **kwargs)
-        changed += (_weight(layer) != before).sum().item()
-        updated += before.numel()
-
-    for module in wrapped.modules():
-        if isinstance(module, LoraLayer):
-            module.merge = partial(counted, module, module.merge)
-    return wrapped.merge_and_unload(), changed, updated
+        self.changed += (_weight(layer) != before).sum().item()
+        self.updated += before.numel()
 
 
 def _weight(layer: LoraLayer) -> nn.Parameter:

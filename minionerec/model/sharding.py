@@ -5,13 +5,16 @@ Every function except `local_shard` and `with_sid_rows_merged` is collective: al
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from peft.tuners.trainable_tokens import TrainableTokensLayer
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
+
+if TYPE_CHECKING:
+    from deepspeed.runtime.base_optimizer import ZeROOptimizer
 
 
 def local_shard(parameter: nn.Parameter) -> torch.Tensor:
@@ -68,7 +71,7 @@ class OwnedWeights:
 
     def __init__(self, model: nn.Module, wrapped: nn.Module | None = None):
         self.named = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self.zero: Any = getattr(wrapped, "optimizer", None)
+        self.zero: ZeROOptimizer | None = getattr(wrapped, "optimizer", None)
         self.sharded = [module for module in model.modules() if isinstance(module, FSDPModule)]
         if self.zero is None:
             self.tensors = [local_shard(parameter) for parameter in self.named.values()]
@@ -81,9 +84,11 @@ class OwnedWeights:
         """Makes the weights that passes use those of `tensors`, which have changed."""
         for module in self.sharded:
             module.reshard()  # what it has gathered is out of date
+        if self.zero is None:
+            return
         if hasattr(self.zero, "update_lp_params"):
             self.zero.update_lp_params()
-        elif self.zero is not None:
+        else:
             self.zero.checkpoint_event_prologue()
             for group in range(len(self.zero.fp32_partitioned_groups_flat)):
                 self.zero._reassign_or_swap_out_partitioned_parameters(group)

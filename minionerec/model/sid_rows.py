@@ -5,7 +5,6 @@ Dimensions: `n` SID tokens, `V` vocabulary, `H` hidden.
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +24,7 @@ class SidRows(TrainableTokensLayer):
     """
 
     def forward_adapters(
-        self, x: torch.Tensor, active_adapters: Sequence[str], *args: Any, **kwargs: Any
+        self, x: torch.Tensor, active_adapters: Sequence[str], *args: object, **kwargs: object
     ) -> torch.Tensor:
         """The embeddings [..., H] of token ids x [...], or the logits [..., V] of hidden states x [..., H]."""
         result = self.base_layer(x, *args, **kwargs)
@@ -138,7 +137,7 @@ def merge_own_rows(model: nn.Module, state: dict[str, torch.Tensor]) -> None:
             state[f"{name}.weight"] = weight.index_copy(0, ids, rows.to(weight))
 
 
-def _load_own_rows(module: nn.Module, state: dict[str, torch.Tensor], prefix: str, *_others: Any) -> None:
+def _load_own_rows(module: nn.Module, state: dict[str, torch.Tensor], prefix: str, *_others: object) -> None:
     """Adds to a state dict that is loaded the rows that it has in its matrix only: of a checkpoint, not of an engine,
     whose own files have both."""
     weight, rows = state.get(f"{prefix}weight"), f"{prefix}{OWN_ROWS}"

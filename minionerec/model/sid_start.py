@@ -4,7 +4,6 @@ Dimensions: `H` hidden, `N` new tokens, `V` vocabulary.
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -49,7 +48,7 @@ def start_sid_rows(
                 layer.weight[ids] = rows.to(layer.weight)
 
 
-def _mean_row(weight: Any, num_tokens: int, new: torch.Tensor) -> torch.Tensor:
+def _mean_row(weight: torch.Tensor | int8_rows.Rows, num_tokens: int, new: torch.Tensor) -> torch.Tensor:
     """The mean [H] of the rows of a weight [V, H] that belong to one of `num_tokens` tokens which is not new."""
     old = torch.ones(num_tokens, dtype=torch.bool)
     old[new] = False
@@ -58,7 +57,10 @@ def _mean_row(weight: Any, num_tokens: int, new: torch.Tensor) -> torch.Tensor:
 
 
 def _title_rows(
-    weight: Any, tokenizer: PreTrainedTokenizerFast, new_tokens: Sequence[str], catalogue: Catalogue
+    weight: torch.Tensor | int8_rows.Rows,
+    tokenizer: PreTrainedTokenizerFast,
+    new_tokens: Sequence[str],
+    catalogue: Catalogue,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """For every new token, the sum [N, H] of the mean rows of the titles of its items, and how many these are, [N]."""
     number = {token: place for place, token in enumerate(new_tokens)}

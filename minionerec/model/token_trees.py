@@ -20,11 +20,11 @@ padding, `N` response tokens, `P` nodes that predict any of them, `V` vocabulary
 import math
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
+from torch.autograd.function import FunctionCtx
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -255,7 +255,7 @@ def _attention(
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     tree_blocks: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] | None = None,
-    **settings: Any,
+    **settings: object,
 ) -> tuple[torch.Tensor, None]:
     """Scaled dot-product attention in which nodes meet only those that one of their block sees: a dense mask costs a
     node all nodes of its tensor row, most of which it does not see. Without `tree_blocks` the ordinary one."""
@@ -286,7 +286,7 @@ class _MatmulAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, blocks: list[tuple]
+        ctx: FunctionCtx, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, blocks: list[tuple]
     ) -> torch.Tensor:
         ctx.scale, ctx.blocks = scale, blocks
         ctx.save_for_backward(query, key, value)
@@ -301,7 +301,7 @@ class _MatmulAttention(torch.autograd.Function):
         return result
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: FunctionCtx, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         query, key, value = ctx.saved_tensors
         dtype, key, value = query.dtype, key.float(), value.float()
         grad_query, grad_key, grad_value = torch.empty_like(query), torch.zeros_like(key), torch.zeros_like(value)
@@ -378,7 +378,9 @@ def edge_losses(logits: torch.Tensor, predicted_by: torch.Tensor, labels: torch.
 
 class _EdgeLosses(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, logits: torch.Tensor, predicted_by: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    def forward(
+        ctx: FunctionCtx, logits: torch.Tensor, predicted_by: torch.Tensor, labels: torch.Tensor
+    ) -> torch.Tensor:
         total = torch.empty(len(logits), device=logits.device)  # log-sum-exp; torch's own takes ten times as long
         for block in _blocks(logits):
             scores = logits[block].float()
@@ -387,7 +389,7 @@ class _EdgeLosses(torch.autograd.Function):
         return total[predicted_by] - logits[predicted_by, labels].float()
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: FunctionCtx, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         logits, total, predicted_by, labels = ctx.saved_tensors
         weight = torch.zeros_like(total).index_add_(0, predicted_by, gradient)
         # At the labels, in float32: a probability near 1 less what all equal edges want, which may be nearly as much.

@@ -14,7 +14,7 @@ TEXTS = ("title", "description", "brand", "categories", "price")  # of an item
 ROLES = ("user", "item", "time", "title", "description", "event", "rating")  # those with a flag that names their column
 
 
-def _between(low: int, high: int) -> Check:
+def _between(low: int, high: int) -> Check[int]:
     return lambda value: None if low <= value <= high else f"must be between {low} and {high}"
 
 

@@ -2,12 +2,14 @@
 
 import asyncio
 import secrets
-from typing import Annotated, Any
+from typing import Annotated
 
 import fastapi
 from fastapi import Depends, HTTPException
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+from starlette.exceptions import HTTPException as AnyHTTPException
 
 from minionerec.data.files import MOST_PROBLEMS
 from minionerec.serving.guard import problem
@@ -19,12 +21,12 @@ BODY_SECONDS = 20  # for a body to arrive
 JSON_TYPES = ("application/json", "", "application/x-www-form-urlencoded")
 
 
-async def refused(_: fastapi.Request, error: Any) -> Response:
+async def refused(_: fastapi.Request, error: AnyHTTPException) -> Response:
     """The answer to an HTTPException."""
     return problem(error.status_code, str(error.detail), **(error.headers or {}))
 
 
-async def invalid(_: fastapi.Request, error: Any) -> Response:
+async def invalid(_: fastapi.Request, error: RequestValidationError) -> Response:
     """The answer to parameters of another form, without what they are: it may be long."""
     found = [f"{'.'.join(map(str, one['loc'][1:]))}: {one['msg']}" for one in error.errors()]
     return problem(422, *found[:MOST_PROBLEMS])

@@ -4,8 +4,8 @@ import asyncio
 import logging
 import resource
 import sys
+from asyncio import BaseTransport
 from contextlib import suppress
-from typing import Any
 from weakref import WeakKeyDictionary
 
 import fastapi
@@ -83,7 +83,7 @@ def run(app: fastapi.FastAPI, host: str, port: int) -> None:
     watch = Watch(app)
 
     class Connection(H11Protocol):
-        def connection_made(self, transport: Any) -> None:
+        def connection_made(self, transport: BaseTransport) -> None:
             super().connection_made(transport)
             if len(self.connections) > watch.most:
                 watch.refuse(self)

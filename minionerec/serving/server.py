@@ -23,7 +23,7 @@ import os
 import signal
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
-from typing import Annotated, Any
+from typing import Annotated
 
 import fastapi
 from fastapi import Depends, HTTPException, Query
@@ -127,7 +127,7 @@ def _on_hangup(worker: Worker, in_foreground: bool) -> None:
 # --- Without a key ----------------------------------------------------------------------------------------------------
 
 _open = fastapi.APIRouter()
-_unready: dict[int | str, dict[str, Any]] = {503: {"model": ErrorResponse}}
+_unready: dict[int | str, dict[str, type[ErrorResponse]]] = {503: {"model": ErrorResponse}}
 
 
 def _health(http: fastapi.Request) -> Response:
@@ -169,7 +169,7 @@ _open.add_api_route("/docs", _page("docs.html"), include_in_schema=False)
 # --- With a key, if there are keys ------------------------------------------------------------------------------------
 
 _guarded = fastapi.APIRouter()
-_problems: dict[int | str, dict[str, Any]] = {
+_problems: dict[int | str, dict[str, type[ErrorResponse]]] = {
     code: {"model": ErrorResponse} for code in (401, 408, 413, 415, 422, 500, 503)
 }
 

@@ -24,6 +24,8 @@ IGNORED_ON_RESUME = (
     "report_to",
     "ddp_timeout",
 )
+# Flags that decide what a checkpoint holds and which is the best. SID rows with a rate are parameters of their own.
+FIXED = ("optim", "best_by", "sync_ref_model", "average_weights", "sid_learning_rate")
 
 
 def resume_point(flags: RunFlags, run: dict, say: Callable[[str], None]) -> Checkpoint | None:
@@ -55,22 +57,18 @@ def resume_point(flags: RunFlags, run: dict, say: Callable[[str], None]) -> Chec
         return checkpoint
     here, there, recorded = run["flags"], checkpoint.flags, checkpoint.run
     shape = (*AdapterFlags.SHAPE, "load_in_8bit") if run["method"] in ("lora", "qlora") else ()
-    # What runs of an older release did, by flags that decide what a checkpoint holds and which is the best.
-    before = {"optim": AdapterFlags.optim, "best_by": "ndcg", "sync_ref_model": False, "average_weights": False}
-    before["sid_learning_rate"] = 0.0  # SID rows with a rate are parameters of their own
-    fixed = [name for name in before if name in here]
+    fixed = [name for name in FIXED if name in here]
     problems += [
         f"--resume_from_checkpoint: {path} belongs to a different run: {what} is {old} there, {new} here"
         for what, old, new in (
             ("the command", recorded.get("command"), run["command"]),
             ("the method", recorded.get("method"), run["method"]),
             ("the base", checkpoint.base_fingerprint, run["base_fingerprint"]),
-            *((f"--{name}", there.get(name, before[name]), here[name]) for name in fixed),
-            *((f"--{name}", there.get(name), here[name]) for name in shape),
+            *((f"--{name}", there.get(name), here[name]) for name in (*fixed, *shape)),
         )
         if old != new
     ]
-    if here.get("sid_learning_rate") and "engine" not in recorded:
+    if here.get("sid_learning_rate") and checkpoint.release < (0, 2):
         problems.append(
             f"--resume_from_checkpoint: {path} has no optimizer state for SID rows alone, which --sid_learning_rate "
             "needs now; finish that run with the commit that began it, or start a new one in another --output_dir"
@@ -79,7 +77,7 @@ def resume_point(flags: RunFlags, run: dict, say: Callable[[str], None]) -> Chec
         raise InputError(problems)
     for name in sorted(set(here) - {*IGNORED_ON_RESUME, *shape, *fixed}):
         if name not in there:
-            say(f"warning: --{name} is {here[name]} here, and {path}, of an older release, does not record it")
+            say(f"warning: --{name} is {here[name]} here, and {path} does not record it")
         elif here[name] != there[name]:
             say(f"warning: --{name} is {here[name]} here and was {there[name]} up to {path}")
     return checkpoint

@@ -11,7 +11,7 @@ FLOORS = [
     [
         "minionerec",
         *("minionerec.errors", "minionerec.locks", "minionerec.metrics", "minionerec.output", "minionerec.plots"),
-        *("minionerec.process_memory", "minionerec.world"),
+        *("minionerec.process_memory", "minionerec.statistics", "minionerec.world"),
     ],
     ["minionerec.cli", "minionerec.data", "minionerec.flags", "minionerec.sasrec"],
     ["minionerec.checkpoint", "minionerec.model_card", "minionerec.validation", "minionerec.saving"],

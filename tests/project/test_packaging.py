@@ -58,7 +58,10 @@ def test_an_installed_package_is_complete(tmp_path):
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--target"]
     built = subprocess.run([*command, str(tmp_path / "site"), str(source)], capture_output=True, text=True)
     assert built.returncode == 0, built.stderr[-2000:]
-    code = "import minionerec; from minionerec import Ranker; import lora_utils; print(minionerec.__file__)"
+    code = (
+        "import minionerec; from minionerec import InputError, Ranker, RLFlags, RunError, SFTFlags; import lora_utils; "
+    )
+    code += "print(minionerec.__file__); SFTFlags(use_lora=True), RLFlags(beta=0)"
     done = subprocess.run(
         [sys.executable, "-c", code],
         cwd=tmp_path,

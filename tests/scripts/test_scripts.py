@@ -1,8 +1,10 @@
 """The shell scripts, over a folder laid out like the public MiniOneRec release."""
 
 import csv
+import inspect
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -13,8 +15,11 @@ from helpers import ROOT, run_command
 
 import evaluate
 import rl
+import sft
 from minionerec import flags as flags_of_all
+from minionerec.cli import parse_flags
 from minionerec.errors import Problems
+from scripts.train_sasrec import train_sasrec
 
 RL_STEP = ("train_batch_size", "gradient_accumulation_steps")
 
@@ -135,27 +140,100 @@ def test_a_comparison_refuses_what_it_does_not_know_before_it_trains(checkout, f
     assert result.returncode == 2 and result.stderr.startswith("compare.sh: error: ")
 
 
-@pytest.mark.slow
-def test_a_comparison_chooses_the_rate_in_short_runs(checkout, base):
-    """Both rates are tried in short runs, and only the better one trains; the same command again trains nothing."""
+# Stands in for PYTHON: notes the flags of a stage, and writes what the stage would leave. A rate of 1e-3 has the lowest
+# validation loss and the highest metric.
+STAND_IN = """#!{python} -S
+import json, math, os, sys
+
+command, *words = sys.argv[1:]
+if command in ("scripts/compare.py", "scripts/table.py"):
+    os.execv({python!r}, [{python!r}, command, *words])
+with open("stages.jsonl", "a") as file:
+    file.write(json.dumps([command, words]) + "\\n")
+if "--nope" in words:
+    sys.exit(2)
+flags = dict(zip(words[::2], words[1::2]))
+out = flags.get("--output_dir") or os.path.dirname(flags["--result_json_data"])
+os.makedirs(out, exist_ok=True)
+if command != "evaluate.py":
+    costs = dict.fromkeys(("trainable_parameters", "seconds", "peak_memory_gb", "checkpoint_mb"), 1)
+    off = abs(math.log10(float(flags.get("--learning_rate", 1))) + 3)
+    best = {{"best_eval_loss": off}} if command == "sft.py" else {{"best_eval_mean@10": -off}}
+    with open(out + "/metrics.json", "w") as file:
+        json.dump({{**costs, **best}}, file)
+if command not in ("sft.py", "rl.py"):
+    with open(out + "/result.json", "w") as file:
+        json.dump([{{"output": "a", "predict": ["a"] * 10}}] * 10, file)
+"""
+STAGES = {"sft.py": sft.train, "rl.py": rl.train, "evaluate.py": evaluate.evaluate}
+STAGES["scripts/train_sasrec.py"] = train_sasrec
+
+
+@pytest.fixture
+def stand_in(checkout, tmp_path) -> str:
+    (checkout / "stages.jsonl").unlink(missing_ok=True)
+    file = tmp_path / "python"
+    file.write_text(STAND_IN.format(python=sys.executable))
+    file.chmod(0o755)
+    return str(file)
+
+
+def stages(checkout) -> list[tuple[str, str, dict[str, str]]]:
+    """What ran: the command, the name of its run, and its flags, which must be those that it takes."""
+    ran = []
+    for command, words in map(json.loads, (checkout / "stages.jsonl").read_text().splitlines()):
+        flags = parse_flags(words, dict(inspect.signature(STAGES[command]).parameters))
+        folder = flags.get("output_dir") or os.path.dirname(flags["result_json_data"])
+        ran.append((command, os.path.basename(folder), flags))
+    return ran
+
+
+def test_a_comparison_chooses_rates_and_repeats_the_best_with_other_seeds(checkout, stand_in):
+    """Every rate is tried in a short run, and only the best one trains; then RL, and both with the other seed. The same
+    command again trains nothing. The flags are those that the commands take; test_the_pipeline_runs runs them."""
     settings = {
-        "METHODS": "lora", "BASE_MODEL": base, "OUT": "output/compared", "SFT_RATES_lora": "1e-6 1e-2",
-        "TRY_SFT": "--num_epochs 1", "RL_RATES_lora": "1e-3", "EVAL_FLAGS": "--num_beams 10",
-        "SFT_FLAGS": "--num_epochs 2 --batch_size 32 --eval_step 0.5 --tasks sid_history_to_sid",
-        "RL_FLAGS": "--train_batch_size 16 --num_generations 8 --gradient_accumulation_steps 1 --test_beam 10 "
-        "--tasks sid_history_to_sid --eval_step 0.5 --save_steps 0.5",
+        "METHODS": "full lora", "SEEDS": "2", "OUT": "output/compared", "PRESET": "quick", "PYTHON": stand_in,
+        "SFT_RATES_full": "1e-3", "RL_RATES_full": "1e-5", "SFT_RATES_lora": "1e-2 1e-3", "RL_RATES_lora": "1e-5 1e-3",
+        "TRY_SFT": "--num_epochs 1", "SFT_FLAGS": "--batch_size 64", "RL_FLAGS": "--test_beam 7", "EVAL_FLAGS": "--K 9",
     }  # fmt: skip
     done = bash(checkout, "compare.sh", **settings)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "lora sft_try: learning rate 1e-2" in done.stdout and "| lora SFT + RL |" in done.stdout
-    runs = checkout / "output" / "compared" / "lora"
-    folders = {"sft_try_1e-6", "sft_try_1e-2", "sft_1e-2", "rl_from_1e-2_1e-3"}
-    assert {run.name for run in runs.iterdir()} == folders
-    epochs = {name: json.loads((runs / name / "metrics.json").read_text())["history"][-1]["epoch"] for name in folders}
-    assert (epochs["sft_try_1e-2"], epochs["sft_1e-2"]) == (1, 2)
-    before = {run: (runs / run / "metrics.json").stat().st_mtime for run in folders}
+    says = ["full sft_try", "full sft", "full rl_from_1e-3", "lora sft_try", "lora sft", "lora rl_from_1e-3"]
+    rates = ["1e-3", "1e-3", "1e-5", "1e-3", "1e-3", "1e-3"]
+    lines = done.stdout.splitlines()
+    assert lines[:6] == [f"{what}: learning rate {rate}" for what, rate in zip(says, rates, strict=True)]
+    names = ["popularity", "SASRec", "full SFT", "full SFT + RL", "lora SFT", "lora SFT + RL"]
+    assert [line.split(" | ")[0] for line in lines[8:]] == [f"| {name}" for name in names]
+    assert "HR@10 / full" in lines[6] and "MRR / lora" in lines[6]
+    assert (checkout / "output/compared/compare.md").read_text().splitlines() == lines[6:]
+
+    ran = stages(checkout)
+    assert ran[0][0] == "scripts/train_sasrec.py"
+    lora = ran[-11:]
+    assert [(command, name) for command, name, _ in lora] == [
+        *[("sft.py", f"sft_{name}") for name in ("try_1e-2", "try_1e-3", "1e-3")],
+        *[("rl.py", f"rl_from_1e-3_{rate}") for rate in ("1e-5", "1e-3")],
+        *[("sft.py", "sft_seed43"), ("rl.py", "rl_seed43")],
+        *[("evaluate.py", name) for name in ("sft_1e-3", "sft_seed43", "rl_from_1e-3_1e-3", "rl_seed43")],
+    ]
+    assert all(flags["K"] == "9" for command, _, flags in ran if command == "evaluate.py")
+    assert not any("use_lora" in flags for _, _, flags in ran[:-11])
+    flags = {name: flags for command, name, flags in lora if command != "evaluate.py"}
+    assert [flags[name].get("num_epochs") for name in ("sft_try_1e-3", "sft_1e-3", "sft_seed43")] == ["1", None, None]
+    for name, seed, start in (("rl_from_1e-3_1e-5", "42", "sft_1e-3"), ("rl_seed43", "43", "sft_seed43")):
+        assert flags[name]["seed"] == seed and flags[name]["test_beam"] == "7"
+        assert flags[name]["model_path"] == f"output/compared/lora/{start}/final_checkpoint"
+    assert flags["sft_seed43"]["learning_rate"] == "1e-3" and flags["sft_seed43"]["batch_size"] == "64"
+
     assert bash(checkout, "compare.sh", **settings).returncode == 0
-    assert before == {run: (runs / run / "metrics.json").stat().st_mtime for run in folders}
+    assert stages(checkout) == ran
+
+
+def test_a_comparison_ends_with_the_stage_that_fails(checkout, stand_in):
+    done = bash(checkout, "compare.sh", PYTHON=stand_in, OUT="output/failed", METHODS="lora", SFT_FLAGS="--nope 1")
+    assert done.returncode == 2 and not done.stdout
+    ran = [json.loads(line)[0] for line in (checkout / "stages.jsonl").read_text().splitlines()]
+    assert ran == ["scripts/train_sasrec.py", "sft.py"]
 
 
 @pytest.mark.parametrize("method", ["", "full", "lora"])
@@ -175,21 +253,19 @@ def test_a_dry_run_of_the_pipeline_stops_where_rl_needs_a_checkpoint(checkout, b
     assert not (tmp_path / "none").exists()
 
 
-@pytest.mark.parametrize("script", ["pipeline.sh", "compare.sh", "sft_lora.sh"])
-def test_help_says_what_a_script_does_and_runs_nothing(checkout, script):
-    result = bash(checkout, script, "--help", PYTHON="false")
-    assert result.returncode == 0 and result.stdout.startswith(("Runs ", "Compares "))
-    assert "METHOD=lora|qlora|full" in result.stdout
-
-
-@pytest.mark.parametrize(
-    ("script", "says"),
-    [("quickstart.sh", "bundled demo"), ("test.sh", "runs the tests"), ("get_smollm2.sh", "OUT=out/smollm2-fp32")],
-)
-def test_help_of_the_other_scripts_installs_nothing(checkout, script, says):
-    result = bash(checkout, script, "--help", PYTHON="")
-    assert result.returncode == 0 and says in result.stdout and not result.stderr
-    assert not (checkout / ".venv").exists()
+@pytest.mark.parametrize("script", sorted(file.name for file in (ROOT / "scripts").glob("*.[ps][yh]")))
+def test_help_explains_a_script_and_starts_nothing(checkout, script):
+    """Without an environment, so that one which is made or used would show."""
+    before = sorted(checkout.rglob("*"))
+    if script.endswith(".sh"):
+        done = bash(checkout, script, "--help", PYTHON="")
+        head = re.search(r"^# (.+)", (ROOT / "scripts" / script).read_text(), re.M)[1]
+    else:
+        command = [sys.executable, "-B", f"scripts/{script}", "--help"]
+        done = subprocess.run(command, cwd=checkout, capture_output=True, text=True)
+        head = "compare.sh is the command" if script == "compare.py" else "DESCRIPTION"
+    assert done.returncode == 0 and not done.stderr and head in done.stdout and len(done.stdout) > 100
+    assert sorted(checkout.rglob("*")) == before
 
 
 def run(line: str) -> str:

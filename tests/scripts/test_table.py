@@ -49,10 +49,32 @@ def test_the_table_by_hand(tmp_path, make_run, capsys):
 
 
 def test_what_the_table_refuses(tmp_path, make_run, files):
-    paths = {"train_file": files["train"], "test_data_path": files["test"], "runs": f"a={make_run('a', [1, 1])},b"}
+    """Problems of all runs together, those of their files too."""
+    good, folders = make_run("good", [1, 1]), [tmp_path / name for name in ("none", "odd", "other")]
+    for folder, metrics, result in zip(folders[1:], ('{"seconds": "x"}', "[]"), ('[{"output": 1}]', "{"), strict=True):
+        folder.mkdir()
+        (folder / "metrics.json").write_text(metrics)
+        (folder / "result.json").write_text(result)
+    runs = ",".join(f"a={folder}" for folder in (good, *folders))
     with pytest.raises(InputError) as error:
-        table(**paths, figure=f"{files['train']}/figure.png")
-    assert [problem.split(" ")[0] for problem in error.value.problems] == ["--runs:", "--figure"]
+        table(
+            train_file=files["train"], test_data_path=files["test"], runs=f"{runs},b", against="full,a",
+            figure=f"{files['train']}/figure.png",
+        )  # fmt: skip
+    cost, ranks = "does not say what the training cost", "holds no rankings of evaluate.py"
+    wanted = ["'b' is not a name=folder pair"]
+    wanted += [f"{folder}/metrics.json: {cost}; train the run first" for folder in folders]
+    wanted += [f"{folder}/result.json: {ranks}; evaluate the run first" for folder in folders[:2]]
+    wanted += [
+        f"{folders[2]}/result.json: cannot be read as JSON",
+        f"{good} ranks 2 rows",
+        "--figure",
+        "--against 'full'",
+    ]
+    assert len(error.value.problems) == len(wanted)
+    assert all(what in problem for what, problem in zip(wanted, error.value.problems, strict=True)), (
+        error.value.problems
+    )
 
 
 def test_curves_are_means_over_seeds(tmp_path, capsys):
@@ -80,6 +102,13 @@ def test_curves_keep_the_evaluations_of_a_run_apart(tmp_path, capsys):
     (tmp_path / "metrics.json").write_text(json.dumps({"history": history}))
     curves(runs=f"a={tmp_path}")
     assert capsys.readouterr().out.splitlines()[0] == "| after epochs | 0.05 | 0.1 |"
+
+
+@pytest.mark.parametrize("metrics", ["[]", '{"history": 3}', '{"history": [3, {"eval_loss": "x", "epoch": 1}]}'])
+def test_curves_refuse_a_file_that_is_none_of_a_run(tmp_path, metrics):
+    (tmp_path / "metrics.json").write_text(metrics)
+    with pytest.raises(InputError, match="holds no validation loss"):
+        curves(runs=f"a={tmp_path}")
 
 
 def test_what_curves_refuse(tmp_path, make_run, files):

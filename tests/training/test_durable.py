@@ -119,7 +119,7 @@ def test_the_last_good_checkpoint_is_named(tmp_path):
 
 
 RUN = {
-    "command": "sft",
+    "command": "rl",
     "method": "lora",
     "base_fingerprint": "f",
     "flags": {"lora_r": 8, "seed": 1, "use_dora": False},
@@ -130,7 +130,7 @@ RUN["flags"] |= {"lora_alpha": 16, "lora_target_modules": "all", "use_rslora": F
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"command": "rl"}, "the command is sft there, rl here"),
+        ({"command": "sft"}, "the command is rl there, sft here"),
         ({"method": "full"}, "the method is lora there, full here"),
         ({"base_fingerprint": "g"}, "the base is f there, g here"),
         ({"flags": {**RUN["flags"], "lora_r": 4}}, "--lora_r is 8 there, 4 here"),

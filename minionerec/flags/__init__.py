@@ -1,7 +1,8 @@
 """The flags that commands share: each is defined, explained, checked and turned into settings here, once.
 
-The flags of a command are a frozen dataclass made of groups; those of one command stand in its own file. `command`
-gives the function that takes them the flat keyword signature and the `Args` that Fire, `--help` and Python callers see:
+The flags of a command are a frozen dataclass made of groups. Those of sft.py and rl.py are in this folder, the others
+in the file of their command. `command` makes a function of them callable in two ways, and both are typed: with the
+dataclass, and with the flat keywords that Fire and `--help` see.
 
     @dataclass(frozen=True, kw_only=True)
     class SFTFlags(TrainingFlags):
@@ -11,6 +12,7 @@ gives the function that takes them the flat keyword signature and the `Args` tha
     def train(flags: SFTFlags) -> dict:
         "Fine-tunes a causal LM."
 
+    train(SFTFlags(base_model="out/base", use_lora=True))
     train(base_model="out/base", use_lora=True)
 
 Only the standard library is imported.
@@ -22,20 +24,21 @@ import json
 import math
 import os
 import typing
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Callable, Mapping
+from dataclasses import Field, asdict, dataclass, field, fields
 from importlib.util import find_spec
-from typing import Any
+from typing import Generic, ParamSpec, Protocol, TypeVar, cast, overload
 
 from minionerec import locks, world
 from minionerec.errors import Problems
 
 # --- What flags are made of -------------------------------------------------------------------------------------------
 
-Check = Callable[[Any], str | None]  # what is wrong with a value, or None
+V = TypeVar("V")
+Check = Callable[[V], str | None]  # what is wrong with a value, or None
 
 
-def flag(default: object, help: str, check: Check | None = None) -> Any:
+def flag(default: V, help: str, check: Check[V] | None = None) -> V:
     """A field of a `Flags` class: its default, its line of help, and what is wrong with a value taken by itself."""
     return field(default=default, metadata={"help": help, "check": check})
 
@@ -61,17 +64,18 @@ def fraction_of_training(value: float) -> str | None:
     return above_zero(value) or (None if value < 1 else "is a fraction of the training; give a number below 1")
 
 
-def one_of(*choices: str, why: str = "") -> Check:
+def one_of(*choices: str, why: str = "") -> Check[str]:
     """A check that a text is one of `choices`; `why` ends the message."""
     return lambda value: None if value in choices else f"must be one of {', '.join(choices)}{why}"
 
 
+@dataclass(frozen=True, kw_only=True)
 class Flags:
     """A group of flags. Subclasses are frozen, keyword-only dataclasses whose fields come from `flag`."""
 
     def check(self, problems: Problems) -> None:
         """Adds what is wrong with each value. Groups extend it by what does not fit together."""
-        for f in fields(self):  # type: ignore[arg-type]
+        for f in fields(self):
             value = getattr(self, f.name)
             wrong = f.metadata["check"] and f.metadata["check"](value)
             if wrong:
@@ -82,19 +86,19 @@ class Flags:
         flag may name it, or one of the paths `more` that are written with it, as an input."""
         path = getattr(self, name)
         check_new_file(problems, name, path, what)
-        for f in fields(self):  # type: ignore[arg-type]
+        for f in fields(self):
             other = getattr(self, f.name)
             if f.name == name or not isinstance(other, str) or not os.path.isfile(other):
                 continue
             if any(os.path.exists(made) and os.path.samefile(made, other) for made in (path, *more)):
                 problems.add(f"--{name} {path}: would overwrite --{f.name} {other}; name another file")
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """The flags by name, as a checkpoint records them."""
-        return asdict(self)  # type: ignore[call-overload]
+        return asdict(self)
 
 
-def _typed(values: dict[str, Any], by_name: dict[str, Any]) -> dict[str, Any]:
+def _typed(values: Mapping[str, object], by_name: Mapping[str, Field]) -> dict[str, object]:
     """Values with the types of their flags: paths become text, ints floats, False and None no text. Raises InputError
     with all others, as the command line does for text."""
     problems, typed = Problems(), {}
@@ -118,11 +122,27 @@ def _typed(values: dict[str, Any], by_name: dict[str, Any]) -> dict[str, Any]:
     return typed
 
 
-def command(kind: type[Flags]) -> Callable[[Callable], Callable]:
-    """Gives a function of one `kind` object the keyword signature and the documented `Args` of its flags: those of the
-    command itself first, then group by group."""
-    by_name = {f.name: f for f in fields(kind)}  # type: ignore[arg-type]
-    order = dict.fromkeys(name for group in kind.__mro__ for name in inspect.get_annotations(group))
+P = ParamSpec("P")
+F = TypeVar("F", bound=Flags)
+C = TypeVar("C", bound=Flags, contravariant=True)
+R = TypeVar("R", covariant=True)
+
+
+class Command(Protocol, Generic[P, C, R]):
+    """What `command` makes: a function of an object of flags, or of the keywords P that such an object is made of."""
+
+    @overload
+    def __call__(self, flags: C, /) -> R: ...
+    @overload
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R: ...
+
+
+def command(kind: Callable[P, F]) -> Callable[[Callable[[F], R]], Command[P, F, R]]:
+    """Makes a function of one object of `kind`, a `Flags` class, callable with the flat keywords of its flags too. Its
+    signature and the `Args` of its documentation are theirs: those of the command itself first, then group by group."""
+    group = cast(type[F], kind)
+    by_name = {f.name: f for f in fields(group)}
+    order = dict.fromkeys(name for part in group.__mro__ for name in inspect.get_annotations(part))
     ordered = [by_name[name] for name in order]
     signature = inspect.Signature(
         [
@@ -132,23 +152,25 @@ def command(kind: type[Flags]) -> Callable[[Callable], Callable]:
     )
     args = "\n".join(f"    {f.name}: {f.metadata['help']}" for f in ordered)
 
-    def decorate(function: Callable) -> Callable:
-        def called(*args: object, **values: object) -> object:
-            if args:
-                raise TypeError(f"{function.__name__}() takes keyword arguments only")
+    def decorate(function: Callable[[F], R]) -> Command[P, F, R]:
+        def called(*given: object, **values: object) -> R:
+            if given and (values or len(given) > 1 or not isinstance(given[0], group)):
+                raise TypeError(f"{function.__name__}() takes keyword arguments, or {group.__name__} alone")
+            if given:
+                values = {name: getattr(given[0], name) for name in by_name}
             unknown = [name for name in values if name not in by_name]
             if unknown:
                 close = difflib.get_close_matches(unknown[0], by_name, n=1)
                 hint = f"; did you mean {close[0]!r}?" if close else ""
                 raise TypeError(f"{function.__name__}() got an unexpected keyword argument {unknown[0]!r}{hint}")
             with locks.releasing():
-                return function(kind(**_typed(values, by_name)))
+                return function(group(**_typed(values, by_name)))
 
         called.__name__ = called.__qualname__ = function.__name__
         called.__module__ = function.__module__
         called.__doc__ = f"{inspect.getdoc(function)}\n\nArgs:\n{args}\n"
         called.__signature__ = signature  # type: ignore[attr-defined]
-        return called
+        return cast("Command[P, F, R]", called)
 
     return decorate
 
@@ -328,7 +350,7 @@ class AdapterFlags(Flags):
         states, bits = OPTIMIZERS[self.optim]
         return states * count * (1 + 4 / 256 if bits == 8 and count >= 4096 else 4)
 
-    def lora_settings(self) -> dict[str, Any]:
+    def lora_settings(self) -> dict[str, object]:
         """The arguments of `peft.LoraConfig` that do not depend on the model."""
         return {
             "r": self.lora_r,

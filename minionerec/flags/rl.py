@@ -1,0 +1,198 @@
+"""The flags of rl.py that are not those of every training."""
+
+import math
+import os
+from dataclasses import dataclass
+
+from minionerec.errors import Problems
+from minionerec.flags import TrainingFlags, above_zero, flag, fraction_of_training, one_of, zero_or_more
+
+REWARD_TYPES = ("rule", "ranking", "ranking_only", "prefix", "semantic", "sasrec")
+BEST_BY = {"ndcg": "NDCG", "hr": "HR", "mean": "mean"}  # best_by -> the metric of evaluations
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def _known_rewards(value: str) -> str | None:
+    names = _names(value)
+    if not names or set(names) - set(REWARD_TYPES):
+        return f"must be one of {', '.join(REWARD_TYPES)}, or several of them separated by commas"
+    return None if len(names) == len(set(names)) else "names a reward twice"
+
+
+def _weights(value: str) -> str | None:
+    try:
+        good = all(0 < float(weight) < math.inf for weight in _names(value))
+    except ValueError:
+        good = False
+    return None if good else "must be numbers above 0, separated by commas"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RLFlags(TrainingFlags):
+    """The flags of rl.py."""
+
+    model_path: str = flag(
+        "",
+        "folder of an SFT checkpoint: a full model or an adapter. An adapter is continued with use_lora or "
+        "use_qlora and merged into its base without them.",
+    )
+    base_model: str = flag("", "where the base of an adapter checkpoint is, if not where the adapter says.")
+    info_file: str = flag(
+        "", "the catalogue that completions come from, one SID, title and item id a line, separated by tabs."
+    )
+    train_batch_size: int = flag(
+        32,
+        "completions of a forward pass on one process. An optimizer step has this times gradient_accumulation_steps "
+        "times the number of processes. A GPU takes as many of a step in a pass as its memory holds.",
+        above_zero,
+    )
+    eval_batch_size: int = flag(32, "beams of a forward pass in evaluations during training.", above_zero)
+    gradient_accumulation_steps: int = flag(1, "forward passes of an optimizer step.", above_zero)
+    temperature: float = flag(
+        1.0,
+        "of sampling, and what the logits in the loss are divided by (in the original: of drawing only).",
+        above_zero,
+    )
+    add_gt: bool = flag(False, "put the target in the place of the last completion of every group.")
+    eval_step: float = flag(0.199, "how often to evaluate, as a fraction of the training.", fraction_of_training)
+    num_generations: int = flag(
+        16,
+        "completions per prompt (the group size).",
+        lambda value: "a group needs 2 completions or more to compare" if value < 2 else None,
+    )
+    num_train_epochs: int = flag(1, "passes over the prompts.", above_zero)
+    learning_rate: float = flag(
+        1e-6,
+        "peak of the cosine schedule, after 3% of the steps; gradients are clipped at 0.3. 1e-6 suits full "
+        "fine-tuning; an adapter needs 10 to 100 times as much.",
+        above_zero,
+    )
+    beta: float = flag(0.04, "weight of the KL divergence from the start; 0 drops the reference pass.", zero_or_more)
+    beam_search: bool = flag(
+        False,
+        "complete prompts with the best items by beam search (the original draws its beams at random); otherwise items "
+        "are sampled (the original: at each token from the 50 most likely).",
+    )
+    test_during_training: bool = flag(
+        True,
+        "evaluate HR@K and NDCG@K on eval_file, and keep the best checkpoint, which is the starting model if no other "
+        "is better (the original measures the prompts of each step and keeps the last model).",
+    )
+    best_by: str = flag(
+        "mean",
+        "what makes a checkpoint the best: ndcg (NDCG@10), hr (HR@10) or mean (their geometric mean).",
+        one_of(*BEST_BY),
+    )
+    dynamic_sampling: bool = flag(
+        False,
+        "draw 1.5 times as many completions, keep the target, if drawn, and the most frequent (the original keeps the "
+        "target as often as it was drawn, and ignores the flag under beam_search).",
+    )
+    mask_all_zero: bool = flag(
+        False,
+        "leave groups whose rewards are all equal out of the loss, KL included; they then cost no pass. They still "
+        "count in its average, with dapo and gspo too, so the other groups weigh as much as without the flag (the "
+        "original ignores the flag).",
+    )
+    sync_ref_model: bool = flag(False, "let the reference follow the policy slowly.")
+    test_beam: int = flag(20, "beams of an evaluation.", above_zero)
+    reward_type: str = flag(
+        "rule",
+        "a reward, or several separated by commas, which add up: rule (1 for the target), ranking (rule, and a penalty "
+        "for wrong items by rank, which needs beam_search), ranking_only (only the penalty), prefix (fraction of "
+        "leading SID levels that are the target's), semantic (cosine of item embeddings), sasrec (score of a SASRec "
+        "model).",
+        _known_rewards,
+    )
+    reward_weights: str = flag(
+        "", "a weight for each reward of reward_type, separated by commas; 1 each if not given.", _weights
+    )
+    sft_weight: float = flag(
+        0.0,
+        "weight of a supervised loss on the targets beside the rewards: their mean negative log-probability per token. "
+        "It keeps what SFT has learnt (the original has none).",
+        zero_or_more,
+    )
+    average_weights: bool = flag(
+        False,
+        "evaluate and save an average of the weights after every step, in which later steps count more; the learning "
+        "rate stays constant after its warm-up (the original has none).",
+    )
+    sample_train: bool = flag(
+        False, "leave out a random fifth of the prompts (the original: if model_path contains sft)."
+    )
+    ada_path: str = flag(
+        "",
+        "item embeddings for semantic, .npy or .safetensors, row i for item id i (the original: a pickle, row i for "
+        "line i of info_file).",
+    )
+    cf_path: str = flag(
+        "", "folder of a model of scripts/train_sasrec.py, for sasrec (the original: a file of its own sasrec.py)."
+    )
+    dapo: bool = flag(False, "average the loss over all tokens of a batch instead of over sequences first.")
+    gspo: bool = flag(False, "importance ratios of sequences instead of tokens.")
+    save_steps: float = flag(
+        0.0,
+        "how often to save a checkpoint, as a fraction of the training: a multiple of eval_step, because the best is "
+        "one of the saved models. 0: after every evaluation; without test_during_training, 0.199 (the original: 0.1).",
+        lambda value: None if value == 0 else fraction_of_training(value),
+    )
+
+    @property
+    def save_fraction(self) -> float:
+        """`save_steps` as a fraction of the training."""
+        return self.save_steps or (self.eval_step if self.test_during_training else 0.199)
+
+    @property
+    def reward_names(self) -> list[str]:
+        """The rewards that add up."""
+        return _names(self.reward_type)
+
+    @property
+    def rewards(self) -> dict[str, float]:
+        """The weight of every reward."""
+        names = self.reward_names
+        weights = [float(weight) for weight in _names(self.reward_weights)] or [1.0] * len(names)
+        return dict(zip(names, weights, strict=True))
+
+    def check(self, problems: Problems) -> None:
+        super().check(problems)
+        rewards, weights = self.reward_names, _names(self.reward_weights)
+        if weights and len(weights) != len(rewards):
+            problems.add(
+                f"--reward_weights {self.reward_weights}: has {len(weights)} weights for the {len(rewards)} rewards of "
+                f"--reward_type {self.reward_type}"
+            )
+        step = self.train_batch_size * self.gradient_accumulation_steps
+        if self.num_generations > 1 and step % self.num_generations:
+            problems.add(
+                f"--num_generations {self.num_generations} does not divide --train_batch_size {self.train_batch_size} "
+                f"x --gradient_accumulation_steps {self.gradient_accumulation_steps} completions; groups must be whole"
+            )
+        if self.dapo and self.gspo:
+            problems.add("--dapo and --gspo exclude each other; keep one")
+        if self.sync_ref_model and not self.beta:
+            problems.add("--sync_ref_model needs a reference, and --beta 0 drops it; give --beta above 0")
+        if self.test_during_training and not _is_multiple(self.save_fraction, self.eval_step):
+            problems.add(
+                f"--save_steps {self.save_steps}: must be a multiple of --eval_step {self.eval_step}, so that the best "
+                "evaluated model is a saved one; without the flag, every evaluated model is saved"
+            )
+        embeddings = self.ada_path.endswith((".npy", ".safetensors")) and os.path.isfile(self.ada_path)
+        if "semantic" in rewards and not embeddings:
+            problems.add(
+                f"--ada_path {self.ada_path!r}: --reward_type semantic needs a file of item embeddings, .npy or "
+                ".safetensors"
+            )
+        if "sasrec" in rewards and not os.path.isfile(os.path.join(self.cf_path, "sasrec.json")):
+            problems.add(
+                f"--cf_path {self.cf_path!r}: --reward_type sasrec needs a model of scripts/train_sasrec.py; give its "
+                "folder"
+            )
+
+
+def _is_multiple(whole: float, part: float) -> bool:
+    return part > 0 and whole >= part and abs(whole / part - round(whole / part)) < 1e-9

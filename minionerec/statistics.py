@@ -1,0 +1,69 @@
+"""How sure a metric of a test file is: bootstrap intervals over its rows, and the deviation over seeds.
+
+Dimensions: `N` rows of the test file.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from minionerec.metrics import ranking_metrics
+
+RESAMPLES = 1000
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over rows and seeds, or the ratio of two.
+
+    Attributes:
+        value: the mean or ratio.
+        low, high: its 95% interval over the rows (percentile bootstrap; Efron, 1979).
+        deviation: the standard deviation over seeds; None where that is unknown, as for a single one.
+    """
+
+    value: float
+    low: float
+    high: float
+    deviation: float | None
+
+
+def row_metrics(ranks: Sequence[int | None], length: int) -> dict[str, np.ndarray]:
+    """The metrics of every row, [N] each; their means are those of the run. Arguments as in `ranking_metrics`."""
+    rows = [ranking_metrics([rank], length) for rank in ranks]
+    return {name: np.array([row[name] for row in rows]) for name in rows[0]}
+
+
+class Bootstrap:
+    """Estimates over the rows of a test file. Every run gets the same resampled rows, so that a ratio compares equal
+    rows. A metric is given as its values of every row, [N] for each seed."""
+
+    def __init__(self, num_rows: int):
+        self._resampled = np.random.default_rng(0).integers(0, num_rows, (RESAMPLES, num_rows))
+
+    def mean(self, seeds: Sequence[np.ndarray]) -> Estimate:
+        """The mean of a metric."""
+        values = np.mean(seeds, axis=0)
+        return _estimate(values.mean(), self._means(values), _seed_means(seeds))
+
+    def ratio(self, seeds: Sequence[np.ndarray], others: Sequence[np.ndarray]) -> Estimate:
+        """The mean of a metric as a fraction of that of another run. Its deviation is that of the ratios seed by seed,
+        where both runs have as many."""
+        values, theirs = np.mean(seeds, axis=0), np.mean(others, axis=0)
+        by_seed = _seed_means(seeds) / _seed_means(others) if len(seeds) == len(others) else np.array([])
+        return _estimate(values.mean() / theirs.mean(), self._means(values) / self._means(theirs), by_seed)
+
+    def _means(self, values: np.ndarray) -> np.ndarray:
+        """The mean of each resample, [RESAMPLES]."""
+        return values[self._resampled].mean(axis=1)
+
+
+def _seed_means(seeds: Sequence[np.ndarray]) -> np.ndarray:
+    """[seeds], the means over rows."""
+    return np.array([values.mean() for values in seeds])
+
+
+def _estimate(value: float, samples: np.ndarray, by_seed: np.ndarray) -> Estimate:
+    low, high = np.percentile(samples, (2.5, 97.5))
+    return Estimate(float(value), float(low), float(high), float(np.std(by_seed, ddof=1)) if len(by_seed) > 1 else None)

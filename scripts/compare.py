@@ -1,0 +1,144 @@
+"""Trains and compares the methods; scripts/compare.sh is the command, and its head says what it does.
+
+A run is a folder in OUT, named after what it is. A finished one is kept, so the same command continues.
+"""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+# Learning rates to choose from, where the environment names none.
+SFT_RATES = {"full": "1e-4 3e-4 1e-3", "lora": "3e-4 1e-3 3e-3", "qlora": "3e-4 1e-3 3e-3"}
+RL_RATES = {"full": "1e-6 1e-5", "lora": "1e-5 1e-4", "qlora": "1e-5 1e-4"}
+FIRST_SEED = 42  # of the runs that choose the rates
+STAGE = ("bash", "-c", 'source scripts/stages.sh; "$@"', "compare.sh")  # then a function of stages.sh and its flags
+
+
+def setting(name: str, default: str = "") -> str:
+    """An environment variable; an empty one counts as none."""
+    return os.environ.get(name) or default
+
+
+def flags_in(name: str) -> list[str]:
+    return setting(name).split()
+
+
+def fail(problem: str) -> NoReturn:
+    print(f"compare.sh: error: {problem}", file=sys.stderr)
+    sys.exit(2)
+
+
+def run(*command: str | Path, **environment: str) -> None:
+    """Runs a command, and ends with its exit code if it fails."""
+    done = subprocess.run([str(word) for word in command], env={**os.environ, **environment})
+    if done.returncode:
+        sys.exit(done.returncode)
+
+
+class Method:
+    """The runs of a method: full, lora or qlora."""
+
+    def __init__(self, name: str, out: Path):
+        self.name, self.folder = name, out / name
+
+    def train(self, stage: str, folder: Path, rate: str, seed: int, flags: Sequence[str], start: Path | None) -> None:
+        """Runs a stage, sft or rl, or resumes it, unless it is finished. `start` is the run that RL starts from."""
+        if not (folder / "metrics.json").is_file():
+            of_run = ("--output_dir", folder, "--learning_rate", rate, "--seed", str(seed))
+            environment = {"MODEL_PATH": str(start / "final_checkpoint")} if start else {}
+            run(*STAGE, stage, *of_run, "--resume_from_checkpoint", "True", *flags, METHOD=self.name, **environment)
+
+    def choose(
+        self,
+        stage: str,
+        name: str,
+        rates: Sequence[str],
+        best: Callable[..., str],
+        flags: Sequence[str],
+        start: Path | None = None,
+    ) -> tuple[Path, str]:
+        """Trains with every rate, and returns the run that is `best` (min or max) on the validation file, and its
+        rate."""
+        runs = {rate: self.folder / f"{name}_{rate}" for rate in rates}
+        for rate, folder in runs.items():
+            self.train(stage, folder, rate, FIRST_SEED, flags, start)
+        rate = best(runs, key=lambda rate: best_eval(runs[rate]))
+        print(f"{self.name} {name}: learning rate {rate}", flush=True)
+        return runs[rate], rate
+
+    def compare(self, seeds: int) -> list[tuple[str, Path]]:
+        """Trains and evaluates SFT and RL with every seed; the runs by their names in the table."""
+        sft_flags, rl_flags = flags_in("SFT_FLAGS"), flags_in("RL_FLAGS")
+
+        # Choose the rate of SFT, in short runs first if there are flags for them, and then that of RL.
+        rates = setting(f"SFT_RATES_{self.name}", SFT_RATES[self.name]).split()
+        if short := flags_in("TRY_SFT"):
+            rates = [self.choose("sft", "sft_try", rates, min, [*sft_flags, *short])[1]]
+        sft, sft_rate = self.choose("sft", "sft", rates, min, sft_flags)
+        rates = setting(f"RL_RATES_{self.name}", RL_RATES[self.name]).split()
+        rl, rl_rate = self.choose("rl", f"rl_from_{sft_rate}", rates, max, rl_flags, start=sft)
+
+        # Both again with the other seeds.
+        sft_runs, rl_runs = [sft], [rl]
+        for seed in range(FIRST_SEED + 1, FIRST_SEED + seeds):
+            sft_runs.append(self.folder / f"sft_seed{seed}")
+            rl_runs.append(self.folder / f"rl_seed{seed}")
+            self.train("sft", sft_runs[-1], sft_rate, seed, sft_flags, None)
+            self.train("rl", rl_runs[-1], rl_rate, seed, rl_flags, sft_runs[-1])
+
+        for folder in (*sft_runs, *rl_runs):
+            if not (folder / "result.json").is_file():
+                run(*STAGE, "evaluate", folder, *flags_in("EVAL_FLAGS"), METHOD=self.name)
+        return [(f"{self.name} SFT", one) for one in sft_runs] + [(f"{self.name} SFT + RL", one) for one in rl_runs]
+
+
+def best_eval(folder: Path) -> float:
+    """What a run's best checkpoint had on the validation file: a loss of SFT, a ranking metric of RL."""
+    metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+    return next(value for name, value in metrics.items() if name.startswith("best_eval_"))
+
+
+def main() -> None:
+    if {"-h", "--help"} & set(sys.argv[1:]):
+        print(__doc__)
+        return
+    if "TRAIN_FILE" not in os.environ:
+        fail("has no settings here; start it with: bash scripts/compare.sh")
+    methods, seeds = setting("METHODS", "full lora qlora").split(), setting("SEEDS", "1")
+    out, train_file, test_file = Path(os.environ["OUT"]), os.environ["TRAIN_FILE"], os.environ["TEST_FILE"]
+    if not re.fullmatch(r"[1-9][0-9]*", seeds):
+        fail(f"SEEDS={seeds}: must be a number from 1")
+    for name in methods:
+        if name not in SFT_RATES:
+            fail(f"METHODS={' '.join(methods)}: {name} must be full, lora or qlora")
+    signal.signal(signal.SIGINT, lambda *_: None)  # wait for the stage, which saves a checkpoint and ends with 130
+
+    # SASRec, and every method.
+    runs = [("SASRec", out / "sasrec")]
+    if not (out / "sasrec" / "result.json").is_file():
+        files = ("--train_file", train_file, "--eval_file", os.environ["EVAL_FILE"], "--test_data_path", test_file)
+        catalogue = ("--info_file", os.environ["INFO_FILE"])
+        run(os.environ["PYTHON"], "scripts/train_sasrec.py", *files, *catalogue, "--output_dir", out / "sasrec")
+    for name in methods:
+        runs += Method(name, out).compare(int(seeds))
+
+    # The table, with ratios to full fine-tuning and LoRA where these ran.
+    names = ",".join(f"{name}={folder}" for name, folder in runs)
+    against = ",".join(name for name in ("full", "lora") if name in methods)
+    command = [os.environ["PYTHON"], "scripts/table.py", "--train_file", train_file, "--test_data_path", test_file]
+    command += ["--intervals", "True", "--runs", names, "--against", against, "--figure", str(out / "compare.png")]
+    printed = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    if printed.returncode:
+        sys.exit(printed.returncode)
+    (out / "compare.md").write_text(printed.stdout, encoding="utf-8")
+    print(printed.stdout, end="")
+
+
+if __name__ == "__main__":
+    main()
