@@ -17,11 +17,12 @@ from minionerec import cli, world
 from minionerec.checkpoint import check_base, run_record
 from minionerec.data.files import Catalogue, Interaction, Item, read_catalogue, read_interactions, sample_rows
 from minionerec.data.prompts import Prompts, load_prompts
-from minionerec.data.texts import check_interactions, items_left_out
+from minionerec.data.texts import ValidationRows, check_interactions, items_left_out
 from minionerec.errors import Problems
 from minionerec.flags import (
     TrainingFlags,
     above_zero,
+    all_or_above_zero,
     check_batch,
     check_cache,
     command,
@@ -50,9 +51,9 @@ class SFTFlags(TrainingFlags):
     base_model: str = flag("", "folder or hub name of the model to start from.")
     sample: int = flag(
         -1,
-        "how many rows of each source to train on, chosen at random; -1 for all. Validation always uses all rows (the "
-        "original samples those too).",
-        lambda value: "must be above 0, or -1 for all rows" if value == 0 or value < -1 else None,
+        "how many rows of each source to train on, chosen at random; -1 for all. The rows of validation are those of "
+        "eval_sample (the original samples them by this flag too).",
+        all_or_above_zero,
     )
     batch_size: int = flag(128, "rows of an optimizer step, over all processes.", above_zero)
     micro_batch_size: int | Literal["auto"] = flag(
@@ -150,6 +151,7 @@ class SFTInput:
     eval_prompts: Prompts
     catalogue: Catalogue
     num_rows: int
+    validation: ValidationRows
     notes: list[str]
 
     def train_rows(self, kind: str) -> Iterable[Interaction | Item]:
@@ -163,7 +165,7 @@ class SFTInput:
 
     def eval_rows(self, _kind: str) -> Iterable[Interaction]:
         """Starts a pass over the validation interactions."""
-        return read_interactions(self.flags.eval_file, "eval_file", self.catalogue.sids, self.eval_prompts.need_titles)
+        return self.validation
 
 
 def read_input(flags: SFTFlags) -> SFTInput:
@@ -177,12 +179,17 @@ def read_input(flags: SFTFlags) -> SFTInput:
     catalogue = problems.attempt(read_catalogue, flags.sid_index_path, flags.item_meta_path)
     sids = catalogue.sids if catalogue else None
     eval_prompts = prompts and prompts.for_validation()
-    num_rows, notes = check_interactions(problems, "train_file", flags.train_file, sids, prompts)
-    notes += check_interactions(problems, "eval_file", flags.eval_file, sids, eval_prompts)[1]
+    checked = check_interactions(problems, "train_file", flags.train_file, sids, prompts)
+    eval_checked = check_interactions(problems, "eval_file", flags.eval_file, sids, eval_prompts)
+    notes = [*checked.notes, *eval_checked.notes]
     notes += items_left_out(catalogue, prompts, flags.item_meta_path) + flags.notes
     problems.check()
     assert prompts and eval_prompts and catalogue  # nothing was wrong
-    return SFTInput(flags, prompts, eval_prompts, catalogue, num_rows, notes)
+    validation = ValidationRows(
+        flags.eval_file, catalogue.sids, eval_prompts, eval_checked.num_usable, flags.eval_sample, flags.seed
+    )
+    notes += validation.notes
+    return SFTInput(flags, prompts, eval_prompts, catalogue, checked.num_rows, validation, notes)
 
 
 def next_smaller(rows: int, batch_size: int) -> int:
@@ -278,7 +285,7 @@ def train(flags: SFTFlags) -> "dict | Prediction":
     eval_encoder = Encoder(tokenizer, files.eval_prompts, flags.cutoff_len)
     with state.local_main_process_first():
         train_dataset = training_examples()
-        eval_dataset = tokenized_dataset(eval_encoder, files.eval_rows, [flags.eval_file])
+        eval_dataset = tokenized_dataset(eval_encoder, files.eval_rows, [flags.eval_file], **files.validation.choice)
     for note in filter(None, dict.fromkeys([encoder.control_note, eval_encoder.control_note])):
         state.print(note)
     state.print(f"training examples: {len(train_dataset):,}; validation examples: {len(eval_dataset):,}")
