@@ -14,7 +14,7 @@ import numpy as np
 
 from minionerec import __version__
 from minionerec.errors import InputError, Problems
-from minionerec.prepare import cleaning, item_embeddings, semantic_ids, sources, writing
+from minionerec.prepare import cleaning, item_embeddings, row_files, semantic_ids, sources, writing
 from minionerec.prepare.columns import find_columns
 from minionerec.prepare.formats import Layout, Source, open_source
 from minionerec.prepare.settings import PrepareFlags
@@ -177,7 +177,7 @@ def build(problems: Problems, flags: PrepareFlags) -> dict[str, Any]:
         batches = cleaning.in_time_order(rows, sum(sizes.values()), flags.split)
         sids, titles = ["".join(sid) for sid in index.values()], [item.title for item in catalogue]
         users = cleaning.session_names(list(raw.users), sessions) if flags.session_gap else list(raw.users)
-        writing.write_rows(folder, flags.category, batches, users, sids, titles)
+        row_files.write_rows(folder, flags.category, batches, users, sids, titles)
         record = {
             "category": flags.category,
             "arguments": {name: getattr(flags, name) for name in ARGUMENTS},

@@ -11,7 +11,6 @@
 | dataset.json | how the data set was made |
 """
 
-import csv
 import hashlib
 import json
 import os
@@ -20,7 +19,7 @@ import signal
 import tempfile
 import threading
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -34,9 +33,7 @@ from minionerec.prepare.settings import COLLISIONS, TEXTS
 from minionerec.prepare.sources import RawItem
 from minionerec.saving import write_json
 
-COLUMNS = ("user_id", "history_item_title", "item_title", "history_item_id", "item_id", "history_item_sid", "item_sid")
 RECORD = "dataset.json"
-CHUNK = 10_000  # rows that are converted to Python objects at a time
 
 
 def check_category(category: str) -> None:
@@ -172,35 +169,6 @@ def metadata_of(item: RawItem) -> dict[str, str]:
 def index_of(codes: Iterable[Sequence[int]], first: int = 0) -> dict[str, list[str]]:
     """SID tokens by item id, for items numbered from `first`."""
     return {str(item): tokens(row) for item, row in enumerate(codes, first)}
-
-
-def write_rows(
-    folder: str,
-    category: str,
-    batches: Iterable[np.ndarray],
-    users: Sequence[str],
-    sids: Sequence[str],
-    titles: Sequence[str],
-) -> None:
-    """Streams the rows of `cleaning.in_time_order` to the files of their splits."""
-    with ExitStack() as stack:
-        writers: list[Any] = []
-        for split in SPLITS:
-            path = os.path.join(folder, files_of(category)[split])
-            os.makedirs(os.path.dirname(path))
-            file = stack.enter_context(open(path, "w", encoding="utf-8", newline=""))
-            writers.append(csv.writer(file, lineterminator="\n"))
-            writers[-1].writerow(COLUMNS)
-        for batch in batches:
-            for start in range(0, len(batch), CHUNK):
-                part = batch[start : start + CHUNK]
-                fields = (part[name].tolist() for name in ("split", "user", "item", "history"))
-                for split, user, item, padded in zip(*fields, strict=True):
-                    past = [i for i in padded if i >= 0]
-                    history_titles, history_sids = [titles[i] for i in past], [sids[i] for i in past]
-                    writers[split].writerow(
-                        (users[user], history_titles, titles[item], past, item, history_sids, sids[item])
-                    )
 
 
 def write_record(folder: str, record: dict[str, Any]) -> None:
