@@ -20,7 +20,7 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TextIO, TypeGuard, cast
 
 from minionerec.data import parallel
@@ -31,6 +31,7 @@ csv.field_size_limit(sys.maxsize)
 SID_COLUMNS = ("history_item_sid", "item_sid")
 TITLE_COLUMNS = ("history_item_title", "item_title")
 ITEM_COLUMN = "item_id"
+HISTORY_COLUMN = "history"  # of a file of requests
 
 MOST_PROBLEMS = 5  # of one file that are listed; the others are only counted
 
@@ -234,11 +235,12 @@ def _description(value: object) -> str | None:
 
 @dataclass(frozen=True, slots=True)
 class InfoItem:
-    """An item of an info file."""
+    """An item of an info file. `original_id` is the one of the shop, from the metadata, or empty."""
 
     id: str
     title: str
     sid: str
+    original_id: str = ""
 
 
 def read_info(path: str, catalogue: Catalogue | None = None) -> list[str]:
@@ -278,6 +280,17 @@ def read_info_items(path: str, catalogue: Catalogue | None = None) -> list[InfoI
     if not items:
         raise InputError(f"--info_file {path}: is empty")
     return items
+
+
+def with_original_ids(items: Iterable[InfoItem], metadata: dict) -> list[InfoItem]:
+    """The items with the `original_id` of their entries in a metadata file, where they have one."""
+    named = []
+    for item in items:
+        fields = metadata.get(item.id)
+        original = fields.get("original_id") if isinstance(fields, dict) else None
+        text = str(original).strip() if is_text(original) or type(original) is int else ""
+        named.append(replace(item, original_id=text) if text else item)
+    return named
 
 
 # A list of texts as Python writes it, with only quotes and backslashes escaped. These patterns read it several times as
@@ -389,16 +402,33 @@ def count_rows(path: str, flag: str, sids: Iterable[str] | None = None, titles: 
     return sum(check_rows(path, flag, sids, titles).values())
 
 
-def read_histories(path: str, flag: str, problems: FileProblems) -> Iterator[tuple[int, list[str]]]:
-    """The SIDs of the histories of an interactions file, each with its line. The file needs no other column: those who
-    are to get recommendations have no next item yet. Bad cells go to `problems`. Raises InputError where the file
-    cannot be read."""
-    for line, (cell,) in _csv_rows(path, flag, SID_COLUMNS[:1]):
-        history = "the row ends before it" if cell is None else _sid_history(cell)
+def read_histories(path: str, flag: str, problems: FileProblems) -> Iterator[tuple[int, list]]:
+    """The histories of a CSV file, each with its line: of the column HISTORY_COLUMN, whose lists may name items as
+    requests do, or else the SIDs of an interactions file. The file needs no other column: those who are to get
+    recommendations have no next item yet. Bad cells go to `problems`. Raises InputError where the file cannot be read.
+    """
+    with open_text(path, flag, newline="") as file:
+        try:
+            column = HISTORY_COLUMN if HISTORY_COLUMN in next(csv.reader(file), []) else SID_COLUMNS[0]
+        except (UnicodeDecodeError, csv.Error):
+            column = SID_COLUMNS[0]  # `_csv_rows` says what is wrong
+    for line, (cell,) in _csv_rows(path, flag, (column,)):
+        history = "the row ends before it" if cell is None else _history(cell, column)
         if isinstance(history, str):
             problems.add(f", line {line}", history)
         else:
             yield line, history
+
+
+def _history(cell: str, column: str) -> list | str:
+    """The items of a cell, or what is wrong with it."""
+    if column == SID_COLUMNS[0]:
+        return _sid_history(cell)
+    try:
+        value = ast.literal_eval(cell)
+    except (ValueError, SyntaxError, MemoryError, RecursionError, TypeError):
+        value = None
+    return value if isinstance(value, list) else _not_a_list(column, cell)
 
 
 def read_item_ids(path: str, flag: str) -> list[str]:

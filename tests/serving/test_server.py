@@ -24,7 +24,7 @@ for package in ("fastapi", "uvicorn", "prometheus_client"):
     pytest.importorskip(package, reason="pip install fastapi uvicorn prometheus-client")
 httpx = pytest.importorskip("httpx", reason="pip install httpx")
 
-from minionerec.data.files import read_info_items  # noqa: E402
+from minionerec.data.files import read_info_items, with_original_ids  # noqa: E402
 from minionerec.data.items import ItemColumns, Items  # noqa: E402
 from minionerec.errors import InputError, RunError  # noqa: E402
 from minionerec.serving import checks, connections  # noqa: E402
@@ -517,6 +517,22 @@ def test_the_interface_describes_itself(ask):
         assert "://" not in shown.text and "src=" not in shown.text  # nothing from elsewhere
 
 
+def test_the_server_speaks_of_the_shops_own_ids(files, model):
+    """The page then sends these; a search finds them, and a request may not name the number of an item."""
+    metadata = {str(i): {"original_id": f"SKU-{i}"} for i in range(40)}
+    listed = with_original_ids(read_info_items(files["info"]), metadata)
+    reader = RequestReader(Items(listed, "info", only_original_ids=True), None, K=5, most=20)
+
+    async def steps(client):
+        posted = [await client.post("/recommend", json={"history": [text]}) for text in ("SKU-7", "7")]
+        return (await client.get("/options")).json(), (await client.get("/items?title=SKU-7")).json(), *posted
+
+    options, found, right, wrong = with_client(make_app(lambda: Loaded(reader, model), 4, 6), steps)
+    assert options["original_ids"] and [(item["id"], item["original_id"]) for item in found] == [("7", "SKU-7")]
+    assert right.status_code == 200 and wrong.status_code == 422
+    assert "items are named by their original_id" in wrong.json()["detail"][0]
+
+
 def test_requests_may_choose_by_the_columns_whose_values_items_share(files, model, tmp_path):
     meta = {str(i): {"title": f"Bolt {i % 2}", "price": i, "brand": "Kö" if i % 4 else "3M, Inc"} for i in range(40)}
     meta["7"]["brand"] = ["3M", "Kö", 4, None]
@@ -531,7 +547,7 @@ def test_requests_may_choose_by_the_columns_whose_values_items_share(files, mode
 
     options, chosen = with_client(make_app(lambda: Loaded(reader, model), 4, 6), steps)
     columns = [{"name": "brand", "values": ["Kö", "3M", "Inc", "4"]}]  # prices differ, and titles are no choice
-    assert options == {"K": 5, "most": 20, "exclude_seen": False, "columns": columns}
+    assert options == {"K": 5, "most": 20, "exclude_seen": False, "original_ids": False, "columns": columns}
     assert [answer.status_code for answer in chosen] == [200] * 4
 
 
