@@ -480,7 +480,7 @@ def check_writable(problems: Problems, name: str, path: str) -> None:
 
 def not_writable(path: str) -> str:
     """Why a folder can neither be made nor written to; empty if it can."""
-    above = os.path.abspath(path)
+    above = os.path.realpath(path)  # a link may lead to a folder that does not exist yet
     while not os.path.exists(above):
         above = os.path.dirname(above)
     good = os.path.isdir(above) and os.access(above, os.W_OK | os.X_OK)

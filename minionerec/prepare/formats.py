@@ -470,12 +470,17 @@ def _array(text: io.TextIOWrapper, error: Callable[[object], InputError]) -> Ite
             if (buffer[start + 1 :] + text.read(chunk)).strip():
                 raise error(f"text follows the JSON array after row {row}")
             return
+        problem: Exception | None = None
         try:
             element, place = decoder.raw_decode(buffer, start)
-        except (ValueError, RecursionError) as problem:
+        except (ValueError, RecursionError) as cut_off:
+            problem, place = cut_off, len(buffer)
+        if place - start > MOST_LINE:
+            raise error(f"row {row + 1} has more than {MOST_LINE:,} characters; is it an array of rows?")
+        if problem:
             more = text.read(max(chunk, len(buffer) - start))
-            if not more or len(buffer) - start > MOST_LINE:
-                raise error(f"row {row + 1} is not JSON, or the array does not end: {problem}") from None
+            if not more:
+                raise error(f"row {row + 1} is not JSON, or the array does not end: {problem}")
             buffer, place = buffer[start:] + more, 0
             continue
         row += 1

@@ -86,6 +86,8 @@ def _ends_by_exception() -> Iterator[None]:
         return
 
     def end(number: int, _: object) -> None:
+        for one in before:  # another one must not interrupt the removal
+            signal.signal(one, signal.SIG_IGN)
         raise SystemExit(128 + number)
 
     before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGHUP)}

@@ -193,15 +193,14 @@ def _read(loaded: Loaded, body: bytes) -> Request:
 )
 async def recommend_items(http: fastapi.Request, loaded: Serving) -> Response:
     """Recommends items for a history."""
-    worker, id = http.app.state.worker, http.state.id
+    worker, id, client = http.app.state.worker, http.state.id, http.client.host if http.client else ""
     try:
         request = await run_in_threadpool(_read, loaded, await read_body(http))
-        future = worker.submit(request, loaded, id)
+        future = worker.submit(request, loaded, id, client)
     except InputError as error:
         return problem(422, *error.problems)
     except TooManyWaiting:
-        details = f"{worker.max_waiting} requests are waiting; try again later"
-        return problem(503, details, **{"Retry-After": "1"})
+        return _busy(worker)
     answer, left = asyncio.wrap_future(future), asyncio.ensure_future(_client_left(http))
     try:
         await asyncio.wait((answer, left), return_when=asyncio.FIRST_COMPLETED)
@@ -212,9 +211,16 @@ async def recommend_items(http: fastapi.Request, loaded: Serving) -> Response:
             answer.cancel()
     if answer.cancelled():
         raise ClientDisconnect
+    if isinstance(answer.exception(), TooManyWaiting):
+        return _busy(worker)
     if answer.exception():
         return problem(500, f"the model failed; the server's log says more of request {id}")
     return JSONResponse({"history": request.given, "items": answer.result()})
+
+
+def _busy(worker: Worker) -> Response:
+    details = f"{worker.max_waiting} requests are waiting; try again later"
+    return problem(503, details, **{"Retry-After": "1"})
 
 
 async def _client_left(http: fastapi.Request) -> None:

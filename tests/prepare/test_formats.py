@@ -285,8 +285,9 @@ def test_layouts_are_recognized_or_named(tmp_path, content, layout, given):
         ("[1] x", "line 1: is not JSON"),
         ("user,item,time\nu,i," + "x" * 5000, "has more than 2,000 characters; is it a file of rows?"),
         (json.dumps({"user": "x" * 5000}), "has more than 2,000 characters"),
+        (json.dumps([{"user": "x" * 5000}]), "row 1 has more than 2,000 characters; is it an array of rows?"),
     ],
-    ids=range(12),
+    ids=range(13),
 )  # fmt: skip
 def test_what_is_not_safe_to_find_out_is_refused(tmp_path, monkeypatch, content, message):
     monkeypatch.setattr(formats, "MOST_LINE", 2000)
@@ -495,7 +496,10 @@ def test_a_process_that_is_ended_leaves_no_scratch_folder(tmp_path, number):
     before = signal.getsignal(number)
     with pytest.raises(SystemExit) as end, writing.scratch_folder(str(tmp_path / "out")) as folder:
         assert os.path.isdir(folder)
-        os.kill(os.getpid(), number)
+        try:
+            os.kill(os.getpid(), number)
+        finally:
+            os.kill(os.getpid(), signal.SIGTERM)  # again, while it is removed
     assert end.value.code == 128 + number and os.listdir(tmp_path) == [] and signal.getsignal(number) == before
 
 
