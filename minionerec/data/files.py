@@ -361,7 +361,8 @@ def check_rows(
     known = list(sids) if sids is not None else None
     found = parallel.in_parts(_check_part, parts, path=path, flag=flag, sids=known, titles=titles)
     problems = FileProblems(path)
-    for line, problem in sorted(tuple(bad) for _, listed, _ in found for bad in listed)[:MOST_PROBLEMS]:
+    bad = sorted((line, problem) for _, listed, _ in found for line, problem in listed)
+    for line, problem in bad[:MOST_PROBLEMS]:
         problems.add(f", line {line}", problem)
     problems.count = sum(count for *_, count in found)
     problems.check()

@@ -17,7 +17,7 @@ from minionerec.prepare.cleaning import SPLITS
 from minionerec.prepare.writing import files_of
 
 COLUMNS = ("user_id", "history_item_title", "item_title", "history_item_id", "item_id", "history_item_sid", "item_sid")
-CHUNK = 1 << 24  # bytes of rows that are joined at a time, about
+CHUNK = 1 << 22  # bytes of rows that are joined at a time, about
 TEXT = pa.large_string()  # whose texts may have more than 2 GB together
 _SPECIAL = re.compile('[,"\r\n]')
 
@@ -49,8 +49,8 @@ def write_rows(
             most = max(1, CHUNK // (size * batch["history"].shape[1]))
             for start in range(0, len(batch), most):
                 part = batch[start : start + most]
-                for split, file in enumerate(files):
-                    rows = part[part["split"] == split]
+                for number, file in enumerate(files):
+                    rows = part[part["split"] == number]
                     if len(rows):
                         file.write(_lines(rows, user_cells, columns))
 

@@ -18,9 +18,9 @@ import re
 import signal
 import tempfile
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, BinaryIO
+from typing import BinaryIO, TypedDict
 
 import numpy as np
 
@@ -34,6 +34,24 @@ from minionerec.prepare.sources import RawItem
 from minionerec.saving import write_json
 
 RECORD = "dataset.json"
+
+
+class Arguments(TypedDict):
+    """Of the arguments in dataset.json, those that a later run needs."""
+
+    collisions: str
+    text_columns: str
+
+
+class Record(TypedDict, total=False):
+    """Of dataset.json, what a later run needs; `build` says what else is in it."""
+
+    category: str
+    arguments: Arguments
+    embeddings: dict[str, str]
+    semantic_ids: dict[str, object]
+    files: dict[str, str]
+    added: list[object]
 
 
 def check_category(category: str) -> None:
@@ -173,7 +191,7 @@ def index_of(codes: Iterable[Sequence[int]], first: int = 0) -> dict[str, list[s
     return {str(item): tokens(row) for item, row in enumerate(codes, first)}
 
 
-def write_record(folder: str, record: dict[str, Any]) -> None:
+def write_record(folder: str, record: Mapping[str, object]) -> None:
     """Writes `record` to dataset.json, with the digest of every file in the folder."""
     files = sorted(
         os.path.relpath(os.path.join(above, name), folder) for above, _, names in os.walk(folder) for name in names
@@ -182,7 +200,7 @@ def write_record(folder: str, record: dict[str, Any]) -> None:
     write_json(os.path.join(folder, RECORD), {**record, "files": digests})
 
 
-def read_record(folder: str) -> dict[str, Any]:
+def read_record(folder: str) -> Record:
     """The record of a data set that `write_record` wrote. Raises InputError if there is none, or if files have changed
     since then."""
     path = os.path.join(folder, RECORD)
