@@ -16,7 +16,8 @@ from minionerec import __version__
 from minionerec.errors import InputError, Problems
 from minionerec.prepare import cleaning, item_embeddings, row_files, semantic_ids, sources, writing
 from minionerec.prepare.columns import find_columns
-from minionerec.prepare.formats import Layout, Source, open_source
+from minionerec.prepare.formats import Source
+from minionerec.prepare.recognize import Layout, open_source
 from minionerec.prepare.settings import PrepareFlags
 
 ITEM_ROLES = ("item", "title", "description", "features", "brand", "categories", "price")
