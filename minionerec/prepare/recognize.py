@@ -99,15 +99,13 @@ def _recognize(source: Source, head: bytes, layout: Layout) -> None:
 
 def _is_utf_8(source: Source, head: bytes) -> bool:
     """Whether a file is UTF-8 beyond doubt: with letters beyond ASCII, and nothing else."""
-    decoder, beyond = codecs.getincrementaldecoder("utf-8")(), False
     try:
         with source.open() as file:
-            while part := file.read(1 << 20):
-                beyond = not decoder.decode(part).isascii() or beyond
-        decoder.decode(b"", final=True)
+            text = io.TextIOWrapper(file, "utf-8")
+            plain = [part.isascii() for part in iter(lambda: text.read(1 << 20), "")]
     except UnicodeDecodeError:
         return False
-    return beyond and b"\0" not in head
+    return not all(plain) and b"\0" not in head
 
 
 def _read_head(source: Source, file: IO[bytes], layout: Layout) -> None:
