@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from minionerec import cli, world
 from minionerec.checkpoint import Checkpoint, read_model
-from minionerec.data.files import open_text, read_info_items, read_item_ids
+from minionerec.data.files import open_text, read_info_items, read_item_ids, read_json_object, with_original_ids
 from minionerec.data.items import ItemColumns, Items, read_item_list
 from minionerec.data.prompts import RECOMMENDATION, Prompts
 from minionerec.errors import InputError, Problems
@@ -50,8 +50,8 @@ class RecommendFlags(PromptFlags):
     )
     histories: str = flag(
         "",
-        'a file of histories: JSON lines such as {"history": ["12", "40"]}, or a CSV file with the column '
-        "history_item_sid.",
+        'a file of histories: JSON lines such as {"history": ["12", "40"]}, or a CSV file with the column history '
+        "(lists of items) or history_item_sid.",
     )
     output: str = flag("", "file for the recommendations for histories, as JSON lines.")
     K: int = flag(10, "items to recommend.", above_zero)
@@ -65,7 +65,14 @@ class RecommendFlags(PromptFlags):
         "",
         "column=value of the item file, such as brand=3M; only items with it are recommended (needs item_meta_path).",
     )
-    item_meta_path: str = flag("", "JSON of item id to title, description and other columns, for where.")
+    item_meta_path: str = flag(
+        "", "JSON of item id to title, description and other columns, for where; and original_id, the shop's own id."
+    )
+    original_ids: bool = flag(
+        False,
+        "requests, allow and deny name items by the original_id of item_meta_path only. Without it they may use both "
+        "ids, unless some mean two items; answers have both.",
+    )
     serve: int = flag(0, "a port: recommends over HTTP, with a page at /.", _port)
     host: str = flag(
         "127.0.0.1",
@@ -95,8 +102,9 @@ class RecommendFlags(PromptFlags):
             problems.add("--output has no effect without --histories")
         if self.histories:
             world.check_world(problems)
-        if self.where and not self.item_meta_path:
-            problems.add("--where needs --item_meta_path, the file with the columns of the items")
+        for name in ("where", "original_ids"):
+            if getattr(self, name) and not self.item_meta_path:
+                problems.add(f"--{name} needs --item_meta_path, the file with the columns of the items")
         if self.serve and not _port(self.serve):
             self._check_server(problems)
         for name in ("api_key_file", "allowed_hosts"):
@@ -177,8 +185,12 @@ def read_files(problems: Problems, flags: RecommendFlags) -> RecommendInput:
         prompts = problems.attempt(checkpoint.prompts, flags.category, flags.prompt_file, RECOMMENDATION)
     purchases = problems.attempt(read_item_ids, flags.train_file, "train_file") if flags.train_file else None
     listed = problems.attempt(read_info_items, flags.info_file)
-    items = listed and problems.attempt(Items, listed, flags.info_file, purchases or ())
-    reader = items and _reader(problems, flags, items)
+    path = flags.item_meta_path
+    metadata = problems.attempt(read_json_object, path, "item_meta_path") if path else None
+    listed = with_original_ids(listed, metadata) if listed and metadata else listed
+    by_original = flags.original_ids and metadata is not None
+    items = listed and problems.attempt(Items, listed, flags.info_file, purchases or (), by_original)
+    reader = items and _reader(problems, flags, items, metadata)
     request, count = None, 0
     if reader and flags.history:
         request = problems.attempt(lambda: reader.read({"history": reader.parse_history(flags.history)}))
@@ -202,6 +214,7 @@ def read_files(problems: Problems, flags: RecommendFlags) -> RecommendInput:
         notes = checkpoint.differing_prompts(prompts)
     else:
         notes = checkpoint.differing_flags(flags.to_dict(), ("category",))
+    notes += items.notes
     return RecommendInput(checkpoint, base, prompts, items, reader, request, count, settings, done, keys, notes)
 
 
@@ -220,14 +233,14 @@ def _read_keys(path: str) -> list[str]:
     return keys
 
 
-def _reader(problems: Problems, flags: RecommendFlags, items: Items) -> RequestReader | None:
+def _reader(problems: Problems, flags: RecommendFlags, items: Items, metadata: dict | None) -> RequestReader:
     """What reads requests, with the constraints of the flags."""
     only = []
     if flags.allow and (allowed := problems.attempt(read_item_list, flags.allow, "allow", items)):
         only.append(allowed)
     if flags.deny and (denied := problems.attempt(read_item_list, flags.deny, "deny", items)):
         only.append(frozenset(range(len(items))) - denied)
-    columns = problems.attempt(ItemColumns, flags.item_meta_path, items) if flags.item_meta_path else None
+    columns = problems.attempt(ItemColumns, flags.item_meta_path, items, metadata) if metadata is not None else None
     if flags.where and columns:
         try:
             only.append(columns.where(flags.where))
@@ -314,7 +327,8 @@ def recommend(flags: RecommendFlags) -> None:
         if not items:
             state.print("nothing is left to recommend: the constraints allow no item of the catalogue")
         for place, item in enumerate(items, 1):
-            state.print(f"{place:>3}  {item['score']:9.4f}  {item['id']}  {item['sid']}  {item['title']}")
+            ids = "  ".join(str(item[name]) for name in ("id", "original_id") if name in item)
+            state.print(f"{place:>3}  {item['score']:9.4f}  {ids}  {item['sid']}  {item['title']}")
         return
 
     # A file of histories: a line of JSON for each. The processes of a distributed run divide its batches.

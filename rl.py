@@ -19,7 +19,7 @@ from minionerec import cli, world
 from minionerec.checkpoint import Checkpoint, check_base, check_model, run_record
 from minionerec.data.files import Catalogue, Interaction, Item, read_catalogue, read_info, read_interactions
 from minionerec.data.prompts import RECOMMENDATION, RL_TASKS, TASKS, Prompts
-from minionerec.data.texts import check_interactions, items_left_out
+from minionerec.data.texts import ValidationRows, check_interactions, items_left_out
 from minionerec.errors import InputError, Problems
 from minionerec.flags import command, engine
 from minionerec.flags.rl import BEST_BY, RLFlags
@@ -53,6 +53,7 @@ class RLInput:
         wording: of all tasks, which later commands ask the new checkpoint in.
         ending: the text that follows every SID.
         catalogue, sids: the index, and the SIDs of the info file that completions come from.
+        eval_sample: the rows of the evaluations.
         notes: lines about rows that are left out and about what differs from the checkpoint.
     """
 
@@ -65,6 +66,7 @@ class RLInput:
     ending: str
     catalogue: Catalogue
     sids: list[str]
+    eval_sample: ValidationRows
     notes: list[str]
 
     @property
@@ -85,7 +87,7 @@ class RLInput:
 
     def eval_rows(self, _kind: str) -> Iterable[Interaction]:
         """Starts a pass over the validation interactions."""
-        return read_interactions(self.flags.eval_file, "eval_file", self.sids, self.validation.need_titles)
+        return self.eval_sample
 
 
 def read_input(flags: RLFlags) -> RLInput:
@@ -133,8 +135,9 @@ def read_input(flags: RLFlags) -> RLInput:
         problems.add(
             f"--num_generations {flags.num_generations}: {flags.info_file} has only {len(sids)} different SIDs"
         )
-    notes = check_interactions(problems, "train_file", flags.train_file, sids, prompts)[1]
-    notes += check_interactions(problems, "eval_file", flags.eval_file, sids, validation)[1]
+    notes = check_interactions(problems, "train_file", flags.train_file, sids, prompts).notes
+    eval_checked = check_interactions(problems, "eval_file", flags.eval_file, sids, validation)
+    notes += eval_checked.notes
     notes += items_left_out(catalogue, prompts, flags.item_meta_path) + flags.notes
     if not flags.beam_search and {"ranking", "ranking_only"} & set(flags.reward_names):
         notes.append(
@@ -143,6 +146,11 @@ def read_input(flags: RLFlags) -> RLInput:
         )
     problems.check()
     assert checkpoint and prompts and validation and wording and catalogue and sids  # nothing was wrong
+
+    eval_sample = ValidationRows(
+        flags.eval_file, sids, validation, eval_checked.num_usable, flags.eval_sample, flags.seed
+    )
+    notes += eval_sample.notes
 
     # What differs from the checkpoint. The shape of an adapter stays what it was.
     if flags.prompt_file:
@@ -153,7 +161,9 @@ def read_input(flags: RLFlags) -> RLInput:
         notes += _how_it_continues(checkpoint, flags)
         if flags.adapted:
             flags = replace(flags, **checkpoint.adapter_shape)
-    return RLInput(flags, checkpoint, base, prompts, validation, wording, endings.pop(), catalogue, sids, notes)
+    return RLInput(
+        flags, checkpoint, base, prompts, validation, wording, endings.pop(), catalogue, sids, eval_sample, notes
+    )
 
 
 def _how_it_continues(checkpoint: Checkpoint, flags: RLFlags) -> list[str]:

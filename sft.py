@@ -17,7 +17,7 @@ from minionerec import cli, world
 from minionerec.checkpoint import check_base, run_record
 from minionerec.data.files import Catalogue, Interaction, Item, read_catalogue, read_interactions, sample_rows
 from minionerec.data.prompts import Prompts, load_prompts
-from minionerec.data.texts import check_interactions, items_left_out
+from minionerec.data.texts import ValidationRows, check_interactions, items_left_out
 from minionerec.errors import Problems
 from minionerec.flags import command, engine
 from minionerec.flags.sft import SFTFlags
@@ -43,6 +43,7 @@ class SFTInput:
     eval_prompts: Prompts
     catalogue: Catalogue
     num_rows: int
+    validation: ValidationRows
     notes: list[str]
 
     def train_rows(self, kind: str) -> Iterable[Interaction | Item]:
@@ -56,7 +57,7 @@ class SFTInput:
 
     def eval_rows(self, _kind: str) -> Iterable[Interaction]:
         """Starts a pass over the validation interactions."""
-        return read_interactions(self.flags.eval_file, "eval_file", self.catalogue.sids, self.eval_prompts.need_titles)
+        return self.validation
 
 
 def read_input(flags: SFTFlags) -> SFTInput:
@@ -70,12 +71,17 @@ def read_input(flags: SFTFlags) -> SFTInput:
     catalogue = problems.attempt(read_catalogue, flags.sid_index_path, flags.item_meta_path)
     sids = catalogue.sids if catalogue else None
     eval_prompts = prompts and prompts.for_validation()
-    num_rows, notes = check_interactions(problems, "train_file", flags.train_file, sids, prompts)
-    notes += check_interactions(problems, "eval_file", flags.eval_file, sids, eval_prompts)[1]
+    checked = check_interactions(problems, "train_file", flags.train_file, sids, prompts)
+    eval_checked = check_interactions(problems, "eval_file", flags.eval_file, sids, eval_prompts)
+    notes = [*checked.notes, *eval_checked.notes]
     notes += items_left_out(catalogue, prompts, flags.item_meta_path) + flags.notes
     problems.check()
     assert prompts and eval_prompts and catalogue  # nothing was wrong
-    return SFTInput(flags, prompts, eval_prompts, catalogue, num_rows, notes)
+    validation = ValidationRows(
+        flags.eval_file, catalogue.sids, eval_prompts, eval_checked.num_usable, flags.eval_sample, flags.seed
+    )
+    notes += validation.notes
+    return SFTInput(flags, prompts, eval_prompts, catalogue, checked.num_rows, validation, notes)
 
 
 def next_smaller(rows: int, batch_size: int) -> int:
@@ -171,7 +177,7 @@ def train(flags: SFTFlags) -> "dict | Prediction":
     eval_encoder = Encoder(tokenizer, inputs.eval_prompts, flags.cutoff_len)
     with state.local_main_process_first():
         train_dataset = training_examples()
-        eval_dataset = tokenized_dataset(eval_encoder, inputs.eval_rows, [flags.eval_file])
+        eval_dataset = tokenized_dataset(eval_encoder, inputs.eval_rows, [flags.eval_file], **inputs.validation.choice)
     for note in filter(None, dict.fromkeys([encoder.control_note, eval_encoder.control_note])):
         state.print(note)
     state.print(f"training examples: {len(train_dataset):,}; validation examples: {len(eval_dataset):,}")

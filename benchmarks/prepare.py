@@ -1,4 +1,5 @@
-"""Measures `scripts/prepare_data.py`: seconds, CPU seconds (more reliable on a busy machine), and peak memory.
+"""Measures `scripts/prepare_data.py`: seconds, CPU seconds (more reliable on a busy machine) in all and by stage, and
+peak memory.
 
 1. With `--release_dir DIR`: on raw reviews and metadata in the form of Amazon Reviews 2018, rebuilt from a release's
    train.csv, valid.csv, test.csv and *.item.json in DIR. The order of each user's purchases is that of the release, the
@@ -7,6 +8,7 @@
 
     python benchmarks/prepare.py --release_dir data/Industrial_and_Scientific --min_interactions 2
     python benchmarks/prepare.py --items 100000 --interactions 1000000
+    python benchmarks/prepare.py --items 50000 --interactions 5000000 --users 500000
 """
 
 import ast
@@ -18,6 +20,7 @@ import random
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +30,22 @@ from benchmarks.common import in_fresh_process, print_json, print_table
 from minionerec import cli
 from minionerec.errors import Problems
 from minionerec.flags import check_new_folder, check_positive
+from minionerec.prepare import cleaning, row_files, semantic_ids, sources, writing
 from minionerec.process_memory import peak_rss_gb
 from scripts.prepare_data import prepare_data
 
 FIRST, LAST = 1_475_280_000, 1_541_030_400  # 2016-10-01 and 2018-11-01
 DAY = 86_400
+# The stages that are timed by themselves: functions that `prepare.build` calls, by the names of their columns.
+STAGES = {
+    "read": (sources, "read_interactions"),
+    "order": (cleaning, "order_and_drop_duplicates"),
+    "k-core": (cleaning, "k_core"),
+    "histories": (cleaning, "rows_of"),
+    "IDs": (semantic_ids, "fit"),
+    "write": (row_files, "write_rows"),
+    "digests": (writing, "write_record"),
+}
 SYLLABLES = [a + b for a in "bdfgklmnprst" for b in "aeiou"]
 
 
@@ -104,14 +118,35 @@ def raw_made_up(folder: str, items: int, interactions: int, users: int) -> None:
             writer.writerow([f"U{user:011d}", f"B{item:09d}", FIRST + rng.randrange(LAST - FIRST)])
 
 
+def time_stages() -> dict[str, float]:
+    """The CPU seconds of each stage, once it has run. Only for a process that ends afterwards: its functions stay
+    replaced."""
+    seconds: dict[str, float] = {}
+
+    def timed(stage: str, function: Callable) -> Callable:
+        def call(*args: object, **kwargs: object) -> object:
+            started = time.process_time()
+            result = function(*args, **kwargs)
+            seconds[stage] = round(seconds.get(stage, 0) + time.process_time() - started, 1)
+            print(f"{stage}: {seconds[stage]} CPU seconds, peak {peak_rss_gb():.2f} GB", flush=True)
+            return result
+
+        return call
+
+    for stage, (module, name) in STAGES.items():
+        setattr(module, name, timed(stage, getattr(module, name)))
+    return seconds
+
+
 def measured(folder: str, names: tuple[str, str], flags: dict[str, Any]) -> dict[str, float]:
-    """Seconds and peak memory of the command, run in this process."""
+    """Seconds and peak memory of the command and its stages, run in this process."""
+    stages = time_stages()
     started = time.perf_counter()
     reviews, meta = (os.path.join(folder, name) for name in names)
     output = os.path.join(folder, "prepared")
     prepare_data(interactions=reviews, items=meta, output_dir=output, category="benchmark", **flags)
     seconds = {"seconds": time.perf_counter() - started, "CPU seconds": time.process_time()}
-    return {**seconds, "peak GB": peak_rss_gb()}
+    return {**seconds, **stages, "peak GB": peak_rss_gb()}
 
 
 def benchmark(

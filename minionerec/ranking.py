@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from minionerec.checkpoint import NAME_BASE, Checkpoint
 from minionerec.data.encoding import Encoder
-from minionerec.data.files import Catalogue, Interaction, read_info_items
+from minionerec.data.files import Catalogue, Interaction, read_info_items, read_json_object, with_original_ids
 from minionerec.data.items import Items
 from minionerec.data.prompts import RECOMMENDATION, Prompts
 from minionerec.data.sid_tokens import PAD, sid_responses
@@ -84,6 +84,8 @@ class Ranker:
         checkpoint: str | os.PathLike[str],
         info_file: str | os.PathLike[str],
         *,
+        item_meta_path: str | os.PathLike[str] = "",
+        original_ids: bool = False,
         base_model: str = "",
         category: str = "",
         num_beams: int = 50,
@@ -94,6 +96,9 @@ class Ranker:
         Args:
             checkpoint: the folder of a whole model or of an adapter.
             info_file: the catalogue, one SID, title and item id a line, separated by tabs.
+            item_meta_path: the metadata that prepare_data.py wrote, with the original ids of the items.
+            original_ids: histories name items by those, never by the ids of the info file. Else they may use both,
+                unless an original id is the id of another item.
             base_model: where the base of an adapter is, if not where the adapter says.
             category: what the items are, for a checkpoint that does not record its prompts.
 
@@ -102,7 +107,10 @@ class Ranker:
         read = Checkpoint.read(os.fspath(checkpoint))
         base = base_model or read.base(NAME_BASE)
         prompts = read.prompts(category, None, RECOMMENDATION)
-        items = Items(read_info_items(os.fspath(info_file)), os.fspath(info_file))
+        listed, meta = read_info_items(os.fspath(info_file)), os.fspath(item_meta_path)
+        if meta:
+            listed = with_original_ids(listed, read_json_object(meta, "item_meta_path"))
+        items = Items(listed, os.fspath(info_file), only_original_ids=original_ids)
         remedy = f"{os.fspath(info_file)} belongs to a different catalogue"
         device.process_state()
         ranker = cls(
@@ -135,7 +143,8 @@ class Ranker:
     # --- Items --------------------------------------------------------------------------------------------------------
 
     def recommend(self, history: Sequence[str], k: int = 10, exclude_seen: bool = False) -> list[dict[str, object]]:
-        """The k best items for a history, best first, each with id, title, SID and score (nats).
+        """The k best items for a history, best first, each with id, title, SID and score (nats), and its original id if
+        that is known.
 
         Args:
             history: item ids, SIDs or titles, oldest first.
@@ -149,9 +158,9 @@ class Ranker:
     def answer(
         self, requests: Sequence[Request], bar: tqdm | None = None, chunk: int | None = None
     ) -> list[list[dict[str, object]]]:
-        """For every request its K items, best first, each with id, title, SID and score (the log-probability of its
-        SID, in nats); fewer where fewer are allowed. `bar` and `chunk` are those of `score_prompts`. Raises RunError if
-        a score is NaN."""
+        """For every request its K items, best first, each with id, original id if that is known, title, SID and score
+        (the log-probability of its SID, in nats); fewer where fewer are allowed. `bar` and `chunk` are those of
+        `score_prompts`. Raises RunError if a score is NaN."""
         ranked = score_prompts(
             self.model,
             self.trie,
@@ -213,7 +222,8 @@ class Ranker:
             for number in self._items.of_sid[self._items.sids[index]]:
                 if _is_allowed(request, number):
                     item = self._items.all[number]
-                    found.append({"id": item.id, "title": item.title, "sid": item.sid, "score": round(score, 6)})
+                    ids = {"id": item.id, **({"original_id": item.original_id} if item.original_id else {})}
+                    found.append({**ids, "title": item.title, "sid": item.sid, "score": round(score, 6)})
             if len(found) >= request.K:
                 break
         return found[: request.K]

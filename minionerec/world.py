@@ -42,6 +42,11 @@ def rank() -> int:
     return _number("RANK")
 
 
+def local_size() -> int:
+    """The number of processes of the run on this node."""
+    return max(_number("LOCAL_WORLD_SIZE"), 1)
+
+
 def node() -> str:
     """The name of the machine or container of this process."""
     return socket.gethostname()

@@ -101,7 +101,7 @@ def tokenized_dataset(
         rows_of: as in `write_examples`.
         sources: the files the rows come from. Their content, the tokenizer, the prompts, the code and `settings` are
             the key of the cache entry, which is in the cache folder of Hugging Face datasets (HF_DATASETS_CACHE). A
-            damaged entry is built again. Any number of runs may share the folder.
+            damaged entry is built again. Runs may share the folder.
 
     Sets the encoder's `control_note`, also where the examples come from the cache.
 

@@ -18,10 +18,12 @@ import os
 import random
 import re
 import sys
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from typing import TextIO, TypeGuard
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import TextIO, TypeGuard, cast
 
+from minionerec.data import parallel
 from minionerec.errors import InputError
 
 csv.field_size_limit(sys.maxsize)
@@ -29,6 +31,7 @@ csv.field_size_limit(sys.maxsize)
 SID_COLUMNS = ("history_item_sid", "item_sid")
 TITLE_COLUMNS = ("history_item_title", "item_title")
 ITEM_COLUMN = "item_id"
+HISTORY_COLUMN = "history"  # of a file of requests
 
 MOST_PROBLEMS = 5  # of one file that are listed; the others are only counted
 
@@ -232,11 +235,12 @@ def _description(value: object) -> str | None:
 
 @dataclass(frozen=True, slots=True)
 class InfoItem:
-    """An item of an info file."""
+    """An item of an info file. `original_id` is the one of the shop, from the metadata, or empty."""
 
     id: str
     title: str
     sid: str
+    original_id: str = ""
 
 
 def read_info(path: str, catalogue: Catalogue | None = None) -> list[str]:
@@ -278,18 +282,31 @@ def read_info_items(path: str, catalogue: Catalogue | None = None) -> list[InfoI
     return items
 
 
-# A list of texts as Python writes it, without escapes. These patterns read it several times as fast as `ast`, with the
-# same result.
-_TEXT = r"""(?:'[^'\\\n\r\0]*'|"[^"\\\n\r\0]*")"""
+def with_original_ids(items: Iterable[InfoItem], metadata: dict) -> list[InfoItem]:
+    """The items with the `original_id` of their entries in a metadata file, where they have one."""
+    named = []
+    for item in items:
+        fields = metadata.get(item.id)
+        original = fields.get("original_id") if isinstance(fields, dict) else None
+        text = str(original).strip() if is_text(original) or type(original) is int else ""
+        named.append(replace(item, original_id=text) if text else item)
+    return named
+
+
+# A list of texts as Python writes it, with only quotes and backslashes escaped. These patterns read it several times as
+# fast as `ast`, with the same result.
+_TEXT = r"""(?:'[^'\\\n\r\0]*(?:\\['"\\][^'\\\n\r\0]*)*'|"[^"\\\n\r\0]*(?:\\['"\\][^"\\\n\r\0]*)*")"""
 _PLAIN_TEXT = re.compile(_TEXT)
 _PLAIN_LIST = re.compile(rf"\[{_TEXT}(?:, {_TEXT})*\]")
+_ESCAPE = re.compile(r"\\(.)")
 
 
 def _list_cell(text: str, missing: bool = False) -> list[str] | None:
     """The texts of a list cell, or None if the cell is not a list of texts. With `missing`, the elements None, nan
     and others that MISSING has are empty texts."""
     if _PLAIN_LIST.fullmatch(text):
-        return [part[1:-1] for part in _PLAIN_TEXT.findall(text)]
+        parts = [part[1:-1] for part in _PLAIN_TEXT.findall(text)]
+        return parts if "\\" not in text else [_ESCAPE.sub(r"\1", part) for part in parts]
     try:
         if not missing:
             value = ast.literal_eval(text)
@@ -323,8 +340,8 @@ def read_interactions(
     """
     known = set(sids) if sids is not None else None
     problems = FileProblems(path)
-    for line, row in _csv_rows(path, flag, SID_COLUMNS + (TITLE_COLUMNS if titles else ())):
-        interaction = _interaction(row, titles, known)
+    for line, cells in _csv_rows(path, flag, SID_COLUMNS + (TITLE_COLUMNS if titles else ())):
+        interaction = _interaction(cells, titles, known)
         if isinstance(interaction, str):
             problems.add(f", line {line}", interaction)
         else:
@@ -332,40 +349,118 @@ def read_interactions(
     problems.check()
 
 
-def read_histories(path: str, flag: str, problems: FileProblems) -> Iterator[tuple[int, list[str]]]:
-    """The SIDs of the histories of an interactions file, each with its line. The file needs no other column: those who
-    are to get recommendations have no next item yet. Bad cells go to `problems`. Raises InputError where the file
-    cannot be read."""
-    for line, row in _csv_rows(path, flag, SID_COLUMNS[:1]):
-        history = "the row ends before it" if row[SID_COLUMNS[0]] is None else _sid_history(row)
+def check_rows(
+    path: str, flag: str, sids: Iterable[str] | None = None, titles: bool = True
+) -> dict[tuple[bool, bool], int]:
+    """Checks a whole interactions file, on several cores if it is large.
+
+    Returns the numbers of rows, by whether they have the title of the target, and a title in the history. Raises
+    InputError as `read_interactions` does.
+    """
+    parts = parallel.num_parts(os.path.getsize(path) if os.path.isfile(path) else 0)
+    known = list(sids) if sids is not None else None
+    found = parallel.in_parts(_check_part, parts, path=path, flag=flag, sids=known, titles=titles)
+    problems = FileProblems(path)
+    bad = sorted((line, problem) for _, listed, _ in found for line, problem in listed)
+    for line, problem in bad[:MOST_PROBLEMS]:
+        problems.add(f", line {line}", problem)
+    problems.count = sum(count for *_, count in found)
+    problems.check()
+    rows = Counter[tuple[bool, bool]]()
+    for counted, *_ in found:
+        rows.update({(target, history): count for target, history, count in counted})
+    return dict(rows)
+
+
+CHUNK = 1024  # rows that follow each other in a part
+
+
+def _check_part(
+    part: int, parts: int, path: str, flag: str, sids: list[str] | None, titles: bool
+) -> tuple[list[tuple[bool, bool, int]], list[tuple[int, str]], int]:
+    """Checks every `parts`-th chunk of an interactions file.
+
+    Returns the counts of `check_rows`, the first few problems with their lines, and the number of problems.
+    """
+    known = set(sids) if sids is not None else None
+    rows, listed, num_problems = Counter[tuple[bool, bool]](), list[tuple[int, str]](), 0
+    read = _csv_rows(path, flag, SID_COLUMNS + (TITLE_COLUMNS if titles else ()))
+    for number, (line, cells) in enumerate(read):
+        if number // CHUNK % parts != part:
+            continue
+        interaction = _interaction(cells, titles, known)
+        if not isinstance(interaction, str):
+            rows[bool(interaction.title), any(map(str.strip, interaction.title_history))] += 1
+        else:
+            num_problems += 1
+            if num_problems <= MOST_PROBLEMS:
+                listed.append((line, interaction))
+    return [(*texts, count) for texts, count in rows.items()], listed, num_problems
+
+
+def count_rows(path: str, flag: str, sids: Iterable[str] | None = None, titles: bool = True) -> int:
+    """Checks a whole interactions file and counts its rows. Raises InputError as `read_interactions` does."""
+    return sum(check_rows(path, flag, sids, titles).values())
+
+
+def read_histories(path: str, flag: str, problems: FileProblems) -> Iterator[tuple[int, list]]:
+    """The histories of a CSV file, each with its line: of the column HISTORY_COLUMN, whose lists may name items as
+    requests do, or else the SIDs of an interactions file. The file needs no other column: those who are to get
+    recommendations have no next item yet. Bad cells go to `problems`. Raises InputError where the file cannot be read.
+    """
+    with open_text(path, flag, newline="") as file:
+        try:
+            column = HISTORY_COLUMN if HISTORY_COLUMN in next(csv.reader(file), []) else SID_COLUMNS[0]
+        except (UnicodeDecodeError, csv.Error):
+            column = SID_COLUMNS[0]  # `_csv_rows` says what is wrong
+    for line, (cell,) in _csv_rows(path, flag, (column,)):
+        history = "the row ends before it" if cell is None else _history(cell, column)
         if isinstance(history, str):
             problems.add(f", line {line}", history)
         else:
             yield line, history
 
 
+def _history(cell: str, column: str) -> list | str:
+    """The items of a cell, or what is wrong with it."""
+    if column == SID_COLUMNS[0]:
+        return _sid_history(cell)
+    try:
+        value = ast.literal_eval(cell)
+    except (ValueError, SyntaxError, MemoryError, RecursionError, TypeError):
+        value = None
+    return value if isinstance(value, list) else _not_a_list(column, cell)
+
+
 def read_item_ids(path: str, flag: str) -> list[str]:
     """The item id of the target of every row of an interactions file, its column ITEM_COLUMN. Raises InputError where
     there is no such column, or the file cannot be read."""
-    return [(row[ITEM_COLUMN] or "").strip() for _, row in _csv_rows(path, flag, (ITEM_COLUMN,))]
+    return [(cell or "").strip() for _, (cell,) in _csv_rows(path, flag, (ITEM_COLUMN,))]
 
 
-def _csv_rows(path: str, flag: str, needed: tuple[str, ...]) -> Iterator[tuple[int, dict[str, str]]]:
-    """The rows of a CSV file that has the `needed` columns, each with its line. Raises InputError where it cannot be
-    read, or has no rows."""
+def _csv_rows(path: str, flag: str, needed: tuple[str, ...]) -> Iterator[tuple[int, Sequence[str | None]]]:
+    """The cells of the `needed` columns of a CSV file, each row with its line; None where the row ends before one.
+    Blank lines are no rows. Raises InputError where the file lacks a column, cannot be read, or has no rows."""
     num_rows = 0
     with open_text(path, flag, newline="") as file:
-        reader = csv.DictReader(file)
+        reader = csv.reader(file)
         try:
-            missing = [name for name in needed if name not in (reader.fieldnames or ())]
+            header = next(reader, [])
+            missing = [name for name in needed if name not in header]
             if missing:
                 raise InputError(
                     f"--{flag} {path}: column {', '.join(missing)} is missing; "
-                    f"the file has {', '.join(reader.fieldnames or ()) or 'no header'}"
+                    f"the file has {', '.join(header) or 'no header'}"
                 )
-            for row in reader:
+            place_of = {name: place for place, name in enumerate(header)}
+            places = [place_of[name] for name in needed]
+            last = max(places)
+            for row in filter(None, reader):
                 num_rows += 1
-                yield reader.line_num, row
+                if len(row) > last:
+                    yield reader.line_num, [row[place] for place in places]
+                else:
+                    yield reader.line_num, [row[place] if place < len(row) else None for place in places]
         except UnicodeDecodeError as error:
             raise InputError(f"--{flag} {path}: is not UTF-8 text: {error.reason} at byte {error.start}") from None
         except csv.Error as error:
@@ -374,20 +469,22 @@ def _csv_rows(path: str, flag: str, needed: tuple[str, ...]) -> Iterator[tuple[i
         raise InputError(f"--{flag} {path}: has no rows")
 
 
-def _interaction(row: dict[str, str], titles: bool, known: set[str] | None) -> Interaction | str:
-    """A checked row, or what is wrong with it, as text."""
-    for column in SID_COLUMNS + (TITLE_COLUMNS if titles else ()):
-        if row[column] is None:  # how DictReader fills a row that is too short
-            return f"the row ends before column {column}"
-    sid_history = _sid_history(row)
+def _interaction(cells: Sequence[str | None], titles: bool, known: set[str] | None) -> Interaction | str:
+    """A checked row from its cells in SID_COLUMNS and, with `titles`, TITLE_COLUMNS; or what is wrong with it."""
+    if None in cells:
+        return f"the row ends before column {(*SID_COLUMNS, *TITLE_COLUMNS)[cells.index(None)]}"
+    sid_cell, target, title_cell, title = (
+        cast(Sequence[str], cells) if titles else (*cast(Sequence[str], cells), "", "")
+    )
+    sid_history = _sid_history(sid_cell)
     if isinstance(sid_history, str):
         return sid_history
-    title_history = _list_cell(row["history_item_title"], missing=True) if titles else []
+    title_history = _list_cell(title_cell, missing=True) if titles else []
     if title_history is None:
-        return _not_a_list(row, "history_item_title")
+        return _not_a_list(TITLE_COLUMNS[0], title_cell)
     if titles and len(title_history) != len(sid_history):
         return f"history_item_title has {len(title_history)} entries, history_item_sid {len(sid_history)}"
-    sid = row["item_sid"].strip()
+    sid = target.strip()
     if known is not None:
         for value in [sid, *sid_history]:
             if value not in known:
@@ -396,24 +493,19 @@ def _interaction(row: dict[str, str], titles: bool, known: set[str] | None) -> I
         return "item_sid is empty"
     if not MISSING.isdisjoint(map(str.strip, title_history)):
         title_history = ["" if text.strip() in MISSING else text for text in title_history]
-    return Interaction(sid_history, title_history, sid, present(row["item_title"]) if titles else "")
+    return Interaction(sid_history, title_history, sid, present(title))
 
 
-def _sid_history(row: dict[str, str]) -> list[str] | str:
-    """The SIDs of a row's history, or what is wrong with them, as text."""
-    history = _list_cell(row[SID_COLUMNS[0]])
+def _sid_history(cell: str) -> list[str] | str:
+    """The SIDs of a history, or what is wrong with them, as text."""
+    history = _list_cell(cell)
     if history is None:
-        return _not_a_list(row, SID_COLUMNS[0])
+        return _not_a_list(SID_COLUMNS[0], cell)
     return history or f"{SID_COLUMNS[0]} is empty; a row needs at least one past item"
 
 
-def _not_a_list(row: dict[str, str], column: str) -> str:
-    return f"{column} must be a list of texts such as ['a', 'b'], found {shorten(row[column])}"
-
-
-def count_rows(path: str, flag: str, sids: Iterable[str] | None = None, titles: bool = True) -> int:
-    """Checks a whole interactions file and counts its rows. Raises InputError as `read_interactions` does."""
-    return sum(1 for _ in read_interactions(path, flag, sids, titles))
+def _not_a_list(column: str, cell: str) -> str:
+    return f"{column} must be a list of texts such as ['a', 'b'], found {shorten(cell)}"
 
 
 def sample_rows(rows: Iterable, count: int, sample: int, seed: int) -> Iterator:

@@ -4,6 +4,7 @@ Only the standard library is imported.
 """
 
 import difflib
+import itertools
 import operator
 import os
 import re
@@ -19,15 +20,24 @@ class Items:
     """The items of an info file, by number: their place in the file.
 
     Attributes:
-        all: the items; `all[number]` has id, title and SID.
+        all: the items; `all[number]` has ids, title and SID.
         number_of: item id -> number.
+        named: what requests may name an item by, id or original id -> number.
+        notes: lines about ids that they may not.
         of_sid: SID -> numbers of its items, the most popular first; SIDs are in the order of the file.
         sids: the distinct SIDs.
     """
 
-    def __init__(self, items: Iterable[InfoItem], source: str, purchases: Iterable[str] = ()):
-        """`source` names the file, and `purchases` are the ids of items that were bought, each as often as it was.
-        Items that share a SID are ordered by them; ties keep the order of the file.
+    def __init__(
+        self, items: Iterable[InfoItem], source: str, purchases: Iterable[str] = (), only_original_ids: bool = False
+    ):
+        """
+        Args:
+            source: names the file.
+            purchases: the ids of items that were bought, each as often as it was. Items that share a SID are ordered by
+                them; ties keep the order of the file.
+            only_original_ids: requests name items by those, and never by the ids of the info file. Else they may use
+                both, unless an original id is the id of another item.
 
         Raises InputError for an item without an id, or two with the same one. A repeated line counts once.
         """
@@ -41,6 +51,8 @@ class Items:
                 elif (other := seen.setdefault(item.id, item)) is not item:
                     problems.add("", f"item {item.id!r} is listed as {other.sid} and as {item.sid}, or with two titles")
             problems.check()
+        self.only_original_ids, self.notes = only_original_ids, list[str]()
+        self.named = self._named()
         bought = Counter(purchases)
         self.of_sid: dict[str, list[int]] = {}
         for number, item in enumerate(self.all):
@@ -52,6 +64,40 @@ class Items:
 
     def __len__(self) -> int:
         return len(self.all)
+
+    def _named(self) -> dict[str, int]:
+        originals: dict[str, int] = {}
+        other: dict[str, InfoItem] = {}  # original id -> another item that it may mean
+        for number, item in enumerate(self.all):
+            if item.original_id and originals.setdefault(item.original_id, number) != number:
+                other[item.original_id] = item
+        if self.only_original_ids:
+            without = [item.id for item in self.all if not item.original_id]
+            if without:
+                raise InputError(
+                    f"--original_ids: {len(without):,} items have no original_id in --item_meta_path, such as "
+                    f"{shorten(without[0])}; prepare_data.py writes them"
+                )
+            if other:
+                raise InputError(f"--original_ids: {len(other):,} are of several items, such as {shorten(min(other))}")
+            return originals
+        other |= {
+            text: self.all[self.number_of[text]]
+            for text, number in originals.items()
+            if self.number_of.get(text, number) != number
+        }
+        if other:
+            self.notes.append(
+                f"note: requests name items by the ids of the info file: {len(other):,} original ids could mean two "
+                f"items, such as {shorten(min(other))}; --original_ids True takes those, and no others"
+            )
+            return self.number_of
+        return {**self.number_of, **originals}
+
+    def id_of(self, number: int) -> str:
+        """What requests name an item by."""
+        item = self.all[number]
+        return item.original_id if self.only_original_ids else item.id
 
     @property
     def num_sharing(self) -> int:
@@ -74,26 +120,25 @@ class Items:
         for an unknown text, or a title of items with different SIDs.
         """
         text = text.strip()
-        if text in self.number_of:
-            return [self.number_of[text]]
+        if text in self.named:
+            return [self.named[text]]
         found = self.of_sid.get(text) or self.of_title.get(text)
         if not found:
-            raise InputError(f"{shorten(text)} is no item id, SID or title of the info file")
+            hint = "; items are named by their original_id" if text in self.number_of else ""
+            raise InputError(f"{shorten(text)} is no item id, SID or title of the info file{hint}")
         if len({self.all[number].sid for number in found}) > 1:
-            ids = ", ".join(self.all[number].id for number in found[:5])
+            ids = ", ".join(map(self.id_of, found[:5]))
             raise InputError(f"{shorten(text)} is the title of several items; give an id: {ids}")
         return found
 
     def search(self, words: str, most: int) -> Iterator[InfoItem]:
-        """At most `most` items whose titles contain all the words, in any case, in the order of the file."""
+        """At most `most` items: the one with this id, then those whose titles contain all the words, in any case, in
+        the order of the file."""
         wanted = words.casefold().split()
-        count = 0
-        for item, title in zip(self.all, self._folded_titles, strict=True):
-            if count >= most:
-                return
-            if all(word in title for word in wanted):
-                count += 1
-                yield item
+        named = self.named.get(words.strip())
+        titled = (i for i, title in enumerate(self._folded_titles) if all(word in title for word in wanted))
+        numbers = itertools.chain([] if named is None else [named], (i for i in titled if i != named))
+        return (self.all[number] for number in itertools.islice(numbers, most))
 
     @cached_property
     def _folded_titles(self) -> list[str]:
@@ -118,8 +163,8 @@ def read_item_list(path: str, flag: str, items: Items) -> frozenset[int]:
         try:
             for line, text in enumerate(file, 1):
                 item = text.strip()
-                if item in items.number_of:
-                    numbers.add(items.number_of[item])
+                if item in items.named:
+                    numbers.add(items.named[item])
                 elif item:
                     problems.add(f", line {line}", f"item id {shorten(item)} is not in the info file")
         except UnicodeDecodeError as error:
@@ -133,9 +178,11 @@ def read_item_list(path: str, flag: str, items: Items) -> frozenset[int]:
 class ItemColumns:
     """The columns of an item file (`*.item.json`), to choose items by their values."""
 
-    def __init__(self, item_meta_path: str, items: Items):
-        """Raises InputError where the file cannot be read or has none of the items."""
-        metadata = read_json_object(item_meta_path, "item_meta_path")
+    def __init__(self, item_meta_path: str, items: Items, metadata: dict | None = None):
+        """`metadata` is what the file has, if it was read. Raises InputError where it cannot be read, or has none of
+        the items."""
+        if metadata is None:
+            metadata = read_json_object(item_meta_path, "item_meta_path")
         self.path = item_meta_path
         self.rows = [metadata.get(item.id) for item in items.all]
         self.names = sorted({name for row in self.rows if isinstance(row, dict) for name in row})

@@ -1,46 +1,83 @@
 """Counts the rows that have the texts a task needs, before a model is loaded. Only the standard library is imported."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 
-from minionerec.data.files import Catalogue, Interaction, Item, read_interactions
-from minionerec.data.prompts import Prompts, Task
+from minionerec.data.files import Catalogue, Interaction, check_rows, read_interactions, sample_rows
+from minionerec.data.prompts import Prompts
 from minionerec.errors import Problems
+
+
+@dataclass(frozen=True)
+class CheckedFile:
+    """An interactions file whose rows are right: how many they are, how many of them have the texts of at least one
+    task, and a line for each task that skips some."""
+
+    num_rows: int = 0
+    num_usable: int = 0
+    notes: list[str] = field(default_factory=list)
 
 
 def check_interactions(
     problems: Problems, flag: str, path: str, sids: Iterable[str] | None, prompts: Prompts | None
-) -> tuple[int, list[str]]:
-    """Checks every row of an interactions file, and that at least one has the texts of a task.
-
-    Returns the number of rows, and a line for each task that skips some of them.
-    """
+) -> CheckedFile:
+    """Checks every row of an interactions file, and that at least one has the texts of a task."""
     tasks = [task for task in prompts.tasks.values() if task.rows == "interaction"] if prompts else []
     titles = prompts is not None and prompts.need_titles
-    counted = problems.attempt(_count_suited, read_interactions(path, flag, sids, titles), tasks)
+    counted = problems.attempt(check_rows, path, flag, sids, titles)
     if counted is None:
-        return 0, []
-    num_rows, suited = counted
+        return CheckedFile()
+    rows = [(_row_with(*texts), count) for texts, count in counted.items()]
+    suited = {task.name: sum(count for row, count in rows if task.suits(row)) for task in tasks}
     if suited and not any(suited.values()):
         problems.add(f"--{flag} {path}: no row has the titles that {', '.join(suited)} need; choose other --tasks")
-    return num_rows, _left_out(path, num_rows, suited)
+    num_rows = sum(counted.values())
+    usable = sum(count for row, count in rows if any(task.suits(row) for task in tasks))
+    return CheckedFile(num_rows, usable, _left_out(path, num_rows, suited))
+
+
+def _row_with(target: bool, history: bool) -> Interaction:
+    """A row that has the title of the target, or a title in the history, or not."""
+    return Interaction(["sid"], ["title" * history], "sid", "title" * target)
+
+
+@dataclass(frozen=True)
+class ValidationRows:
+    """The rows of --eval_file that a training validates on: `sample` of the `count` that have the texts of at least one
+    task, chosen by `seed`; -1 for all."""
+
+    path: str
+    sids: Iterable[str] | None
+    prompts: Prompts
+    count: int
+    sample: int
+    seed: int
+
+    def __iter__(self) -> Iterator[Interaction]:
+        tasks = [task for task in self.prompts.tasks.values() if task.rows == "interaction"]
+        rows = read_interactions(self.path, "eval_file", self.sids, self.prompts.need_titles)
+        usable = (row for row in rows if any(task.suits(row) for task in tasks))
+        return sample_rows(usable, self.count, self.sample, self.seed)
+
+    @property
+    def notes(self) -> list[str]:
+        """A line if some are left out by chance."""
+        chosen = self.sample if 0 <= self.sample < self.count else 0
+        return [f"{self.path}: validating on {chosen:,} of {self.count:,} rows (--eval_sample)"] if chosen else []
+
+    @property
+    def choice(self) -> dict[str, int]:
+        """What the chosen rows depend on, next to the file."""
+        return {"sample": self.sample, "seed": self.seed} if self.notes else {}
 
 
 def items_left_out(catalogue: Catalogue | None, prompts: Prompts | None, path: str) -> list[str]:
     """A line for each task that skips items of the catalogue, because the file at `path` lacks their texts."""
     if catalogue is None or prompts is None:
         return []
+    items = catalogue.items.values()
     tasks = [task for task in prompts.tasks.values() if task.rows == "item"]
-    return _left_out(path, *_count_suited(catalogue.items.values(), tasks))
-
-
-def _count_suited(rows: Iterable[Interaction | Item], tasks: list[Task]) -> tuple[int, dict[str, int]]:
-    """The number of rows, and for each task the number of rows that have its texts."""
-    count, suited = 0, [0] * len(tasks)
-    for row in rows:
-        count += 1
-        for i, task in enumerate(tasks):
-            suited[i] += task.suits(row)
-    return count, {task.name: number for task, number in zip(tasks, suited, strict=True)}
+    return _left_out(path, len(items), {task.name: sum(map(task.suits, items)) for task in tasks})
 
 
 def _left_out(path: str, num_rows: int, suited: dict[str, int]) -> list[str]:

@@ -47,6 +47,10 @@ def above_zero(value: float) -> str | None:
     return None if value > 0 else "must be above 0"
 
 
+def all_or_above_zero(value: int) -> str | None:
+    return None if value == -1 or value > 0 else "must be above 0, or -1 for all rows"
+
+
 def one_or_more(value: int) -> str | None:
     return None if value >= 1 else "must be 1 or more"
 
@@ -196,6 +200,12 @@ class DataFlags(PromptFlags):
 
     train_file: str = flag("", "CSV of training interactions.")
     eval_file: str = flag("", "CSV of validation interactions; the best checkpoint on them is kept.")
+    eval_sample: int = flag(
+        -1,
+        "how many rows of eval_file to validate on, chosen at random by seed; -1 for all. Each evaluation takes them "
+        "all.",
+        all_or_above_zero,
+    )
     sid_index_path: str = flag("", "JSON of item id to SID tokens.")
     item_meta_path: str = flag("", "JSON of item id to title and description.")
     tasks: str = flag(
@@ -492,7 +502,7 @@ def check_writable(problems: Problems, name: str, path: str) -> None:
 
 def not_writable(path: str) -> str:
     """Why a folder can neither be made nor written to; empty if it can."""
-    above = os.path.abspath(path)
+    above = os.path.realpath(path)  # a link may lead to a folder that does not exist yet
     while not os.path.exists(above):
         above = os.path.dirname(above)
     good = os.path.isdir(above) and os.access(above, os.W_OK | os.X_OK)

@@ -8,6 +8,7 @@ from minionerec.errors import Problems
 from minionerec.flags import (
     TrainingFlags,
     above_zero,
+    all_or_above_zero,
     check_batch,
     check_cache,
     flag,
@@ -24,9 +25,9 @@ class SFTFlags(TrainingFlags):
     base_model: str = flag("", "folder or hub name of the model to start from.")
     sample: int = flag(
         -1,
-        "how many rows of each source to train on, chosen at random; -1 for all. Validation always uses all rows (the "
-        "original samples those too).",
-        lambda value: "must be above 0, or -1 for all rows" if value == 0 or value < -1 else None,
+        "how many rows of each source to train on, chosen at random; -1 for all. The rows of validation are those of "
+        "eval_sample (the original samples them by this flag too).",
+        all_or_above_zero,
     )
     batch_size: int = flag(128, "rows of an optimizer step, over all processes.", above_zero)
     micro_batch_size: int | Literal["auto"] = flag(

@@ -4,7 +4,7 @@ import contextlib
 import os
 import platform
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from functools import partial
 from importlib.metadata import version
@@ -14,9 +14,10 @@ import numpy as np
 
 from minionerec import __version__
 from minionerec.errors import InputError, Problems
-from minionerec.prepare import cleaning, item_embeddings, semantic_ids, sources, writing
+from minionerec.prepare import cleaning, item_embeddings, row_files, semantic_ids, sources, writing
 from minionerec.prepare.columns import find_columns
-from minionerec.prepare.formats import Layout, Source, open_source
+from minionerec.prepare.formats import Source
+from minionerec.prepare.recognize import Layout, open_source
 from minionerec.prepare.settings import PrepareFlags
 
 ITEM_ROLES = ("item", "title", "description", "features", "brand", "categories", "price")
@@ -125,7 +126,21 @@ def read_interactions(
     return ReadInteractions(source, roles, columns, raw, sources.summary(source, refused, columns))
 
 
-def build(problems: Problems, flags: PrepareFlags) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Step:
+    """What is left after a step of the cleaning; None where it was not counted."""
+
+    step: str
+    interactions: int
+    users: int | None = None
+    items: int | None = None
+
+    def to_json(self) -> dict[str, object]:
+        """What dataset.json records."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+
+def build(problems: Problems, flags: PrepareFlags) -> dict[str, object]:
     """Prepares a data set, prints the steps, and returns the record that is written to dataset.json.
 
     Args:
@@ -142,7 +157,7 @@ def build(problems: Problems, flags: PrepareFlags) -> dict[str, Any]:
         print("\n".join([*bought.lines, *sold.lines]))
 
         # Clean.
-        steps = [{"step": step, "interactions": left} for step, left in raw.steps.items()]
+        steps = [Step(step, left) for step, left in raw.steps.items()]
         sessions = _clean(spool, raw, catalogue, flags, steps)
         alive = cleaning.k_core(spool, len(raw.items), flags.min_interactions)
         _note_core(spool, raw, flags, steps)
@@ -177,8 +192,8 @@ def build(problems: Problems, flags: PrepareFlags) -> dict[str, Any]:
         batches = cleaning.in_time_order(rows, sum(sizes.values()), flags.split)
         sids, titles = ["".join(sid) for sid in index.values()], [item.title for item in catalogue]
         users = cleaning.session_names(list(raw.users), sessions) if flags.session_gap else list(raw.users)
-        writing.write_rows(folder, flags.category, batches, users, sids, titles)
-        record = {
+        row_files.write_rows(folder, flags.category, batches, users, sids, titles)
+        record: dict[str, object] = {
             "category": flags.category,
             "arguments": {name: getattr(flags, name) for name in ARGUMENTS},
             "inputs": {
@@ -187,7 +202,7 @@ def build(problems: Problems, flags: PrepareFlags) -> dict[str, Any]:
             },
             "interactions": [
                 {"step": "read", "interactions": raw.num_rows - raw.refused, "refused": raw.refused},
-                *steps,
+                *(step.to_json() for step in steps),
             ],
             "items": {**found, "kept": len(catalogue)},
             "rows": sizes,
@@ -228,7 +243,7 @@ def _clean(
     raw: sources.RawInteractions,
     catalogue: list[sources.RawItem],
     flags: PrepareFlags,
-    steps: list[dict[str, Any]],
+    steps: list[Step],
 ) -> np.ndarray:
     """Drops interactions that do not count, before the k-core, and adds the counts after each step to `steps`. Returns
     the user of each session, if there are any."""
@@ -260,34 +275,30 @@ def _clean(
     return sessions
 
 
-def _note(spool: cleaning.Spool, raw: sources.RawInteractions, steps: list[dict[str, Any]], step: str) -> int:
+def _note(spool: cleaning.Spool, raw: sources.RawInteractions, steps: list[Step], step: str) -> int:
     """Adds what is left after a step, and returns the number of interactions."""
-    steps.append({"step": step, **cleaning.counts_of(spool, len(raw.items))})
-    return steps[-1]["interactions"]
+    steps.append(Step(step, **cleaning.counts_of(spool, len(raw.items))))
+    return steps[-1].interactions
 
 
-def _note_core(
-    spool: cleaning.Spool, raw: sources.RawInteractions, flags: PrepareFlags, steps: list[dict[str, Any]]
-) -> None:
+def _note_core(spool: cleaning.Spool, raw: sources.RawInteractions, flags: PrepareFlags, steps: list[Step]) -> None:
     """Adds what the k-core left. Raises InputError if that is nothing."""
     if not _note(spool, raw, steps, f"{flags.min_interactions}-core"):
         before = steps[-2]
         raise InputError(
-            f"--min_interactions {flags.min_interactions}: leaves nothing of {before['interactions']} interactions of "
-            f"{before['users']} {'sessions' if flags.session_gap else 'users'} with {before['items']} items; give a "
+            f"--min_interactions {flags.min_interactions}: leaves nothing of {before.interactions} interactions of "
+            f"{before.users} {'sessions' if flags.session_gap else 'users'} with {before.items} items; give a "
             "smaller number"
         )
 
 
-def _print_steps(
-    raw: sources.RawInteractions, steps: list[dict[str, Any]], found: dict[str, int], sizes: dict[str, int]
-) -> None:
+def _print_steps(raw: sources.RawInteractions, steps: list[Step], found: dict[str, int], sizes: dict[str, int]) -> None:
     """Prints what is left after each step of the cleaning."""
     print(f"{'':<24}{'interactions':>14}{'users':>12}{'items':>12}")
     print(f"{'read':<24}{raw.num_rows - raw.refused:>14,}")
     for step in steps:
-        counts = [f"{step[name]:>12,}" for name in ("users", "items") if name in step]
-        print(f"{step['step']:<24}{step['interactions']:>14,}{''.join(counts)}")
+        counts = [f"{count:>12,}" for count in (step.users, step.items) if count is not None]
+        print(f"{step.step:<24}{step.interactions:>14,}{''.join(counts)}")
     print(
         f"items: {found['rows']:,} read; {found['not_wanted']:,} without interactions, {found['untitled']:,} without a "
         f"title and {found['repeated']:,} with a repeated id were left out"
@@ -296,7 +307,7 @@ def _print_steps(
 
 
 def print_levels(
-    report: list[dict[str, Any]], codes: int, num_items: int, collisions: str, resolved: dict[str, int]
+    report: list[dict[str, float]], codes: int, num_items: int, collisions: str, resolved: dict[str, int]
 ) -> None:
     """Prints how the codes of each level are used, and how collisions were resolved."""
     print(f"\n{'level':<8}{'codes used':>12}{'perplexity':>12}{'largest':>10}{'items that share their ID so far':>36}")
@@ -315,7 +326,7 @@ def print_levels(
         )
 
 
-def input_of(source: Source, roles: tuple[str, ...], columns: list[str | None]) -> dict[str, Any]:
+def input_of(source: Source, roles: tuple[str, ...], columns: list[str | None]) -> dict[str, object]:
     """What dataset.json records about a file that was read."""
     found = {role: name for role, name in zip(roles, columns, strict=True) if name is not None}
     return {"name": os.path.basename(source.path), "sha256": writing.digest(source.path), "columns": found}

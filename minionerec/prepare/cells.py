@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from datetime import UTC, date, datetime, time, tzinfo
 from decimal import Decimal
 from functools import lru_cache
-from typing import Any
 
 import numpy as np
 
@@ -112,7 +111,7 @@ def _in_range(moment: int) -> int | None:
     return moment if 0 <= moment < LATEST else None
 
 
-def times_of(cells: Sequence[Any], form: str, read: Callable[[object], int | None]) -> list[int | None]:
+def times_of(cells: Sequence[object], form: str, read: Callable[[object], int | None]) -> list[int | None]:
     """The times of cells, by the `time_reader` of a form; numbers at once where there is no form."""
     if not form and {*map(type, cells)} <= {str, int, float}:
         try:
@@ -256,7 +255,7 @@ def text_of(value: object, depth: int = 2, separator: str = " ") -> str | None:
     return present(" ".join(_CONTROL.sub(" ", value).split()))
 
 
-def is_empty(value: Any) -> bool:
+def is_empty(value: object) -> bool:
     """Whether a cell says nothing."""
     if isinstance(value, str):
         return not present(value)

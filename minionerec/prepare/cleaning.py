@@ -9,7 +9,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime, tzinfo
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
@@ -209,7 +209,7 @@ def rows_of(
             later, made = start[at] + size[at] - 1 - at, size[at] - 1  # rows of the user after this one, and in all
             batch["split"] = np.where((later == 0) & (made > 1), 2, np.where((later == 1) & (made > 2), 1, 0))
         counts += np.bincount(batch["split"], minlength=len(SPLITS))
-        part: Any = np.searchsorted(edges, batch["time"], side="right")  # an array, for mypy a scalar
+        part = np.asarray(np.searchsorted(edges, batch["time"], side="right"))
         rows.append(part, batch)
     if split == "time":
         counts = np.diff([0, *_cuts(counts.sum()), counts.sum()])

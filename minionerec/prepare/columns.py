@@ -13,45 +13,21 @@ if TYPE_CHECKING:
 # Names that a column may have, in lower case without spaces, underscores and RecBole's types (`user_id:token`). Those
 # of the published Amazon Reviews of 2018 and 2023 are included.
 COLUMNS = {
-    "user": ("user", "userid", "uid", "username", "reviewerid", "customer", "customerid", "visitorid"),
-    "item": (
-        "item",
-        "itemid",
-        "iid",
-        "product",
-        "productid",
-        "asin",
-        "parentasin",
-        "sku",
-        "article",
-        "articleid",
-        "movieid",
-        "bookid",
-        "businessid",
-        "artistid",
-        "trackid",
-        "gameid",
-    ),
-    "time": (
-        "time",
-        "timestamp",
-        "ts",
-        "date",
-        "datetime",
-        "tdat",
-        "unixtime",
-        "unixreviewtime",
-        "eventtime",
-        "createdat",
-    ),
-    "event": ("event", "eventtype", "behavior", "behaviour", "behaviortype", "action", "actiontype"),
-    "rating": ("rating", "overall", "stars", "score"),
-    "title": ("title", "name", "itemtitle", "itemname", "producttitle", "productname", "prodname", "movietitle"),
-    "description": ("description", "desc", "itemdescription", "productdescription", "detaildesc"),
-    "features": ("feature", "features"),  # stand in for an empty description
-    "brand": ("brand", "store"),
-    "categories": ("category", "categories"),
-    "price": ("price", "saleprice", "unitprice", "currentprice"),
+    role: names.split()
+    for role, names in {
+        "user": "user userid uid username reviewerid customer customerid visitorid",
+        "item": "item itemid iid product productid asin parentasin sku article articleid movieid bookid businessid "
+        "artistid trackid gameid",
+        "time": "time timestamp ts date datetime tdat unixtime unixreviewtime eventtime createdat",
+        "event": "event eventtype behavior behaviour behaviortype action actiontype",
+        "rating": "rating overall stars score",
+        "title": "title name itemtitle itemname producttitle productname prodname movietitle",
+        "description": "description desc itemdescription productdescription detaildesc",
+        "features": "feature features",  # stand in for an empty description
+        "brand": "brand store",
+        "categories": "category categories",
+        "price": "price saleprice unitprice currentprice",
+    }.items()
 }
 LAST_RESORT = {"user": ("sessionid",), "item": ("id",)}  # where no other name is there
 OPTIONAL = ("description", "features", "brand", "categories", "price")

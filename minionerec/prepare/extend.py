@@ -5,7 +5,7 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any
+from typing import TypedDict, cast
 
 import numpy as np
 
@@ -17,7 +17,19 @@ from minionerec.prepare.cleaning import SPLITS
 from minionerec.prepare.settings import PrepareFlags
 
 
-def add_items(problems: Problems, flags: PrepareFlags) -> dict[str, Any]:
+class OldItems(TypedDict):
+    """The items of a data set, and the models that give codes to new ones: `codes` of each item, `embeddings` [items,
+    d], `codebooks` [L, K, d]."""
+
+    index: dict[str, list[str]]
+    metadata: dict[str, dict[str, str]]
+    embeddings: np.ndarray
+    codebooks: np.ndarray
+    codes: list[tuple[int, ...]]
+    text_model: item_embeddings.TextModel  # where they were embedded by it
+
+
+def add_items(problems: Problems, flags: PrepareFlags) -> writing.Record:
     """Writes a data set with the items of `flags.dataset` and those of the file `flags.add_items` that it lacks;
     returns its record.
 
@@ -117,7 +129,7 @@ def add_items(problems: Problems, flags: PrepareFlags) -> dict[str, Any]:
     return record
 
 
-def _notes_on_titles(old: dict[str, Any], new: Sequence[sources.RawItem], vectors: np.ndarray | None) -> list[str]:
+def _notes_on_titles(old: OldItems, new: Sequence[sources.RawItem], vectors: np.ndarray | None) -> list[str]:
     """Lines about new titles that say nothing or too much: without a word that the data set knows (where `vectors`
     [items, d] are of words), or the title of an item with another ID."""
     notes = []
@@ -146,7 +158,7 @@ def _check_embeddings(problems: Problems, kind: str, encoder: str, embeddings: s
         problems.add(f"--add_items: the items of --dataset were embedded by {kind}; give {needed}")
 
 
-def _read_catalogue(dataset: str, record: dict[str, Any]) -> dict[str, Any]:
+def _read_catalogue(dataset: str, record: writing.Record) -> OldItems:
     """The items of a data set, and the models that give codes to new ones. Raises InputError if the files do not fit
     together."""
     paths = {name: os.path.join(dataset, path) for name, path in writing.files_of(record["category"]).items()}
@@ -187,5 +199,5 @@ def _read_catalogue(dataset: str, record: dict[str, Any]) -> dict[str, Any]:
         "embeddings": embeddings,
         "codebooks": codebooks,
         "codes": codes,
-        "text_model": text_model,
+        "text_model": cast(item_embeddings.TextModel, text_model),
     }

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, tzinfo
-from typing import Any, TypeVar
+from typing import TypeVar, cast
 
 import numpy as np
 
@@ -27,6 +27,7 @@ from minionerec.prepare.formats import ReadAgain, RefusedRows, Source
 from minionerec.process_memory import without_collector
 
 SHOWN_ROWS = 3  # of those that are left out
+MOST_KNOWN = 1 << 20  # ids that are remembered as they were read
 MOST_EVENTS = 1000  # kinds of events that are counted, for a message
 BEFORE_LOGS = int(datetime(1990, 1, 1, tzinfo=UTC).timestamp()) * 1_000_000
 EXPECTED_TIME = "expected a date or seconds since 1970, from 1970 to 2099"
@@ -143,9 +144,9 @@ def read_interactions(
         user_cells, item_cells, time_cells = (
             column if len(kept) == len(rows) else [column[i] for i in kept] for column in cells[:3]
         )
-        times: list[Any] = times_of(time_cells, wanted.time_format, time_of)
-        user_ids: list[Any] = _ids_of(user_cells, ids)
-        item_ids: list[Any] = _ids_of(item_cells, ids)
+        times: Sequence[int | None] = times_of(time_cells, wanted.time_format, time_of)
+        user_ids = _ids_of(user_cells, ids)
+        item_ids = _ids_of(item_cells, ids)
         if None in times or None in user_ids or None in item_ids:
             good = []
             for place, i in enumerate(kept):
@@ -157,39 +158,43 @@ def read_interactions(
                     refused.add(rows[i], lines[i], problem, column)
                 if not bad:
                     good.append(place)
-            times, user_ids, item_ids = ([values[i] for i in good] for values in (times, user_ids, item_ids))
-            time_cells = [time_cells[i] for i in good]
+            times, time_cells = [times[i] for i in good], [time_cells[i] for i in good]
+            user_ids, item_ids = [user_ids[i] for i in good], [item_ids[i] for i in good]
         if not times:
             continue
 
         # Keep those in the time window.
         batch: np.ndarray = np.zeros(len(times), INTERACTION)
-        batch["time"] = times
+        batch["time"] = times  # and none of them is None
         if not wanted.time_format:
             numbers_as_dates.see(time_cells, batch["time"])
-        read.earliest, read.latest = min(read.earliest, min(times)), max(read.latest, max(times))
+        read.earliest = min(read.earliest, int(batch["time"].min()))
+        read.latest = max(read.latest, int(batch["time"].max()))
         inside = (batch["time"] >= wanted.window[0]) & (batch["time"] < wanted.window[1])
         if not inside.all():
             places = np.flatnonzero(inside).tolist()
             batch, user_ids, item_ids = batch[inside], [user_ids[i] for i in places], [item_ids[i] for i in places]
-        batch["user"] = [users.setdefault(user, len(users)) for user in user_ids]
-        batch["item"] = [items.setdefault(item, len(items)) for item in item_ids]
+        batch["user"] = [users.setdefault(user, len(users)) for user in cast(list[str], user_ids)]
+        batch["item"] = [items.setdefault(item, len(items)) for item in cast(list[str], item_ids)]
         spool.append(batch["user"] % spool.parts, batch)
     read.num_rows, read.refused = source.num_rows, refused.count
     _check(source, columns, wanted, read, refused, seen, numbers_as_dates)
     return read, refused
 
 
-def _ids_of(cells: Sequence[Any], known: dict[str, str | None]) -> list[str | None]:
+def _ids_of(cells: Sequence[object], known: dict[str, str | None]) -> list[str | None]:
     """The ids of cells; `known` remembers those of texts, which repeat."""
     if {*map(type, cells)} != {str}:
-        return list(map(identifier, cells))
-    known.update((cell, identifier(cell)) for cell in {*cells}.difference(known))
-    return list(map(known.__getitem__, cells))
+        return [identifier(cell) for cell in cells]
+    texts = cast(Sequence[str], cells)
+    if len(known) > MOST_KNOWN:
+        known.clear()
+    known.update((text, identifier(text)) for text in {*texts}.difference(known))
+    return list(map(known.__getitem__, texts))
 
 
 def _bad_cells(
-    columns: Sequence[str | None], wanted: Wanted, cells: tuple[Any, Any, Any], values: tuple[Any, Any, Any]
+    columns: Sequence[str | None], wanted: Wanted, cells: Sequence[object], values: Sequence[object]
 ) -> list[tuple[str | None, str]]:
     """The columns of user, item and time that could not be read in a row, and what is wrong with each."""
     expected = f"expected a time of the form {wanted.time_format}" if wanted.time_format else EXPECTED_TIME

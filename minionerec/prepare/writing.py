@@ -11,7 +11,6 @@
 | dataset.json | how the data set was made |
 """
 
-import csv
 import hashlib
 import json
 import os
@@ -19,9 +18,9 @@ import re
 import signal
 import tempfile
 import threading
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from typing import Any, BinaryIO
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import BinaryIO, TypedDict
 
 import numpy as np
 
@@ -34,9 +33,25 @@ from minionerec.prepare.settings import COLLISIONS, TEXTS
 from minionerec.prepare.sources import RawItem
 from minionerec.saving import write_json
 
-COLUMNS = ("user_id", "history_item_title", "item_title", "history_item_id", "item_id", "history_item_sid", "item_sid")
 RECORD = "dataset.json"
-CHUNK = 10_000  # rows that are converted to Python objects at a time
+
+
+class Arguments(TypedDict):
+    """Of the arguments in dataset.json, those that a later run needs."""
+
+    collisions: str
+    text_columns: str
+
+
+class Record(TypedDict, total=False):
+    """Of dataset.json, what a later run needs; `build` says what else is in it."""
+
+    category: str
+    arguments: Arguments
+    embeddings: dict[str, str]
+    semantic_ids: dict[str, object]
+    files: dict[str, str]
+    added: list[object]
 
 
 def check_category(category: str) -> None:
@@ -89,6 +104,8 @@ def _ends_by_exception() -> Iterator[None]:
         return
 
     def end(number: int, _: object) -> None:
+        for one in before:  # another one must not interrupt the removal
+            signal.signal(one, signal.SIG_IGN)
         raise SystemExit(128 + number)
 
     before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGHUP)}
@@ -174,36 +191,7 @@ def index_of(codes: Iterable[Sequence[int]], first: int = 0) -> dict[str, list[s
     return {str(item): tokens(row) for item, row in enumerate(codes, first)}
 
 
-def write_rows(
-    folder: str,
-    category: str,
-    batches: Iterable[np.ndarray],
-    users: Sequence[str],
-    sids: Sequence[str],
-    titles: Sequence[str],
-) -> None:
-    """Streams the rows of `cleaning.in_time_order` to the files of their splits."""
-    with ExitStack() as stack:
-        writers: list[Any] = []
-        for split in SPLITS:
-            path = os.path.join(folder, files_of(category)[split])
-            os.makedirs(os.path.dirname(path))
-            file = stack.enter_context(open(path, "w", encoding="utf-8", newline=""))
-            writers.append(csv.writer(file, lineterminator="\n"))
-            writers[-1].writerow(COLUMNS)
-        for batch in batches:
-            for start in range(0, len(batch), CHUNK):
-                part = batch[start : start + CHUNK]
-                fields = (part[name].tolist() for name in ("split", "user", "item", "history"))
-                for split, user, item, padded in zip(*fields, strict=True):
-                    past = [i for i in padded if i >= 0]
-                    history_titles, history_sids = [titles[i] for i in past], [sids[i] for i in past]
-                    writers[split].writerow(
-                        (users[user], history_titles, titles[item], past, item, history_sids, sids[item])
-                    )
-
-
-def write_record(folder: str, record: dict[str, Any]) -> None:
+def write_record(folder: str, record: Mapping[str, object]) -> None:
     """Writes `record` to dataset.json, with the digest of every file in the folder."""
     files = sorted(
         os.path.relpath(os.path.join(above, name), folder) for above, _, names in os.walk(folder) for name in names
@@ -212,7 +200,7 @@ def write_record(folder: str, record: dict[str, Any]) -> None:
     write_json(os.path.join(folder, RECORD), {**record, "files": digests})
 
 
-def read_record(folder: str) -> dict[str, Any]:
+def read_record(folder: str) -> Record:
     """The record of a data set that `write_record` wrote. Raises InputError if there is none, or if files have changed
     since then."""
     path = os.path.join(folder, RECORD)

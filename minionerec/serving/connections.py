@@ -5,6 +5,7 @@ import logging
 import resource
 import sys
 from asyncio import BaseTransport
+from collections import Counter
 from contextlib import suppress
 from weakref import WeakKeyDictionary
 
@@ -47,6 +48,17 @@ class Watch:
         self._seen: WeakKeyDictionary[H11Protocol, tuple[float, tuple | None]] = WeakKeyDictionary()
         self.server: uvicorn.Server | None = None
 
+    def make_place(self, new: H11Protocol) -> None:
+        """Closes a connection, where one too many is open: the new one, or one of the client that has most, so that no
+        client keeps the others out; of these one without a request, if there is one."""
+        still_open = [one for one in new.connections if not one.transport.is_closing()]
+        counts = Counter(map(_client_of, still_open))
+        greedy = max(counts, key=counts.__getitem__)
+        if counts[greedy] <= counts[_client_of(new)] + 1:
+            self.refuse(new)
+        elif len(still_open) > self.most:
+            self.refuse(min((one for one in still_open if _client_of(one) == greedy), key=_is_answering))
+
     def refuse(self, connection: H11Protocol) -> None:
         """Closes a connection at once."""
         self.refused += 1
@@ -62,10 +74,8 @@ class Watch:
             self.server.should_exit = True
         now = asyncio.get_running_loop().time()
         for connection in list(self.server.server_state.connections):
-            cycle = connection.cycle
-            answering = cycle is not None and not cycle.response_complete
-            untaken = connection.transport.get_write_buffer_size() > 0
-            state = (cycle, answering, untaken)
+            answering, untaken = _is_answering(connection), connection.transport.get_write_buffer_size() > 0
+            state = (connection.cycle, answering, untaken)
             since, before = self._seen.get(connection, (now, None))
             if state != before:
                 self._seen[connection] = (now, state)
@@ -77,6 +87,14 @@ class Watch:
             self.refused = 0
 
 
+def _client_of(connection: H11Protocol) -> str:
+    return connection.client[0] if connection.client else ""
+
+
+def _is_answering(connection: H11Protocol) -> bool:
+    return connection.cycle is not None and not connection.cycle.response_complete
+
+
 def run(app: fastapi.FastAPI, host: str, port: int) -> None:
     """Serves an application of `make_app` until a signal ends it. The requests that are there then have
     `SHUTDOWN_SECONDS`. Raises what kept its checkpoint from being loaded."""
@@ -86,7 +104,7 @@ def run(app: fastapi.FastAPI, host: str, port: int) -> None:
         def connection_made(self, transport: BaseTransport) -> None:
             super().connection_made(transport)
             if len(self.connections) > watch.most:
-                watch.refuse(self)
+                watch.make_place(self)
 
     _log_to_standard_error()
     config = uvicorn.Config(

@@ -23,9 +23,10 @@ class RecommendRequest(BaseModel):
 
 
 class FoundItem(BaseModel):
-    """An item of the catalogue."""
+    """An item of the catalogue; `original_id` is the shop's own id, if that is known."""
 
     id: str
+    original_id: str | None = None
     title: str
     sid: str
 
@@ -51,12 +52,13 @@ class Column(BaseModel):
 
 
 class Options(BaseModel):
-    """How many items a request gets where it does not say, and at most; whether it then leaves out its history; and
-    the columns whose values items share."""
+    """How many items a request gets where it does not say, and at most; whether it then leaves out its history; whether
+    it names items by `original_id` only; and the columns whose values items share."""
 
     K: int
     most: int
     exclude_seen: bool
+    original_ids: bool
     columns: list[Column]
 
 

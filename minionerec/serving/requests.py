@@ -132,7 +132,7 @@ class RequestReader:
         return self.columns.where(condition)
 
     def read_file(self, path: str, flag: str) -> Iterator[Request]:
-        """The requests of a file, streamed: a CSV file with histories of SIDs, or JSON lines.
+        """The requests of a file, streamed: a CSV file with histories, or JSON lines.
 
         Raises InputError after the last row, naming the lines of the first bad ones.
         """

@@ -3,7 +3,7 @@
 | path | what it does |
 |---|---|
 | POST /recommend | recommends for a request (see `serving.requests`); 422 for a bad one, 503 if too many wait |
-| GET /items?title=WORDS | finds items by the words of their titles |
+| GET /items?title=WORDS | finds items by the words of their titles, or by id |
 | GET /options | what requests may say: K, and the columns for `where` |
 | GET /health | says whether the server works: not if the model failed when it was last asked |
 | GET /ready | says whether the model is loaded |
@@ -193,15 +193,14 @@ def _read(loaded: Loaded, body: bytes) -> Request:
 )
 async def recommend_items(http: fastapi.Request, loaded: Serving) -> Response:
     """Recommends items for a history."""
-    worker, id = http.app.state.worker, http.state.id
+    worker, id, client = http.app.state.worker, http.state.id, http.client.host if http.client else ""
     try:
         request = await run_in_threadpool(_read, loaded, await read_body(http))
-        future = worker.submit(request, loaded, id)
+        future = worker.submit(request, loaded, id, client)
     except InputError as error:
         return problem(422, *error.problems)
     except TooManyWaiting:
-        details = f"{worker.max_waiting} requests are waiting; try again later"
-        return problem(503, details, **{"Retry-After": "1"})
+        return _busy(worker)
     answer, left = asyncio.wrap_future(future), asyncio.ensure_future(_client_left(http))
     try:
         await asyncio.wait((answer, left), return_when=asyncio.FIRST_COMPLETED)
@@ -212,9 +211,16 @@ async def recommend_items(http: fastapi.Request, loaded: Serving) -> Response:
             answer.cancel()
     if answer.cancelled():
         raise ClientDisconnect
+    if isinstance(answer.exception(), TooManyWaiting):
+        return _busy(worker)
     if answer.exception():
         return problem(500, f"the model failed; the server's log says more of request {id}")
     return JSONResponse({"history": request.given, "items": answer.result()})
+
+
+def _busy(worker: Worker) -> Response:
+    details = f"{worker.max_waiting} requests are waiting; try again later"
+    return problem(503, details, **{"Retry-After": "1"})
 
 
 async def _client_left(http: fastapi.Request) -> None:
@@ -222,16 +228,19 @@ async def _client_left(http: fastapi.Request) -> None:
         pass
 
 
-@_guarded.get("/items", responses=_problems)
+@_guarded.get("/items", responses=_problems, response_model_exclude_none=True)
 def find_items(
     loaded: Serving,
     title: Annotated[str, Query(max_length=1_000)],
     limit: Annotated[int, Query(ge=1, le=MOST_FOUND)] = 20,
 ) -> list[FoundItem]:
-    """Finds items whose titles contain all the words, in any case."""
+    """Finds the item with this id, and items whose titles contain all the words, in any case."""
     if len(title.split()) > MOST_WORDS:
         raise HTTPException(422, f"title: at most {MOST_WORDS} words are allowed")
-    return [FoundItem(id=item.id, title=item.title, sid=item.sid) for item in loaded.reader.items.search(title, limit)]
+    return [
+        FoundItem(id=item.id, original_id=item.original_id or None, title=item.title, sid=item.sid)
+        for item in loaded.reader.items.search(title, limit)
+    ]
 
 
 @_guarded.get("/options", responses=_problems)
@@ -240,7 +249,13 @@ def show_options(loaded: Serving) -> Options:
     reader = loaded.reader
     choices = reader.columns.choices(MOST_VALUES) if reader.columns else {}
     columns = [Column(name=name, values=values) for name, values in choices.items()]
-    return Options(K=reader.K, most=reader.most, exclude_seen=reader.exclude_seen, columns=columns)
+    return Options(
+        K=reader.K,
+        most=reader.most,
+        exclude_seen=reader.exclude_seen,
+        original_ids=reader.items.only_original_ids,
+        columns=columns,
+    )
 
 
 @_guarded.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})

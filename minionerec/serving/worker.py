@@ -8,7 +8,7 @@ import gc
 import logging
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -36,11 +36,12 @@ class Loaded:
 
 @dataclass(frozen=True, eq=False)
 class _Waiting:
-    """A request that waits. `id` names it in the log."""
+    """A request that waits. `id` names it in the log; `client` is who asked."""
 
     request: Request
     loaded: Loaded
     id: str
+    client: str
     answer: "Future[Recommended]" = field(default_factory=Future)
 
 
@@ -70,14 +71,15 @@ class Worker:
         """How many requests wait."""
         return len(self._waiting)
 
-    def submit(self, request: Request, loaded: Loaded, id: str) -> "Future[Recommended]":
-        """The items of a request, in the future; cancelled, it is not asked for. Raises TooManyWaiting."""
-        waiting = _Waiting(request, loaded, id)
+    def submit(self, request: Request, loaded: Loaded, id: str, client: str = "") -> "Future[Recommended]":
+        """The items of a request, in the future; cancelled, it is not asked for. Raises TooManyWaiting, here, or in the
+        future where a client that waits for fewer takes the place."""
+        waiting = _Waiting(request, loaded, id, client)
         with self._changed:
             if len(self._waiting) >= self.max_waiting:  # those whose clients left take no place
                 self._drop_given_up()
             if len(self._waiting) >= self.max_waiting:
-                raise TooManyWaiting
+                self._make_place(client)
             self._waiting.append(waiting)
             self._changed.notify()
         return waiting.answer
@@ -104,6 +106,18 @@ class Worker:
             self._waiting.clear()
             self._changed.notify()
         self.thread.join(seconds)
+
+    def _make_place(self, client: str) -> None:
+        """Drops the last request of the client that waits for most, so that no client keeps the others out. Raises
+        TooManyWaiting if that is this client, or as good as it."""
+        waiting = [one for one in self._waiting if isinstance(one, _Waiting)]
+        counts = Counter(one.client for one in waiting)
+        greedy = max(counts, key=counts.__getitem__, default=client)
+        if counts[greedy] <= counts[client] + 1:
+            raise TooManyWaiting
+        last = next(one for one in reversed(waiting) if one.client == greedy)
+        self._waiting.remove(last)
+        last.answer.set_exception(TooManyWaiting())
 
     def _drop_given_up(self) -> None:
         kept = deque(one for one in self._waiting if not (isinstance(one, _Waiting) and one.answer.cancelled()))

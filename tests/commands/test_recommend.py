@@ -194,6 +194,33 @@ def test_a_csv_file_needs_histories_only(files, checkpoint, tmp_path, kind):
     assert [row["history"] for row in found] == histories and all(len(row["items"]) == 20 for row in found)
 
 
+def test_a_shop_asks_and_is_answered_in_its_own_ids(files, checkpoint, tmp_path):
+    """In a CSV file and JSON lines, in lists and on the command line. Here they are the numbers of other items."""
+    metadata = json.loads(Path(files["item"]).read_text(encoding="utf-8"))
+    shop = {item: {**fields, "original_id": str(39 - int(item))} for item, fields in metadata.items()}
+    (tmp_path / "item.json").write_text(json.dumps(shop), encoding="utf-8")
+    (tmp_path / "deny.txt").write_text("37\n", encoding="utf-8")
+    flags = {"item_meta_path": tmp_path / "item.json", "K": 5}
+    theirs = {**flags, "original_ids": True}
+    (tmp_path / "h.CSV").write_text("customer,history\na,\"['27', 24]\"\n", encoding="utf-8")
+    rows = [{"history": ["27", 24]}, {"history": [27], "deny": ["38"], "exclude_seen": True}]
+    lines = requests_file(tmp_path / "h.jsonl", rows)
+    (asked,) = recommended(files, checkpoint, tmp_path / "a", **theirs, histories=tmp_path / "h.CSV")
+    same, denied = recommended(files, checkpoint, tmp_path / "b", **theirs, histories=lines, deny=tmp_path / "deny.txt")
+    lines = requests_file(lines, [{"history": [12, 15]}])
+    (plain,) = recommended(files, checkpoint, tmp_path / "c", histories=lines)
+    expected = [{**item, "original_id": str(39 - int(item["id"]))} for item in plain["items"]]
+    assert asked["items"] == expected[:5] and asked["history"] == ["27", "24"]
+    ids = [(item["id"], item["original_id"]) for item in same["items"]]
+    assert ids == [(item["id"], item["original_id"]) for item in expected if item["id"] != "2"][:5]
+    assert not {item["original_id"] for item in denied["items"]} & {"27", "37", "38"}
+    # Without the flag the numbers mean what they always did, and a line says so.
+    done = run_command("recommend.py", **flags_of(files, checkpoint, history="12,15", **flags))
+    note, first = done.stdout.splitlines()[:2]
+    assert "40 original ids could mean two items" in note
+    assert first.split()[2:5] == [expected[0]["id"], expected[0]["original_id"], expected[0]["sid"]]
+
+
 def test_bad_histories_of_a_csv_file_are_named_with_their_lines(files, checkpoint, tmp_path):
     cells = ["\"['<a_0><b_0><c_0>']\"", "[]", "'x'", "\"['<a_0>\n']\"", "\"['<a_0><b_0><c_0>']\""]
     (tmp_path / "h.csv").write_text("user,history_item_sid\n" + "".join(f"u,{cell}\n" for cell in cells) + "u\n")

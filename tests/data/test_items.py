@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from minionerec.data.files import InfoItem
-from minionerec.data.items import ItemColumns, Items
+from minionerec.data.files import InfoItem, with_original_ids
+from minionerec.data.items import ItemColumns, Items, read_item_list
 from minionerec.errors import InputError
 
 PRICES = ["$3.40", "1,299.00 USD", "3,50 €", 20, 19.99, "$5 - $8.50", "free", None, ["", "7"], "-2", True, "1,234,567"]
@@ -48,3 +48,45 @@ def test_a_condition_that_chooses_nothing_is_refused(columns, condition, message
     with pytest.raises(InputError) as error:
         columns.where(condition)
     assert message in str(error.value)
+
+
+def with_originals(*originals: object, only: bool = False) -> Items:
+    """Items 0, 1 and so on, with these original ids."""
+    listed = [InfoItem(str(i), "Bolt", f"<a_{i}>") for i in range(len(originals))]
+    metadata = {str(i): {"original_id": original} for i, original in enumerate(originals)}
+    return Items(with_original_ids(listed, metadata), "info", only_original_ids=only)
+
+
+def test_requests_name_items_by_either_id_where_no_text_means_two(tmp_path):
+    items = with_originals("B07", 90, None, ["x"], "4")
+    assert [items.find(text) for text in ("B07", "0", "90", "1", "2", "4")] == [[0], [0], [1], [1], [2], [4]]
+    assert not items.notes and [item.original_id for item in items.all] == ["B07", "90", "", "", "4"]
+    (tmp_path / "deny.txt").write_text("B07\n2\n")
+    assert read_item_list(str(tmp_path / "deny.txt"), "deny", items) == {0, 2}
+    assert [item.id for item in items.search("90", 5)] == ["1"]
+    assert [item.id for item in items.search("bolt", 2)] == ["0", "1"]
+
+
+@pytest.mark.parametrize("originals", [("1", "0"), ("B1", "B1"), ("2", "1", "B2")])
+def test_original_ids_that_mean_two_items_are_not_taken(originals):
+    """A shop whose ids are numbers: what they name is what they named before, unless the shop says otherwise."""
+    items = with_originals(*originals)
+    (note,) = items.notes
+    assert "original ids could mean two items, such as" in note and "--original_ids True" in note
+    assert [items.find(str(i)) for i in range(len(originals))] == [[i] for i in range(len(originals))]
+    assert items.search("B1", 5)
+    with pytest.raises(InputError, match="is no item id"):
+        items.find("B2" if len(originals) == 3 else "B1")
+
+
+def test_original_ids_alone_can_be_asked_for():
+    items = with_originals("1", "0", "B2", only=True)
+    assert [items.find(text) for text in ("1", "0", "B2", "<a_0>")] == [[0], [1], [2], [0]] and not items.notes
+    with pytest.raises(InputError, match=r"'2' is no item id, .*; items are named by their original_id"):
+        items.find("2")
+    with pytest.raises(InputError, match="'Bolt' is the title of several items; give an id: 1, 0, B2"):
+        items.find("Bolt")
+    with pytest.raises(InputError, match="1 items have no original_id in --item_meta_path, such as '1'"):
+        with_originals("7", None, only=True)
+    with pytest.raises(InputError, match="1 are of several items, such as 'B'"):
+        with_originals("B", "B", only=True)

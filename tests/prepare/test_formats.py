@@ -24,10 +24,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minionerec.errors import InputError
-from minionerec.prepare import cells, cleaning, formats, semantic_ids, sources, writing
+from minionerec.prepare import cells, cleaning, delimited, json_rows, semantic_ids, sources, writing
 from minionerec.prepare.build import ITEM_ROLES
 from minionerec.prepare.columns import find_columns
-from minionerec.prepare.formats import Layout, open_source
+from minionerec.prepare.recognize import Layout, open_source
 from scripts.prepare_data import prepare_data
 
 T0 = 1_500_000_000
@@ -142,8 +142,8 @@ def test_rows_do_not_depend_on_the_blocks_that_are_read(tmp_path_factory, kinds,
     content = end.join([b"user,item,time", b"z,0,1500000000", *rows])
     path = written(tmp_path_factory.mktemp("raw") / "file", content)
     found = []
-    for size in (formats.BLOCK, block):
-        with mock.patch.object(formats, "BLOCK", size):
+    for size in (delimited.BLOCK, block):
+        with mock.patch.object(delimited, "BLOCK", size):
             read, raw, refused = read_raw(path, sources.Wanted(skip_bad_rows=True))
         found.append((read, raw.num_rows, raw.refused, refused.lines))
     assert found[0] == found[1] and len(found[0][0]) == 1 + sum(isinstance(kind, str) and kind != "b" for kind in kinds)
@@ -285,11 +285,13 @@ def test_layouts_are_recognized_or_named(tmp_path, content, layout, given):
         ("[1] x", "line 1: is not JSON"),
         ("user,item,time\nu,i," + "x" * 5000, "has more than 2,000 characters; is it a file of rows?"),
         (json.dumps({"user": "x" * 5000}), "has more than 2,000 characters"),
+        (json.dumps([{"user": "x" * 5000}]), "row 1 has more than 2,000 characters; is it an array of rows?"),
     ],
-    ids=range(12),
+    ids=range(13),
 )  # fmt: skip
 def test_what_is_not_safe_to_find_out_is_refused(tmp_path, monkeypatch, content, message):
-    monkeypatch.setattr(formats, "MOST_LINE", 2000)
+    monkeypatch.setattr(delimited, "MOST_LINE", 2000)
+    monkeypatch.setattr(json_rows, "MOST_LINE", 2000)
     assert message in problems_of(read_raw, written(tmp_path / "file", content))
 
 
@@ -495,7 +497,10 @@ def test_a_process_that_is_ended_leaves_no_scratch_folder(tmp_path, number):
     before = signal.getsignal(number)
     with pytest.raises(SystemExit) as end, writing.scratch_folder(str(tmp_path / "out")) as folder:
         assert os.path.isdir(folder)
-        os.kill(os.getpid(), number)
+        try:
+            os.kill(os.getpid(), number)
+        finally:
+            os.kill(os.getpid(), signal.SIGTERM)  # again, while it is removed
     assert end.value.code == 128 + number and os.listdir(tmp_path) == [] and signal.getsignal(number) == before
 
 

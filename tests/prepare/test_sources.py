@@ -16,7 +16,7 @@ from minionerec.errors import InputError
 from minionerec.prepare import cells, cleaning, sources
 from minionerec.prepare.build import ITEM_ROLES
 from minionerec.prepare.columns import find_columns
-from minionerec.prepare.formats import open_source
+from minionerec.prepare.recognize import open_source
 
 generated = settings(max_examples=60, deadline=None, derandomize=True)
 IDS = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1, max_size=8)

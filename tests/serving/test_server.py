@@ -24,14 +24,15 @@ for package in ("fastapi", "uvicorn", "prometheus_client"):
     pytest.importorskip(package, reason="pip install fastapi uvicorn prometheus-client")
 httpx = pytest.importorskip("httpx", reason="pip install httpx")
 
-from minionerec.data.files import read_info_items  # noqa: E402
+from minionerec.data.files import read_info_items, with_original_ids  # noqa: E402
 from minionerec.data.items import ItemColumns, Items  # noqa: E402
 from minionerec.errors import InputError, RunError  # noqa: E402
 from minionerec.serving import checks, connections  # noqa: E402
 from minionerec.serving import server as server_module  # noqa: E402
+from minionerec.serving.metrics import Metrics  # noqa: E402
 from minionerec.serving.requests import RequestReader  # noqa: E402
 from minionerec.serving.server import make_app  # noqa: E402
-from minionerec.serving.worker import Loaded  # noqa: E402
+from minionerec.serving.worker import Loaded, TooManyWaiting, Worker  # noqa: E402
 
 
 class Model:
@@ -517,6 +518,22 @@ def test_the_interface_describes_itself(ask):
         assert "://" not in shown.text and "src=" not in shown.text  # nothing from elsewhere
 
 
+def test_the_server_speaks_of_the_shops_own_ids(files, model):
+    """The page then sends these; a search finds them, and a request may not name the number of an item."""
+    metadata = {str(i): {"original_id": f"SKU-{i}"} for i in range(40)}
+    listed = with_original_ids(read_info_items(files["info"]), metadata)
+    reader = RequestReader(Items(listed, "info", only_original_ids=True), None, K=5, most=20)
+
+    async def steps(client):
+        posted = [await client.post("/recommend", json={"history": [text]}) for text in ("SKU-7", "7")]
+        return (await client.get("/options")).json(), (await client.get("/items?title=SKU-7")).json(), *posted
+
+    options, found, right, wrong = with_client(make_app(lambda: Loaded(reader, model), 4, 6), steps)
+    assert options["original_ids"] and [(item["id"], item["original_id"]) for item in found] == [("7", "SKU-7")]
+    assert right.status_code == 200 and wrong.status_code == 422
+    assert "items are named by their original_id" in wrong.json()["detail"][0]
+
+
 def test_requests_may_choose_by_the_columns_whose_values_items_share(files, model, tmp_path):
     meta = {str(i): {"title": f"Bolt {i % 2}", "price": i, "brand": "Kö" if i % 4 else "3M, Inc"} for i in range(40)}
     meta["7"]["brand"] = ["3M", "Kö", 4, None]
@@ -531,7 +548,7 @@ def test_requests_may_choose_by_the_columns_whose_values_items_share(files, mode
 
     options, chosen = with_client(make_app(lambda: Loaded(reader, model), 4, 6), steps)
     columns = [{"name": "brand", "values": ["Kö", "3M", "Inc", "4"]}]  # prices differ, and titles are no choice
-    assert options == {"K": 5, "most": 20, "exclude_seen": False, "columns": columns}
+    assert options == {"K": 5, "most": 20, "exclude_seen": False, "original_ids": False, "columns": columns}
     assert [answer.status_code for answer in chosen] == [200] * 4
 
 
@@ -607,8 +624,8 @@ def listening_with_a_key(reader, model, monkeypatch):
         yield running.port, gate
 
 
-def connected(port: int, *parts: bytes) -> socket.socket:
-    client = socket.create_connection(("127.0.0.1", port), timeout=20)
+def connected(port: int, *parts: bytes, address: str = "127.0.0.1") -> socket.socket:
+    client = socket.create_connection(("127.0.0.1", port), timeout=20, source_address=(address, 0))
     for part in parts:
         client.sendall(part)
     return client
@@ -645,6 +662,53 @@ def test_too_many_connections_are_refused(listening):
     time.sleep(0.1)
     with urllib.request.urlopen(f"http://127.0.0.1:{listening.port}/ready", timeout=20) as answer:
         assert answer.status == 200
+
+
+@pytest.mark.parametrize("parts", [(), (POST,)])
+def test_a_client_with_all_connections_does_not_keep_others_out(listening, parts):
+    """Others get some of its places, those without a request first; and it gets none of theirs."""
+    greedy = [connected(listening.port, *parts) for _ in range(7)] + [connected(listening.port, POST)]
+    time.sleep(0.1)
+    others = [connected(listening.port, POST, address=f"127.0.0.{2 + i % 2}") for i in range(3)]
+    more = connected(listening.port)
+    assert more.recv(100).startswith(b"HTTP/1.1 503 ")
+    for client in others:
+        assert client.recv(100).startswith(b"HTTP/1.1 408 ")
+    answers = [client.recv(100)[9:12] for client in greedy]
+    assert answers.count(b"503") == 3 and (parts or answers[-1] == b"408")
+
+
+def test_a_client_with_all_waiting_requests_does_not_keep_others_out(reader, model):
+    """The last requests of the one that waits for most are refused in their place, and no more than is fair."""
+    worker = Worker(lambda: Loaded(reader, model), 1, 6, Metrics())
+
+    def submit(client: str):
+        return worker.submit(reader.read({"history": ["1"]}), worker.loaded, "id", client)
+
+    try:
+        until_true(lambda: worker.loaded)
+        model.gate.clear()
+        busy = submit("greedy")
+        until_true(lambda: model.batches)
+        greedy = [submit("greedy") for _ in range(6)]
+        with pytest.raises(TooManyWaiting):
+            submit("greedy")
+        others = [submit("a"), submit("b"), submit("a")]
+        with pytest.raises(TooManyWaiting):
+            submit("a")  # all wait for two or three
+        assert [isinstance(one.exception(0), TooManyWaiting) for one in greedy[3:]] == [True] * 3
+        model.gate.set()
+        assert all(one.result(20) for one in [busy, *greedy[:3], *others])
+    finally:
+        model.gate.set()
+        worker.close(20)
+
+
+def until_true(condition) -> None:
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
 
 
 def test_a_head_request_gets_the_head_of_the_answer(listening):

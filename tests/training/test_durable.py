@@ -85,6 +85,17 @@ def test_a_folder_that_cannot_be_written(files, base, tmp_path, monkeypatch):
     assert problems == [f"--output_dir {tmp_path}/new/run: {tmp_path} cannot be written to"]
 
 
+def test_an_output_that_is_a_link_to_nowhere_is_refused_or_made(files, base, tmp_path):
+    """Where it leads to decides."""
+    (tmp_path / "file").touch()
+    (tmp_path / "bad").symlink_to(tmp_path / "file" / "run")
+    refused("sft.py", f"{tmp_path}/file cannot be written to", **sft_flags(files, base, tmp_path / "bad"))
+    (tmp_path / "good").symlink_to(tmp_path / "disk" / "run")
+    problems = Problems()
+    check_output_dir(problems, str(tmp_path / "good"), resume=False)
+    assert not problems
+
+
 def test_a_loss_that_is_no_number_stops_the_run(files, base, tmp_path):
     done = run_command("sft.py", **sft_flags(files, base, tmp_path / "run", learning_rate=1e30, num_epochs=4))
     assert done.returncode == 1 and "Traceback" not in done.stderr
