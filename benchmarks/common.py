@@ -7,32 +7,9 @@ import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from minionerec.process_memory import peak_rss_gb, reset_peak_rss
-
-if TYPE_CHECKING:
-    from transformers import Qwen2Config
-
-
-def small_qwen2(vocab_size: int, hidden_size: int, num_hidden_layers: int, num_attention_heads: int) -> "Qwen2Config":
-    """A small Qwen2: half as many key and value heads as query heads, an MLP four times as wide, tied embeddings. Its
-    random weights are large, so that scores differ by more than rounding."""
-    from transformers import Qwen2Config
-
-    return Qwen2Config(
-        vocab_size=vocab_size,
-        hidden_size=hidden_size,
-        num_hidden_layers=num_hidden_layers,
-        num_attention_heads=num_attention_heads,
-        num_key_value_heads=max(num_attention_heads // 2, 1),
-        intermediate_size=4 * hidden_size,
-        tie_word_embeddings=True,
-        initializer_range=0.1,
-        bos_token_id=0,
-        eos_token_id=0,
-        pad_token_id=0,
-    )
 
 
 def quiet() -> None:

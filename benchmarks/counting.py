@@ -19,8 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import TrainerCallback
 
 from benchmarks import rl_step
-from benchmarks.decode import LEVELS
-from benchmarks.sft_step import save_base
+from benchmarks.fixtures import LEVELS, save_base
 from minionerec.flags import AdapterFlags
 from minionerec.model import fewer_kernels
 

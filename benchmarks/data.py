@@ -5,8 +5,8 @@
    instruction, input and response. The texts must be equal.
 2. The peak resident memory (GB) of the pipeline for files of 10,000, 100,000 and `--rows` rows: it must not grow.
 
-    python benchmarks/data.py
-    python benchmarks/data.py --rows 1000000 --tasks sid_history_to_sid
+    python -m benchmarks.data
+    python -m benchmarks.data --rows 1000000 --tasks sid_history_to_sid
 """
 
 import ast
@@ -15,20 +15,12 @@ import json
 import os
 import random
 import re
-import sys
 import tempfile
 import time
 from typing import TYPE_CHECKING
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-
-from benchmarks.common import (
-    in_fresh_process,
-    interleaved_medians,
-    print_json,
-    print_table,
-    quiet,
-)
+from benchmarks.common import in_fresh_process, interleaved_medians, print_json, print_table, quiet
+from benchmarks.fixtures import make_base
 from minionerec import cli
 from minionerec.data.files import Catalogue, count_rows, read_catalogue, read_interactions
 from minionerec.data.prompts import SEPARATOR, Prompts, load_prompts
@@ -174,10 +166,10 @@ def memory(folder: str, tasks: str, rows: int, cutoff_len: int) -> dict[str, flo
 
 def prepare(folder: str, items: int, vocab_size: int) -> None:
     """Writes the catalogue and a base whose tokenizer is trained on it."""
-    from scripts.make_base import make_base
-
     write_catalogue(folder, items)
-    make_base(os.path.join(folder, "item.json"), os.path.join(folder, "base"), vocab_size, 8, 1, 1, 1, 8)
+    smallest = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "num_key_value_heads": 1}
+    base = os.path.join(folder, "base")
+    make_base(os.path.join(folder, "item.json"), base, vocab_size=vocab_size, intermediate_size=8, **smallest)
 
 
 def data(

@@ -7,57 +7,44 @@
 3. The same search where each prompt may get its own half of the SIDs, against the search in all of them. The time to
    turn the constraints into masks counts.
 
-    python benchmarks/decode.py
-    python benchmarks/decode.py --hidden_size 896 --num_hidden_layers 24 --num_attention_heads 14 --vocab_size 151936
+    python -m benchmarks.decode
+    python -m benchmarks.decode --hidden_size 896 --num_hidden_layers 24 --num_attention_heads 14 --vocab_size 151936
 """
 
-import os
-import random
-import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-
-from benchmarks.common import (
-    in_fresh_process,
-    interleaved_medians,
-    print_json,
-    print_table,
-    quiet,
-    small_qwen2,
-)
+from benchmarks.common import in_fresh_process, interleaved_medians, print_json, print_table, quiet
+from benchmarks.fixtures import CODES, LEVELS, SmallShapeFlags, random_sids, sid_tokenizer, small_qwen2
 from minionerec import cli
 from minionerec.errors import Problems
-from minionerec.flags import check_positive
+from minionerec.flags import Check, above_zero, command, flag
 from minionerec.process_memory import peak_rss_gb, reset_peak_rss, rss_gb
 
 if TYPE_CHECKING:  # torch is imported after the trie's memory is measured
     import torch
-    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+    from transformers import PreTrainedModel
 
-LEVELS = "abc"
-CODES = 256  # per level
 TOLERANCE = 1e-3  # for a score, a sum of four log-probabilities
 
 
-def random_sids(count: int) -> list[str]:
-    """Distinct SIDs of three levels."""
-    codes = random.Random(0).sample(range(CODES ** len(LEVELS)), count)
-    return [f"<a_{code >> 16}><b_{code >> 8 & 255}><c_{code & 255}>" for code in codes]
+def _sids(least: int = 50, most: int = CODES ** len(LEVELS)) -> Check:
+    return lambda count: None if least <= count <= most else f"must be between {least} and {most}"
 
 
-def sid_tokenizer(vocab_size: int) -> "PreTrainedTokenizerFast":
-    """A tokenizer of `vocab_size` entries, and after them the tokens of all SIDs."""
-    from tokenizers import Tokenizer, models
-    from transformers import PreTrainedTokenizerFast
+@dataclass(frozen=True, kw_only=True)
+class DecodeFlags(SmallShapeFlags):
+    """What is searched, in what, and the shape of the model."""
 
-    entries = Tokenizer(models.WordLevel({f"t{i}": i for i in range(vocab_size)}, unk_token="t1"))
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=entries, eos_token="t0", pad_token="t0")
-    tokenizer.add_tokens([f"<{level}_{code}>" for level in LEVELS for code in range(CODES)])
-    return tokenizer
+    prompts: int = flag(4, "prompts of a batch, of different lengths.", above_zero)
+    prompt_tokens: int = flag(200, "tokens of the longest prompt.", above_zero)
+    sids: int = flag(3670, "SIDs of the comparison with `generate`.", _sids())
+    small_catalogue: int = flag(4000, "SIDs of the catalogue that the large one is compared with.", _sids())
+    large_catalogue: int = flag(1000000, "SIDs of the large catalogue, at most 16,777,216.", _sids())
+    repeats: int = flag(5, "timed rounds; the median is reported.", above_zero)
 
 
 def build_cost(count: int, vocab_size: int) -> dict[str, float]:
@@ -115,39 +102,15 @@ def generate(
     return search
 
 
-def decode(
-    hidden_size: int = 256,
-    num_hidden_layers: int = 6,
-    num_attention_heads: int = 4,
-    vocab_size: int = 32000,
-    prompts: int = 4,
-    prompt_tokens: int = 200,
-    sids: int = 3670,
-    small_catalogue: int = 4000,
-    large_catalogue: int = 1000000,
-    repeats: int = 5,
-) -> None:
-    """Prints the speed-up over `generate` with 16 and 50 beams, then the cost of a large catalogue, and of constraints.
-
-    Args:
-        hidden_size: width of the model, a Qwen2 with random weights in float32.
-        num_hidden_layers: decoder layers.
-        num_attention_heads: query heads; half as many key and value heads.
-        vocab_size: tokens besides those of the SIDs.
-        prompts: prompts of a batch, of different lengths.
-        prompt_tokens: tokens of the longest prompt.
-        sids: SIDs of the comparison with `generate`.
-        small_catalogue: SIDs of the catalogue that the large one is compared with.
-        large_catalogue: SIDs of the large catalogue, at most 16,777,216.
-        repeats: timed rounds; the median is reported.
-    """
+@command(DecodeFlags)
+def decode(flags: DecodeFlags) -> None:
+    """Prints the speed-up over `generate` with 16 and 50 beams, and what a large catalogue and constraints cost."""
     problems = Problems()
-    check_positive(problems, prompts=prompts, sids=sids, small_catalogue=small_catalogue, repeats=repeats)
-    sizes = (sids, small_catalogue, large_catalogue)
-    if min(sizes) < 50 or max(sizes) > CODES ** len(LEVELS):
-        problems.add("--sids, --small_catalogue and --large_catalogue must be between 50 and 16777216")
+    flags.check(problems)
     problems.check()
-    build = in_fresh_process(build_cost, large_catalogue, vocab_size)
+    prompts, prompt_tokens, repeats = flags.prompts, flags.prompt_tokens, flags.repeats
+    small_catalogue, large_catalogue = flags.small_catalogue, flags.large_catalogue
+    build = in_fresh_process(build_cost, large_catalogue, flags.vocab_size)
 
     import numpy as np
     import torch
@@ -161,10 +124,10 @@ def decode(
 
     quiet()
     set_seed(0)
-    tokenizer = sid_tokenizer(vocab_size)
-    config = small_qwen2(len(tokenizer), hidden_size, num_hidden_layers, num_attention_heads)
+    tokenizer = sid_tokenizer(flags.vocab_size)
+    config = small_qwen2(**replace(flags, vocab_size=len(tokenizer)).shape)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).to(device.local_device()).eval()
-    input_ids = torch.randint(2, vocab_size, (prompts, prompt_tokens))
+    input_ids = torch.randint(2, flags.vocab_size, (prompts, prompt_tokens))
     attention_mask = torch.ones_like(input_ids)
     for row in range(prompts):
         attention_mask[row, : row * prompt_tokens // (4 * prompts)] = 0  # padded on the left
@@ -175,7 +138,7 @@ def decode(
         sequences = sid_tokens.sid_sequences(tokenizer, random_sids(count))
         return Trie(sequences, tokenizer.eos_token_id).to(model.device), sequences.tolist()
 
-    trie, sequences = trie_of(sids)
+    trie, sequences = trie_of(flags.sids)
     small, large = trie_of(small_catalogue)[0], trie_of(large_catalogue)[0]
     halves = {
         catalogue: [np.random.default_rng(row).random(len(catalogue)) < 0.5 for row in range(prompts)]
@@ -240,8 +203,7 @@ def decode(
     print()
     print_table(constrained)
     print(f"\ntrie of {large_catalogue:,} SIDs: {build['seconds']:.1f} s, {build['extra_gb']:.2f} GB extra\n")
-    shape = {"hidden_size": hidden_size, "num_hidden_layers": num_hidden_layers, "vocab_size": vocab_size}
-    print_json("decode", shape=shape, prompts=prompts, prompt_tokens=prompt_tokens, results=results, build=build)
+    print_json("decode", **flags.to_dict(), results=results, build=build)
 
 
 if __name__ == "__main__":

@@ -50,17 +50,17 @@ small=(--hidden_size 64 --num_attention_heads 4)
 part() {
     case "$1" in
     memory_*)
-        measure "$PYTHON" benchmarks/memory.py --sizes "${1#memory_}" ${TINY:+--methods qlora --rows 1 --tokens 16 --repeats 1} ;;
+        measure "$PYTHON" -m benchmarks.memory --sizes "${1#memory_}" ${TINY:+--methods qlora --rows 1 --tokens 16 --repeats 1} ;;
     sft_step)
-        measure "$PYTHON" benchmarks/sft_step.py --rows 8 --tokens 512 --repeats 10 --methods full_response,peft,lora,lora8,qlora \
+        measure "$PYTHON" -m benchmarks.sft_step --rows 8 --tokens 512 --repeats 10 --methods full_response,peft,lora,lora8,qlora \
             ${TINY:+"${small[@]}" --num_hidden_layers 2 --intermediate_size 128 --vocab_size 2048 --rows 2 --tokens 32 --repeats 1} ;;
     rl_step)
-        measure "$PYTHON" benchmarks/rl_step.py --hidden_size 896 --num_hidden_layers 24 --num_attention_heads 14 \
+        measure "$PYTHON" -m benchmarks.rl_step --hidden_size 896 --num_hidden_layers 24 --num_attention_heads 14 \
             --vocab_size 151936 --repeats 3 ${TINY:+"${small[@]}" --num_hidden_layers 1 --vocab_size 32000 --prompts 4 --prompt_tokens 16 --repeats 1} ;;
     decode)
-        measure "$PYTHON" benchmarks/decode.py --repeats 5 ${TINY:+"${small[@]}" --num_hidden_layers 1 --prompts 2 --prompt_tokens 16 --large_catalogue 8000 --repeats 1} ;;
+        measure "$PYTHON" -m benchmarks.decode --repeats 5 ${TINY:+"${small[@]}" --num_hidden_layers 1 --prompts 2 --prompt_tokens 16 --large_catalogue 8000 --repeats 1} ;;
     trees)
-        measure "$PYTHON" benchmarks/trees.py --data "$FLAT" --category "$CATEGORY" --num_hidden_layers 24 --rows 512 \
+        measure "$PYTHON" -m benchmarks.trees --data "$FLAT" --category "$CATEGORY" --num_hidden_layers 24 --rows 512 \
             --micro_batch_size 32 --repeats 3 ${TINY:+"${small[@]}" --num_key_value_heads 4 --num_hidden_layers 1 --intermediate_size 128 --vocab_size 4096 --rows 32 --repeats 1} ;;
     compare)
         export BASE_MODEL DATA CATEGORY OUT="$OUT/compare" SEEDS=1 SFT_RATES_full=3e-4 SFT_RATES_lora=3e-3 SFT_RATES_qlora=3e-3

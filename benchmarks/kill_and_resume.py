@@ -1,6 +1,6 @@
 """Kills SFT and RL with SIGKILL at random times, resumes them, and compares the result with an uninterrupted run.
 
-    python benchmarks/kill_and_resume.py --output_dir out/kills --kills 20
+    python -m benchmarks.kill_and_resume --output_dir out/kills --kills 20
 
 Every second kill waits until a checkpoint appears and happens while it is being written. After each kill, all
 checkpoints that count as complete are loaded. Exits with 1 if a file is damaged or the final weights differ.
@@ -16,13 +16,11 @@ import time
 import zipfile
 from typing import NoReturn
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-
+from benchmarks.fixtures import ROOT
 from minionerec import cli
 from minionerec.errors import Problems
 from minionerec.flags import check_new_folder, check_positive
 
-ROOT = sys.path[0]
 DEMO = os.path.join(ROOT, "examples", "demo")
 
 

@@ -8,15 +8,11 @@ models of width 64, with the paths that a GPU takes. The counts do not depend on
 - RL by `ReReTrainer`: kernels and reads of an optimizer step of 10 prompts with 16 completions each, by phase.
 - constrained beam search: kernels inside the model for a layer and pass, kernels outside it for a level, reads.
 
-    python benchmarks/launches.py
-    python benchmarks/launches.py --num_hidden_layers 4 --parts sft,decode
+    python -m benchmarks.launches
+    python -m benchmarks.launches --num_hidden_layers 4 --parts sft,decode
 """
 
-import os
-import sys
 from typing import Any
-
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from benchmarks.common import print_json, print_table, quiet
 from minionerec import cli

@@ -5,23 +5,20 @@ label-only loss. The micro-batch is the largest whose prediction fits the target
 row fits, gradient checkpointing is turned on. bfloat16 on a GPU, float32 on a CPU; memory is
 `torch.cuda.max_memory_allocated` on a GPU, the resident set on a CPU.
 
-    python benchmarks/memory.py                                           # all sizes, on a GPU with 80 GB or more
-    python benchmarks/memory.py --sizes 0.5B --rows 2 --tokens 240        # on a CPU
-    python benchmarks/memory.py --predict_only True                       # no weights, some minutes
-    python benchmarks/memory.py --methods qlora --gradient_checkpointing True --rows 1
-    python benchmarks/memory.py --lora_r 8 --lora_target_modules qkv      # the adapter of the preset low_memory
+    python -m benchmarks.memory                                           # all sizes, on a GPU with 80 GB or more
+    python -m benchmarks.memory --sizes 0.5B --rows 2 --tokens 240        # on a CPU
+    python -m benchmarks.memory --predict_only True                       # no weights, some minutes
+    python -m benchmarks.memory --methods qlora --gradient_checkpointing True --rows 1
+    python -m benchmarks.memory --lora_r 8 --lora_target_modules qkv      # the adapter of the preset low_memory
 """
 
-import os
-import sys
 import tempfile
 from statistics import median
 from typing import Any
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-
 from benchmarks.common import in_fresh_process, in_turn, print_json, print_table
-from benchmarks.sft_step import METHODS, SPARE_ROWS, save_base, train
+from benchmarks.fixtures import SPARE_ROWS, save_base
+from benchmarks.sft_step import METHODS, train
 from minionerec import cli
 from minionerec.errors import Problems
 from minionerec.flags import check_positive

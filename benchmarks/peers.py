@@ -21,8 +21,8 @@ without padding get a mask of all their tokens by all their tokens, in which eac
 those of `trl`. With packing, an optimizer step has about `batch_size` rows, in packs of `micro_batch_size` rows of
 average length.
 
-    python benchmarks/peers.py --data data/Industrial_and_Scientific --base_model out/smollm2 --rows 512
-    python benchmarks/peers.py --data data/Industrial_and_Scientific --base_model out/smollm2 --rows 512 \\
+    python -m benchmarks.peers --data data/Industrial_and_Scientific --base_model out/smollm2 --rows 512
+    python -m benchmarks.peers --data data/Industrial_and_Scientific --base_model out/smollm2 --rows 512 \\
         --ways ours,trl,llamafactory --llamafactory ~/llamafactory/bin/python
 """
 
@@ -42,17 +42,14 @@ from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from typing import Any
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-
 from benchmarks.common import in_fresh_process, peak_memory_gb, print_json, print_table, quiet, reset_peak_memory
+from benchmarks.fixtures import ROOT, find_files
 from minionerec import cli
 from minionerec.checkpoint import check_base
-from minionerec.data.files import count_rows, read_catalogue
 from minionerec.data.prompts import RECOMMENDATION, load_prompts
 from minionerec.errors import Problems, RunError
 from minionerec.flags import check_batch, check_positive
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 WAYS = ("ours", "ours_one_by_one", "trl", "trl_padding_free", "trl_packing", "llamafactory")
 EVAL_ROWS = 8  # of sft.py's validation file, which it cannot do without; only the last step is evaluated
 SEED = 42
@@ -275,10 +272,10 @@ def in_steps(folder: str, ways: list[str], llamafactory: str) -> dict[str, dict[
         for way in ways:
             connections[way], theirs = Pipe()
             python = llamafactory if way == "llamafactory" else sys.executable
-            command = [python, os.path.abspath(__file__), "--worker", way, folder, str(theirs.fileno())]
+            command = [python, "-m", "benchmarks.peers", "--worker", way, folder, str(theirs.fileno())]
             with open(os.path.join(folder, f"{way}.log"), "w") as log:
                 processes[way] = subprocess.Popen(
-                    command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, stdout=log, stderr=log
+                    command, cwd=ROOT, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, stdout=log, stderr=log
                 )
             theirs.close()
             results[way] |= received(way)
@@ -369,18 +366,9 @@ def peers(
     problems += [f"--ways {way!r}: there are {', '.join(WAYS)}" for way in chosen if way not in WAYS]
     if "llamafactory" in chosen and not shutil.which(llamafactory):
         problems.add(f"--llamafactory {llamafactory!r}: give the Python of an environment with LLaMA-Factory")
-    names = ("train.csv", "test.csv", "info.txt", "*.index.json", "*.item.json")
-    found = [sorted(glob.glob(os.path.join(glob.escape(data), name))) for name in names]
-    if not all(found):
-        problems.add(f"--data {data}: must hold {', '.join(names)}")
-    prompts = problems.attempt(load_prompts, category, None, tasks)
-    problems.check()
-    train_file, test_file, info_file, sid_index_path, item_meta_path = (os.path.abspath(paths[0]) for paths in found)
-    catalogue = problems.attempt(read_catalogue, sid_index_path, item_meta_path)
-    sids = catalogue.sids if catalogue else None
-    problems.attempt(count_rows, train_file, "data", sids, titles=prompts.need_titles)
-    problems.attempt(count_rows, test_file, "data", titles=False)
-    problems.check()
+    problems.attempt(load_prompts, category, None, tasks)
+    files = find_files(problems, data, "train.csv", "test.csv", "info.txt", "*.index.json", "*.item.json")
+    train_file, test_file, info_file, sid_index_path, item_meta_path = files
 
     with tempfile.TemporaryDirectory() as folder:
         # Prepare what all ways start from.

@@ -6,9 +6,9 @@ peak memory.
    times are made up. `--raw_dir` keeps the raw files.
 2. Without it: on synthetic raw files of `--items` items and `--interactions` interactions of `--users` users.
 
-    python benchmarks/prepare.py --release_dir data/Industrial_and_Scientific --min_interactions 2
-    python benchmarks/prepare.py --items 100000 --interactions 1000000
-    python benchmarks/prepare.py --items 50000 --interactions 5000000 --users 500000
+    python -m benchmarks.prepare --release_dir data/Industrial_and_Scientific --min_interactions 2
+    python -m benchmarks.prepare --items 100000 --interactions 1000000
+    python -m benchmarks.prepare --items 50000 --interactions 5000000 --users 500000
 """
 
 import ast
@@ -17,14 +17,11 @@ import gzip
 import json
 import os
 import random
-import sys
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from benchmarks.common import in_fresh_process, print_json, print_table
 from minionerec import cli

@@ -10,36 +10,25 @@ Four ways take their steps in turn, each in its own process, on the same model, 
 In a fraction `--silent_share` of the groups, all rewards are equal. All ways except `mask_all_zero` must have the same
 loss.
 
-    python benchmarks/rl_step.py --repeats 5
-    python benchmarks/rl_step.py --hidden_size 896 --num_hidden_layers 24 --num_attention_heads 14 --vocab_size 151936
+    python -m benchmarks.rl_step --repeats 5
+    python -m benchmarks.rl_step --hidden_size 896 --num_hidden_layers 24 --num_attention_heads 14 --vocab_size 151936
 """
 
-import os
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from statistics import median
 from typing import Any
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-
-from benchmarks.common import (
-    answer,
-    in_turn,
-    peak_memory_gb,
-    print_json,
-    print_table,
-    quiet,
-    reset_peak_memory,
-    small_qwen2,
-)
-from benchmarks.decode import LEVELS, prefix_table, random_sids, sid_tokenizer
+from benchmarks.common import answer, in_turn, peak_memory_gb, print_json, print_table, quiet, reset_peak_memory
+from benchmarks.decode import prefix_table
+from benchmarks.fixtures import LEVELS, SmallShapeFlags, random_sids, sid_tokenizer, small_qwen2
 from minionerec import cli
 from minionerec.errors import Problems
-from minionerec.flags import AdapterFlags, check_positive
+from minionerec.flags import AdapterFlags, above_zero, command, flag
 
 WAYS = {
     "plain": "plain",
@@ -260,54 +249,43 @@ def work(connection: Connection, way: str, *settings: Any) -> None:
     (plain if way in ("plain", "completion") else ours)(connection, way, *settings)
 
 
-def rl_step(
-    hidden_size: int = 256,
-    num_hidden_layers: int = 6,
-    num_attention_heads: int = 4,
-    vocab_size: int = 32000,
-    sids: int = 3670,
-    prompts: int = 10,
-    prompt_tokens: int = 200,
-    num_generations: int = 16,
-    micro_batch_size: int = 32,
-    silent_share: float = 0.7,
-    repeats: int = 3,
-) -> None:
-    """Prints seconds of each phase, the speed-up over the plain way and peak memory.
+@dataclass(frozen=True, kw_only=True)
+class RLStepFlags(SmallShapeFlags):
+    """What a step has, and the shape of the model: float32 on a CPU, bfloat16 on a GPU."""
 
-    Args:
-        hidden_size: width of the model, a Qwen2 with random weights; float32 on a CPU, bfloat16 on a GPU.
-        num_hidden_layers: decoder layers.
-        num_attention_heads: query heads; half as many key and value heads.
-        vocab_size: tokens besides those of the SIDs.
-        sids: SIDs of the catalogue.
-        prompts: prompts of an optimizer step.
-        prompt_tokens: tokens of a prompt.
-        num_generations: completions of a prompt.
-        micro_batch_size: completions of a forward pass.
-        silent_share: fraction of the groups whose rewards are all equal.
-        repeats: timed steps of each way; medians are reported.
-    """
+    sids: int = flag(3670, "SIDs of the catalogue.", above_zero)
+    prompts: int = flag(10, "prompts of an optimizer step.", above_zero)
+    prompt_tokens: int = flag(200, "tokens of a prompt.", above_zero)
+    num_generations: int = flag(
+        16, "completions of a prompt.", lambda count: None if count > 1 else "must be 2 or more"
+    )
+    micro_batch_size: int = flag(32, "completions of a forward pass.", above_zero)
+    silent_share: float = flag(0.7, "fraction of the groups whose rewards are all equal.")
+    repeats: int = flag(3, "timed steps of each way; medians are reported.", above_zero)
+
+    def check(self, problems: Problems) -> None:
+        """Adds what is wrong with the values, and the sizes that do not fit together."""
+        super().check(problems)
+        if problems:
+            return
+        if self.micro_batch_size % self.num_generations or self.prompts * self.num_generations % self.micro_batch_size:
+            problems.add(
+                "--micro_batch_size must be a multiple of --num_generations, and --prompts x --num_generations one of "
+                "--micro_batch_size"
+            )
+        if self.sids < max(self.prompts, self.num_generations):
+            problems.add(f"--sids {self.sids}: must be at least --prompts and --num_generations")
+
+
+@command(RLStepFlags)
+def rl_step(flags: RLStepFlags) -> None:
+    """Prints seconds of each phase, the speed-up over the plain way and peak memory."""
     problems = Problems()
-    check_positive(problems, prompts=prompts, prompt_tokens=prompt_tokens, sids=sids, repeats=repeats)
-    if num_generations < 2:
-        problems.add(f"--num_generations {num_generations}: must be 2 or more")
-    elif micro_batch_size % num_generations or prompts * num_generations % micro_batch_size:
-        problems.add(
-            "--micro_batch_size must be a multiple of --num_generations, and --prompts x --num_generations one of "
-            "--micro_batch_size"
-        )
-    if sids < max(prompts, num_generations):
-        problems.add(f"--sids {sids}: must be at least --prompts and --num_generations")
+    flags.check(problems)
     problems.check()
-    shape = {
-        "hidden_size": hidden_size,
-        "num_hidden_layers": num_hidden_layers,
-        "num_attention_heads": num_attention_heads,
-        "vocab_size": vocab_size,
-    }
-    settings = (num_generations, micro_batch_size, shape, sids, prompts, prompt_tokens, silent_share)
-    results = in_turn(work, list(WAYS), repeats, *settings)
+    sizes = (flags.sids, flags.prompts, flags.prompt_tokens, flags.silent_share)
+    settings = (flags.num_generations, flags.micro_batch_size, flags.shape, *sizes)
+    results = in_turn(work, list(WAYS), flags.repeats, *settings)
     first = {way: run["losses"][0] for way, run in results.items()}
     assert all(abs(first[way] - first["plain"]) < 1e-3 for way in ("completion", "rere")), first
     plain_step = median(step["step"] for step in results["plain"]["steps"])
@@ -325,7 +303,7 @@ def rl_step(
         )
     print_table(table)
     print()
-    print_json("rl_step", shape=shape, prompts=prompts, prompt_tokens=prompt_tokens, results=results)
+    print_json("rl_step", **flags.to_dict(), results=results)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 Each client sends its next request as soon as the last one is answered. Every answer is compared with that of the batch
 command for the same request: none may be lost, none may differ. Prints requests/s and the percentiles of the latency.
 
-    python benchmarks/serve.py --model out/lora/final_checkpoint --info_file info.txt --histories test.csv
+    python -m benchmarks.serve --model out/lora/final_checkpoint --info_file info.txt --histories test.csv
 """
 
 import json
@@ -17,13 +17,12 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import cycle, islice
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-
 from benchmarks.common import print_json, print_table
+from benchmarks.fixtures import ROOT
 from minionerec import cli
 from minionerec.data.files import read_info_items
 from minionerec.data.items import Items
@@ -31,7 +30,7 @@ from minionerec.errors import Problems, RunError
 from minionerec.flags import check_positive
 from minionerec.serving.requests import RequestReader
 
-COMMAND = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "recommend.py")
+COMMAND = os.path.join(ROOT, "recommend.py")
 TOLERANCE = 1e-3  # for a score: batches of other sizes round differently
 PATIENCE = 300  # seconds until a server must answer
 
@@ -75,26 +74,18 @@ def _wait_until_ready(address: str, process: subprocess.Popen, log: str) -> None
             time.sleep(0.2)
 
 
-def load(address: str, bodies: list[bytes], clients: int) -> tuple[list[dict | None], list[float], float]:
-    """The answers in the order of the requests (None for one that was lost), their latencies, and all seconds."""
-    answers: list[dict | None] = [None] * len(bodies)
-    seconds = [0.0] * len(bodies)
-    turns = iter(range(len(bodies)))
-    lock = threading.Lock()
+def in_turns(clients: int, turns: int, work: Callable[[int], None]) -> float:
+    """Calls `work` with every number below `turns`; each of `clients` threads takes the next number when it is done.
+    Returns the seconds of all."""
+    numbers, lock = iter(range(turns)), threading.Lock()
 
     def client() -> None:
         while True:
             with lock:
-                turn = next(turns, None)
+                turn = next(numbers, None)
             if turn is None:
                 return
-            started = time.perf_counter()
-            try:
-                with urllib.request.urlopen(f"{address}/recommend", bodies[turn], timeout=PATIENCE) as answer:
-                    answers[turn] = json.load(answer)
-            except OSError as error:
-                print(f"request {turn}: {error}", file=sys.stderr)
-            seconds[turn] = time.perf_counter() - started
+            work(turn)
 
     threads = [threading.Thread(target=client) for _ in range(clients)]
     started = time.perf_counter()
@@ -102,7 +93,36 @@ def load(address: str, bodies: list[bytes], clients: int) -> tuple[list[dict | N
         thread.start()
     for thread in threads:
         thread.join()
-    return answers, seconds, time.perf_counter() - started
+    return time.perf_counter() - started
+
+
+def ask(address: str, body: bytes) -> dict:
+    """The answer to a request. Raises OSError if there is none."""
+    with urllib.request.urlopen(f"{address}/recommend", body, timeout=PATIENCE) as answer:
+        return json.load(answer)
+
+
+def load(address: str, bodies: list[bytes], clients: int) -> tuple[list[dict | None], list[float], float]:
+    """The answers in the order of the requests (None for one that was lost), their latencies, and all seconds."""
+    answers: list[dict | None] = [None] * len(bodies)
+    seconds = [0.0] * len(bodies)
+
+    def work(turn: int) -> None:
+        started = time.perf_counter()
+        try:
+            answers[turn] = ask(address, bodies[turn])
+        except OSError as error:
+            print(f"request {turn}: {error}", file=sys.stderr)
+        seconds[turn] = time.perf_counter() - started
+
+    wall = in_turns(clients, len(bodies), work)
+    return answers, seconds, wall
+
+
+def percentiles(seconds: list[float], *wanted: int) -> dict[str, float]:
+    """Latencies in ms, by the name of a column."""
+    ordered = sorted(seconds)
+    return {f"p{p} (ms)": 1000 * ordered[min(len(ordered) * p // 100, len(ordered) - 1)] for p in wanted}
 
 
 def read_bodies(info_file: str, histories: str, most: int) -> list[bytes]:
@@ -174,9 +194,7 @@ def serve(
         with served(flags, size, clients) as (address, _, _):
             load(address, bodies[:clients], clients)  # the first requests find out how the model can be decoded
             answers, seconds, wall = load(address, bodies, clients)
-        seconds.sort()
-        row: dict[str, object] = {"server": name, "requests/s": len(bodies) / wall}
-        row |= {f"p{p} (ms)": 1000 * seconds[min(len(seconds) * p // 100, len(seconds) - 1)] for p in (50, 95, 99)}
+        row: dict[str, object] = {"server": name, "requests/s": len(bodies) / wall, **percentiles(seconds, 50, 95, 99)}
         row["lost"] = sum(answer is None for answer in answers)
         row["wrong"] = sum(wrong(*pair) for pair in zip(answers, expected, strict=True) if pair[0] is not None)
         table.append(row)

@@ -7,18 +7,15 @@ this project's LoRA, on a base in its own precision and in 8 bits, and its QLoRA
 and random weights; 560 SID tokens are added. Memory is measured from before a process's first step, which is not timed.
 float32 on a CPU, bfloat16 on a GPU. A pair of full fine-tunings takes 25 GB on a CPU, full and LoRA 18 GB.
 
-    python benchmarks/sft_step.py
-    python benchmarks/sft_step.py --methods full_response,peft,lora,qlora --rows 16 --repeats 20
+    python -m benchmarks.sft_step
+    python -m benchmarks.sft_step --methods full_response,peft,lora,qlora --rows 16 --repeats 20
 """
 
-import os
-import sys
 import tempfile
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from statistics import median
 from typing import Any
-
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from benchmarks.common import (
     answer,
@@ -31,9 +28,10 @@ from benchmarks.common import (
     reset_peak_memory,
     seconds_of,
 )
+from benchmarks.fixtures import ShapeFlags, save_base, some_of
 from minionerec import cli
 from minionerec.errors import Problems
-from minionerec.flags import AdapterFlags, check_positive
+from minionerec.flags import AdapterFlags, above_zero, command, flag
 
 METHODS = {
     "full": "full, all logits",
@@ -44,23 +42,21 @@ METHODS = {
     "qlora": "QLoRA",
 }
 
-SPARE_ROWS = 271  # how many more rows than tokens Qwen2-0.5B has
 
+@dataclass(frozen=True, kw_only=True)
+class StepFlags(ShapeFlags):
+    """What a step trains on, and how."""
 
-def save_base(folder: str, shape: dict[str, int], tied: bool = True, dtype: str = "float32") -> None:
-    """Writes a Qwen2 model with random weights, and a tokenizer that leaves as many spare rows as Qwen2-0.5B has."""
-    from tokenizers import Tokenizer, models
-    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Config, set_seed
-
-    from minionerec.model.device import local_device
-
-    set_seed(42)
-    config = Qwen2Config(**shape, tie_word_embeddings=tied)
-    with local_device():  # a CPU needs minutes for the random weights of a large model
-        AutoModelForCausalLM.from_config(config, dtype=dtype).save_pretrained(folder)
-    entries = {f"t{i}": i for i in range(max(shape["vocab_size"] - SPARE_ROWS, 2))}
-    tokenizer = Tokenizer(models.WordLevel(entries, unk_token="t1"))
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="t0", pad_token="t0").save_pretrained(folder)
+    sids: int = flag(560, "SID tokens that are added.", above_zero)
+    rows: int = flag(4, "rows of a step.", above_zero)
+    tokens: int = flag(240, "tokens of a row.", above_zero)
+    response_tokens: int = flag(5, "tokens of a row that carry loss.", above_zero)
+    methods: str = flag(
+        "lora,qlora",
+        "some of full_response, peft, lora, lora8, qlora, separated by commas.",
+        some_of(*(method for method in METHODS if method != "full")),
+    )
+    repeats: int = flag(3, "timed steps of a process; medians are reported.", above_zero)
 
 
 def train(
@@ -136,62 +132,25 @@ def train(
     answer(connection, lambda: seconds_of(step), end)
 
 
-def sft_step(
-    hidden_size: int = 896,
-    num_hidden_layers: int = 24,
-    num_attention_heads: int = 14,
-    num_key_value_heads: int = 2,
-    intermediate_size: int = 4864,
-    vocab_size: int = 151936,
-    sids: int = 560,
-    rows: int = 4,
-    tokens: int = 240,
-    response_tokens: int = 5,
-    methods: str = "lora,qlora",
-    repeats: int = 3,
-) -> None:
-    """Prints rows/s and peak memory of each way to train, against full fine-tuning with all logits.
-
-    Args:
-        hidden_size: width of the model.
-        num_hidden_layers: decoder layers.
-        num_attention_heads: query heads.
-        num_key_value_heads: key and value heads.
-        intermediate_size: width of the feed-forward layers.
-        vocab_size: rows of the embedding before the SID tokens are added.
-        sids: SID tokens that are added.
-        rows: rows of a step.
-        tokens: tokens of a row.
-        response_tokens: tokens of a row that carry loss.
-        methods: some of full_response, peft, lora, lora8, qlora, separated by commas.
-        repeats: timed steps of a process; medians are reported.
-    """
+@command(StepFlags)
+def sft_step(flags: StepFlags) -> None:
+    """Prints rows/s and peak memory of each way to train, against full fine-tuning with all logits."""
     problems = Problems()
-    check_positive(problems, rows=rows, tokens=tokens, response_tokens=response_tokens, repeats=repeats)
-    check_positive(problems, sids=sids, vocab_size=vocab_size)
-    chosen = [name.strip() for name in methods.split(",")]
-    known = [method for method in METHODS if method != "full"]
-    problems += [f"--methods {name!r}: choose from {', '.join(known)}" for name in chosen if name not in known]
-    if tokens <= response_tokens:
-        problems.add(f"--tokens {tokens}: must be greater than --response_tokens")
+    flags.check(problems)
+    if flags.tokens <= flags.response_tokens:
+        problems.add(f"--tokens {flags.tokens}: must be greater than --response_tokens")
     problems.check()
-    shape = {
-        "hidden_size": hidden_size,
-        "num_hidden_layers": num_hidden_layers,
-        "num_attention_heads": num_attention_heads,
-        "num_key_value_heads": num_key_value_heads,
-        "intermediate_size": intermediate_size,
-        "vocab_size": vocab_size,
-    }
     import torch
 
     # A GPU holds all ways at once; on a CPU, each takes its turns with full fine-tuning only.
+    chosen, rows = flags.methods.split(","), flags.rows
     groups = [chosen] if torch.cuda.is_available() else [[method] for method in chosen]
     table, results = [], {}
     with tempfile.TemporaryDirectory() as folder:
-        in_fresh_process(save_base, folder, shape)
+        in_fresh_process(save_base, folder, flags.shape, True, "float32")
         for group in groups:
-            runs = in_turn(train, ["full", *group], repeats, folder, rows, tokens, response_tokens, sids)
+            sizes = (rows, flags.tokens, flags.response_tokens, flags.sids)
+            runs = in_turn(train, ["full", *group], flags.repeats, folder, *sizes)
             full = runs["full"]
             for name, run in runs.items():
                 speed_up = median(f / s for f, s in zip(full["steps"], run["steps"], strict=True))
@@ -210,7 +169,7 @@ def sft_step(
                 if name != "full":
                     results[name] = {"speed_up": speed_up, "memory_saved": saved, "full": full, name: run}
     print_table(table)
-    print_json("sft_step", shape=shape, sids=sids, rows=rows, tokens=tokens, repeats=repeats, results=results)
+    print_json("sft_step", **flags.to_dict(), results=results)
 
 
 if __name__ == "__main__":

@@ -4,12 +4,11 @@ The hostile ones leave in the middle of a request, trickle, send garbage, ask fo
 Every answer to the others is compared with that of the batch command: none may be lost, none may differ. The memory of
 the server must stay flat, its log free of tracebacks, and SIGTERM must end it in time while a client trickles.
 
-    python benchmarks/soak.py --model out/lora/final_checkpoint --info_file info.txt --histories test.csv
+    python -m benchmarks.soak --model out/lora/final_checkpoint --info_file info.txt --histories test.csv
 """
 
 import contextlib
 import json
-import os
 import random
 import signal
 import socket
@@ -22,10 +21,17 @@ from collections.abc import Callable
 from itertools import cycle, islice
 from urllib.parse import urlsplit
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-
 from benchmarks.common import print_json, print_table
-from benchmarks.serve import PATIENCE, answers_of_the_batch_command, read_bodies, served, wrong
+from benchmarks.serve import (
+    PATIENCE,
+    answers_of_the_batch_command,
+    ask,
+    in_turns,
+    percentiles,
+    read_bodies,
+    served,
+    wrong,
+)
 from minionerec import cli
 from minionerec.errors import Problems, RunError
 from minionerec.flags import check_positive
@@ -186,7 +192,6 @@ def soak(
     differ: list[int] = []
     seconds: list[float] = []
     memory: list[tuple[int, float]] = []
-    turns, lock = iter(range(requests)), threading.Lock()
 
     with served(flags, batch_size, 2 * clients) as (address, process, log):
         enemies = Hostile(address, distinct[0])
@@ -194,35 +199,23 @@ def soak(
         def good(turn: int) -> None:
             started = time.perf_counter()
             try:
-                with urllib.request.urlopen(f"{address}/recommend", bodies[turn], timeout=PATIENCE) as answer:
-                    if wrong(json.load(answer), expected[bodies[turn]]):
-                        differ.append(turn)
+                if wrong(ask(address, bodies[turn]), expected[bodies[turn]]):
+                    differ.append(turn)
             except OSError as error:
                 lost.append(f"request {turn}: {error}")
             seconds.append(time.perf_counter() - started)
 
-        def client() -> None:
-            while True:
-                with lock:
-                    turn = next(turns, None)
-                if turn is None:
-                    return
-                if turn % max(requests // SAMPLES, 1) == 0:
-                    memory.append((turn, memory_mb(address)))
-                if turn in reloaded:
-                    process.send_signal(signal.SIGHUP)
-                if turn % every == every - 1:
-                    enemies.attack()
-                else:
-                    good(turn)
+        def work(turn: int) -> None:
+            if turn % max(requests // SAMPLES, 1) == 0:
+                memory.append((turn, memory_mb(address)))
+            if turn in reloaded:
+                process.send_signal(signal.SIGHUP)
+            if turn % every == every - 1:
+                enemies.attack()
+            else:
+                good(turn)
 
-        threads = [threading.Thread(target=client) for _ in range(clients)]
-        started = time.perf_counter()
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        wall = time.perf_counter() - started
+        wall = in_turns(clients, requests, work)
         for thread in enemies.slow:
             thread.join(TRICKLE)
         memory.append((requests, memory_mb(address)))
@@ -237,11 +230,10 @@ def soak(
         with open(log, encoding="utf-8", errors="replace") as file:
             text = file.read()
 
-    seconds.sort()
     settled = next(mb for turn, mb in sorted(memory) if turn >= requests // 4)
     row: dict[str, object] = {"requests": len(seconds), "hostile": requests - len(seconds), "lost": len(lost)}
     row |= {"wrong": len(differ), "requests/s": len(seconds) / wall}
-    row |= {f"p{p} (ms)": 1000 * seconds[min(len(seconds) * p // 100, len(seconds) - 1)] for p in (50, 99)}
+    row |= percentiles(seconds, 50, 99)
     row |= {"memory (MB) at 1/4": settled, "at the end": sorted(memory)[-1][1]}
     row |= {"reloads": text.count("loaded the checkpoint again"), "tracebacks": text.count("Traceback")}
     row |= {"log (MB)": len(text) / 1e6, "end (s)": ending}

@@ -4,7 +4,7 @@ The command runs twice, with an empty cache of tokenized examples and with the c
 after its first step. A phase ends where sft.py calls a certain function. CPU seconds are of all phases together; they
 depend less on what else the machine does.
 
-    python benchmarks/startup.py --base_model out/base --train_file train.csv --eval_file valid.csv \\
+    python -m benchmarks.startup --base_model out/base --train_file train.csv --eval_file valid.csv \\
         --sid_index_path Industrial_and_Scientific.index.json --item_meta_path Industrial_and_Scientific.item.json
 """
 
@@ -18,7 +18,6 @@ from collections.abc import Callable
 from typing import Any
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-sys.path.insert(0, ROOT)
 
 PHASES = ("checks", "imports", "tokenizer and base", "adapter", "examples", "trainer", "first step")
 
@@ -113,8 +112,9 @@ def startup(
             argv += [f"--output_dir={os.path.join(folder, cache)}", "--batch_size=8", "--micro_batch_size=8"]
             started = time.time()
             run = subprocess.run(
-                [sys.executable, os.path.abspath(__file__), "--marks", marks_file, *argv],
+                [sys.executable, "-m", "benchmarks.startup", "--marks", marks_file, *argv],
                 env={**os.environ, "HF_DATASETS_CACHE": os.path.join(folder, "cache")},
+                cwd=ROOT,
                 stdout=subprocess.DEVNULL,
             )
             if not os.path.exists(marks_file):

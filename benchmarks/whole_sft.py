@@ -8,17 +8,14 @@ and as many validation rows; this project's an optimizer step and two evaluation
 the tokens that each way computes (padding included), which are counted exactly. The model has the shape of Qwen2.5-0.5B
 and random weights.
 
-    python benchmarks/whole_sft.py --data data/Industrial_and_Scientific
+    python -m benchmarks.whole_sft --data data/Industrial_and_Scientific
 """
 
-import glob
-import os
-import sys
 import tempfile
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from statistics import median
-
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+from typing import TYPE_CHECKING
 
 from benchmarks.common import (
     answer,
@@ -31,25 +28,40 @@ from benchmarks.common import (
     reset_peak_memory,
     seconds_of,
 )
-from benchmarks.trees import save_base
+from benchmarks.fixtures import ShapeFlags, find_files, save_base, set_up
 from minionerec import cli
-from minionerec.data.files import count_rows, read_catalogue, read_interactions
 from minionerec.data.prompts import load_prompts
 from minionerec.errors import Problems
-from minionerec.flags import AdapterFlags, check_batch, check_positive
+from minionerec.flags import above_zero, check_batch, command, flag
+
+if TYPE_CHECKING:
+    pass
+
+FILES = ("train.csv", "valid.csv", "*.index.json", "*.item.json")
 
 
-def train(
-    connection: Connection,
-    way: str,
-    base: str,
-    files: tuple[str, str, str, str],
-    category: str,
-    rows: int,
-    micro_batch_size: int,
-    plain_rows: int,
-    cutoff_len: int,
-) -> None:
+@dataclass(frozen=True, kw_only=True)
+class WholeFlags(ShapeFlags):
+    """Which rows train, how long, and the shape of the model."""
+
+    data: str = flag("", "folder that holds train.csv, valid.csv, an .index.json and an .item.json file.")
+    category: str = flag("Industrial_and_Scientific", "what the items are, for the prompts.")
+    rows: int = flag(256, "rows of an optimizer step.", above_zero)
+    micro_batch_size: int = flag(8, "rows of a forward pass, where they go one by one.", above_zero)
+    plain_rows: int = flag(
+        32, "rows, of training and of validation, that the ordinary way takes in a turn.", above_zero
+    )
+    num_epochs: int = flag(10, "passes over the file.", above_zero)
+    eval_step: float = flag(
+        0.05,
+        "how often both evaluate, as a fraction of the training.",
+        lambda step: None if 0 < step <= 1 else "must be above 0 and at most 1",
+    )
+    cutoff_len: int = flag(512, "tokens of a row at most.")
+    repeats: int = flag(1, "turns; medians count.", above_zero)
+
+
+def train(connection: Connection, way: str, base: str, files: list[str], flags: WholeFlags) -> None:
     """Answers each request with the seconds of a stretch: forward and backward passes, the update, validation. At the
     end: peak memory in GB, tokens of the stretch and of the file, the same for validation, and rows and updates of an
     epoch."""
@@ -57,35 +69,18 @@ def train(
     import numpy as np
     import torch
 
-    import lora_utils
-    from minionerec.data.encoding import Encoder
-    from minionerec.data.examples import IGNORE, tokenized_dataset
-    from minionerec.model import loading
-    from minionerec.model.device import compute_dtype, local_device, master_dtype
+    from minionerec.data.examples import IGNORE
     from minionerec.training.sft_trainer import step_order, tree_collator, tree_losses
     from minionerec.training.tree_batches import Prefixes, Size, TreeBatches, evaluation_batches
 
-    train_file, eval_file, sid_index_path, item_meta_path = files
-    catalogue = read_catalogue(sid_index_path, item_meta_path)
-    prompts = load_prompts(category, None, "all")
-    torch.manual_seed(0)
-    tokenizer = loading.load_tokenizer(base)
+    train_file, eval_file, *index_files = files
+    rows, micro_batch_size, plain_rows = flags.rows, flags.micro_batch_size, flags.plain_rows
+    prompts = load_prompts(flags.category, None, "all")
     ours = way == "LoRA, token trees"
-    flags = AdapterFlags(use_lora=ours)
-    model = loading.load_base(base, dtype=None if ours else master_dtype())
-    ids = loading.add_sid_tokens(model, tokenizer, catalogue.sid_tokens)
-    model = lora_utils.adapt(model, flags, ids).train()
-    device, dtype = local_device(), compute_dtype()
-
-    def dataset_of(file: str, wording):
-        def rows_of(kind: str):
-            if kind == "item":
-                return catalogue.items_with_text()
-            return read_interactions(file, "data", catalogue.sids, wording.need_titles)
-
-        return tokenized_dataset(Encoder(tokenizer, wording, cutoff_len), rows_of, [file, *files[2:]])
-
-    training, validation = dataset_of(train_file, prompts), dataset_of(eval_file, prompts.for_validation())
+    trained = set_up(base, index_files, "lora" if ours else "full", flags.cutoff_len)
+    model, tokenizer, device, dtype = trained.model, trained.tokenizer, trained.device, trained.dtype
+    training = trained.dataset(train_file, prompts)
+    validation = trained.dataset(eval_file, prompts.for_validation())
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=True)
 
     # The batches of an epoch, how many tokens each computes, and the stretches to measure.
@@ -165,82 +160,27 @@ def train(
     answer(connection, measure, end)
 
 
-def whole_sft(
-    data: str = "",
-    category: str = "Industrial_and_Scientific",
-    rows: int = 256,
-    micro_batch_size: int = 8,
-    plain_rows: int = 32,
-    num_epochs: int = 10,
-    eval_step: float = 0.05,
-    cutoff_len: int = 512,
-    num_hidden_layers: int = 24,
-    hidden_size: int = 896,
-    num_attention_heads: int = 14,
-    num_key_value_heads: int = 2,
-    intermediate_size: int = 4864,
-    vocab_size: int = 151936,
-    repeats: int = 1,
-) -> None:
-    """Prints seconds and rows/s of SFT on a whole file, with its evaluations, this project's way and the ordinary one.
-
-    Args:
-        data: folder that holds train.csv, valid.csv, an .index.json and an .item.json file.
-        category: what the items are, for the prompts.
-        rows: rows of an optimizer step.
-        micro_batch_size: rows of a forward pass, where they go one by one.
-        plain_rows: rows, of training and of validation, that the ordinary way takes in a turn.
-        num_epochs: passes over the file.
-        eval_step: how often both evaluate, as a fraction of the training.
-        cutoff_len: tokens of a row at most.
-        num_hidden_layers: decoder layers.
-        hidden_size: width of the model.
-        num_attention_heads: query heads.
-        num_key_value_heads: key and value heads.
-        intermediate_size: width of the feed-forward layers.
-        vocab_size: rows of the embedding.
-        repeats: turns; medians count.
-    """
+@command(WholeFlags)
+def whole_sft(flags: WholeFlags) -> None:
+    """Prints seconds and rows/s of SFT on a file with its evaluations, this project's way and the ordinary one."""
     problems = Problems()
-    check_positive(problems, rows=rows, plain_rows=plain_rows, num_epochs=num_epochs, repeats=repeats)
-    check_positive(problems, micro_batch_size=micro_batch_size)
-    check_batch(problems, rows, micro_batch_size)
-    if not 0 < eval_step <= 1:
-        problems.add(f"--eval_step {eval_step}: must be above 0 and at most 1")
-    names = ("train.csv", "valid.csv", "*.index.json", "*.item.json")
-    found = [sorted(glob.glob(os.path.join(glob.escape(data), name))) for name in names]
-    if not all(found):
-        problems.add(f"--data {data}: must hold {', '.join(names)}")
-    problems.check()
-    files = tuple(paths[0] for paths in found)
-    catalogue = problems.attempt(read_catalogue, *files[2:])
-    for file in files[:2]:
-        problems.attempt(count_rows, file, "data", catalogue.sids if catalogue else None)
-    problems.check()
-
-    shape = {
-        "hidden_size": hidden_size,
-        "num_hidden_layers": num_hidden_layers,
-        "num_attention_heads": num_attention_heads,
-        "num_key_value_heads": num_key_value_heads,
-        "intermediate_size": intermediate_size,
-        "vocab_size": vocab_size,
-    }
+    flags.check(problems)
+    check_batch(problems, flags.rows, flags.micro_batch_size)
+    files = find_files(problems, flags.data, *FILES)
     ways = ["full, all logits", "LoRA, token trees"]
     with tempfile.TemporaryDirectory() as folder:
-        in_fresh_process(save_base, folder, files[3], shape)
-        settings = (folder, files, category, rows, micro_batch_size, plain_rows, cutoff_len)
-        runs = in_turn(train, ways, repeats, *settings)
-    table, totals = [], []
+        in_fresh_process(save_base, folder, flags.shape, True, None, files[3])
+        runs = in_turn(train, ways, flags.repeats, folder, files, flags)
+    table, totals, num_epochs, evaluations = [], [], flags.num_epochs, round(1 / flags.eval_step)
     for way, run in runs.items():
         passes, update, evaluation = (median(step[i] for step in run["steps"]) for i in range(3))
         (part, epoch), (eval_part, eval_all) = run["tokens"], run["eval_tokens"]
         training = num_epochs * (passes / part * epoch + update * run["updates"])
-        evaluating = evaluation / eval_part * eval_all * round(1 / eval_step)
+        evaluating = evaluation / eval_part * eval_all * evaluations
         totals.append(training + evaluating)
         print(
             f"{way}: {num_epochs} epochs x ({passes:.1f} s / {part:,} tokens x {epoch:,} tokens + {run['updates']:,} "
-            f"updates x {update:.2f} s) = {training:,.0f} s; {round(1 / eval_step)} evaluations x {evaluation:.1f} s / "
+            f"updates x {update:.2f} s) = {training:,.0f} s; {evaluations} evaluations x {evaluation:.1f} s / "
             f"{eval_part:,} tokens x {eval_all:,} tokens = {evaluating:,.0f} s"
         )
         table.append(
@@ -256,7 +196,7 @@ def whole_sft(
             }
         )
     print_table(table)
-    print_json("whole_sft", table=table, shape=shape, rows=rows, speedup=totals[0] / totals[1], runs=runs)
+    print_json("whole_sft", table=table, shape=flags.shape, rows=flags.rows, speedup=totals[0] / totals[1], runs=runs)
 
 
 if __name__ == "__main__":

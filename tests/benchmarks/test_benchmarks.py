@@ -10,26 +10,25 @@ import pytest
 from helpers import ROOT, run_command
 
 
-@pytest.mark.parametrize(
-    ("script", "flags"),
-    [
-        pytest.param("startup", {}, marks=pytest.mark.slow),
-        ("padding", {"steps": 1, "batch_size": 16, "micro_batch_size": 8}),
-    ],
-)
-def test_a_benchmark_measures(files, base, script, flags):
+@pytest.mark.slow
+def test_the_phases_of_a_start_add_up(files, base):
     paths = {"train_file": files["train"], "sid_index_path": files["index"], "item_meta_path": files["item"]}
-    if script == "startup":
-        paths["eval_file"] = files["valid"]
-    result = run_command(f"benchmarks/{script}.py", base_model=base, category="bolts", **paths, **flags)
+    paths["eval_file"] = files["valid"]
+    result = run_command("benchmarks/startup.py", base_model=base, category="bolts", **paths)
     assert result.returncode == 0, result.stderr
     record = json.loads(result.stdout.splitlines()[-1])
-    assert record["benchmark"] == script and len(record["table"]) == 2
-    if script == "startup":
-        phases = ("checks", "imports", "tokenizer and base", "adapter", "examples", "trainer", "first step")
-        for row, cache in zip(record["table"], ("cold", "warm"), strict=True):
-            assert row["cache"] == cache and all(row[phase] > 0 for phase in phases)
-            assert row["all"] == pytest.approx(sum(row[phase] for phase in phases))
+    phases = ("checks", "imports", "tokenizer and base", "adapter", "examples", "trainer", "first step")
+    for row, cache in zip(record["table"], ("cold", "warm"), strict=True):
+        assert row["cache"] == cache and all(row[phase] > 0 for phase in phases)
+        assert row["all"] == pytest.approx(sum(row[phase] for phase in phases))
+
+
+def test_what_bounds_a_machine_is_measured():
+    result = run_command("benchmarks/card.py", width=64, copied=1000, calls=20)
+    assert result.returncode == 0, result.stderr
+    record = json.loads(result.stdout.splitlines()[-1])
+    assert record["tflops"] > 0 and record["tb_per_second"] > 0
+    assert len(record["host"]) == 6 and all(row["host (us)"] > 0 for row in record["host"])
 
 
 @pytest.mark.slow
@@ -48,7 +47,11 @@ def test_a_server_under_load_answers_as_the_batch_command(files, sft_run):
 @pytest.mark.parametrize(
     ("script", "flags", "results"),
     [
-        ("trees", ["--methods", "lora,full"], {"speedup_lora", "speedup_full", "tokens", "nodes"}),
+        (
+            "trees",
+            ["--methods", "lora,full", "--ways", "random,rows,trees"],
+            {"speedup_lora", "speedup_full", "tokens", "computed"},
+        ),
         ("whole_sft", ["--plain_rows", "4"], {"speedup"}),
     ],
 )
@@ -56,13 +59,14 @@ def test_a_benchmark_trains_the_rows_of_a_folder(files, tmp_path, script, flags,
     folder_of(files, tmp_path, valid="valid.csv")
     shape = "--num_hidden_layers 1 --hidden_size 32 --num_attention_heads 2 --intermediate_size 64 --vocab_size 2048"
     sizes = "--rows 16 --micro_batch_size 4"
-    argv = [f"benchmarks/{script}.py", "--data", str(tmp_path), *shape.split(), *sizes.split(), *flags]
+    argv = ["-m", f"benchmarks.{script}", "--data", str(tmp_path), *shape.split(), *sizes.split(), *flags]
     result = subprocess.run([sys.executable, *argv], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     record = json.loads(result.stdout.splitlines()[-1])
     assert results <= set(record) and all(record[name] > 0 for name in results)
     if script == "trees":
-        assert record["nodes"] < record["tokens"]
+        computed = [row["computed"] for row in record["table"][:3]]
+        assert computed[2] < record["tokens"] <= computed[1] <= computed[0]
         assert all(float(row["losses differ by"]) < 1e-5 for row in record["table"])
 
 

@@ -17,8 +17,9 @@ def on_the_card(script: str, *words: str) -> str:
     shown = {name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES"}
     if os.environ["MINIONEREC_CARDS"] != "all":
         shown["CUDA_VISIBLE_DEVICES"] = os.environ["MINIONEREC_CARDS"]
-    command = [sys.executable, str(ROOT / script), *words]
-    done = subprocess.run(command, env={**shown, "TQDM_DISABLE": "1"}, capture_output=True, text=True, timeout=600)
+    command = [sys.executable, *script.split(), *words]
+    settings = {"env": {**shown, "TQDM_DISABLE": "1"}, "cwd": ROOT}
+    done = subprocess.run(command, **settings, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "MatMul8bitLt" not in done.stderr
     return done.stdout
@@ -54,6 +55,6 @@ def test_token_trees_have_the_losses_of_rows(tmp_path):
     (data / "train" / "workshop.csv").rename(flat / "train.csv")
     for kind in ("index", "item"):
         (data / "index" / f"workshop.{kind}.json").rename(flat / f"workshop.{kind}.json")
-    out = on_the_card("benchmarks/trees.py", *flag_words({"data": flat, "category": "workshop", **sizes}))
+    out = on_the_card("-m benchmarks.trees", *flag_words({"data": flat, "category": "workshop", **sizes}))
     for row in json.loads(out.splitlines()[-1])["table"]:
         assert float(row["losses differ by"]) < 1e-3
