@@ -41,6 +41,7 @@ from minionerec.errors import InputError
 from minionerec.flags import engine
 from minionerec.metrics import rank_of, ranking_metrics, watched_cutoff
 from minionerec.model import adapters, device
+from minionerec.model.halving import Halving
 from minionerec.model.packed_rows import groups_of
 from minionerec.model.sharding import OwnedWeights, gathered, overwrite, whole_tensors
 from minionerec.saving import make_readable
@@ -49,6 +50,7 @@ from minionerec.training.durable import DurableRun
 from minionerec.training.early_warning import EarlyWarning
 from minionerec.training.logprobs import completion_logps, with_targets
 from minionerec.training.policy_loss import advantages_of, deviation, token_losses
+from minionerec.training.retrying import averaged_afterwards
 from minionerec.training.rewards import equal_in_group
 
 # In a checkpoint: the weights of a reference that moves with the policy, and those that train on, where the checkpoint
@@ -207,6 +209,7 @@ class ReReTrainer(DurableRun, GRPOTrainer):
         self.beam_search, self.add_gt, self.dynamic_sampling = beam_search, add_gt, dynamic_sampling
         self.mask_all_zero, self.sft_weight = mask_all_zero, sft_weight
         self.pass_size = pass_size or args.per_device_train_batch_size
+        self.search_halving = Halving("searches for completions")
         self._pad = self._tokenizer.pad_token_id
         self.test_beam, self.test_batch_size = test_beam, test_batch_size
         self.add_callback(EarlyWarning(self.reward_func_names, beam_search))
@@ -368,8 +371,14 @@ class ReReTrainer(DurableRun, GRPOTrainer):
         ) as model:
             model.eval()
             for start in range(0, len(prompts), self.pass_size):
-                these = slice(start, start + self.pass_size)
-                rows += self._draw(model, prompts[these], rows_of_prompts[these], count)
+                these = range(len(prompts))[start : start + self.pass_size]
+
+                def drawn(part: Sequence[int], model: nn.Module = model) -> list[list[int]]:
+                    some = slice(part[0], part[-1] + 1)
+                    return self._draw(model, prompts[some], rows_of_prompts[some], count)
+
+                parts = [drawn(these)] if device.weights_are_sharded() else self.search_halving(drawn, these)
+                rows += [found for part in parts for found in part]
             model.train(training)
         completions: list[list[int]] = []
         for numbers, target in zip(rows, targets, strict=True):
@@ -435,9 +444,10 @@ class ReReTrainer(DurableRun, GRPOTrainer):
     def training_step(self, model: nn.Module, inputs: list[dict[str, int]], *args: Any, **kwargs: Any) -> torch.Tensor:
         # Kept over an attempt that does not fit.
         prepared = self._prepare_inputs(inputs)
-        while (loss := self._attempt(model, prepared, *args, **kwargs)) is None:
-            self.pass_size = math.ceil(self.pass_size / 2 / self.num_generations) * self.num_generations
-            self.accelerator.print(f"out of memory: passes have {self.pass_size} completions from here on")
+        with averaged_afterwards(self, model) if self._goes_back() else nullcontext():
+            while (loss := self._attempt(model, prepared, *args, **kwargs)) is None:
+                self.pass_size = math.ceil(self.pass_size / 2 / self.num_generations) * self.num_generations
+                print(f"out of memory: passes have {self.pass_size} completions from here on", flush=True)
         if self.mask_all_zero and not self._passes_are_collective() and self.accelerator.sync_gradients:
             # If all groups were masked, no pass was made. The gradient is then 0, as in a run with several processes.
             for parameter in self.model.parameters():
@@ -447,15 +457,18 @@ class ReReTrainer(DurableRun, GRPOTrainer):
 
     def _attempt(self, *args: Any, **kwargs: Any) -> torch.Tensor | None:
         """A training step, or None where it does not fit in memory and smaller passes may. Then no gradient is left of
-        it. Several processes, and a step of several micro-batches, cannot go back."""
-        alone = self.accelerator.num_processes == 1 and not engine() and self.args.gradient_accumulation_steps == 1
+        it."""
         try:
             return super().training_step(*args, **kwargs)
         except torch.OutOfMemoryError:
-            if not alone or self.pass_size <= self.num_generations:
+            if not self._goes_back() or self.pass_size <= self.num_generations:
                 raise
         self.model.zero_grad()
         return None
+
+    def _goes_back(self) -> bool:
+        """Whether a step can be computed again: not by an engine, and not in several micro-batches."""
+        return not engine() and self.args.gradient_accumulation_steps == 1
 
     def _logps(
         self, model: nn.Module, inputs: dict[str, Any], batch_size: int | None = None, targets: bool = False
