@@ -21,9 +21,9 @@ from minionerec.checkpoint import Checkpoint, check_base, check_model, run_recor
 from minionerec.data.files import Catalogue, Interaction, Item, read_catalogue, read_info, read_interactions
 from minionerec.data.prompts import RECOMMENDATION, RL_TASKS, TASKS, Prompts
 from minionerec.data.texts import check_interactions, items_left_out
+from minionerec.dryrun.settings import RLSettings
 from minionerec.errors import InputError, Problems
 from minionerec.flags import (
-    TrainingFlags,
     above_zero,
     command,
     engine,
@@ -71,7 +71,7 @@ def _weights(value: str) -> str | None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RLFlags(TrainingFlags):
+class RLFlags(RLSettings):
     """The flags of rl.py beside those of all trainings."""
 
     model_path: str = flag(
@@ -506,7 +506,7 @@ def size_of_passes(
     Args:
         depth: tokens of a completion at most.
     """
-    from accelerate.utils import broadcast_object_list
+    from accelerate.utils import gather_object
 
     from minionerec.dryrun import report
     from minionerec.model import device
@@ -516,7 +516,7 @@ def size_of_passes(
         return flags.train_batch_size
     longest = max(map(len, train_dataset["prompt"]))
     size = report.largest_pass(flags, inputs, longest, depth, files.continues, memory)
-    size = broadcast_object_list([size])[0]
+    size = min(gather_object([size]))
     state.print(f"passes of up to {size} completions, by the predicted memory")
     return size
 

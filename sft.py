@@ -18,9 +18,9 @@ from minionerec.checkpoint import check_base, run_record
 from minionerec.data.files import Catalogue, Interaction, Item, read_catalogue, read_interactions, sample_rows
 from minionerec.data.prompts import Prompts, load_prompts
 from minionerec.data.texts import check_interactions, items_left_out
+from minionerec.dryrun.settings import SFTSettings
 from minionerec.errors import Problems
 from minionerec.flags import (
-    TrainingFlags,
     above_zero,
     check_batch,
     check_cache,
@@ -28,6 +28,7 @@ from minionerec.flags import (
     engine,
     flag,
     fraction_of_training,
+    number_or_auto,
     one_of,
     zero_or_more,
 )
@@ -44,7 +45,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SFTFlags(TrainingFlags):
+class SFTFlags(SFTSettings):
     """The flags of sft.py beside those of all trainings."""
 
     base_model: str = flag("", "folder or hub name of the model to start from.")
@@ -57,9 +58,9 @@ class SFTFlags(TrainingFlags):
     batch_size: int = flag(128, "rows of an optimizer step, over all processes.", above_zero)
     micro_batch_size: int | Literal["auto"] = flag(
         4,
-        "rows of a forward pass on one process; auto for as many as the memory of the GPU is predicted to hold (4 at "
-        "most on a CPU). The gradient does not depend on it.",
-        lambda value: None if value == "auto" else above_zero(value),
+        "rows of a forward pass on one process; auto for as many as the memory of the GPU is predicted to hold (on a "
+        "CPU 8 at most, 16 with use_qlora). The gradient does not depend on it. It is halved when memory runs out.",
+        number_or_auto,
     )
     num_epochs: int = flag(
         10, "passes over the training rows at most; three evaluations without a gain end the run.", above_zero
@@ -114,10 +115,11 @@ class SFTFlags(TrainingFlags):
 
     @property
     def micro_rows(self) -> int:
-        """`micro_batch_size` as a number; of auto, the largest up to 4 that divides the rows of a process."""
+        """`micro_batch_size` as a number; of auto, the largest up to 8, or 16, that divides the rows of a process."""
         if self.micro_batch_size != "auto":
             return self.micro_batch_size
-        return max(rows for rows in (1, 2, 3, 4) if self.batch_size % (rows * world.size()) == 0 or rows == 1)
+        most = 16 if self.use_qlora else 8
+        return max(rows for rows in range(1, most + 1) if self.batch_size % (rows * world.size()) == 0 or rows == 1)
 
     @property
     def rows_together(self) -> int:
@@ -284,6 +286,7 @@ def train(flags: SFTFlags) -> "dict | Prediction":
     state.print(f"training examples: {len(train_dataset):,}; validation examples: {len(eval_dataset):,}")
 
     # Size the micro-batches where that is left to us, and plan them: as token trees, where the model takes them.
+    sizes_itself = flags.micro_batch_size == "auto"
     flags, trees = planned(flags, inputs, model, train_dataset, eval_dataset, memory, state)
     if trees and flags.group_by_length:
         state.print("--group_by_length changes nothing for token trees; with --pack_rows 0 it sorts steps by length")
@@ -302,6 +305,7 @@ def train(flags: SFTFlags) -> "dict | Prediction":
         callbacks=[EarlyStoppingCallback(early_stopping_patience=3)],
         sid_weights=sid_weights(model, sid_token_ids) if flags.sid_learning_rate else (),
         sid_learning_rate=flags.sid_learning_rate,
+        goes_back=sizes_itself,
         args=training_arguments(flags, steps, accumulation),
     )
     trainer.train(resume)
@@ -335,7 +339,7 @@ def planned(
     With `--micro_batch_size auto` a GPU takes what the dry run predicts to fit `memory`, which was free before the base
     was loaded (GB), and tries the largest micro-batch once.
     """
-    from accelerate.utils import broadcast_object_list
+    from accelerate.utils import gather_object
 
     from minionerec.dryrun import report
     from minionerec.model import device
@@ -345,7 +349,7 @@ def planned(
     if flags.micro_batch_size == "auto":
         if sized:
             rows = report.largest_micro_batch(flags, inputs, train_dataset, memory)
-            flags = replace(flags, micro_batch_size=broadcast_object_list([rows])[0])
+            flags = replace(flags, micro_batch_size=min(gather_object([rows])))
         state.print(f"--micro_batch_size auto: {flags.micro_rows} rows")
     while True:
         sizes = flags.batch_size, flags.micro_rows, flags.num_epochs

@@ -23,11 +23,12 @@ import math
 import os
 import typing
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, Self
 
 from minionerec import locks, world
+from minionerec.cards import unknown_card
 from minionerec.errors import Problems
 
 # --- What flags are made of -------------------------------------------------------------------------------------------
@@ -50,6 +51,11 @@ def one_or_more(value: int) -> str | None:
 
 def zero_or_more(value: float) -> str | None:
     return None if value >= 0 else "must be 0 or more"
+
+
+def number_or_auto(value: int | str) -> str | None:
+    """A size that may be left to the command."""
+    return None if isinstance(value, str) else above_zero(value)
 
 
 def seed_range(value: int) -> str | None:
@@ -88,6 +94,10 @@ class Flags:
                 continue
             if any(os.path.exists(made) and os.path.samefile(made, other) for made in (path, *more)):
                 problems.add(f"--{name} {path}: would overwrite --{f.name} {other}; name another file")
+
+    def changed(self, **changes: object) -> Self:
+        """The same flags with some changed."""
+        return replace(self, **changes)  # type: ignore[type-var]
 
     def to_dict(self) -> dict[str, Any]:
         """The flags by name, as a checkpoint records them."""
@@ -230,6 +240,12 @@ class RunFlags(Flags):
         "with dry_run, the memory of the card in question, such as 12GB or 12GiB; otherwise of the one found.",
         _memory_size,
     )
+    gpu: str = flag(
+        "",
+        "with dry_run, the card in question by name, such as 'RTX 4090', instead of its memory: the dry run then "
+        "estimates the time of a step and an epoch there, too.",
+        unknown_card,
+    )
 
     @property
     def tracker(self) -> str:
@@ -244,8 +260,11 @@ class RunFlags(Flags):
 
     def check(self, problems: Problems) -> None:
         super().check(problems)
-        if self.gpu_memory and not self.dry_run:
-            problems.add(f"--gpu_memory {self.gpu_memory} has no effect without --dry_run True")
+        for name in ("gpu_memory", "gpu"):
+            if getattr(self, name) and not self.dry_run:
+                problems.add(f"--{name} {getattr(self, name)} has no effect without --dry_run True")
+        if self.gpu and self.gpu_memory:
+            problems.add(f"--gpu {self.gpu} has a memory of its own; drop --gpu_memory {self.gpu_memory}, or --gpu")
         if not self.dry_run:  # which writes nothing
             world.check_world(problems)
             check_output_dir(problems, self.output_dir, resume=self.resume_from_checkpoint is not None)
