@@ -71,7 +71,7 @@ def unknown_card(name: str) -> str | None:
     close = close or [spelled[letters] for letters in difflib.get_close_matches(written, spelled, n=2)]
     known = ", ".join(card.name for card in CARDS)
     hint = f"did you mean {' or '.join(close)}? " if close else ""
-    return f"is not in the table of cards; {hint}{known}; for another one give its memory: --gpu_memory 12GB"
+    return f"is not in the table of cards; {hint}choose from {known}, or give its memory: --gpu_memory 12GB"
 
 
 def _letters(name: str) -> str:

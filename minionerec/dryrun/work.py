@@ -5,7 +5,8 @@ The work is counted in passes on fake tensors that take the paths of a GPU: laye
 one kernel (`minionerec.model.groups`, `minionerec.model.fewer_kernels`).
 """
 
-from dataclasses import dataclass
+import warnings
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -73,17 +74,13 @@ def count(
             return measured
         (weights, values), (kernels, width) = planned.quantized, DEQUANTIZE[flags.bits]
         both = Work(0, width * values, kernels * weights)
-        return Measured(
-            measured.peak,
-            measured.kept,
-            measured.of_loss,
-            measured.layers + both.times(1.5 if flags.gradient_checkpointing else 1.0),
-            measured.head,
-            measured.forward + both.times(0.5),
-        )
+        recomputed = 1.5 if flags.gradient_checkpointing else 1.0
+        layers, forward = measured.layers + both.times(recomputed), measured.forward + both.times(0.5)
+        return replace(measured, layers=layers, forward=forward)
 
     try:
-        with device.counting_for_gpu():
+        with device.counting_for_gpu(), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")  # to see whether it has moved
             _try_sums()
             return on_few_layers(lambda shortens: counted(shortens, True))
     except Exception:  # whatever an architecture asks of a value

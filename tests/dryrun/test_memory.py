@@ -14,7 +14,6 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 from transformers.training_args import OptimizerNames
 
 import lora_utils
-from minionerec.decoding.search_memory import cache_gb
 from minionerec.dryrun import report
 from minionerec.dryrun.memory import GB, predict
 from minionerec.dryrun.passes import Alive, Step
@@ -247,13 +246,6 @@ def test_what_an_optimizer_keeps(optim):
 
 def test_optimizers_are_those_of_the_trainer():
     assert set(OPTIMIZERS) <= {name.value for name in OptimizerNames}
-
-
-def test_the_cache_of_the_beams():
-    config = config_of("qwen2")  # 2 layers, 2 heads of 16 for keys and values
-    per_token = 2 * 2 * 2 * 16 * 2
-    without = cache_gb(config, 3, 100, 0, 0, True)
-    assert cache_gb(config, 3, 100, 20, 4, True) == pytest.approx(without + 3 * 20 * 4 * per_token / GB)
 
 
 @pytest.mark.parametrize("method", ["full", "lora", "qlora"])

@@ -53,7 +53,7 @@ def test_what_others_start_is_estimated_within_30_percent(way, kernels, seconds)
 @pytest.mark.parametrize(("method", "most"), [("full", 130), ("lora", 85), ("qlora", 105)])
 def test_the_kernels_of_a_gpu_are_counted_without_one(method, most):
     """`benchmarks/launches.py` counts 128, 78.4 and 87 a layer on real tensors, with token trees."""
-    config, layers = config_of("qwen2", num_hidden_layers=8, vocab_size=1024), 8
+    config, layers = config_of("qwen2", num_hidden_layers=24, vocab_size=1024), 24
     arguments = (config, 1024, [90, 91], Step(2, 32, 8), AdapterFlags(**METHODS[method]), lora_utils.adapt)
     found = work.count(*arguments)
     plain = predict(*arguments, True)
@@ -100,4 +100,5 @@ def test_a_card_is_named_once_and_only_in_a_dry_run(files, base, tmp_path):
     refused("sft.py", "--gpu T4 has no effect without --dry_run True", **flags, gpu="T4")
     both = {"gpu": "T4", "gpu_memory": "12GB", "dry_run": True}
     refused("sft.py", "--gpu T4 has a memory of its own; drop --gpu_memory 12GB, or --gpu", **flags, **both)
-    refused("sft.py", "--gpu 'T5': is not in the table of cards; did you mean T4?", **flags, gpu="T5", dry_run=True)
+    unknown = {"gpu": "RTX 4091", "dry_run": True}
+    refused("sft.py", "--gpu 'RTX 4091': is not in the table of cards; did you mean RTX 4090", **flags, **unknown)
