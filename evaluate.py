@@ -12,6 +12,7 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from minionerec import cli, world
 from minionerec.checkpoint import Checkpoint, read_model
@@ -27,7 +28,7 @@ from minionerec.data.files import (
 from minionerec.data.items import Items
 from minionerec.data.prompts import RECOMMENDATION, Prompts, Task
 from minionerec.errors import InputError, Problems
-from minionerec.flags import PromptFlags, above_zero, command, flag
+from minionerec.flags import PromptFlags, above_zero, command, flag, number_or_auto
 from minionerec.locks import hold, lock_of_new
 from minionerec.metrics import format_metrics, popularity, rank_of, ranking_metrics
 from minionerec.output import writing
@@ -53,7 +54,12 @@ class EvaluateFlags(PromptFlags):
         "file for the rankings; the metrics go beside it, as .metrics.json, or as .metrics if its name is a number, as "
         "that of a part in MiniOneRec's evaluate.sh.",
     )
-    batch_size: int = flag(4, "prompts of a forward pass.", above_zero)
+    batch_size: int | Literal["auto"] = flag(
+        4,
+        "prompts of a forward pass; auto for as many as the memory of the GPU is predicted to hold (8 on a CPU). It is "
+        "halved when memory runs out.",
+        number_or_auto,
+    )
     K: int = flag(0, "an additional cut-off besides 1, 3, 5, 10, 20, 50; 0 for none (the original ignores the flag).")
     seed: int = flag(42, "kept for MiniOneRec's argument lists; nothing here is random.")
     length_penalty: float = flag(
@@ -212,6 +218,8 @@ def evaluate(flags: EvaluateFlags) -> dict[str, float]:
     if ranker.encoder.control_note:
         state.print(ranker.encoder.control_note)
     longest, length = max(map(len, prompts)), min(flags.num_beams, len(ranker.trie))
+    if flags.batch_size == "auto":
+        state.print(f"--batch_size auto: {ranker.batch_size} prompts")
     state.print(f"decoding: {probe(model, longest, longest + length * depth, f'--base_model {inputs.base}')}")
     decoding = time.perf_counter()
     rankings = ranker.rank(prompts, flags.length_penalty)

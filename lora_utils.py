@@ -268,7 +268,7 @@ def check_adapter(config: PreTrainedConfig, flags: AdapterFlags, adapter_path: s
 
     Raises InputError where the architecture cannot have the adapter or the bits.
     """
-    if not (isinstance(flags, RunFlags) and flags.gpu_memory):  # a dry run for a card that is not here
+    if not (isinstance(flags, RunFlags) and (flags.gpu_memory or flags.gpu)):  # a dry run for a card that is not here
         where = f"adapter {adapter_path}" if adapter_path else "--use_dora True"
         check_dora(flags.use_dora, flags.bits, where)
     stored_in = (getattr(config, "quantization_config", None) or {}).get("quant_method", "bitsandbytes")

@@ -13,7 +13,7 @@ import re
 import socket
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from minionerec import cli, world
 from minionerec.checkpoint import Checkpoint, read_model
@@ -21,7 +21,7 @@ from minionerec.data.files import open_text, read_info_items, read_item_ids, rea
 from minionerec.data.items import ItemColumns, Items, read_item_list
 from minionerec.data.prompts import RECOMMENDATION, Prompts
 from minionerec.errors import InputError, Problems
-from minionerec.flags import PromptFlags, above_zero, command, flag
+from minionerec.flags import PromptFlags, above_zero, command, flag, number_or_auto
 from minionerec.locks import hold, lock_of_new
 from minionerec.process_memory import importing
 from minionerec.serving.requests import Request, RequestReader
@@ -56,7 +56,12 @@ class RecommendFlags(PromptFlags):
     output: str = flag("", "file for the recommendations for histories, as JSON lines.")
     K: int = flag(10, "items to recommend.", above_zero)
     num_beams: int = flag(50, "SIDs that are ranked; more find better items.", above_zero)
-    batch_size: int = flag(8, "histories of a forward pass.", above_zero)
+    batch_size: int | Literal["auto"] = flag(
+        8,
+        "histories of a forward pass; auto for as many as the memory of the GPU is predicted to hold (8 on a CPU). It "
+        "is halved when memory runs out.",
+        number_or_auto,
+    )
     train_file: str = flag("", "CSV of training interactions; items that share a SID are ordered by popularity there.")
     exclude_seen: bool = flag(False, "do not recommend what is in the history.")
     allow: str = flag("", "file of item ids, one per line; no others are recommended.")
@@ -290,9 +295,11 @@ def serve(flags: RecommendFlags, inputs: RecommendInput) -> None:
         ranker = load(flags, inputs)
         if not again:
             print(f"{flags.url} recommends from {len(inputs.items)} items; Ctrl-C stops", flush=True)
-        return Loaded(inputs.reader, lambda requests: ranker.answer(requests, tqdm(disable=True)))
+        return Loaded(
+            inputs.reader, lambda requests: ranker.answer(requests, tqdm(disable=True)), batch_size=ranker.batch_size
+        )
 
-    app = make_app(load_checkpoint, flags.batch_size, flags.max_waiting, inputs.keys, flags.hosts)
+    app = make_app(load_checkpoint, 8, flags.max_waiting, inputs.keys, flags.hosts)
     run(app, flags.host, flags.serve)
 
 
@@ -336,7 +343,9 @@ def recommend(flags: RecommendFlags) -> None:
     if kept:
         state.print(f"{flags.output}.partial: {kept} of {inputs.requests} rows are there already")
     rows = inputs.reader.read_file(flags.histories, "histories")
-    chunk = batch.BATCHES * flags.batch_size
+    if flags.batch_size == "auto":
+        state.print(f"--batch_size auto: {ranker.batch_size} histories")
+    chunk = batch.BATCHES * ranker.batch_size
     with tqdm(total=inputs.requests, unit="row", leave=False, disable=not state.is_main_process) as bar:
         count = batch.write_recommendations(
             flags.output,

@@ -323,7 +323,7 @@ def size_of_passes(
     Args:
         depth: tokens of a completion at most.
     """
-    from accelerate.utils import broadcast_object_list
+    from accelerate.utils import gather_object
 
     from minionerec.dryrun import report
     from minionerec.model import device
@@ -333,7 +333,7 @@ def size_of_passes(
         return flags.train_batch_size
     longest = max(map(len, train_dataset["prompt"]))
     size = report.largest_pass(flags, predictor, longest, depth, inputs.continues, memory)
-    size = broadcast_object_list([size])[0]
+    size = min(gather_object([size]))
     state.print(f"passes of up to {size} completions, by the predicted memory")
     return size
 

@@ -183,6 +183,7 @@ def train(flags: SFTFlags) -> "dict | Prediction":
     state.print(f"training examples: {len(train_dataset):,}; validation examples: {len(eval_dataset):,}")
 
     # Size the micro-batches where that is left to us, and plan them: as token trees, where the model takes them.
+    sizes_itself = flags.micro_batch_size == "auto"
     flags, trees = planned(flags, predictor, model, train_dataset, eval_dataset, memory, state)
     if trees and flags.group_by_length:
         state.print("--group_by_length changes nothing for token trees; with --pack_rows 0 it sorts steps by length")
@@ -201,6 +202,7 @@ def train(flags: SFTFlags) -> "dict | Prediction":
         callbacks=[EarlyStoppingCallback(early_stopping_patience=3)],
         sid_weights=sid_weights(model, sid_token_ids) if flags.sid_learning_rate else (),
         sid_learning_rate=flags.sid_learning_rate,
+        goes_back=sizes_itself,
         args=training_arguments(flags, steps, accumulation),
     )
     trainer.train(resume)
@@ -234,7 +236,7 @@ def planned(
     With `--micro_batch_size auto` a GPU takes what the dry run predicts to fit `memory`, which was free before the base
     was loaded (GB), and tries the largest micro-batch once.
     """
-    from accelerate.utils import broadcast_object_list
+    from accelerate.utils import gather_object
 
     from minionerec.dryrun import report
     from minionerec.model import device
@@ -244,7 +246,7 @@ def planned(
     if flags.micro_batch_size == "auto":
         if sized:
             rows = report.largest_micro_batch(flags, predictor, train_dataset, memory)
-            flags = replace(flags, micro_batch_size=broadcast_object_list([rows])[0])
+            flags = replace(flags, micro_batch_size=min(gather_object([rows])))
         state.print(f"--micro_batch_size auto: {flags.micro_rows} rows")
     while True:
         sizes = flags.batch_size, flags.micro_rows, flags.num_epochs

@@ -20,6 +20,7 @@ from transformers import TrainerCallback
 
 from benchmarks import rl_step
 from benchmarks.fixtures import LEVELS, save_base
+from minionerec.dryrun import passes
 from minionerec.flags import AdapterFlags
 from minionerec.model import fewer_kernels
 
@@ -27,15 +28,7 @@ PROMPTS, GENERATIONS, PROMPT_TOKENS = 10, 16, 24  # of an RL step
 REQUESTS, BEAMS = 8, 20  # of a search
 SHAPE = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 128}
 
-# Operators that start no kernel: views, allocations, and what the host reads.
-_VIEWS = """
-    _local_scalar_dense _record_function_enter_new _record_function_exit _reshape_alias _unsafe_view alias
-    as_strided chunk detach diagonal empty empty_like empty_strided expand is_pinned is_same_size item lift_fresh
-    lift_fresh_copy narrow new_empty new_empty_strided numel permute reshape resize_ scalar_tensor select set_ size
-    slice split split_with_sizes squeeze squeeze_ stride sym_numel sym_size sym_storage_offset sym_stride t t_
-    transpose transpose_ unbind unfold unsqueeze unsqueeze_ view view_as
-"""
-NO_KERNEL = set(_VIEWS.split())
+NO_KERNEL = set(passes.NO_KERNEL)
 READS = {"_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_dim", "unique_consecutive", "equal"}
 READS |= {"bincount", "repeat_interleave"}  # their output's shape depends on values
 READ_BY_PYTHON = {"tolist", "numpy", "cpu"}  # of a tensor that would be on the device

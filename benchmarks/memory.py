@@ -66,7 +66,8 @@ def predicted(
     from transformers import Qwen2Config
 
     import lora_utils
-    from minionerec.dryrun.memory import CUDA_CONTEXT, GB, Step, predict
+    from minionerec.dryrun.memory import CUDA_CONTEXT, GB, predict
+    from minionerec.dryrun.passes import Step
     from minionerec.flags import AdapterFlags
     from minionerec.model import loading
 

@@ -11,8 +11,10 @@ Dimensions: `N` items of the catalogue, `S` distinct SIDs, the rows of the trie.
 import os
 from collections.abc import Sequence
 from functools import cached_property
+from typing import Literal
 
 import numpy as np
+from accelerate.utils import gather_object
 from peft import PeftModel
 from tqdm import tqdm
 from transformers import PreTrainedModel
@@ -24,9 +26,11 @@ from minionerec.data.items import Items
 from minionerec.data.prompts import RECOMMENDATION, Prompts
 from minionerec.data.sid_tokens import PAD, sid_responses
 from minionerec.decoding.ranking import rank_prompts, score_prompts
+from minionerec.decoding.search_memory import ON_A_CPU, largest_batch
 from minionerec.decoding.trie import Trie
 from minionerec.model import device, loading
 from minionerec.model.adapted import load_checkpoint
+from minionerec.model.halving import Halving
 from minionerec.serving.requests import Request, RequestReader
 
 MOST_CACHED = 64  # masks of sets that may come again: those of flags and columns
@@ -42,7 +46,8 @@ class Ranker:
         items: the items of the catalogue; None where only SIDs are ranked.
         model: in evaluation mode; given to, or loaded by `load_model`.
         num_beams: SIDs that are ranked for a row.
-        batch_size: rows of a forward pass.
+        batch_size: rows of a forward pass; given as auto, known once there is a model: as many as the memory of the GPU
+            is predicted to hold, or 8 on a CPU.
     """
 
     model: PreTrainedModel | PeftModel
@@ -59,7 +64,7 @@ class Ranker:
         catalogue: Catalogue | None = None,
         also: Sequence[str] = (),
         num_beams: int = 50,
-        batch_size: int = 8,
+        batch_size: int | Literal["auto"] = 8,
     ):
         """Checks that every SID becomes its own tokens, before a weight is loaded.
 
@@ -72,7 +77,9 @@ class Ranker:
         Raises InputError for a SID that becomes other tokens.
         """
         self.checkpoint, self.task, self.sids, self.items = checkpoint, prompts.tasks[RECOMMENDATION], sids, items
-        self.num_beams, self.batch_size = num_beams, batch_size
+        self.num_beams, self.halving = num_beams, Halving("batches of prompts")
+        self._sizes_batches = batch_size == "auto"
+        self.batch_size = ON_A_CPU if batch_size == "auto" else batch_size
         self.tokenizer = loading.load_tokenizer(checkpoint.path)
         self.encoder = Encoder(self.tokenizer, prompts, checkpoint.cutoff_len)
         responses = sid_responses(self.encoder, [*sids, *also], self.task.ending, catalogue, where, remedy)[: len(sids)]
@@ -89,7 +96,7 @@ class Ranker:
         base_model: str = "",
         category: str = "",
         num_beams: int = 50,
-        batch_size: int = 8,
+        batch_size: int | Literal["auto"] = 8,
     ) -> "Ranker":
         """A checkpoint with its weights, ready to recommend.
 
@@ -126,6 +133,10 @@ class Ranker:
         """Ranks with a model that is loaded already."""
         self.model = model.eval()
         self.trie.to(model.device)
+        if self._sizes_batches and model.device.type == "cuda":
+            search = self.encoder.cutoff_len, min(self.num_beams, len(self.trie)), self.trie.depth
+            rows = largest_batch(model.config, *search, device.free_memory_gb())
+            self.batch_size = min(gather_object([rows]))  # all processes form the same batches
         return self
 
     # --- SIDs ---------------------------------------------------------------------------------------------------------
@@ -171,6 +182,7 @@ class Ranker:
             allowed=lambda i: self._allowed_rows(requests[i]),
             bar=bar if bar is not None else tqdm(disable=True),
             chunk=chunk,
+            halving=self.halving,
         )
         return [self._expand(*one) for one in zip(requests, ranked, strict=True)]
 

@@ -34,11 +34,11 @@ fail() {
     exit 2
 }
 # The flags of METHOD and PRESET, and the default learning rates.
-MICRO_BATCH=8 RL_RATE=1e-5
+RL_RATE=1e-5
 case "$METHOD" in
 full) METHOD_FLAGS=() RL_RATE=1e-6 ;;
 lora) METHOD_FLAGS=(--use_lora True) ;;
-qlora) METHOD_FLAGS=(--use_qlora True) MICRO_BATCH=16 ;;
+qlora) METHOD_FLAGS=(--use_qlora True) ;;
 *) fail "METHOD=$METHOD: must be full, lora or qlora" ;;
 esac
 case "$PRESET" in
@@ -73,7 +73,7 @@ launch_training() {
 }
 sft() {
     launch_training sft.py --base_model "$BASE_MODEL" --output_dir "$OUT/sft" "${FILES[@]}" --batch_size 512 \
-        --micro_batch_size "$MICRO_BATCH" --learning_rate "$SFT_RATE" --sid_learning_rate 3e-3 "${METHOD_FLAGS[@]}" \
+        --micro_batch_size auto --learning_rate "$SFT_RATE" --sid_learning_rate 3e-3 "${METHOD_FLAGS[@]}" \
         "${PRESET_FLAGS[@]}" "$@"
 }
 rl_batch() { # rl_batch flags...: sets RL_BATCH; an RL step has 32 prompts with 4 completions, rl.py counts per process
@@ -93,5 +93,5 @@ rl() {
 evaluate() { # evaluate folder flags...: evaluates the final checkpoint of a run
     launch evaluate.py --base_model "$1/final_checkpoint" --info_file "$INFO_FILE" --category "$CATEGORY" \
         --test_data_path "$TEST_FILE" --train_file "$TRAIN_FILE" --result_json_data "$1/result.json" \
-        --batch_size 8 "${@:2}"
+        --batch_size auto "${@:2}"
 }

@@ -15,7 +15,8 @@ from trl import GRPOConfig
 import lora_utils
 from minionerec.data.examples import Collator
 from minionerec.decoding.trie import Trie
-from minionerec.dryrun.memory import Prediction, Step, predict
+from minionerec.dryrun.memory import Prediction, predict
+from minionerec.dryrun.passes import Step
 from minionerec.flags import AdapterFlags
 from minionerec.model import loading
 from minionerec.training.rl_trainer import ReReTrainer
@@ -119,11 +120,11 @@ def trainer_of(tmp_path, micro_batch_size: int, strategy: str = "sequential", co
 
 def predicted(
     config, ids: list[int], step: Step, method: str = "full", on_gpu: bool = False, vocabulary: int = 96,
-    reference_copy: bool = False, **flags,
+    reference_copy: bool = False, few_layers: bool = True, **flags,
 ) -> Prediction:  # fmt: skip
     """The predicted memory of a training by a method, with other adapter flags."""
     chosen = AdapterFlags(use_lora=method == "lora", use_qlora=method == "qlora", **flags)
-    return predict(config, vocabulary, ids, step, chosen, lora_utils.adapt, on_gpu, reference_copy)
+    return predict(config, vocabulary, ids, step, chosen, lora_utils.adapt, on_gpu, reference_copy, few_layers)
 
 
 # --- Methods, and trainers of both kinds ------------------------------------------------------------------------------

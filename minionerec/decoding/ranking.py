@@ -16,6 +16,8 @@ from minionerec.decoding.beam_search import constrained_beam_search
 from minionerec.decoding.probe import probe
 from minionerec.decoding.trie import Trie
 from minionerec.errors import RunError
+from minionerec.model.device import weights_are_sharded
+from minionerec.model.halving import Halving
 
 
 def rank_prompts(
@@ -44,6 +46,7 @@ def score_prompts(
     allowed: Callable[[int], np.ndarray | None] | None = None,
     bar: tqdm | None = None,
     chunk: int | None = None,
+    halving: Halving | None = None,
 ) -> list[list[tuple[int, float]]]:
     """As `rank_prompts`, with the score of every SID: the sum of its tokens' log-probabilities, in nats, divided by
     their number to the power of `length_penalty`.
@@ -57,6 +60,7 @@ def score_prompts(
         bar: a progress bar to move on by the number of prompts; None for a new one.
         chunk: batches are formed within chunks of so many prompts, a multiple of `batch_size`; None for one chunk. A
             score depends on its batch in the last digits, so the same chunks give the same bytes, whoever ranks them.
+        halving: splits batches that do not fit in memory; None for a new one.
 
     Raises RunError, in all processes, if a score is NaN.
     """
@@ -74,21 +78,21 @@ def score_prompts(
     turns = math.ceil(len(batches) / state.num_processes)
     rankings: list[tuple[int, list[tuple[int, float]]]] = []
     finite = True
+    halving = halving or Halving("batches of prompts")
+
+    def search(batch: Sequence[int]) -> list[tuple[int, list[int], list[float]]]:
+        input_ids, attention_mask = left_padded([prompts[i] for i in batch], pad_token_id)
+        mask = masks_of(list(map(allowed, batch)), trie) if allowed is not None else None
+        ids, attention = input_ids.to(model.device), attention_mask.to(model.device)
+        beams, scores = constrained_beam_search(model, ids, attention, trie, num_beams, length_penalty, allowed=mask)
+        return list(zip(batch, beams.tolist(), scores.tolist(), strict=True))
+
     own = tqdm(total=sum(map(len, mine)), unit="row", leave=False, disable=bar is not None or not state.is_main_process)
     with own:
         for batch in [*mine, *batches[-1:]][:turns]:
-            input_ids, attention_mask = left_padded([prompts[i] for i in batch], pad_token_id)
-            mask = masks_of(list(map(allowed, batch)), trie) if allowed is not None else None
-            beams, scores = constrained_beam_search(
-                model,
-                input_ids.to(model.device),
-                attention_mask.to(model.device),
-                trie,
-                num_beams,
-                length_penalty,
-                allowed=mask,
-            )
-            found = list(zip(batch, beams.tolist(), scores.tolist(), strict=True))
+            # Where weights are sharded, all processes take part in every pass, and none may split a batch.
+            parts = [search(batch)] if weights_are_sharded() else halving(search, batch)
+            found = [one for part in parts for one in part]
             finite = finite and not any(math.isnan(score) for _, _, of_rows in found for score in of_rows)
             rankings += [
                 (i, [(int(trie.source[row]), score) for row, score in zip(rows, of_rows, strict=True) if row != PAD])

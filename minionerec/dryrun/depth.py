@@ -5,20 +5,19 @@ two layers of each kind and the last one. Each measured layer stands for some la
 are counted that often, and memory over a training step is put together from the pieces that were measured.
 """
 
-import functools
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import chain, groupby
-from typing import Any
-from unittest import mock
+from typing import Protocol, TypeVar
 
 import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
 BEFORE, FORWARD, HEAD, BACKWARD = "before the layers", "forward", "head and loss", "backward"
+T = TypeVar("T")
 
 
 @dataclass
@@ -32,6 +31,8 @@ class Piece:
     growth: int = 0
     peak: int = 0
     flops: int = 0
+    kernels: int = 0
+    moved: int = 0
     freed: Counter[int] = field(default_factory=Counter)
 
     def add(self, size: int) -> None:
@@ -44,31 +45,33 @@ class Piece:
             self.freed[made_in.place] += size
 
 
-def whole_where_needed(measure: Callable) -> Callable:
-    """Calls `measure` again on all layers where it fails on few: a layer may look for others by their number."""
+class Pieces(Protocol):
+    """What takes down the pieces of a step as it runs."""
 
-    @functools.wraps(measure)
-    def measured(*args, **kwargs):
-        try:
-            return measure(*args, **kwargs)
-        except Exception:
-            with mock.patch.object(Depth, "shortens", False):
-                return measure(*args, **kwargs)
+    pieces: list[Piece]
 
-    return measured
+    def start(self, phase: str, place: int = -1) -> None:
+        """Starts another piece."""
+
+
+def on_few_layers(measure: Callable[[bool], T]) -> T:
+    """`measure(True)`, on few layers; where that fails `measure(False)`, on all: a layer may look for others by their
+    number."""
+    try:
+        return measure(True)
+    except Exception:
+        return measure(False)
 
 
 class Depth:
     """The decoder layers of `model`, of which it keeps few, in place. `order` has for every layer of the full depth the
-    place among those kept of the one that stands for it."""
+    place among those kept of the one that stands for it. `shortens=False` keeps all of them, unwatched."""
 
-    shortens = True
-
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, shortens: bool = True):
         self.layers: list[nn.Module] = []
         self.order: list[int] = []
         name = _stack(model)
-        if name is None or not self.shortens:
+        if name is None or not shortens:
             return
         stack = list(model.get_submodule(name))
         parameters = [id(p) for layer in stack for p in layer.parameters()]
@@ -88,7 +91,7 @@ class Depth:
         return times
 
     @contextmanager
-    def watch(self, alive: Any) -> Iterator[None]:
+    def watch(self, alive: Pieces) -> Iterator[None]:
         """While open, a layer that starts forward or backward starts a piece of `alive`; one that is computed again, by
         gradient checkpointing, is part of its backward piece."""
 
@@ -97,7 +100,7 @@ class Depth:
                 if alive.pieces[-1].phase in (BEFORE, FORWARD):
                     alive.start(FORWARD, place)
 
-            def after(_module: nn.Module, _args: tuple, output: Any) -> None:
+            def after(_module: nn.Module, _args: tuple, output: torch.Tensor | tuple) -> None:
                 hidden = output if isinstance(output, torch.Tensor) else output[0]
                 if alive.pieces[-1].phase == FORWARD and hidden.requires_grad:
                     hidden.register_hook(lambda _: alive.start(BACKWARD, place))

@@ -1,5 +1,5 @@
-"""What a training would do, without loading a weight: rows and tokens of every task, steps, peak memory, and whether it
-fits the device."""
+"""What a training would do, without loading a weight: rows and tokens of every task, steps, peak memory, whether it
+fits the device, and about how long it takes."""
 
 import json
 import math
@@ -9,7 +9,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from statistics import median
-from typing import Any
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -17,15 +17,24 @@ from datasets import Dataset
 from transformers import PreTrainedConfig, PreTrainedTokenizerFast
 
 from minionerec import world
+from minionerec.cards import Card, find_card
 from minionerec.data.encoding import Encoder, batches
 from minionerec.data.examples import BATCH_ROWS
 from minionerec.decoding.probe import may_share_rows
-from minionerec.dryrun.memory import GB, Adapt, Prediction, Step, cache_gb, predict
-from minionerec.flags import OPTIMIZERS, AdapterFlags, memory_gb
+from minionerec.decoding.search_memory import SPARE, cache_gb
+from minionerec.dryrun import work
+from minionerec.dryrun.memory import GB, Adapt, Prediction, predict
+from minionerec.dryrun.passes import Measured, Step, Work
+from minionerec.flags import OPTIMIZERS, AdapterFlags, RunFlags, TrainingFlags, memory_gb
+from minionerec.flags.rl import RLFlags
+from minionerec.flags.sft import SFTFlags
 from minionerec.model import device
 from minionerec.model.token_trees import TreeCollator
 from minionerec.training.sft_trainer import step_order
 from minionerec.training.tree_batches import Prefixes, TreeBatches
+
+SEARCH_KERNELS = 30  # of a level of a search, outside the model: benchmarks/launches.py
+Flags = TypeVar("Flags", bound=TrainingFlags)
 
 
 @dataclass
@@ -51,10 +60,22 @@ class Inputs:
         vocabulary = len(self.tokenizer)
         return predict(self.config, vocabulary, self.sid_token_ids, step, flags, self.adapt, on_gpu, reference_copy)
 
+    def count(self, step: Step, flags: AdapterFlags) -> Measured:
+        """The work of a micro-batch on a GPU."""
+        return work.count(self.config, len(self.tokenizer), self.sid_token_ids, step, flags, self.adapt)
 
-def say_tasks(encoder: Encoder, rows_of: Callable[[str], Iterable]) -> tuple[int, int, int, int]:
-    """Prints a line for every task; returns how many examples there are, the tokens of all, and the most tokens of one
-    and of a response."""
+
+class Tasks(NamedTuple):
+    """How many training examples there are, the tokens of all, and the most tokens of one and of a response."""
+
+    examples: int
+    tokens: int
+    longest: int
+    longest_response: int
+
+
+def say_tasks(encoder: Encoder, rows_of: Callable[[str], Iterable]) -> Tasks:
+    """Prints a line for every task; returns what they are together."""
     examples = total = longest = longest_response = 0
     print(f"\n{'task':<32}{'rows':>10}{'weight':>8}{'tokens: median':>16}{'95%':>6}{'longest':>9}{'response':>10}")
     for task in encoder.prompts.tasks.values():
@@ -76,7 +97,7 @@ def say_tasks(encoder: Encoder, rows_of: Callable[[str], Iterable]) -> tuple[int
         longest, longest_response = max(longest, lengths[-1]), max(longest_response, *responses)
     if encoder.control_note:
         print(encoder.control_note)
-    return examples, total, longest, longest_response
+    return Tasks(examples, total, longest, longest_response)
 
 
 def say_flags(flags: AdapterFlags) -> None:
@@ -84,33 +105,121 @@ def say_flags(flags: AdapterFlags) -> None:
     print(json.dumps({name: value for name, value in flags.to_dict().items() if value not in ("", None)}, indent=2))
 
 
-def detect_device(gpu_memory: str) -> tuple[bool, float, str]:
-    """(whether it is a GPU, its memory in GB, its name): of `gpu_memory`, such as 12GB, or of what this machine has."""
-    if gpu_memory:
-        return True, memory_gb(gpu_memory), f"a GPU with {gpu_memory}"
+@dataclass(frozen=True)
+class Device:
+    """What a training would run on.
+
+    Attributes:
+        name: for messages.
+        memory: in GB.
+        on_gpu: whether it is a GPU.
+        here: whether it is in this machine.
+        card: its data sheet, where `--gpu` names it.
+    """
+
+    name: str
+    memory: float
+    on_gpu: bool
+    here: bool = False
+    card: Card | None = None
+
+
+def detect_device(flags: RunFlags) -> Device:
+    """The card of `--gpu`, one with `--gpu_memory`, or what this machine has."""
+    if card := find_card(flags.gpu):
+        return Device(card.name, card.memory, True, card=card)
+    if flags.gpu_memory:
+        return Device(f"a GPU with {flags.gpu_memory}", memory_gb(flags.gpu_memory), True)
     if torch.cuda.is_available():
-        card = torch.cuda.get_device_properties(device.local_device())
-        return True, card.total_memory / GB, card.name
-    return False, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / GB, "the CPU of this machine"
+        found = torch.cuda.get_device_properties(device.local_device())
+        return Device(found.name, found.total_memory / GB, True, here=True)
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / GB
+    return Device("the CPU of this machine", memory, False, here=True)
 
 
-def print_memory(predicted: Prediction, size: float, name: str, suggest: Callable[[], str]) -> Prediction:
+def print_memory(predicted: Prediction, where: Device, suggest: Callable[[], str]) -> Prediction:
     """Prints the prediction, and where it does not fit what would; returns it."""
     print(f"\ntrainable parameters: {predicted.trainable:,}")
     print("predicted peak memory of one device, in GB:")
     for part, value in {**predicted.parts, "total": predicted.total}.items():
         print(f"  {part:<12}{value:8.2f}")
-    if predicted.total <= size:
-        print(f"fits {name}: {predicted.total:.1f} of {size:.1f} GB")
+    if predicted.total <= where.memory:
+        print(f"fits {where.name}: {predicted.total:.1f} of {where.memory:.1f} GB")
     else:
-        print(f"does not fit {name}: {predicted.total:.1f} of {size:.1f} GB; {suggest()}")
+        print(f"does not fit {where.name}: {predicted.total:.1f} of {where.memory:.1f} GB; {suggest()}")
     return predicted
 
 
-def _settings_to_try(flags: AdapterFlags) -> Iterable[dict[str, Any]]:
+def print_time(
+    of_step: Work, where: Device, positions: int, config: PreTrainedConfig, bits: int, steps: int, epochs: int
+) -> None:
+    """Prints about how long a step, an epoch and the run take, without evaluations.
+
+    Args:
+        of_step: on one process.
+        positions: tokens of a micro-batch, the size of the matmuls that are timed on a device that is here.
+        steps: of all epochs.
+    """
+
+    def said(seconds: float) -> str:
+        hours = [_two_digits(seconds * count / 3600) for count in (steps / epochs, steps)]
+        return f"{_two_digits(seconds)} s a step, {hours[0]} h an epoch and {hours[1]} h in all"
+
+    if where.here:
+        speed = _matmul_speed(positions, config, device.compute_dtype(bits < 16))
+    if not where.on_gpu:
+        print(
+            f"about {said(of_step.flops / speed)}, or more: a step has {of_step.flops / 1e12:.2g} TFLOP of matmuls, "
+            f"which reach {speed / 1e12:.2g} TFLOP/s here now"
+        )
+        return
+    card = where.card
+    if card is None:
+        card = Card(where.name, where.memory, _copy_speed() / work.OF_BANDWIDTH / 1e9, speed / work.OF_MATMULS / 1e12)
+    found = work.on_card(of_step, card)
+    print(
+        f"estimated for {card.name}: {said(found.seconds)}, without evaluations. Of a step, {of_step.flops / 1e12:.2g} "
+        f"TFLOP take {_two_digits(found.arithmetic)} s, {of_step.moved / 1e9:,.0f} GB of memory traffic "
+        f"{_two_digits(found.memory)} s, and the host needs {_two_digits(found.launches)} s to start "
+        f"{of_step.kernels:,.0f} kernels; the longest counts"
+    )
+
+
+def _two_digits(value: float) -> str:
+    return f"{float(f'{value:.2g}'):,g}"
+
+
+def _matmul_speed(positions: int, config: PreTrainedConfig, dtype: torch.dtype) -> float:
+    """FLOP/s on this device: `positions` hidden states times a feed-forward weight of the model, median of five."""
+    text, where = config.get_text_config(), device.local_device()
+    inner = getattr(text, "intermediate_size", None) or 4 * text.hidden_size
+    hidden = torch.ones(positions, text.hidden_size, device=where, dtype=dtype)
+    weight = torch.ones(text.hidden_size, inner, device=where, dtype=dtype)
+    return 2 * hidden.numel() * weight.shape[1] / _seconds(lambda: hidden @ weight)
+
+
+def _copy_speed() -> float:
+    """Bytes a second that a copy reads and writes on this device, median of five."""
+    values = torch.ones(2**26, device=device.local_device())
+    return 2 * values.nbytes / _seconds(values.clone)
+
+
+def _seconds(compute: Callable[[], torch.Tensor]) -> float:
+    seconds = []
+    for _ in range(6):
+        started = time.perf_counter()
+        compute().flatten()[0].item()  # waits for a GPU
+        seconds.append(time.perf_counter() - started)
+    return median(seconds[1:])
+
+
+# --- What else would fit ----------------------------------------------------------------------------------------------
+
+
+def _settings_to_try(flags: AdapterFlags) -> Iterable[dict[str, bool | str]]:
     """Settings to try, cheapest first: checkpointing, an adapter, a base in 8 and in 4 bits, an optimizer in 8 bits."""
     frozen = {"freeze_LLM": False} if flags.method == "freeze_LLM" else {}
-    methods: list[dict] = [{}]
+    methods: list[dict[str, bool | str]] = [{}]
     if not flags.adapted:
         methods.append({"use_lora": True, **frozen})
     if flags.bits == 16:
@@ -124,7 +233,7 @@ def _settings_to_try(flags: AdapterFlags) -> Iterable[dict[str, Any]]:
         yield {**methods[-1], "gradient_checkpointing": True, "optim": "adamw_8bit"}
 
 
-def suggestion(flags: Any, batch: str, size: float, total_of: Callable[[Any], float], least: int = 1) -> str:
+def suggestion(flags: Flags, batch: str, size: float, total_of: Callable[[Flags], float], least: int = 1) -> str:
     """The first settings that fit `size` GB, as flags, each with the largest micro-batch that does, but not below
     `least` rows. `total_of(flags)` is the predicted total, in GB, which grows with the micro-batch."""
     most = getattr(flags, batch)
@@ -133,7 +242,8 @@ def suggestion(flags: Any, batch: str, size: float, total_of: Callable[[Any], fl
     for changes in _settings_to_try(flags):
 
         def fits(rows: int, changes: dict = changes) -> bool:
-            return total_of(replace(flags, **changes, **{batch: rows})) <= size
+            changed: dict = {**changes, batch: rows}
+            return total_of(replace(flags, **changed)) <= size
 
         if fits(sizes[-1]):
             rows = sizes[bisect_left(sizes, True, hi=len(sizes) - 1, key=fits)]
@@ -142,28 +252,66 @@ def suggestion(flags: Any, batch: str, size: float, total_of: Callable[[Any], fl
     return "nor does anything else here: take a smaller model, or a smaller --cutoff_len"
 
 
-def _sft_steps(inputs: Inputs, tokens: int, response: int, dataset: Dataset | None, on_gpu: bool) -> Callable:
-    """What gives, for flags of sft.py, the largest micro-batch, a `Step`: of rows of up to `tokens` tokens, of which
-    `response` are the response's, or of the token trees of a dataset."""
-    if dataset is not None:
-        prefixes = Prefixes(dataset)
-        collate = TreeCollator(0, inputs.config.get_text_config().hidden_size, 16 if on_gpu else 1)
+# --- SFT --------------------------------------------------------------------------------------------------------------
 
-    def step_of(flags: Any) -> Step:
+
+class StepSize(NamedTuple):
+    """An optimizer step, over all processes: tokens, those that the output head runs on, and micro-batches."""
+
+    positions: float
+    predicting: float
+    micro_batches: int
+
+
+class MicroBatches:
+    """The micro-batches of sft.py: token trees of the rows of a dataset, or without one separate rows.
+
+    Args:
+        tokens, response: of the longest row, and of the longest response.
+    """
+
+    def __init__(self, inputs: Inputs, tokens: int, response: int, dataset: Dataset | None, on_gpu: bool):
+        self.tokens, self.response, self.dataset = tokens, response, dataset
+        if dataset is not None:
+            self.prefixes = Prefixes(dataset)
+            self.collate = TreeCollator(0, inputs.config.get_text_config().hidden_size, 16 if on_gpu else 1)
+
+    def trees(self, flags: SFTFlags) -> TreeBatches:
+        """Those of token trees."""
+        order = step_order(self.prefixes, flags.rows_together, flags.batch_size, flags.seed)
+        sizes = flags.num_epochs, flags.micro_rows, flags.batch_size
+        return TreeBatches(self.prefixes, order, *sizes, world.size())
+
+    def largest(self, flags: SFTFlags) -> Step:
+        """The one that needs the most memory."""
         rows = flags.micro_rows
-        if dataset is None:
-            return Step(rows, tokens, rows * response, accumulate=flags.batch_size > rows * world.size())
-        plan = _tree_batches(flags, prefixes)
-        largest = collate(dataset.__getitems__(plan.survey()[2].tolist()))
+        if self.dataset is None:
+            accumulates = flags.batch_size > rows * world.size()
+            return Step(rows, self.tokens, rows * self.response, accumulate=accumulates)
+        trees = self.trees(flags)
+        largest = self.collate(self.dataset.__getitems__(trees.survey()[2].tolist()))
         rows, width = largest["input_ids"].shape
         predicting = len(largest["predicting"])
-        return Step(rows, width, predicting, shared=True, accumulate=plan.accumulation > 1, trees=True)
+        return Step(rows, width, predicting, shared=True, accumulate=trees.accumulation > 1, trees=True)
 
-    return step_of
+    def of_step(self, flags: SFTFlags, tasks: Tasks) -> StepSize:
+        """A step of average rows; of token trees, the first one."""
+        if self.dataset is None:
+            positions = tasks.tokens / tasks.examples * flags.batch_size
+            return StepSize(positions, self.response * flags.batch_size, flags.batch_size // flags.micro_rows)
+        trees = self.trees(flags)
+        parts = [part for part in next(trees.steps()) if len(part)]
+        positions = sum(self.prefixes.size(part).nodes for part in parts)
+        batches = (self.collate(self.dataset.__getitems__(part.tolist())) for part in parts)
+        return StepSize(positions, sum(len(b["predicting"]) for b in batches), trees.accumulation * world.size())
 
 
 def largest_micro_batch(
-    flags: Any, inputs: Inputs, dataset: Dataset, memory: float, predicted: Callable[[Any], float] | None = None
+    flags: SFTFlags,
+    inputs: Inputs,
+    dataset: Dataset,
+    memory: float,
+    predicted: Callable[[SFTFlags], float] | None = None,
 ) -> int:
     """How many rows of sft.py to compute in one forward pass: the most that divide the rows of a step on one process
     and are predicted to fit `memory` (GB) on a GPU, but 1 at least.
@@ -171,96 +319,74 @@ def largest_micro_batch(
     Args:
         predicted: of flags, the memory in GB; None for the prediction of the dry run.
     """
-    if predicted is None:
+    total_of = predicted
+    if total_of is None:
         length, prompt = (np.array(dataset[name][:]) for name in ("length", "prompt_length"))
         merged = dataset if flags.rows_together > 0 and may_share_rows(inputs.config) else None
-        step_of = _sft_steps(inputs, int(length.max()), int((length - prompt).max()), merged, on_gpu=True)
+        micro_batches = MicroBatches(inputs, int(length.max()), int((length - prompt).max()), merged, on_gpu=True)
 
-        def predicted(flags: Any) -> float:
-            return inputs.predict(step_of(flags), flags, on_gpu=True).total
+        def total_of(flags: SFTFlags) -> float:
+            return inputs.predict(micro_batches.largest(flags), flags, on_gpu=True).total
 
     of_process = flags.batch_size // world.size()
     sizes = [rows for rows in range(of_process, 0, -1) if of_process % rows == 0]
 
     def fits(rows: int) -> bool:
-        return predicted(replace(flags, micro_batch_size=rows)) <= (1 - SPARE) * memory
+        return total_of(replace(flags, micro_batch_size=rows)) <= (1 - SPARE) * memory
 
     return sizes[bisect_left(sizes, True, hi=len(sizes) - 1, key=fits)]
 
 
-def sft(flags: Any, inputs: Inputs, training_examples: Callable[[], Dataset]) -> Prediction:
+def sft(flags: SFTFlags, inputs: Inputs, training_examples: Callable[[], Dataset]) -> Prediction:
     """The dry run of sft.py, of its flags; `training_examples()` tokenizes them, or finds them in the cache."""
     say_flags(flags)
-    examples, total, tokens, response = say_tasks(inputs.encoder, inputs.rows_of)
-    steps = math.ceil(examples / flags.batch_size)
-    print(f"\n{examples:,} examples; {steps:,} steps an epoch, at most {steps * flags.num_epochs:,} in all")
-    on_gpu, size, name = detect_device(flags.gpu_memory)
+    tasks = say_tasks(inputs.encoder, inputs.rows_of)
+    steps = math.ceil(tasks.examples / flags.batch_size)
+    print(f"\n{tasks.examples:,} examples; {steps:,} steps an epoch, at most {steps * flags.num_epochs:,} in all")
+    where = detect_device(flags)
     merges = flags.rows_together > 0 and may_share_rows(inputs.config)
-    if flags.micro_batch_size == "auto" and on_gpu:
-        flags = replace(flags, micro_batch_size=largest_micro_batch(flags, inputs, training_examples(), size))
-        print(f"--micro_batch_size auto: {flags.micro_rows} rows")
+    if flags.micro_batch_size == "auto" and where.on_gpu:
+        rows = largest_micro_batch(flags, inputs, training_examples(), where.memory)
+        flags = replace(flags, micro_batch_size=rows)
+        print(f"--micro_batch_size auto: {rows} rows")
+    dataset = training_examples() if merges else None
+    micro_batches = MicroBatches(inputs, tasks.longest, tasks.longest_response, dataset, where.on_gpu)
     if merges:
-        dataset = training_examples()
-        prefixes = Prefixes(dataset)
-        collate = TreeCollator(0, inputs.config.get_text_config().hidden_size, 16 if on_gpu else 1)
-        print(_tree_batches(flags, prefixes).summary())
+        print(micro_batches.trees(flags).summary())
     elif flags.rows_together:
         print(f"token trees: off; every row is computed by itself, since {inputs.config.model_type} ignores 4-D masks")
-    step_of = _sft_steps(inputs, tokens, response, dataset if merges else None, on_gpu)
 
-    def predicted(flags: Any) -> Prediction:
-        return inputs.predict(step_of(flags), flags, on_gpu)
+    def predicted(flags: SFTFlags) -> Prediction:
+        return inputs.predict(micro_batches.largest(flags), flags, where.on_gpu)
 
     def suggest() -> str:
         numbered = replace(flags, micro_batch_size=flags.micro_rows)
-        return suggestion(numbered, "micro_batch_size", size, lambda flags: predicted(flags).total)
+        return suggestion(numbered, "micro_batch_size", where.memory, lambda flags: predicted(flags).total)
 
-    found, step = print_memory(predicted(flags), size, name, suggest), step_of(flags)
-    if not flags.gpu_memory:  # else the card is not here
-        positions, predicting = total / examples * flags.batch_size, response * flags.batch_size
-        if merges:  # of one optimizer step
-            parts = [part for part in next(_tree_batches(flags, prefixes).steps()) if len(part)]
-            positions = sum(prefixes.size(part).nodes for part in parts)
-            trees = (collate(dataset.__getitems__(part.tolist())) for part in parts)
-            predicting = sum(len(batch["predicting"]) for batch in trees)
-        work = (
-            found.flops / (step.rows * step.tokens) * positions + found.head_flops / step.response_tokens * predicting
-        )
-        work /= world.size()
-        speed = _matmul_speed(step.rows * step.tokens, inputs.config, device.compute_dtype(flags.bits < 16))
-        print(
-            f"about {_two_digits(work / speed)} s a step and {_two_digits(work / speed * steps / 3600)} h an epoch, or "
-            f"more: a step has {work / 1e12:.2g} TFLOP of matmuls, which reach {speed / 1e12:.2g} TFLOP/s here now"
-        )
+    found = print_memory(predicted(flags), where, suggest)
+    if where.here or where.card:
+        step = micro_batches.largest(flags)
+        size = micro_batches.of_step(flags, tasks)
+        of_step = _sft_work(found if not where.on_gpu else inputs.count(step, flags), step, size)
+        of_step += work.update(found.trainable)
+        steps_in_all = steps * flags.num_epochs
+        bits = flags.bits
+        print_time(of_step, where, step.rows * step.tokens, inputs.config, bits, steps_in_all, flags.num_epochs)
     return found
 
 
-def _two_digits(value: float) -> str:
-    return f"{float(f'{value:.2g}'):,g}"
+def _sft_work(found: Prediction | Measured, step: Step, size: StepSize) -> Work:
+    """The work of an optimizer step on one process, of micro-batches of which `found` was the largest."""
+    count = size.micro_batches / world.size()
+    fill = size.positions / (step.rows * step.tokens) / size.micro_batches
+    of_head = size.predicting / step.response_tokens / size.micro_batches
+    return found.layers.times(count, fill) + found.head.times(count, of_head)
 
 
-def _matmul_speed(positions: int, config: PreTrainedConfig, dtype: torch.dtype) -> float:
-    """FLOP/s on this device: `positions` hidden states times a feed-forward weight of the model, median of five."""
-    text, where = config.get_text_config(), {"device": device.local_device(), "dtype": dtype}
-    hidden = torch.ones(positions, text.hidden_size, **where)
-    weight = torch.ones(text.hidden_size, getattr(text, "intermediate_size", None) or 4 * text.hidden_size, **where)
-    seconds = []
-    for _ in range(6):
-        started = time.perf_counter()
-        (hidden @ weight)[0, 0].item()  # waits for a GPU
-        seconds.append(time.perf_counter() - started)
-    return 2 * hidden.numel() * weight.shape[1] / median(seconds[1:])
+# --- RL ---------------------------------------------------------------------------------------------------------------
 
 
-def _tree_batches(flags: Any, prefixes: Prefixes) -> TreeBatches:
-    order = step_order(prefixes, flags.rows_together, flags.batch_size, flags.seed)
-    return TreeBatches(prefixes, order, flags.num_epochs, flags.micro_rows, flags.batch_size, world.size())
-
-
-SPARE = 0.1  # of a GPU's memory, for what the allocator cannot use and the prediction misses
-
-
-def largest_pass(flags: Any, inputs: Inputs, tokens: int, depth: int, continues: bool, memory: float) -> int:
+def largest_pass(flags: RLFlags, inputs: Inputs, tokens: int, depth: int, continues: bool, memory: float) -> int:
     """How many completions of a step of rl.py to compute in one pass: all of them, or the largest half, quarter and so
     on that is predicted to fit `memory` (GB), in whole groups. At least `train_batch_size`, which is the user's choice.
 
@@ -270,27 +396,20 @@ def largest_pass(flags: Any, inputs: Inputs, tokens: int, depth: int, continues:
     """
     group, size = flags.num_generations, flags.train_batch_size * flags.gradient_accumulation_steps
     while size > max(flags.train_batch_size, group):
-        if (
-            predict_rl(
-                replace(flags, train_batch_size=size, gradient_accumulation_steps=1),
-                inputs,
-                tokens,
-                depth,
-                continues,
-                on_gpu=True,
-            ).total
-            <= (1 - SPARE) * memory
-        ):
+        of_pass = replace(flags, train_batch_size=size, gradient_accumulation_steps=1)
+        if predict_rl(of_pass, inputs, tokens, depth, continues, on_gpu=True).total <= (1 - SPARE) * memory:
             return size
         size = math.ceil(size / 2 / group) * group
     return flags.train_batch_size
 
 
-def predict_rl(flags: Any, inputs: Inputs, tokens: int, depth: int, continues: bool, on_gpu: bool) -> Prediction:
-    """The memory of rl.py with passes of `train_batch_size` completions; the other arguments as in `largest_pass`."""
-    group, config = flags.num_generations, inputs.config
-    # The training step.
-    completions, accumulate = flags.train_batch_size, flags.gradient_accumulation_steps > 1
+def _rl_step(flags: RLFlags, config: PreTrainedConfig, tokens: int, depth: int) -> Step:
+    """A pass of `train_batch_size` completions."""
+    group, completions, accumulate = (
+        flags.num_generations,
+        flags.train_batch_size,
+        flags.gradient_accumulation_steps > 1,
+    )
     if may_share_rows(config):
         # A group whose completions are spread over several passes takes its prompt along into each.
         rows, in_row = math.ceil(completions / group), min(group, completions)
@@ -298,21 +417,26 @@ def predict_rl(flags: Any, inputs: Inputs, tokens: int, depth: int, continues: b
         learnt = 1 if flags.sft_weight else 0  # the target is one more completion of its prompt
         width = tokens + (in_row + learnt) * (depth - 1)
         predicting = rows + (completions + learnt * rows) * (depth - 1)
-        step = Step(rows, width, predicting, True, accumulate, rewarded=True)
-    else:
-        learnt = math.ceil(completions / group) if flags.sft_weight else 0
-        rows = completions + learnt
-        step = Step(rows, tokens + depth, rows * depth, False, accumulate, rewarded=True)
+        return Step(rows, width, predicting, True, accumulate, rewarded=True)
+    learnt = math.ceil(completions / group) if flags.sft_weight else 0
+    rows = completions + learnt
+    return Step(rows, tokens + depth, rows * depth, False, accumulate, rewarded=True)
+
+
+def predict_rl(flags: RLFlags, inputs: Inputs, tokens: int, depth: int, continues: bool, on_gpu: bool) -> Prediction:
+    """The memory of rl.py with passes of `train_batch_size` completions; the other arguments as in `largest_pass`."""
+    group, config, completions = flags.num_generations, inputs.config, flags.train_batch_size
+    # The training step.
+    step = _rl_step(flags, config, tokens, depth)
     result = inputs.predict(step, flags, on_gpu, reference_copy=flags.method == "full" and flags.beta > 0)
     parts = dict(result.parts)
     if continues and flags.beta:
         parts["adapter"] *= 2  # the reference's
     if flags.average_weights:
         parts["average"] = parts["gradients"]  # as many float32 values
-    # Completions are drawn before a step, in the place of its activations.
-    drawn = group * 3 // 2 if flags.dynamic_sampling else group
+    # Completions are sampled before a step, in the place of its activations.
     asked = min(completions, completions * flags.gradient_accumulation_steps // group)
-    cache = cache_gb(config, asked, tokens, drawn, depth, on_gpu)
+    cache = cache_gb(config, asked, tokens, _beams(flags), depth, on_gpu)
     if flags.test_during_training:
         asked = math.ceil(flags.eval_batch_size / flags.test_beam)
         cache = max(cache, cache_gb(config, asked, tokens, flags.test_beam, depth, on_gpu))
@@ -320,7 +444,12 @@ def predict_rl(flags: Any, inputs: Inputs, tokens: int, depth: int, continues: b
     return replace(result, parts=parts)
 
 
-def rl(flags: Any, inputs: Inputs, prompts: list[list[int]], steps: int, depth: int, continues: bool) -> Prediction:
+def _beams(flags: RLFlags) -> int:
+    """How many completions of a prompt are sampled."""
+    return flags.num_generations * 3 // 2 if flags.dynamic_sampling else flags.num_generations
+
+
+def rl(flags: RLFlags, inputs: Inputs, prompts: list[list[int]], steps: int, depth: int, continues: bool) -> Prediction:
     """The dry run of rl.py, of its flags, for completions of at most `depth` tokens.
 
     Args:
@@ -330,22 +459,60 @@ def rl(flags: Any, inputs: Inputs, prompts: list[list[int]], steps: int, depth: 
     say_flags(flags)
     say_tasks(inputs.encoder, inputs.rows_of)
     lengths = sorted(map(len, prompts))
-    print(
-        f"\n{len(lengths):,} prompts of {median(lengths):.0f} tokens (median), {lengths[-1]} at most; {steps:,} steps"
-    )
-    on_gpu, size, name = detect_device(flags.gpu_memory)
+    longest = lengths[-1]
+    print(f"\n{len(lengths):,} prompts of {median(lengths):.0f} tokens (median), {longest} at most; {steps:,} steps")
+    where = detect_device(flags)
     if not may_share_rows(inputs.config):
         print(f"predicted for completions that each repeat their prompt: {inputs.config.model_type} ignores 4-D masks")
 
-    def predicted(flags: Any) -> Prediction:
-        return predict_rl(flags, inputs, lengths[-1], depth, continues, on_gpu)
+    def predicted(flags: RLFlags) -> Prediction:
+        return predict_rl(flags, inputs, longest, depth, continues, where.on_gpu)
 
     def suggest() -> str:
         least = flags.num_generations
-        return suggestion(flags, "train_batch_size", size, lambda flags: predicted(flags).total, least)
+        return suggestion(flags, "train_batch_size", where.memory, lambda flags: predicted(flags).total, least)
 
-    found = print_memory(predicted(flags), size, name, suggest)
-    if on_gpu and found.total <= size:
-        passes = largest_pass(flags, inputs, lengths[-1], depth, continues, size)
-        print(f"a run takes passes of up to {passes} completions, as many as the memory is predicted to hold")
+    found = print_memory(predicted(flags), where, suggest)
+    size = flags.train_batch_size
+    if where.on_gpu and found.total <= where.memory:
+        size = largest_pass(flags, inputs, longest, depth, continues, where.memory)
+        print(f"a run takes passes of up to {size} completions, as many as the memory is predicted to hold")
+    if where.here or where.card:
+        of_pass = replace(flags, train_batch_size=size)
+        step = _rl_step(of_pass, inputs.config, longest, depth)
+        still = replace(flags, lora_dropout=0.0) if flags.adapted else flags  # RL runs without dropout
+        counted = inputs.count(step, still) if where.on_gpu else found
+        passes = flags.train_batch_size * flags.gradient_accumulation_steps / size
+        of_step = _rl_work(flags, counted, step, passes, median(lengths), depth, found.parts["weights"] * GB)
+        of_step += work.update(found.trainable)
+        positions, epochs = step.rows * step.tokens, flags.num_train_epochs
+        print_time(of_step, where, positions, inputs.config, flags.bits, steps, epochs)
     return found
+
+
+def _rl_work(
+    flags: RLFlags,
+    found: Prediction | Measured,
+    step: Step,
+    passes: float,
+    tokens: float,
+    depth: int,
+    weights: float,
+) -> Work:
+    """The work of an optimizer step on one process.
+
+    Args:
+        found: of a pass, which `step` is.
+        passes: of the policy; the size of the last one counts, not its kernels only.
+        tokens: of a prompt.
+        weights: bytes that every pass of a search reads.
+    """
+    whole, fill = math.ceil(passes), passes / math.ceil(passes)
+    learning = (found.layers + found.head).times(whole, fill)
+    reference = found.forward.times(whole, fill) if flags.beta else Work()
+    # A search reads each prompt once, then a token of every beam.
+    prompts = flags.train_batch_size * flags.gradient_accumulation_steps // flags.num_generations
+    positions = prompts * (tokens + _beams(flags) * (depth - 1))
+    read = found.forward.times(1, positions / (step.rows * step.tokens))
+    search = Work(read.flops, read.moved + depth * weights, depth * (read.kernels + SEARCH_KERNELS))
+    return learning + reference + search

@@ -30,6 +30,7 @@ from importlib.util import find_spec
 from typing import Generic, ParamSpec, Protocol, TypeVar, cast, overload
 
 from minionerec import locks, world
+from minionerec.cards import unknown_card
 from minionerec.errors import Problems
 
 # --- What flags are made of -------------------------------------------------------------------------------------------
@@ -57,6 +58,11 @@ def one_or_more(value: int) -> str | None:
 
 def zero_or_more(value: float) -> str | None:
     return None if value >= 0 else "must be 0 or more"
+
+
+def number_or_auto(value: int | str) -> str | None:
+    """A size that may be left to the command."""
+    return None if isinstance(value, str) else above_zero(value)
 
 
 def seed_range(value: int) -> str | None:
@@ -262,6 +268,12 @@ class RunFlags(Flags):
         "with dry_run, the memory of the card in question, such as 12GB or 12GiB; otherwise of the one found.",
         _memory_size,
     )
+    gpu: str = flag(
+        "",
+        "with dry_run, the card in question by name, such as 'RTX 4090', instead of its memory: the dry run then "
+        "estimates the time of a step and an epoch there, too.",
+        unknown_card,
+    )
 
     @property
     def tracker(self) -> str:
@@ -276,8 +288,11 @@ class RunFlags(Flags):
 
     def check(self, problems: Problems) -> None:
         super().check(problems)
-        if self.gpu_memory and not self.dry_run:
-            problems.add(f"--gpu_memory {self.gpu_memory} has no effect without --dry_run True")
+        for name in ("gpu_memory", "gpu"):
+            if getattr(self, name) and not self.dry_run:
+                problems.add(f"--{name} {getattr(self, name)} has no effect without --dry_run True")
+        if self.gpu and self.gpu_memory:
+            problems.add(f"--gpu {self.gpu} has a memory of its own; drop --gpu_memory {self.gpu_memory}, or --gpu")
         if not self.dry_run:  # which writes nothing
             world.check_world(problems)
             check_output_dir(problems, self.output_dir, resume=self.resume_from_checkpoint is not None)

@@ -13,6 +13,7 @@ from minionerec.flags import (
     check_cache,
     flag,
     fraction_of_training,
+    number_or_auto,
     one_of,
     zero_or_more,
 )
@@ -32,9 +33,9 @@ class SFTFlags(TrainingFlags):
     batch_size: int = flag(128, "rows of an optimizer step, over all processes.", above_zero)
     micro_batch_size: int | Literal["auto"] = flag(
         4,
-        "rows of a forward pass on one process; auto for as many as the memory of the GPU is predicted to hold (4 at "
-        "most on a CPU). The gradient does not depend on it.",
-        lambda value: None if value == "auto" else above_zero(value),
+        "rows of a forward pass on one process; auto for as many as the memory of the GPU is predicted to hold (on a "
+        "CPU 8 at most, 16 with use_qlora). The gradient does not depend on it. It is halved when memory runs out.",
+        number_or_auto,
     )
     num_epochs: int = flag(
         10, "passes over the training rows at most; three evaluations without a gain end the run.", above_zero
@@ -89,10 +90,11 @@ class SFTFlags(TrainingFlags):
 
     @property
     def micro_rows(self) -> int:
-        """`micro_batch_size` as a number; of auto, the largest up to 4 that divides the rows of a process."""
+        """`micro_batch_size` as a number; of auto, the largest up to 8, or 16, that divides the rows of a process."""
         if self.micro_batch_size != "auto":
             return self.micro_batch_size
-        return max(rows for rows in (1, 2, 3, 4) if self.batch_size % (rows * world.size()) == 0 or rows == 1)
+        most = 16 if self.use_qlora else 8
+        return max(rows for rows in range(1, most + 1) if self.batch_size % (rows * world.size()) == 0 or rows == 1)
 
     @property
     def rows_together(self) -> int:

@@ -1,6 +1,8 @@
 """The device of this process, whether weights are sharded, and the precisions that follow from both."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
@@ -42,15 +44,33 @@ def process_state(timeout: int = 1800) -> "PartialState":
     return state
 
 
+_counts_for_gpu = False
+
+
+@contextmanager
+def counting_for_gpu() -> Iterator[None]:
+    """While open, every device counts as one that starts kernels: a dry run on a CPU finds out what a GPU would do."""
+    global _counts_for_gpu
+    _counts_for_gpu = True
+    try:
+        yield
+    finally:
+        _counts_for_gpu = False
+
+
 def starts_kernels(where: torch.device) -> bool:
     """Whether work on a device is started kernel by kernel, so that few large operators are faster than many small
     ones: on a GPU. `MINIONEREC_FEWER_KERNELS=0` in the environment says no: plain operators, in plain sizes."""
-    return where.type == "cuda" and os.environ.get("MINIONEREC_FEWER_KERNELS") != "0"
+    return (where.type == "cuda" or _counts_for_gpu) and os.environ.get("MINIONEREC_FEWER_KERNELS") != "0"
 
 
 def free_memory_gb() -> float:
     """What is free on this process's GPU, in GB; 0 on a CPU."""
-    return torch.cuda.mem_get_info(local_device())[0] / 1e9 if torch.cuda.is_available() else 0.0
+    if not torch.cuda.is_available():
+        return 0.0
+    where = local_device()
+    kept = torch.cuda.memory_reserved(where) - torch.cuda.memory_allocated(where)  # by PyTorch, which uses it first
+    return (torch.cuda.mem_get_info(where)[0] + kept) / 1e9
 
 
 def weights_are_sharded() -> bool:

@@ -28,10 +28,15 @@ class TooManyWaiting(Exception):
 
 @dataclass(frozen=True, eq=False)
 class Loaded:
-    """A checkpoint with its catalogue. A request is read and answered by the same one."""
+    """A checkpoint with its catalogue. A request is read and answered by the same one.
+
+    Attributes:
+        batch_size: most requests of a call of `recommend`; None for the worker's.
+    """
 
     reader: RequestReader
     recommend: Callable[[Sequence[Request]], list[Recommended]]
+    batch_size: int | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -147,7 +152,9 @@ class Worker:
     def _take(self) -> list[_Waiting]:
         """The next batch: requests to one checkpoint, without those whose clients have left."""
         batch: list[_Waiting] = []
-        while self._waiting and len(batch) < self.batch_size:
+        first = self._waiting[0]
+        most = (first.loaded.batch_size if isinstance(first, _Waiting) else None) or self.batch_size
+        while self._waiting and len(batch) < most:
             one = self._waiting[0]
             if not isinstance(one, _Waiting) or (batch and one.loaded is not batch[0].loaded):
                 break

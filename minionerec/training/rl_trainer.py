@@ -9,6 +9,7 @@ Dimensions: `B` completions, `C` completion tokens.
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 
 import datasets
 import numpy as np
@@ -24,12 +25,14 @@ from trl.models import unwrap_model_for_generation
 from minionerec.decoding.trie import Trie
 from minionerec.flags import engine
 from minionerec.model import device
+from minionerec.model.halving import Halving
 from minionerec.training.completions import Completions, Tokens
 from minionerec.training.early_warning import EarlyWarning
 from minionerec.training.logprobs import completion_logps, logps_in_passes
 from minionerec.training.policy_loss import PolicyLoss
 from minionerec.training.prompts import Columns, PromptSampler, look_up
 from minionerec.training.reference import Reference, as_given, disable_dropout
+from minionerec.training.retrying import averaged_afterwards
 from minionerec.training.rewards import advantages_of, equal_in_group, rewards_of
 from minionerec.training.rl_log import RLLog
 from minionerec.training.rl_run import RLRun
@@ -101,6 +104,7 @@ class ReReTrainer(RLRun):
             trie, list(sid_of), self.num_generations, *switches, args.temperature, args.seed, self._pad
         )
         self.mask_all_zero, self.pass_size = mask_all_zero, pass_size or args.per_device_train_batch_size
+        self.search_halving = Halving("searches for completions")
         self.step_log = RLLog(self._metrics["train"], self._logs, self.reward_func_names, self.accelerator)
         processes = self.accelerator.num_processes
         self.loss = PolicyLoss(args, self.logps, self.reference, sft_weight, self.step_log, processes)
@@ -182,12 +186,18 @@ class ReReTrainer(RLRun):
             gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,
         ) as model:
             model.eval()
-            for start in range(0, len(prompts), size * self.pass_size):
-                these = slice(start, start + size * self.pass_size, size)
-                with self.autocast():
-                    completions += self.completions(
-                        model, prompts[these], targets[these], rows[these], self.state.global_step
-                    )
+            firsts = range(0, len(prompts), size)
+            for start in range(0, len(firsts), self.pass_size):
+
+                def completed(part: Sequence[int], model: nn.Module = model) -> list[list[int]]:
+                    these, step = slice(part[0], part[-1] + 1, size), self.state.global_step
+                    with self.autocast():
+                        return self.completions(model, prompts[these], targets[these], rows[these], step)
+
+                of_pass = firsts[start : start + self.pass_size]
+                sharded = device.weights_are_sharded()  # then all processes take part in every pass
+                parts = [completed(of_pass)] if sharded else self.search_halving(completed, of_pass)
+                completions += [completion for part in parts for completion in part]
             model.train(training)
         return completions
 
@@ -221,9 +231,10 @@ class ReReTrainer(RLRun):
     ) -> torch.Tensor:
         # Kept over an attempt that does not fit.
         rollouts = self._prepare_inputs(inputs)
-        while (loss := self._attempt(model, rollouts, num_items_in_batch)) is None:
-            self.pass_size = math.ceil(self.pass_size / 2 / self.num_generations) * self.num_generations
-            self.accelerator.print(f"out of memory: passes have {self.pass_size} completions from here on")
+        with averaged_afterwards(self, model) if self._goes_back() else nullcontext():
+            while (loss := self._attempt(model, rollouts, num_items_in_batch)) is None:
+                self.pass_size = math.ceil(self.pass_size / 2 / self.num_generations) * self.num_generations
+                print(f"out of memory: passes have {self.pass_size} completions from here on", flush=True)
         if self.mask_all_zero and not self._passes_are_collective() and self.accelerator.sync_gradients:
             # If all groups were masked, no pass was made. The gradient is then 0, as in a run with several processes.
             for parameter in self.model.parameters():
@@ -233,15 +244,18 @@ class ReReTrainer(RLRun):
 
     def _attempt(self, *args: object) -> torch.Tensor | None:
         """A training step, or None where it does not fit in memory and smaller passes may. Then no gradient is left of
-        it. Several processes, and a step of several micro-batches, cannot go back."""
-        alone = self.accelerator.num_processes == 1 and not engine() and self.args.gradient_accumulation_steps == 1
+        it."""
         try:
             return super().training_step(*args)
         except torch.OutOfMemoryError:
-            if not alone or self.pass_size <= self.num_generations:
+            if not self._goes_back() or self.pass_size <= self.num_generations:
                 raise
         self.model.zero_grad()
         return None
+
+    def _goes_back(self) -> bool:
+        """Whether a step can be computed again: not by an engine, and not in several micro-batches."""
+        return not engine() and self.args.gradient_accumulation_steps == 1
 
     def compute_loss(
         self,

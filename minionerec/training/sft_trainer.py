@@ -22,9 +22,11 @@ from minionerec.data.examples import IGNORE, Collator
 from minionerec.decoding.probe import probe
 from minionerec.errors import InputError
 from minionerec.model.device import compute_dtype
+from minionerec.model.halving import Halving
 from minionerec.model.head import head_on
 from minionerec.model.token_trees import TreeCollator, attend_in_blocks, best_width, edge_losses, model_inputs
 from minionerec.training.durable import DurableRun
+from minionerec.training.retrying import EXAMPLES, RetriesMicroBatches, keeping_examples
 from minionerec.training.row_batches import RowBatches, StepSampler
 from minionerec.training.sid_learning_rate import give_rate
 from minionerec.training.tree_batches import GroupSampler, Prefixes, Size, TreeBatches, evaluation_batches
@@ -159,7 +161,7 @@ def fits(
     return True
 
 
-class SFTTrainer(DurableRun, Trainer):
+class SFTTrainer(DurableRun, RetriesMicroBatches, Trainer):
     """Supervised fine-tuning on prompts and responses.
 
     The loss of an optimizer step is the mean cross-entropy over its response tokens, however they are spread over
@@ -167,7 +169,8 @@ class SFTTrainer(DurableRun, Trainer):
 
     With `train_batches` the rows of every micro-batch, also of evaluations, are merged into token trees. The arguments
     must then have `gradient_accumulation_steps=train_batches.accumulation`. The parameters `sid_weights` train at
-    `sid_learning_rate`, if that is not 0.
+    `sid_learning_rate`, if that is not 0. When memory runs out, micro-batches and batches of evaluations are split, in
+    several processes only with `goes_back`.
     """
 
     data_collator: Callable
@@ -181,16 +184,18 @@ class SFTTrainer(DurableRun, Trainer):
         train_batches: TreeBatches | None = None,
         sid_weights: Sequence[nn.Parameter] = (),
         sid_learning_rate: float = 0.0,
+        goes_back: bool = False,
         **kwargs: object,
     ):
         super().__init__(*args, data_collator=data_collator, **kwargs)
+        self.goes_back, self.eval_halving = goes_back, Halving("batches of an evaluation")
         self.run, self.train_batches = run, train_batches
         self.sid_weights, self.sid_learning_rate = sid_weights, sid_learning_rate
         if train_batches is not None:
-            model = self.unwrapped(self.model)
-            self.data_collator = tree_collator(model, data_collator.pad_token_id, self.args.device)
+            self.collate = tree_collator(self.unwrapped(self.model), data_collator.pad_token_id, self.args.device)
         else:
-            self.data_collator = lambda examples: with_positions(data_collator(examples))
+            self.collate = lambda examples: with_positions(data_collator(examples))
+        self.data_collator = keeping_examples(self.collate)
         # The Trainer then counts the response tokens of an accumulated batch and leaves the division to compute_loss.
         self.model_accepts_loss_kwargs = True
 
@@ -259,11 +264,9 @@ class SFTTrainer(DurableRun, Trainer):
         model.eval()
         total = torch.zeros(2, dtype=torch.float64, device=args.device)  # losses, rows
         for turn, batch in enumerate(loader):
-            with torch.no_grad(), self.compute_loss_context_manager():
-                losses, row = self._losses(model, self._prepare_inputs(batch))
+            found = self._evaluated(model, batch)
             if turn < len(own):
-                tokens = row.bincount()
-                total += torch.stack([(losses / tokens[row]).sum().double(), (tokens > 0).sum().double()])
+                total += found
             self.control = self.callback_handler.on_prediction_step(args, self.state, self.control)
         model.train(training)
         loss, rows = self.accelerator.reduce(total, "sum").tolist()
@@ -271,6 +274,21 @@ class SFTTrainer(DurableRun, Trainer):
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(args, self.state, self.control, metrics)
         return metrics
+
+    def _evaluated(self, model: nn.Module, batch: dict) -> torch.Tensor:
+        """The sum of the mean losses of the rows of a batch, and how many rows have one, [2]."""
+
+        def of(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+            with torch.no_grad(), self.compute_loss_context_manager():
+                losses, row = self._losses(model, self._prepare_inputs(inputs))
+            tokens = row.bincount()
+            return torch.stack([(losses / tokens[row]).sum().double(), (tokens > 0).sum().double()])
+
+        rows = batch.pop(EXAMPLES).rows
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:  # all processes take part in every pass
+            return of(batch)
+        sums = self.eval_halving(lambda part: of(batch if len(part) == len(rows) else self.collate(list(part))), rows)
+        return torch.stack(sums).sum(dim=0)
 
     def _eval_batches(self, dataset: datasets.Dataset) -> list[list[int]]:
         """As token trees, those of training at most. Otherwise `per_device_eval_batch_size` rows, from the longest to

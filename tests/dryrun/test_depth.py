@@ -12,8 +12,8 @@ from transformers import CONFIG_MAPPING
 
 import lora_utils
 from minionerec.dryrun import depth, memory
-from minionerec.dryrun.depth import Depth
-from minionerec.dryrun.memory import Prediction, Step, predict
+from minionerec.dryrun.memory import Prediction, predict
+from minionerec.dryrun.passes import Step
 from minionerec.dryrun.report import suggestion
 from minionerec.model import architecture
 from sft import SFTFlags
@@ -43,21 +43,20 @@ def test_few_layers_predict_what_all_do(architecture, method, checkpointing):
     changes, measured = DEEP[architecture]
     config = deep(architecture, **changes)
 
-    def prediction() -> Prediction:
+    def prediction(few_layers: bool) -> Prediction:
         flags = {"lora_dropout": 0.0, "gradient_checkpointing": checkpointing}
-        return predicted(config, [90, 91], Step(2, 40, 6), method, True, **flags)
+        return predicted(config, [90, 91], Step(2, 40, 6), method, True, few_layers=few_layers, **flags)
 
-    found, run = [], memory._run
+    found, run = [], memory.run
 
-    def watched(model, step, dtype, depth, **more):
-        found.append(depth)
-        return run(model, step, dtype, depth, **more)
+    def watched(planned, *more):
+        found.append(planned.depth)
+        return run(planned, *more)
 
-    with mock.patch.object(memory, "_run", side_effect=watched):
-        few = prediction()
+    with mock.patch.object(memory, "run", side_effect=watched):
+        few = prediction(True)
     assert len(found[0].layers) == measured and len(found) == 1
-    with mock.patch.object(Depth, "shortens", False):
-        every = prediction()
+    every = prediction(False)
     assert few.parts == pytest.approx(every.parts, rel=1e-3) and few.total == pytest.approx(every.total, rel=1e-3)
     assert config.num_hidden_layers == 8
     assert few.trainable == every.trainable
@@ -70,8 +69,7 @@ def test_few_layers_weigh_what_all_do_in_fewer_bits(bits):
     step = Step(4, 8, 4, shared=True, accumulate=False, rewarded=True)
     arguments = (deep("qwen2", 20), [90, 91], step, "qlora" if bits == 4 else "lora")
     few = predicted(*arguments, load_in_8bit=bits == 8)
-    with mock.patch.object(Depth, "shortens", False):
-        every = predicted(*arguments, load_in_8bit=bits == 8)
+    every = predicted(*arguments, load_in_8bit=bits == 8, few_layers=False)
     few.parts.pop("runtime"), every.parts.pop("runtime")  # of this process, which grows
     assert few.parts == pytest.approx(every.parts, rel=1e-9) and few.trainable == every.trainable
 

@@ -12,7 +12,7 @@ from peft import AutoPeftModelForCausalLM
 from transformers import AutoModelForCausalLM
 
 import lora_utils
-from minionerec.dryrun.memory import Step
+from minionerec.dryrun.passes import Step
 from minionerec.errors import InputError
 from minionerec.flags import AdapterFlags
 from minionerec.model import adapters, architecture, loading

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM
 import lora_utils
 import sft
 from minionerec.checkpoint import Checkpoint, newest_checkpoint
-from minionerec.dryrun.memory import Step
+from minionerec.dryrun.passes import Step
 from minionerec.flags import AdapterFlags
 from minionerec.model import adapters, device, int8_rows, loading
 

@@ -10,7 +10,8 @@ from helpers import ROOT
 FLOORS = [
     [
         "minionerec",
-        *("minionerec.errors", "minionerec.locks", "minionerec.metrics", "minionerec.output", "minionerec.plots"),
+        *("minionerec.cards", "minionerec.errors", "minionerec.locks", "minionerec.metrics", "minionerec.output"),
+        "minionerec.plots",
         *("minionerec.process_memory", "minionerec.statistics", "minionerec.world"),
     ],
     ["minionerec.cli", "minionerec.data", "minionerec.flags", "minionerec.sasrec"],

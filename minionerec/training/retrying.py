@@ -1,0 +1,121 @@
+"""Micro-batches that are computed again, in halves, when memory runs out. No step is lost, and the gradients are those
+of whole micro-batches.
+
+A process cannot go back once gradients are averaged over processes while they are computed, as DDP does it. So where
+several processes may have to, each adds up its gradients alone, and they are averaged after that.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from minionerec.flags import engine
+from minionerec.model.halving import Halving
+
+if TYPE_CHECKING:
+    from transformers import Trainer as _Trainer  # what `RetriesMicroBatches` is mixed into
+else:
+    _Trainer = object
+
+EXAMPLES = "examples"  # in a batch: what it was made of
+
+
+class Examples:
+    """The examples of a batch. Not a list, into which `pin_memory` and accelerate would look for tensors."""
+
+    def __init__(self, rows: list[dict[str, Any]]):
+        self.rows = rows
+
+
+def keeping_examples(collate: Callable[[list], dict[str, torch.Tensor]]) -> Callable[[list], dict[str, Any]]:
+    """A collator whose batches keep their examples, so that they can be split."""
+    return lambda examples: {**collate(examples), EXAMPLES: Examples(examples)}
+
+
+@contextmanager
+def averaged_afterwards(trainer: "_Trainer", model: nn.Module) -> Iterator[None]:
+    """While open, gradients stay in this process; at the end they are averaged over all processes, as DDP does it. Its
+    own averages come while it computes, so these take a little longer."""
+    if trainer.args.world_size == 1:
+        yield
+        return
+    with trainer.accelerator.no_sync(model):
+        yield
+    waiting = []
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            parameter.grad.div_(trainer.args.world_size)
+            waiting.append(dist.all_reduce(parameter.grad, async_op=True))
+    for one in waiting:
+        one.wait()
+
+
+class RetriesMicroBatches(_Trainer):
+    """A mixin for a Trainer whose batches come from `keeping_examples(collate)`.
+
+    Attributes:
+        collate: makes a batch of examples.
+        goes_back: whether several processes average their gradients after a step's last micro-batch, so that each can
+            compute it again. One process always can.
+    """
+
+    collate: Callable[[list], dict[str, torch.Tensor]]
+    goes_back = False
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.halving = Halving("micro-batches")
+        self._of_step: list[dict[str, Any]] = []  # the micro-batches of this step so far
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """As the Trainer's, which asks for the micro-batches of a step here."""
+        self._of_step = []
+        return super().get_batch_samples(*args, **kwargs)
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
+        """As the Trainer's, for a micro-batch in parts that fit. Where one does not, the gradients of the step are
+        dropped, and all of its micro-batches so far computed again."""
+        if engine() or not (self.goes_back or self.args.world_size == 1):
+            return super().training_step(model, _without_examples(inputs), *args, **kwargs)
+        self._of_step.append(inputs)
+        if self.accelerator.sync_gradients:
+            with averaged_afterwards(self, model):
+                return self._retried(model, *args, **kwargs)
+        return self._retried(model, *args, **kwargs)
+
+    def _retried(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """The loss of the last micro-batch."""
+        to_do = self._of_step[-1:]
+        while (losses := self._attempt(to_do, *args, **kwargs)) is None:
+            self.halving.halve()
+            self.model.zero_grad()
+            to_do = self._of_step
+        return losses[-1]
+
+    def _attempt(
+        self, micro_batches: list[dict[str, Any]], model: nn.Module, *args: Any, **kwargs: Any
+    ) -> list[torch.Tensor] | None:
+        """The losses of micro-batches, None if memory runs out."""
+        try:
+            return [self._in_parts(model, inputs, *args, **kwargs) for inputs in micro_batches]
+        except torch.OutOfMemoryError:
+            if self.halving.parts >= max(len(inputs[EXAMPLES].rows) for inputs in micro_batches):
+                raise
+        return None
+
+    def _in_parts(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
+        if self.halving.parts == 1:
+            return super().training_step(model, _without_examples(inputs), *args, **kwargs)
+        step = super().training_step
+        parts = (self.collate(list(part)) for part in self.halving.split(inputs[EXAMPLES].rows))
+        return torch.stack([step(model, part, *args, **kwargs) for part in parts]).sum()
+
+
+def _without_examples(inputs: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in inputs.items() if name != EXAMPLES}

@@ -1,0 +1,129 @@
+"""Memory that runs out: steps, evaluations and searches go on in smaller parts, and give what they would have given."""
+
+import pytest
+import torch
+from datasets import Dataset
+from helpers import run_command, sft_flags
+from models import QUIET, examples, make_model, model_of, tree_trainer
+from plain import EOS, SIDS
+from processes import assert_same_run, two_processes
+from transformers import TrainingArguments
+
+from minionerec.data.examples import Collator
+from minionerec.decoding import ranking
+from minionerec.decoding.ranking import score_prompts
+from minionerec.decoding.trie import Trie
+from minionerec.model.halving import Halving
+from minionerec.training.sft_trainer import SFTTrainer
+
+
+def row_trainer(model, output_dir, rows, **settings) -> SFTTrainer:
+    """A trainer of one epoch over separate rows, two micro-batches of four a step."""
+    args = TrainingArguments(
+        **QUIET, output_dir=str(output_dir), logging_steps=1, gradient_accumulation_steps=2, num_train_epochs=1,
+        per_device_train_batch_size=4, per_device_eval_batch_size=4, dataloader_pin_memory=False, max_grad_norm=0.0,
+        **settings,
+    )  # fmt: skip
+    dataset = Dataset.from_list(rows)
+    return SFTTrainer(
+        model=model, run={}, args=args, data_collator=Collator(0), train_dataset=dataset, eval_dataset=dataset
+    )
+
+
+def runs_out(trainer: SFTTrainer, most: int, backward: bool) -> None:
+    """From the second micro-batch of the second step on, more than `most` rows do not fit: the error comes after the
+    loss, or after the backward pass has added to all gradients."""
+    losses, back, seen = trainer._losses, trainer.accelerator.backward, []
+
+    def too_large(in_backward: bool) -> bool:
+        late = trainer.state.global_step >= 1 and len(trainer._of_step) > 1
+        return late and seen[-1] > most and in_backward == backward
+
+    def limited(model, inputs):
+        found = losses(model, inputs)
+        seen.append(int(found[1].max()) + 1)
+        evaluates = not torch.is_grad_enabled()
+        if too_large(False) or (evaluates and seen[-1] > most):
+            raise torch.OutOfMemoryError
+        return found
+
+    def limited_backward(*args, **kwargs):
+        back(*args, **kwargs)
+        if too_large(True):
+            raise torch.OutOfMemoryError
+
+    trainer._losses, trainer.accelerator.backward = limited, limited_backward
+
+
+SGD = {"learning_rate": 0.1, "lr_scheduler_type": "constant", "optim": "sgd"}
+
+
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("merged", [True, False])
+def test_a_step_that_runs_out_of_memory_trains_the_same_in_halves(base, tmp_path, capsys, merged, backward):
+    found = []
+    for limited in (False, True):
+        rows, model = examples(24), model_of("lora", base)
+        trainer = tree_trainer(model, tmp_path, rows, 8, 4) if merged else row_trainer(model, tmp_path, rows, **SGD)
+        if limited:
+            runs_out(trainer, 2, backward)
+        trainer.train()
+        losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        weights = {name: p.detach() for name, p in trainer.model.named_parameters() if p.requires_grad}
+        found.append((losses, weights, trainer.evaluate()["eval_loss"]))
+    assert trainer.state.global_step == 3 and trainer.halving.parts >= 2 and trainer.eval_halving.parts >= 2
+    assert found[1][0] == pytest.approx(found[0][0], rel=1e-5) and found[1][2] == pytest.approx(found[0][2], rel=1e-5)
+    for name, weight in found[0][1].items():
+        torch.testing.assert_close(found[1][1][name], weight, atol=1e-6, rtol=1e-4)
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("out of memory: ")]
+    assert said[0] == "out of memory: micro-batches are computed in 2 parts from here on"
+
+
+def test_a_row_that_does_not_fit_ends_the_run(base, tmp_path):
+    trainer = tree_trainer(model_of("lora", base), tmp_path, examples(16), 8, 4)
+    runs_out(trainer, 0, False)
+    with pytest.raises(torch.OutOfMemoryError):
+        trainer.train()
+
+
+def test_a_batch_of_prompts_that_does_not_fit_is_ranked_in_halves(monkeypatch, capsys):
+    model, trie = make_model("qwen2"), Trie(SIDS, EOS)
+    prompts = [[5, 7, i + 1] for i in range(7)]
+    whole = score_prompts(model, trie, prompts, 0, 3, 4)
+    search, sizes = ranking.constrained_beam_search, []
+
+    def small(model, ids, *args, **kwargs):
+        sizes.append(len(ids))
+        if len(ids) > 1:
+            raise torch.OutOfMemoryError
+        return search(model, ids, *args, **kwargs)
+
+    monkeypatch.setattr(ranking, "constrained_beam_search", small)
+    halving = Halving("batches of prompts")
+    parts = score_prompts(model, trie, prompts, 0, 3, 4, halving=halving)
+    assert sizes == [4, 2, *[1] * 7] and halving.parts == 4
+    for one, other in zip(whole, parts, strict=True):
+        assert [row for row, _ in one] == [row for row, _ in other]
+        assert [score for _, score in one] == pytest.approx([score for _, score in other], abs=1e-5)
+    assert capsys.readouterr().out.count("out of memory: batches of prompts are computed in ") == 2
+
+
+def test_parts_hold_all_rows_in_order():
+    halving = Halving("rows")
+    for halving.parts in (1, 2, 4, 8):
+        for count in range(12):
+            parts = halving.split(range(count))
+            assert [row for part in parts for row in part] == list(range(count))
+            assert 1 <= len(parts) <= halving.parts
+
+
+@pytest.mark.slow
+def test_a_process_that_runs_out_of_memory_leaves_no_other_waiting(files, base, tmp_path):
+    """The last process does so in the micro-batch after which gradients are averaged."""
+    more = {"use_lora": True, "lora_dropout": 0.0, "sample": 40, "num_epochs": 1, "micro_batch_size": "auto"}
+    flags = sft_flags(files, base, tmp_path / "one", **more)
+    one = run_command("sft.py", **flags)
+    assert one.returncode == 0, one.stderr[-3000:]
+    two_processes("torchrun", tmp_path, "sft.py", {**flags, "output_dir": tmp_path / "two"}, "runs_out")
+    assert_same_run(tmp_path / "one", tmp_path / "two", 1e-5)
+    assert (tmp_path / "rank1.parts").read_text() == "2" and (tmp_path / "rank0.parts").read_text() == "1"
