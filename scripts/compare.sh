@@ -40,8 +40,7 @@ chosen() { # chosen stage name min|max rates flags...: trains with every rate; s
     echo "$METHOD $2: learning rate $RATE"
 }
 
-unless_done "$OUT/sasrec/result.json" "$PYTHON" scripts/train_sasrec.py --train_file "$TRAIN_FILE" \
-    --eval_file "$EVAL_FILE" --test_data_path "$TEST_FILE" --info_file "$INFO_FILE" --output_dir "$OUT/sasrec"
+sasrec
 RUNS+=("SASRec=$OUT/sasrec")
 for METHOD in $METHODS; do
     use_method
@@ -70,5 +69,5 @@ for METHOD in $METHODS; do
 done
 # The methods, among those that ran, that the others are compared with.
 AGAINST="$(for METHOD in full lora; do [[ " $METHODS " == *" $METHOD "* ]] && echo "$METHOD"; done | paste -sd, || true)"
-"$PYTHON" scripts/table.py --train_file "$TRAIN_FILE" --test_data_path "$TEST_FILE" --intervals True \
+"$PYTHON" scripts/table.py --train_file "$TRAIN_FILE" --test_data_path "$TEST_FILE" --info_file "$INFO_FILE" --intervals True \
     --runs "$(IFS=,; echo "${RUNS[*]}")" --against "$AGAINST" --figure "$OUT/compare.png" | tee "$OUT/compare.md"
