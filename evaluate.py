@@ -169,6 +169,9 @@ def read_input(flags: EvaluateFlags) -> EvaluateInput:
             items, targets = read_targets(listed, flags.info_file, flags.train_file, flags.test_data_path)
         except InputError as error:
             notes.append(f"items share SIDs, and metrics are those of SIDs only: {error.problems[0]}")
+    if blend and not weighed:
+        of_record = f", as recorded in {blend.path}" if flags.blend_weight == "auto" else ""
+        notes.append(f"weight of {flags.blend}: {blend.weight:g}{of_record}")
     if outside:
         notes.append(f"{outside} of {len(examples)} rows have a target that --info_file lacks; they count as misses")
     if flags.prompt_file:

@@ -26,7 +26,11 @@ WEIGHTS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0, 1.5, 2.0, 3.0)  # that a
 ROWS = 2000  # of a validation file on which a weight is chosen, at most
 RECORD, WEIGHTS_FILE = "sasrec.json", "sasrec.safetensors"  # of the folder
 _PART = 1_000_000  # bytes at both ends of a file of weights that tell checkpoints apart
-_WEIGHT = {"weight": (lambda value: type(value) in (int, float) and 0 <= value < math.inf, "a number from 0")}
+
+
+def is_weight(value: object) -> bool:
+    """Whether a value can be the weight of a second recommender."""
+    return isinstance(value, int | float) and type(value) is not bool and 0 <= value < math.inf
 
 
 @dataclass(frozen=True)
@@ -145,7 +149,8 @@ def _check_catalogue(
 def _recorded(path: str) -> float | None:
     if not os.path.isfile(path):
         return None
-    data = check_values(path, read_json(path), _WEIGHT, "remove the file, and choose the weight again with evaluate.py")
+    remedy = "remove the file, and choose the weight again with evaluate.py"
+    data = check_values(path, read_json(path), {"weight": (is_weight, "a number from 0")}, remedy)
     return float(data["weight"]) if "weight" in data else None
 
 

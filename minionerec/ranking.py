@@ -18,7 +18,7 @@ import torch
 from tqdm import tqdm
 
 from minionerec import sasrec
-from minionerec.blending import BEST, Blend, metrics_by_weight
+from minionerec.blending import BEST, Blend, is_weight, metrics_by_weight
 from minionerec.checkpoint import NAME_BASE, Checkpoint
 from minionerec.data.encoding import Encoder
 from minionerec.data.files import Catalogue, Interaction, read_info_items
@@ -27,6 +27,7 @@ from minionerec.data.prompts import RECOMMENDATION, Prompts
 from minionerec.data.sid_tokens import PAD, sid_responses
 from minionerec.decoding.ranking import Second, score_prompts
 from minionerec.decoding.trie import Trie
+from minionerec.errors import InputError
 from minionerec.model import device, loading
 from minionerec.model.adapted import load_checkpoint
 from minionerec.serving.requests import Request, RequestReader
@@ -114,6 +115,8 @@ class Ranker:
         listed = read_info_items(os.fspath(info_file))
         items = Items(listed, os.fspath(info_file))
         blended = None
+        if blend_weight != "auto" and not is_weight(blend_weight):
+            raise InputError(f"blend_weight {blend_weight!r}: must be auto or a number from 0")
         if blend:
             blended = Blend.read(os.fspath(blend), blend_weight, read, listed, os.fspath(info_file)).ready()
         remedy = f"{os.fspath(info_file)} belongs to a different catalogue"

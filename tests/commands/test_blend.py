@@ -123,6 +123,7 @@ def test_the_weight_is_chosen_once_and_recorded(files, checkpoint, plain, other,
     path.write_text(json.dumps(record))
     again = run_command("evaluate.py", **{**flags, "num_beams": 39})
     assert again.returncode == 0 and "is taken" not in again.stdout
+    assert f"weight of {other}: 2.5, as recorded in {path}" in again.stdout
     assert json.loads((tmp_path / "r.metrics.json").read_text())["blend"]["weight"] == 2.5
     done = run_command("recommend.py", **request)
     ranker = Ranker.load(checkpoint, files["info"], blend=other)
@@ -130,6 +131,11 @@ def test_the_weight_is_chosen_once_and_recorded(files, checkpoint, plain, other,
     assert [line.split()[2] for line in done.stdout.splitlines() if line[:1] == " "] == [
         item["id"] for item in ranker.recommend(["12", "30"])
     ]
+    path.write_text('{"weight": -3}')
+    refused("recommend.py", f"{path}: weight is -3 and must be a number from 0; remove the file", **request)
+    with pytest.raises(InputError, match="must be auto or a number from 0"):
+        Ranker.load(checkpoint, files["info"], blend=other, blend_weight=float("nan"))
+    path.write_text(json.dumps(record))
     shutil.copytree(checkpoint, tmp_path / "copy")  # the weight belongs to the weights, not to their place
     assert Ranker.load(tmp_path / "copy", files["info"], blend=other).blend.weight == 2.5
     run_command("evaluate.py", **{**flags, "num_beams": 39, "eval_file": files["valid"]})  # chosen again
