@@ -271,20 +271,13 @@ def evaluate(flags: EvaluateFlags) -> dict[str, float]:
         with writing(flags.result_json_data):
             os.makedirs(os.path.dirname(os.path.abspath(flags.result_json_data)), exist_ok=True)
             write_json(flags.result_json_data, results)
-        bought, seen = _purchases(flags.train_file) if flags.train_file else (None, set[str]())
-        groups = groups_of(files.examples, ranks, of_items, bought, seen, length)
-        blend = {"blend": {"folder": flags.blend, "weight": ranker.blend.weight}} if ranker.blend else {}
         seconds = {"decode_seconds": decode_seconds, "seconds": time.perf_counter() - started}
-        summary = {
-            **metrics,
-            **({"items": by_item} if by_item else {}),
-            **groups,
-            **blend,
-            "rows": len(results),
-            **seconds,
-        }
+        blend = {"blend": {"folder": flags.blend, "weight": ranker.blend.weight}} if ranker.blend else {}
+        bought, seen = _purchases(flags.train_file) if flags.train_file else (Counter[str](), set[str]())
+        groups = groups_of(files.examples, ranks, of_items, bought, seen, length)
+        summary = {**metrics, **({"items": by_item} if by_item else {}), **groups, **blend}
         with writing(flags.metrics_path):
-            write_json(flags.metrics_path, summary)
+            write_json(flags.metrics_path, {**summary, "rows": len(results), **seconds})
         print(format_metrics(metrics))
         if files.items and by_item:
             print(f"items instead of SIDs, {files.items.num_sharing} of {len(files.items)} share theirs:")
@@ -326,14 +319,14 @@ def groups_of(
     examples: Sequence[Interaction],
     ranks: Sequence[int | None],
     of_items: Sequence[int | None] | None,
-    bought: Counter[str] | None,
+    bought: Counter[str],
     seen: set[str],
     length: int,
 ) -> dict[str, dict[str, dict[str, float]]]:
     """Where a model is weak: metrics by the length of the history, and where the training file is known by how often
-    the target was bought there, at least once where it is in a history. Arguments as in `metrics_of_groups`."""
+    the target was `bought` there, at least once where it is `seen` in a history. Others as in `metrics_of_groups`."""
     by = {"histories": ([history_group(len(row.sid_history)) for row in examples], HISTORIES)}
-    if bought is not None:
+    if bought:
         groups = [bought_group(bought[row.sid] or int(row.sid in seen)) for row in examples]
         by = {"targets": (groups, TARGETS), **by}
     return {name: metrics_of_groups(*which, ranks, of_items, length) for name, which in by.items()}

@@ -75,10 +75,12 @@ class Ranker:
             catalogue: the tokens of the SIDs, where the index is at hand.
             also: SIDs that occur in histories and are not ranked.
 
-        Raises InputError for a SID that becomes other tokens.
+        Raises InputError for a SID that becomes other tokens, and for a SASRec model that cannot be loaded.
         """
         self.checkpoint, self.task, self.sids, self.items = checkpoint, prompts.tasks[RECOMMENDATION], sids, items
         self.num_beams, self.batch_size, self.blend = num_beams, batch_size, blend
+        if blend:
+            self._sasrec = sasrec.load(blend.folder, "blend")
         self.tokenizer = loading.load_tokenizer(checkpoint.path)
         self.encoder = Encoder(self.tokenizer, prompts, checkpoint.cutoff_len)
         responses = sid_responses(self.encoder, [*sids, *also], self.task.ending, catalogue, where, remedy)[: len(sids)]
@@ -139,7 +141,7 @@ class Ranker:
         self.model = model.eval()
         self.trie.to(model.device)
         if self.blend:
-            self._sasrec = sasrec.load(self.blend.folder, "blend").to(model.device)
+            self._sasrec.to(model.device)
         return self
 
     @property
