@@ -280,7 +280,9 @@ def evaluate(flags: EvaluateFlags) -> dict[str, float]:
             write_json(flags.metrics_path, {**summary, "rows": len(results), **seconds})
         print(format_metrics(metrics))
         if files.items and by_item:
-            print(f"items instead of SIDs, {files.items.num_sharing} of {len(files.items)} share theirs:")
+            order = "the most bought first" if flags.train_file else "in the order of --info_file"
+            sharing = f"{files.items.num_sharing} of {len(files.items)} share theirs and follow each other, {order}:"
+            print(f"items instead of SIDs, {sharing}")
             print(format_metrics(by_item))
         if bought:
             top = popularity(bought.elements(), length)
