@@ -10,42 +10,55 @@ prompt against one prompt cache, data-parallel evaluation, and MRR.
 
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from minionerec import cli, world
+from minionerec import blending, cli, world
 from minionerec.checkpoint import Checkpoint, read_model
-from minionerec.data.files import (
-    InfoItem,
-    Interaction,
-    count_rows,
-    read_info_items,
-    read_interactions,
-    read_item_ids,
-    shorten,
-)
-from minionerec.data.items import Items
+from minionerec.data.files import Interaction, count_rows, read_info_items, read_interactions, sample_rows, shorten
+from minionerec.data.items import Items, read_targets
 from minionerec.data.prompts import RECOMMENDATION, Prompts, Task
 from minionerec.errors import InputError, Problems
-from minionerec.flags import PromptFlags, above_zero, command, flag, number_or_auto
+from minionerec.flags import BlendFlags, PromptFlags, above_zero, command, flag, number_or_auto
 from minionerec.locks import hold, lock_of_new
-from minionerec.metrics import format_metrics, popularity, rank_of, ranking_metrics
+from minionerec.metrics import (
+    HISTORIES,
+    TARGETS,
+    bought_group,
+    format_groups,
+    format_metrics,
+    history_group,
+    metrics_of_groups,
+    popularity,
+    rank_of,
+    ranking_metrics,
+    watched_cutoff,
+)
 from minionerec.output import writing
 from minionerec.process_memory import importing
 from minionerec.saving import write_json
 
+if TYPE_CHECKING:
+    from minionerec.ranking import Ranker
+
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateFlags(PromptFlags):
+class EvaluateFlags(PromptFlags, BlendFlags):
     """The flags of evaluate.py."""
 
     base_model: str = flag("", "a whole checkpoint, or an adapter one, whose base is then found from the adapter.")
     adapter: str = flag("", "an adapter checkpoint to load on base_model, instead of on the base it names.")
     train_file: str = flag(
         "",
-        "CSV of training interactions; given, the popularity baseline is printed too, and separately the rows whose "
-        "target it does not hold.",
+        "CSV of training interactions; given, the popularity baseline is printed too, and metrics by how often a "
+        "target was bought there.",
+    )
+    eval_file: str = flag(
+        "",
+        "CSV of validation interactions on which the weight of blend is chosen; without it the recorded weight is "
+        "taken, and where there is none, the file that the checkpoint's run validated on.",
     )
     info_file: str = flag("", "the catalogue, one SID, title and item id a line, separated by tabs.")
     test_data_path: str = flag("", "CSV of test interactions.")
@@ -61,7 +74,7 @@ class EvaluateFlags(PromptFlags):
         number_or_auto,
     )
     K: int = flag(0, "an additional cut-off besides 1, 3, 5, 10, 20, 50; 0 for none (the original ignores the flag).")
-    seed: int = flag(42, "kept for MiniOneRec's argument lists; nothing here is random.")
+    seed: int = flag(42, "of the validation rows that the weight of blend is chosen on; nothing else is random.")
     length_penalty: float = flag(
         0.0, "beam scores are divided by their length to this power; without effect if all SIDs have the same length."
     )
@@ -90,6 +103,8 @@ class EvaluateFlags(PromptFlags):
         world.check_world(problems)
         if not 0 <= self.K <= self.num_beams:
             problems.add(f"--K {self.K}: must be between 0 and --num_beams {self.num_beams}, the length of a ranking")
+        if self.eval_file and (not self.blend or self.blend_weight != "auto"):
+            problems.add("--eval_file has no effect without --blend and --blend_weight auto")
         self.check_output(problems, "result_json_data", "the rankings", self.metrics_path)
 
 
@@ -100,6 +115,9 @@ class EvaluateInput:
     Attributes:
         items, targets: where items share SIDs, the items and the number of each row's target; None for a target that is
             not among them. Both None where no items share a SID, or the test file does not tell them apart.
+        blend: a SASRec model that ranks with the checkpoint.
+        eval_file, weighed: the validation file and its rows that the weight of `blend` is chosen on; none where it is
+            known.
     """
 
     checkpoint: Checkpoint
@@ -109,6 +127,9 @@ class EvaluateInput:
     items: Items | None
     targets: list[int | None] | None
     examples: list[Interaction]
+    blend: blending.Blend | None
+    eval_file: str
+    weighed: list[Interaction]
     notes: list[str]
 
     @property
@@ -139,37 +160,46 @@ def read_input(flags: EvaluateFlags) -> EvaluateInput:
         )
     if flags.train_file:
         problems.attempt(count_rows, flags.train_file, "train_file", titles=False)
+    blend, eval_file, weighed = None, "", list[Interaction]()
+    if flags.blend and checkpoint and listed:
+        which = flags.blend, flags.blend_weight, checkpoint, listed, flags.info_file
+        blend = problems.attempt(blending.Blend.read, *which)
+        if blend and flags.blend_weight == "auto" and (flags.eval_file or blend.weight is None):
+            eval_file, weighed = _validation_rows(problems, flags, checkpoint, titles)
     problems.check()
     assert checkpoint and base and prompts and sids and examples  # nothing was wrong
-    items, targets, notes = _told_apart(flags, listed, examples) if len(listed) > len(sids) else (None, None, [])
-    notes += flags.notes
+    items, targets, notes = None, None, flags.notes
+    if len(listed) > len(sids):
+        try:
+            items, targets = read_targets(listed, flags.info_file, flags.train_file, flags.test_data_path)
+        except InputError as error:
+            notes.append(f"items share SIDs, and metrics are those of SIDs only: {error.problems[0]}")
+    if blend and not weighed:
+        of_record = f", as recorded in {blend.path}" if flags.blend_weight == "auto" else ""
+        notes.append(f"weight of {flags.blend}: {blend.weight:g}{of_record}")
     if outside:
         notes.append(f"{outside} of {len(examples)} rows have a target that --info_file lacks; they count as misses")
     if flags.prompt_file:
         notes += checkpoint.differing_prompts(prompts)
     else:
         notes += checkpoint.differing_flags(flags.to_dict(), ("category",))
-    return EvaluateInput(checkpoint, base, prompts, sids, items, targets, examples, notes)
+    return EvaluateInput(*(checkpoint, base, prompts, sids, items, targets, examples, blend, eval_file, weighed, notes))
 
 
-def _told_apart(
-    flags: EvaluateFlags, listed: list[InfoItem], examples: list[Interaction]
-) -> tuple[Items | None, list[int | None] | None, list[str]]:
-    """The items of an info file in which some share a SID, and the number of each row's target; or None for both and a
-    line that says what is missing to tell them apart."""
-    try:
-        purchases = read_item_ids(flags.train_file, "train_file") if flags.train_file else ()
-        items = Items(listed, flags.info_file, purchases)
-        targets = [items.number_of.get(item) for item in read_item_ids(flags.test_data_path, "test_data_path")]
-        for target, example in zip(targets, examples, strict=True):
-            if target is not None and items.all[target].sid != example.sid:
-                raise InputError(
-                    f"item {items.all[target].id!r} is {items.all[target].sid} in {flags.info_file} and "
-                    f"{example.sid} in {flags.test_data_path}"
-                )
-    except InputError as error:
-        return None, None, [f"items share SIDs, and metrics are those of SIDs only: {error.problems[0]}"]
-    return items, targets, []
+def _validation_rows(
+    problems: Problems, flags: EvaluateFlags, checkpoint: Checkpoint, titles: bool
+) -> tuple[str, list[Interaction]]:
+    """The validation file that the weight of --blend is chosen on, and a sample of its rows."""
+    path = flags.eval_file or str(checkpoint.flags.get("eval_file", ""))
+    if not os.path.isfile(path):
+        where = f"--eval_file {path}: no such file" if path else f"{checkpoint.path} recorded no validation file"
+        problems.add(f"--blend_weight auto: {where}; give --eval_file, or a number such as --blend_weight 0.5")
+    elif os.path.isfile(flags.test_data_path) and os.path.samefile(path, flags.test_data_path):
+        problems.add(f"--eval_file {path}: is --test_data_path; a weight that is chosen on the test rows says nothing")
+    else:
+        rows = problems.attempt(list, read_interactions(path, "eval_file", titles=titles)) or []
+        return path, list(sample_rows(rows, len(rows), blending.ROWS, flags.seed))
+    return path, []
 
 
 @command(EvaluateFlags)
@@ -193,7 +223,8 @@ def evaluate(flags: EvaluateFlags) -> dict[str, float]:
     nodes.check_same(flags.to_dict())
     for line in inputs.notes:
         state.print(line)
-    outside = {sid for example in inputs.examples for sid in example.sid_history}.difference(sids)
+    rows = [*inputs.examples, *inputs.weighed]
+    outside = {sid for row in rows for sid in row.sid_history}.difference(sids)
     ranker = Ranker(
         checkpoint,
         inputs.prompts,
@@ -203,6 +234,7 @@ def evaluate(flags: EvaluateFlags) -> dict[str, float]:
         also=sorted(outside),
         num_beams=flags.num_beams,
         batch_size=flags.batch_size,
+        blend=inputs.blend,
     )
     depth = ranker.trie.depth
     if depth > flags.max_new_tokens:
@@ -217,21 +249,25 @@ def evaluate(flags: EvaluateFlags) -> dict[str, float]:
     prompts = ranker.encode(inputs.examples)
     if ranker.encoder.control_note:
         state.print(ranker.encoder.control_note)
-    longest, length = max(map(len, prompts)), min(flags.num_beams, len(ranker.trie))
+    longest, length = max(map(len, prompts)), ranker.length
     if flags.batch_size == "auto":
         state.print(f"--batch_size auto: {ranker.batch_size} prompts")
     state.print(f"decoding: {probe(model, longest, longest + length * depth, f'--base_model {inputs.base}')}")
+    if inputs.weighed:
+        choose_weight(flags, inputs, ranker, state.is_main_process)
     decoding = time.perf_counter()
-    rankings = ranker.rank(prompts, flags.length_penalty)
+    rankings = ranker.rank(prompts, flags.length_penalty, inputs.examples)
     decode_seconds = time.perf_counter() - decoding
     ranks = [rank_of(example.sid, ranking) for example, ranking in zip(inputs.examples, rankings, strict=True)]
     metrics = ranking_metrics(ranks, length, flags.K)
 
-    # Where items share SIDs, the same for items: those of a SID follow each other, the popular ones first.
-    by_item = None
+    # Where items share SIDs, the same for items.
+    of_items: list[int | None] | None = None
+    by_item: dict[str, float] | None = None
     if inputs.items and inputs.targets:
-        item_ranks = [_item_rank(inputs.items, *one, length) for one in zip(inputs.targets, rankings, strict=True)]
-        by_item = ranking_metrics(item_ranks, length, flags.K)
+        pairs = zip(inputs.targets, rankings, strict=True)
+        of_items = [inputs.items.rank_of(target, ranking, length) for target, ranking in pairs]
+        by_item = ranking_metrics(of_items, length, flags.K)
 
     # Write the rankings and metrics, and print them beside popularity.
     if state.is_main_process:
@@ -243,43 +279,66 @@ def evaluate(flags: EvaluateFlags) -> dict[str, float]:
             os.makedirs(os.path.dirname(os.path.abspath(flags.result_json_data)), exist_ok=True)
             write_json(flags.result_json_data, results)
         seconds = {"decode_seconds": decode_seconds, "seconds": time.perf_counter() - started}
-        summary = {**metrics, **({"items": by_item} if by_item else {}), "rows": len(results), **seconds}
+        blend = {"blend": {"folder": flags.blend, "weight": ranker.blend.weight}} if ranker.blend else {}
+        bought, seen = _purchases(flags.train_file) if flags.train_file else (Counter[str](), set[str]())
+        groups = groups_of(inputs.examples, ranks, of_items, bought, seen, length)
+        summary = {**metrics, **({"items": by_item} if by_item else {}), **groups, **blend}
         with writing(flags.metrics_path):
-            write_json(flags.metrics_path, summary)
+            write_json(flags.metrics_path, {**summary, "rows": len(results), **seconds})
         print(format_metrics(metrics))
         if inputs.items and by_item:
-            print(f"items instead of SIDs, {inputs.items.num_sharing} of {len(inputs.items)} share theirs:")
+            order = "the most bought first" if flags.train_file else "in the order of --info_file"
+            sharing = f"{inputs.items.num_sharing} of {len(inputs.items)} share theirs and follow each other, {order}:"
+            print(f"items instead of SIDs, {sharing}")
             print(format_metrics(by_item))
-        if flags.train_file:
-            print_beside_popularity(flags, inputs.examples, ranks, length)
+        if bought:
+            top = popularity(bought.elements(), length)
+            print("popularity, for comparison:")
+            print(format_metrics(ranking_metrics([rank_of(row.sid, top) for row in inputs.examples], length, flags.K)))
+        for name, of_groups in groups.items():
+            print(format_groups({"targets": "targets, bought", "histories": "histories"}[name], of_groups))
         print(f"{len(results)} rows, {len(results) / decode_seconds:.1f} rows/s; rankings in {flags.result_json_data}")
     return metrics
 
 
-def _item_rank(items: Items, target: int | None, ranking: list[str], length: int) -> int | None:
-    """The place of an item, from 0, among the first `length` items of a ranking of SIDs; None if it is not there."""
-    ranked = items.ranked(ranking, length)
-    return ranked.index(target) if target in ranked else None
+def choose_weight(flags: EvaluateFlags, files: EvaluateInput, ranker: "Ranker", is_main: bool) -> None:
+    """Lets SASRec count as much as is best on the validation rows, says so, and records it in its folder."""
+    found = ranker.weigh(files.weighed, flags.length_penalty)
+    assert ranker.blend  # else there is nothing to weigh
+    ranker.blend = ranker.blend.chosen(found)
+    if is_main:
+        metric = f"NDCG@{watched_cutoff(ranker.length)}"
+        print(f"weight of {flags.blend}, {metric} on {len(files.weighed)} rows of {files.eval_file}:")
+        print("  ".join(f"{weight:g}: {value:.4f}" for weight, value in found.items()))
+        print(f"weight {ranker.blend.weight:g} is taken")
+        ranker.blend.record(files.checkpoint.path, files.eval_file, len(files.weighed), found, metric)
 
 
-def print_beside_popularity(
-    flags: EvaluateFlags, examples: Sequence[Interaction], ranks: Sequence[int | None], length: int
-) -> None:
-    """Prints the popularity baseline, and the metrics of the rows whose target was never trained."""
-    seen: set[str] = set()
+def _purchases(train_file: str) -> tuple[Counter[str], set[str]]:
+    """How often each SID is the target of a row of the training file, in order of first appearance, and the SIDs of its
+    histories."""
+    bought, seen = Counter[str](), set[str]()
+    for row in read_interactions(train_file, "train_file", titles=False):
+        bought[row.sid] += 1
+        seen.update(row.sid_history)
+    return bought, seen
 
-    def targets() -> Iterator[str]:
-        for row in read_interactions(flags.train_file, "train_file", titles=False):
-            seen.update(row.sid_history, (row.sid,))
-            yield row.sid
 
-    top = popularity(targets(), length)
-    print("popularity, for comparison:")
-    print(format_metrics(ranking_metrics([rank_of(example.sid, top) for example in examples], length, flags.K)))
-    unseen = [rank for example, rank in zip(examples, ranks, strict=True) if example.sid not in seen]
-    if unseen:
-        print(f"{len(unseen)} of {len(examples)} rows have a target that does not occur in the training file:")
-        print(format_metrics(ranking_metrics(unseen, length, flags.K)))
+def groups_of(
+    examples: Sequence[Interaction],
+    ranks: Sequence[int | None],
+    of_items: Sequence[int | None] | None,
+    bought: Counter[str],
+    seen: set[str],
+    length: int,
+) -> dict[str, dict[str, dict[str, float]]]:
+    """Where a model is weak: metrics by the length of the history, and where the training file is known by how often
+    the target was `bought` there, at least once where it is `seen` in a history. Others as in `metrics_of_groups`."""
+    by = {"histories": ([history_group(len(row.sid_history)) for row in examples], HISTORIES)}
+    if bought:
+        groups = [bought_group(bought[row.sid] or int(row.sid in seen)) for row in examples]
+        by = {"targets": (groups, TARGETS), **by}
+    return {name: metrics_of_groups(*which, ranks, of_items, length) for name, which in by.items()}
 
 
 if __name__ == "__main__":

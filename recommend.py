@@ -16,12 +16,13 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Literal
 
 from minionerec import cli, world
+from minionerec.blending import Blend
 from minionerec.checkpoint import Checkpoint, read_model
 from minionerec.data.files import open_text, read_info_items, read_item_ids, read_json_object, with_original_ids
 from minionerec.data.items import ItemColumns, Items, read_item_list
 from minionerec.data.prompts import RECOMMENDATION, Prompts
 from minionerec.errors import InputError, Problems
-from minionerec.flags import PromptFlags, above_zero, command, flag, number_or_auto
+from minionerec.flags import BlendFlags, PromptFlags, above_zero, command, flag, number_or_auto
 from minionerec.locks import hold, lock_of_new
 from minionerec.process_memory import importing
 from minionerec.serving.requests import Request, RequestReader
@@ -38,7 +39,7 @@ def _port(value: int) -> str | None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RecommendFlags(PromptFlags):
+class RecommendFlags(PromptFlags, BlendFlags):
     """The flags of recommend.py."""
 
     model: str = flag("", "a whole checkpoint, or an adapter one, whose base is then found from the adapter.")
@@ -155,6 +156,7 @@ class RecommendInput:
     """What recommends, checked: the checkpoint, where its base is, the wording, the catalogue, and what reads requests.
 
     Attributes:
+        blend: a SASRec model that ranks with the checkpoint; None for none.
         requests: how many `histories` has.
         request: of --history.
         settings, done: of an output file (see `serving.batch`).
@@ -166,6 +168,7 @@ class RecommendInput:
     prompts: Prompts
     items: Items
     reader: RequestReader
+    blend: Blend | None
     request: Request | None
     requests: int
     settings: dict[str, object]
@@ -196,6 +199,10 @@ def read_files(problems: Problems, flags: RecommendFlags) -> RecommendInput:
     by_original = flags.original_ids and metadata is not None
     items = listed and problems.attempt(Items, listed, flags.info_file, purchases or (), by_original)
     reader = items and _reader(problems, flags, items, metadata)
+    blend = None
+    if flags.blend and checkpoint and listed:
+        which = flags.blend, flags.blend_weight, checkpoint, listed, flags.info_file
+        blend = problems.attempt(lambda: Blend.read(*which).ready())
     request, count = None, 0
     if reader and flags.history:
         request = problems.attempt(lambda: reader.read({"history": reader.parse_history(flags.history)}))
@@ -207,8 +214,9 @@ def read_files(problems: Problems, flags: RecommendFlags) -> RecommendInput:
         from minionerec.serving.batch import check_output, settings_of
 
         names = ("info_file", "histories", "train_file", "allow", "deny", "item_meta_path", "prompt_file")
-        files = [path for name in names if (path := getattr(flags, name))]
-        settings = settings_of({**flags.to_dict(), "output": ""}, files, checkpoint.path)
+        files = [path for name in names if (path := getattr(flags, name))] + (blend.files if blend else [])
+        weight = {"blend_weight": blend.weight} if blend else {}
+        settings = settings_of({**flags.to_dict(), "output": "", **weight}, files, checkpoint.path)
         problems.attempt(hold, "output", flags.output, lock_of_new)  # before the rows that are there are counted
         done = problems.attempt(check_output, flags.output, settings) or 0
     keys = problems.attempt(_read_keys, flags.api_key_file) if flags.api_key_file else []
@@ -220,7 +228,7 @@ def read_files(problems: Problems, flags: RecommendFlags) -> RecommendInput:
     else:
         notes = checkpoint.differing_flags(flags.to_dict(), ("category",))
     notes += items.notes
-    return RecommendInput(checkpoint, base, prompts, items, reader, request, count, settings, done, keys, notes)
+    return RecommendInput(checkpoint, base, prompts, items, reader, blend, request, count, settings, done, keys, notes)
 
 
 def _read_keys(path: str) -> list[str]:
@@ -269,6 +277,7 @@ def load(flags: RecommendFlags, inputs: RecommendInput) -> "Ranker":
         items=inputs.items,
         num_beams=flags.num_beams,
         batch_size=flags.batch_size,
+        blend=inputs.blend,
     ).load_model(inputs.base, fast=True)
 
 

@@ -71,7 +71,7 @@ def parse_value(text: str, annotation: object) -> object:
         try:
             value = float(text)
         except ValueError:
-            raise ValueError("a number") from None
+            raise ValueError(" or ".join(["a number", *words])) from None
         if not math.isfinite(value):
             raise ValueError("a finite number")
         return value

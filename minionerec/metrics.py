@@ -5,6 +5,8 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 
 CUTOFFS = (1, 3, 5, 10, 20, 50)
+TARGETS = ("never", "1 to 5 times", "more often")  # bought in the training file
+HISTORIES = ("1 item", "2 or 3 items", "4 or more items")
 
 
 def watched_cutoff(length: int) -> int:
@@ -42,6 +44,52 @@ def ranking_metrics(ranks: Sequence[int | None], length: int, extra_cutoff: int 
         metrics[f"NDCG@{k}"] = math.fsum(1 / math.log2(rank + 2) for rank in hits) / len(ranks)
     metrics["MRR"] = math.fsum(1 / (rank + 1) for rank in ranks if rank is not None) / len(ranks)
     return metrics
+
+
+def bought_group(count: int) -> str:
+    """The one of TARGETS for a target that was bought so often."""
+    return TARGETS[0 if not count else 1 if count <= 5 else 2]
+
+
+def history_group(length: int) -> str:
+    """The one of HISTORIES for a history of so many items."""
+    return HISTORIES[0 if length <= 1 else 1 if length <= 3 else 2]
+
+
+def metrics_of_groups(
+    groups: Sequence[str],
+    order: Sequence[str],
+    ranks: Sequence[int | None],
+    of_items: Sequence[int | None] | None,
+    length: int,
+) -> dict[str, dict[str, float]]:
+    """The number of rows in each group that has any, and their HR and NDCG at the watched cutoff.
+
+    Args:
+        groups: the group of every row.
+        order: of the groups in the result.
+        ranks, length: as in `ranking_metrics`.
+        of_items: as `ranks`, the positions of items where several share a SID; None where none do.
+    """
+    k, found = watched_cutoff(length), dict[str, dict[str, float]]()
+    for group in (group for group in order if group in groups):
+        rows = [i for i, name in enumerate(groups) if name == group]
+        found[group] = {"rows": len(rows)}
+        for prefix, positions in (("", ranks), ("items ", of_items)):
+            if positions is not None:
+                metrics = ranking_metrics([positions[i] for i in rows], k)
+                found[group] |= {prefix + name: metrics[name] for name in (f"HR@{k}", f"NDCG@{k}")}
+    return found
+
+
+def format_groups(title: str, groups: dict[str, dict[str, float]]) -> str:
+    """A small table: one line per group."""
+    names = list(next(iter(groups.values())))
+    lines = [f"{title:<22}" + "".join(f"  {name:>13}" for name in names)]
+    for group, values in groups.items():
+        cells = (f"{value}" if name == "rows" else f"{value:.4f}" for name, value in values.items())
+        lines.append(f"  {group:<20}" + "".join(f"  {cell:>13}" for cell in cells))
+    return "\n".join(lines)
 
 
 def popularity(targets: Iterable[str], length: int) -> list[str]:

@@ -14,20 +14,24 @@ from functools import cached_property
 from typing import Literal
 
 import numpy as np
+import torch
 from accelerate.utils import gather_object
 from peft import PeftModel
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from minionerec import sasrec
+from minionerec.blending import BEST, Blend, is_weight, metrics_by_weight
 from minionerec.checkpoint import NAME_BASE, Checkpoint
 from minionerec.data.encoding import Encoder
 from minionerec.data.files import Catalogue, Interaction, read_info_items, read_json_object, with_original_ids
 from minionerec.data.items import Items
 from minionerec.data.prompts import RECOMMENDATION, Prompts
 from minionerec.data.sid_tokens import PAD, sid_responses
-from minionerec.decoding.ranking import rank_prompts, score_prompts
+from minionerec.decoding.ranking import Second, score_prompts
 from minionerec.decoding.search_memory import ON_A_CPU, largest_batch
 from minionerec.decoding.trie import Trie
+from minionerec.errors import InputError
 from minionerec.model import device, loading
 from minionerec.model.adapted import load_checkpoint
 from minionerec.model.halving import Halving
@@ -48,9 +52,11 @@ class Ranker:
         num_beams: SIDs that are ranked for a row.
         batch_size: rows of a forward pass; given as auto, known once there is a model: as many as the memory of the GPU
             is predicted to hold, or 8 on a CPU.
+        blend: a SASRec model that ranks with the model; None for none.
     """
 
     model: PreTrainedModel | PeftModel
+    _sasrec: sasrec.SASRec
 
     def __init__(
         self,
@@ -65,6 +71,7 @@ class Ranker:
         also: Sequence[str] = (),
         num_beams: int = 50,
         batch_size: int | Literal["auto"] = 8,
+        blend: Blend | None = None,
     ):
         """Checks that every SID becomes its own tokens, before a weight is loaded.
 
@@ -74,12 +81,15 @@ class Ranker:
             catalogue: the tokens of the SIDs, where the index is at hand.
             also: SIDs that occur in histories and are not ranked.
 
-        Raises InputError for a SID that becomes other tokens.
+        Raises InputError for a SID that becomes other tokens, and for a SASRec model that cannot be loaded.
         """
         self.checkpoint, self.task, self.sids, self.items = checkpoint, prompts.tasks[RECOMMENDATION], sids, items
         self.num_beams, self.halving = num_beams, Halving("batches of prompts")
         self._sizes_batches = batch_size == "auto"
         self.batch_size = ON_A_CPU if batch_size == "auto" else batch_size
+        self.blend = blend
+        if blend:
+            self._sasrec = sasrec.load(blend.folder, "blend")
         self.tokenizer = loading.load_tokenizer(checkpoint.path)
         self.encoder = Encoder(self.tokenizer, prompts, checkpoint.cutoff_len)
         responses = sid_responses(self.encoder, [*sids, *also], self.task.ending, catalogue, where, remedy)[: len(sids)]
@@ -97,6 +107,8 @@ class Ranker:
         category: str = "",
         num_beams: int = 50,
         batch_size: int | Literal["auto"] = 8,
+        blend: str | os.PathLike[str] = "",
+        blend_weight: float | Literal["auto"] = "auto",
     ) -> "Ranker":
         """A checkpoint with its weights, ready to recommend.
 
@@ -108,6 +120,8 @@ class Ranker:
                 unless an original id is the id of another item.
             base_model: where the base of an adapter is, if not where the adapter says.
             category: what the items are, for a checkpoint that does not record its prompts.
+            blend: the folder of a SASRec model that ranks with the checkpoint.
+            blend_weight: how much it counts; auto for the weight that evaluate.py chose and recorded.
 
         Raises InputError for files that cannot be used or do not belong together.
         """
@@ -118,10 +132,19 @@ class Ranker:
         if meta:
             listed = with_original_ids(listed, read_json_object(meta, "item_meta_path"))
         items = Items(listed, os.fspath(info_file), only_original_ids=original_ids)
+        blended = None
+        if blend_weight != "auto" and not is_weight(blend_weight):
+            raise InputError(f"blend_weight {blend_weight!r}: must be auto or a number from 0")
+        if blend:
+            blended = Blend.read(os.fspath(blend), blend_weight, read, listed, os.fspath(info_file)).ready()
         remedy = f"{os.fspath(info_file)} belongs to a different catalogue"
         device.process_state()
         ranker = cls(
-            *(read, prompts, items.sids, read.path, remedy), items=items, num_beams=num_beams, batch_size=batch_size
+            *(read, prompts, items.sids, read.path, remedy),
+            items=items,
+            num_beams=num_beams,
+            batch_size=batch_size,
+            blend=blended,
         )
         return ranker.load_model(base, fast=True)
 
@@ -137,7 +160,14 @@ class Ranker:
             search = self.encoder.cutoff_len, min(self.num_beams, len(self.trie)), self.trie.depth
             rows = largest_batch(model.config, *search, device.free_memory_gb())
             self.batch_size = min(gather_object([rows]))  # all processes form the same batches
+        if self.blend:
+            self._sasrec.to(model.device)
         return self
+
+    @property
+    def length(self) -> int:
+        """How many SIDs a ranking has."""
+        return min(self.num_beams, len(self.trie))
 
     # --- SIDs ---------------------------------------------------------------------------------------------------------
 
@@ -145,11 +175,49 @@ class Ranker:
         """The prompts of rows, token ids, with room for the longest SID."""
         return self.encoder.encode_prompts(self.task, rows, [self.encoder.cutoff_len - self.trie.depth] * len(rows))
 
-    def rank(self, prompts: Sequence[list[int]], length_penalty: float = 0.0) -> list[list[str]]:
-        """The `num_beams` best SIDs of every prompt of `encode`, best first. Raises RunError if a score is NaN."""
+    def rank(
+        self, prompts: Sequence[list[int]], length_penalty: float = 0.0, rows: Sequence[Interaction] = ()
+    ) -> list[list[str]]:
+        """The `num_beams` best SIDs of every prompt of `encode`, best first. SASRec asks for the `rows` that the
+        prompts were made of. Raises RunError if a score is NaN."""
+        second = self._second(rows, self.blend.weight or 0.0) if self.blend else None
         sizes = self.num_beams, self.batch_size, length_penalty
-        ranked = rank_prompts(self.model, self.trie, prompts, self.tokenizer.pad_token_id, *sizes)
-        return [[self.sids[index] for index in ranking] for ranking in ranked]
+        ranked = score_prompts(self.model, self.trie, prompts, self.tokenizer.pad_token_id, *sizes, second=second)
+        return [[self.sids[index] for index, _ in ranking[: self.num_beams]] for ranking in ranked]
+
+    def weigh(self, rows: Sequence[Interaction], length_penalty: float = 0.0) -> dict[float, float]:
+        """For each weight that SASRec may have, the NDCG of validation rows at the watched cutoff. Rows are ranked
+        once: the SIDs that compete are the same with any weight. Raises RunError if a score is NaN."""
+        sizes = self.num_beams, self.batch_size, length_penalty
+        model, trie, prompts = self.model, self.trie, self.encode(rows)
+        alone = self._second(rows, weight=0.0)
+        found = score_prompts(model, trie, prompts, self.tokenizer.pad_token_id, *sizes, second=alone)
+        others = []
+        for start in range(0, len(rows), self.batch_size):
+            part = range(start, min(start + self.batch_size, len(rows)))
+            table = alone.logps(part).cpu()
+            others += [table[i - start, self._row_of_sid[[n for n, _ in found[i]]]].tolist() for i in part]
+        number = {sid: i for i, sid in enumerate(self.sids)}
+        return metrics_by_weight(found, others, [number.get(row.sid) for row in rows], self.length)
+
+    def _second(self, rows: Sequence[Interaction], weight: float) -> Second:
+        """SASRec, asked for the histories of rows by their numbers."""
+        return Second(
+            lambda numbers: self._sasrec.logps([rows[i].sid_history for i in numbers])[:, self._column], weight, BEST
+        )
+
+    @cached_property
+    def _column(self) -> torch.Tensor:
+        """[S], for each row of the trie the number of its SID in SASRec."""
+        numbers = [self._sasrec.number[self.sids[index]] - 1 for index in self.trie.source.tolist()]
+        return torch.tensor(numbers, device=self.model.device)
+
+    @cached_property
+    def _row_of_sid(self) -> np.ndarray:
+        """[S], the row of the trie of each of `sids`."""
+        rows: np.ndarray = np.zeros(len(self.sids), np.int64)
+        rows[self.trie.source] = np.arange(len(self.trie))
+        return rows
 
     # --- Items --------------------------------------------------------------------------------------------------------
 
@@ -170,12 +238,13 @@ class Ranker:
         self, requests: Sequence[Request], bar: tqdm | None = None, chunk: int | None = None
     ) -> list[list[dict[str, object]]]:
         """For every request its K items, best first, each with id, original id if that is known, title, SID and score
-        (the log-probability of its SID, in nats); fewer where fewer are allowed. `bar` and `chunk` are those of
-        `score_prompts`. Raises RunError if a score is NaN."""
+        (the log-probability of its SID, in nats, and with `blend` its weight times that under SASRec); fewer where
+        fewer are allowed. `bar` and `chunk` are those of `score_prompts`. Raises RunError if a score is NaN."""
+        rows = [self._row_of(request) for request in requests]
         ranked = score_prompts(
             self.model,
             self.trie,
-            self.encode([self._row_of(request) for request in requests]),
+            self.encode(rows),
             self.tokenizer.pad_token_id,
             self.num_beams,
             self.batch_size,
@@ -183,6 +252,7 @@ class Ranker:
             bar=bar if bar is not None else tqdm(disable=True),
             chunk=chunk,
             halving=self.halving,
+            second=self._second(rows, self.blend.weight or 0.0) if self.blend else None,
         )
         return [self._expand(*one) for one in zip(requests, ranked, strict=True)]
 
@@ -199,7 +269,7 @@ class Ranker:
     @cached_property
     def _trie_row(self) -> np.ndarray:
         """[N], the row of the trie that stands for each item."""
-        row_of = {self._items.sids[index]: row for row, index in enumerate(self.trie.source.tolist())}
+        row_of = dict(zip(self.sids, self._row_of_sid.tolist(), strict=True))
         return np.fromiter((row_of[item.sid] for item in self._items.all), np.int64, len(self._items))
 
     def _allowed_rows(self, request: Request) -> np.ndarray | None:

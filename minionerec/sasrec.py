@@ -81,6 +81,11 @@ class SASRec(nn.Module):
         return table[rows.to(table.device), columns.to(table.device)].tolist()
 
     @torch.inference_mode()
+    def logps(self, histories: Sequence[Sequence[str]]) -> torch.Tensor:
+        """Log-probabilities [B, S] (nats) of all items, in the order of `sids`, to follow the histories."""
+        return self.eval()(self.encode(histories)).log_softmax(dim=1)
+
+    @torch.inference_mode()
     def rankings(self, histories: Sequence[Sequence[str]], length: int, batch_size: int = 1024) -> list[list[str]]:
         """The `length` best items after each history, best first."""
         self.eval()
@@ -98,18 +103,19 @@ def loss_of(model: SASRec, histories: Sequence[Sequence[str]], targets: Sequence
     return F.cross_entropy(model(model.encode(histories)), wanted.to(model.items.weight.device))
 
 
-def save(model: SASRec, folder: str) -> None:
-    """Writes the model to a folder; the configuration last, so a folder with a configuration is complete."""
+def save(model: SASRec, folder: str, catalogue: str | None = None) -> None:
+    """Writes the model to a folder; the configuration last, so a folder with a configuration is complete. `catalogue`
+    is the fingerprint of its items (`blending.fingerprint`)."""
     os.makedirs(folder, exist_ok=True)
     with open(os.path.join(folder, WEIGHTS), "wb") as file:  # one of `save_file` could be read by its owner only
         file.write(to_bytes({name: tensor.contiguous() for name, tensor in model.state_dict().items()}))
     with open(os.path.join(folder, CONFIG), "w", encoding="utf-8") as file:
-        json.dump({"settings": model.settings, "sids": model.sids}, file)
+        json.dump({"settings": model.settings, "catalogue": catalogue, "sids": model.sids}, file)
 
 
-def load(folder: str) -> SASRec:
-    """The model in a folder, in evaluation mode. Raises InputError if there is none, or its settings do not fit the
-    weights; nothing is allocated for a size that only the settings claim."""
+def load(folder: str, flag: str = "cf_path") -> SASRec:
+    """The model in the folder that a flag names, in evaluation mode. Raises InputError if there is none, or its
+    settings do not fit the weights; nothing is allocated for a size that only the settings claim."""
     try:
         with open(os.path.join(folder, CONFIG), encoding="utf-8") as file:
             data = json.load(file)
@@ -126,5 +132,5 @@ def load(folder: str) -> SASRec:
         model.load_state_dict(weights, assign=True)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, ArithmeticError, AssertionError) as error:
         reason = " ".join(str(error).split())[:300]
-        raise InputError(f"--cf_path {folder}: no SASRec model can be loaded: {reason}; train it again") from None
+        raise InputError(f"--{flag} {folder}: no SASRec model can be loaded: {reason}; train it again") from None
     return model.eval()

@@ -132,6 +132,7 @@ def main() -> None:
     names = ",".join(f"{name}={folder}" for name, folder in runs)
     against = ",".join(name for name in ("full", "lora") if name in methods)
     command = [os.environ["PYTHON"], "scripts/table.py", "--train_file", train_file, "--test_data_path", test_file]
+    command += ["--info_file", os.environ["INFO_FILE"]]
     command += ["--intervals", "True", "--runs", names, "--against", against, "--figure", str(out / "compare.png")]
     printed = subprocess.run(command, stdout=subprocess.PIPE, text=True)
     if printed.returncode:

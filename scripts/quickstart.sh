@@ -39,7 +39,7 @@ test_on() {
     --average_weights True --num_generations 4 --train_batch_size 128 --num_train_epochs 3 --learning_rate 2e-3 \
     --eval_batch_size 640 --eval_step 0.5 --save_steps 0.5
 for run in base lora rl; do test_on "$OUT/$run"; done
-"$PYTHON" scripts/table.py --train_file "$DATA/train/$CATEGORY.csv" "${TEST[@]}" \
+"$PYTHON" scripts/table.py --train_file "$DATA/train/$CATEGORY.csv" "${TEST[@]}" "${INFO[@]}" \
     --runs "base=$OUT/base,LoRA SFT=$OUT/lora,LoRA SFT + RL=$OUT/rl"
 echo "for a customer who bought the items 12, 40 and 7, the model recommends:"
 "$PYTHON" recommend.py --model "$OUT/rl/final_checkpoint" "${INFO[@]}" --history "12, 40, 7" --K 5

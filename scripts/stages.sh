@@ -90,6 +90,10 @@ rl() {
         --num_train_epochs 3 --eval_batch_size 128 --reward_type rule,prefix --add_gt True --sft_weight 1 --beta 0 \
         --learning_rate "$RL_RATE" --average_weights True "${METHOD_FLAGS[@]}" "${PRESET_FLAGS[@]}" "$@"
 }
+sasrec() { # trains SASRec and evaluates it, in $OUT/sasrec, unless it is there
+    [ -f "$OUT/sasrec/result.json" ] || "$PYTHON" scripts/train_sasrec.py --train_file "$TRAIN_FILE" \
+        --eval_file "$EVAL_FILE" --test_data_path "$TEST_FILE" --info_file "$INFO_FILE" --output_dir "$OUT/sasrec"
+}
 evaluate() { # evaluate folder flags...: evaluates the final checkpoint of a run
     launch evaluate.py --base_model "$1/final_checkpoint" --info_file "$INFO_FILE" --category "$CATEGORY" \
         --test_data_path "$TEST_FILE" --train_file "$TRAIN_FILE" --result_json_data "$1/result.json" \

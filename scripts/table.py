@@ -2,17 +2,21 @@
 
 python scripts/table.py --train_file train.csv --test_data_path test.csv --runs "base=out/base,LoRA SFT=out/lora"
 python scripts/table.py ... --runs "full=out/full,LoRA=out/lora_42,LoRA=out/lora_43" --intervals True
+python scripts/table.py ... --info_file info.txt --runs "LoRA=out/lora,with SASRec=out/lora/blended.json"
 """
 
 import os
 import sys
-from typing import TYPE_CHECKING, TypedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from minionerec import cli
 from minionerec.checkpoint import read_json
-from minionerec.data.files import count_rows, read_interactions
+from minionerec.data.files import count_rows, read_info_items, read_interactions
+from minionerec.data.items import Items, read_targets
 from minionerec.errors import InputError, Problems
 from minionerec.flags import check_new_file
 from minionerec.metrics import popularity, rank_of
@@ -24,7 +28,8 @@ if TYPE_CHECKING:
 
     Seeds = list[dict[str, np.ndarray]]  # the metrics of every test row, for each seed of a run
 
-RANKING = ("HR@1", "HR@5", "HR@10", "NDCG@5", "NDCG@10", "MRR")
+RANKING = ("HR@1", "HR@5", "HR@10", "HR@50", "NDCG@5", "NDCG@10", "MRR")
+OF_ITEMS = ("items HR@10", "items NDCG@10")
 RELATIVE = ("HR@10", "NDCG@10", "MRR")
 # The costs in metrics.json, and their columns.
 COSTS = {
@@ -35,16 +40,31 @@ COSTS = {
 }
 
 
-class Ranked(TypedDict):
-    """A row of result.json: the target and the ranking."""
+@dataclass(frozen=True)
+class Targets:
+    """What the test rows ask for: the SID of each target, and where items share SIDs, the items and the number of each
+    target."""
 
-    output: str
-    predict: list[str]
+    sids: list[str]
+    items: Items | None
+    numbers: list[int | None]
+
+    def metrics(self, rankings: Sequence[Sequence[str]], length: int) -> "dict[str, np.ndarray]":
+        """The metrics of every row, [rows] each, of rankings that are cut to `length` SIDs."""
+        from minionerec.statistics import row_metrics
+
+        cut = [ranking[:length] for ranking in rankings]
+        found = row_metrics([rank_of(*row) for row in zip(self.sids, cut, strict=True)], length)
+        if self.items:
+            ranks = [self.items.rank_of(*row, length) for row in zip(self.numbers, cut, strict=True)]
+            found |= {f"items {name}": values for name, values in row_metrics(ranks, length).items()}
+        return found
 
 
 def table(
     train_file: str = "",
     test_data_path: str = "",
+    info_file: str = "",
     runs: str = "",
     intervals: bool = False,
     against: str = "",
@@ -55,48 +75,69 @@ def table(
     Args:
         train_file: CSV of training interactions, for the popularity baseline.
         test_data_path: CSV of the test interactions that the runs were evaluated on.
-        runs: name=folder of every run, separated by commas; a folder contains metrics.json and result.json. Folders
-            with the same name are the seeds of one run, in the same order for all runs, and their mean is printed.
+        info_file: the catalogue; given, and where items share SIDs, the metrics of items are printed too. Items that
+            share a SID follow each other in a ranking, the most bought in train_file first.
+        runs: name=folder of every run, separated by commas; a folder contains metrics.json and result.json, or the name
+            of another result in it follows: name=folder/blended.json. Folders with the same name are the seeds of one
+            run, in the same order for all runs, and their mean is printed.
         intervals: print 95% bootstrap intervals over the test rows, and the standard deviation over seeds (for a ratio,
             that of the ratios seed by seed).
         against: methods to compare with, separated by commas: with full, the HR@10, NDCG@10 and MRR of "lora SFT" are
             also printed as a fraction of those of "full SFT".
         figure: PNG file for a bar chart with the intervals.
     """
+    # Check the files and the names.
     problems = Problems()
     problems.attempt(count_rows, train_file, "train_file", titles=False)
-    rows = problems.attempt(count_rows, test_data_path, "test_data_path", titles=False)
-    folders = folders_of(problems, runs)
-    all_folders = [folder for seeds in folders.values() for folder in seeds]
-    costs = {folder: problems.attempt(read_costs, folder) or {} for folder in all_folders}
-    results = {folder: problems.attempt(read_rankings, folder) or [] for folder in all_folders}
-    for folder, ranked in results.items():
-        if ranked and rows and len(ranked) != rows:
-            problems.add(f"--runs: {folder} ranks {len(ranked)} rows, {test_data_path} has {rows}")
+    targets = problems.attempt(read_test_targets, test_data_path, info_file, train_file)
+    results = results_of(problems, runs)
+    paths = [path for seeds in results.values() for path in seeds]
+    costs = {path: problems.attempt(read_costs, os.path.dirname(path)) or {} for path in paths}
+    rankings = {path: problems.attempt(read_rankings, path) or [] for path in paths}
+    for path, ranking in rankings.items():
+        if ranking and targets:
+            problems += wrong_rankings(path, ranking, targets, test_data_path)
     if figure:
         check_new_file(problems, "figure", figure, "the plot")
     references = [word for word in against.split(",") if word]
     for word in references:
-        if not any(name.split(" ")[0] == word for name in folders):
-            problems.add(f"--against {word!r}: no name of a run starts with it; the names are {', '.join(folders)}")
+        if not any(name.split(" ")[0] == word for name in results):
+            problems.add(f"--against {word!r}: no name of a run starts with it; the names are {', '.join(results)}")
     problems.check()
-    assert rows  # nothing was wrong
+    assert targets  # nothing was wrong
 
     from minionerec.statistics import Bootstrap
 
-    found = metrics_of(folders, results, train_file, test_data_path)
-    bootstrap = Bootstrap(rows)
+    # Compute. MRR grows with the length of a ranking, so all are cut to the shortest.
+    length = min(len(ranked[0]) for ranked in rankings.values())
+    top = popularity((row.sid for row in read_interactions(train_file, "train_file", titles=False)), length)
+    top = [sid for sid in top if targets.items is None or sid in targets.items.of_sid]
+    found = {"popularity": [targets.metrics([top] * len(targets.sids), length)]}
+    found |= {name: [targets.metrics(rankings[path], length) for path in seeds] for name, seeds in results.items()}
+
+    # Print.
+    bootstrap = Bootstrap(len(targets.sids))
     compared = [(method, metric) for method in references for metric in RELATIVE]
-    header = [*RANKING, *(f"{metric} / {method}" for method, metric in compared), *COSTS.values()]
+    metrics = [metric for metric in (*RANKING, *OF_ITEMS) if metric in found["popularity"][0]]
+    header = [*metrics, *(f"{metric} / {method}" for method, metric in compared), *COSTS.values()]
     print("| | " + " | ".join(header) + " |")
     print("|---" * (1 + len(header)) + "|")
     for name in found:
-        cells = [_mean_cell(bootstrap, found[name], metric, intervals) for metric in RANKING]
+        cells = [_mean_cell(bootstrap, found[name], metric, intervals) for metric in metrics]
         cells += [_ratio_cell(bootstrap, found, name, method, metric, intervals) for method, metric in compared]
-        cells += _cost_cells([costs[folder] for folder in folders.get(name, [])])
+        cells += _cost_cells([costs[path] for path in results.get(name, [])])
         print(f"| {name} | " + " | ".join(cells) + " |")
     if figure:
         _plot(found, bootstrap, figure)
+
+
+def read_test_targets(test_data_path: str, info_file: str, train_file: str) -> Targets:
+    """What the rows of the test file ask for, also as items where the catalogue is given and items share SIDs."""
+    sids = [row.sid for row in read_interactions(test_data_path, "test_data_path", titles=False)]
+    listed = read_info_items(info_file) if info_file else []
+    if len(listed) == len({item.sid for item in listed}):
+        return Targets(sids, None, [])
+    return Targets(sids, *read_targets(listed, info_file, train_file, test_data_path))
 
 
 def folders_of(problems: Problems, runs: str) -> dict[str, list[str]]:
@@ -113,17 +154,32 @@ def folders_of(problems: Problems, runs: str) -> dict[str, list[str]]:
     return folders
 
 
-def read_rankings(folder: str) -> list[Ranked]:
-    """The rankings of an evaluated run. Raises InputError where there are none."""
-    path = os.path.join(folder, "result.json")
+def results_of(problems: Problems, runs: str) -> dict[str, list[str]]:
+    """The result files under each name of `--runs`; what is wrong with it goes to `problems`."""
+    return {
+        name: [path if path.endswith(".json") else os.path.join(path, "result.json") for path in paths]
+        for name, paths in folders_of(problems, runs).items()
+    }
+
+
+def read_rankings(path: str) -> list[list[str]]:
+    """The rankings of an evaluated run, SIDs. Raises InputError where there are none."""
     rows: object = read_json(path) if os.path.isfile(path) else None
     if not isinstance(rows, list) or not rows or not all(map(_is_ranked, rows)):
         raise InputError(f"--runs: {path}: holds no rankings of evaluate.py; evaluate the run first")
-    return rows
+    return [row["predict"] for row in rows]
+
+
+def wrong_rankings(path: str, rankings: list[list[str]], targets: Targets, test_data_path: str) -> list[str]:
+    """What is wrong with rankings, which may be of other rows or of another catalogue."""
+    if len(rankings) != len(targets.sids):
+        return [f"--runs: {path} ranks {len(rankings)} rows, {test_data_path} has {len(targets.sids)}"]
+    lacking = {sid for row in rankings for sid in row}.difference(targets.items.of_sid if targets.items else ())
+    return [f"--runs: {path} ranks {min(lacking)}, which --info_file lacks"] if targets.items and lacking else []
 
 
 def _is_ranked(row: object) -> bool:
-    return isinstance(row, dict) and isinstance(row.get("output"), str) and isinstance(row.get("predict"), list)
+    return isinstance(row, dict) and isinstance(row.get("predict"), list)
 
 
 def read_costs(folder: str) -> dict[str, float]:
@@ -135,24 +191,6 @@ def read_costs(folder: str) -> dict[str, float]:
     if len(costs) < len(COSTS):
         raise InputError(f"--runs: {path}: does not say what the training cost; train the run first")
     return costs
-
-
-def metrics_of(
-    folders: dict[str, list[str]], results: dict[str, list[Ranked]], train_file: str, test_data_path: str
-) -> "dict[str, Seeds]":
-    """The metrics of popularity and of every run, by name. MRR grows with the length of a ranking, so all are cut to
-    the shortest."""
-    from minionerec.statistics import row_metrics
-
-    length = min(len(ranked[0]["predict"]) for ranked in results.values())
-    top = popularity((row.sid for row in read_interactions(train_file, "train_file", titles=False)), length)
-    popular = [rank_of(row.sid, top) for row in read_interactions(test_data_path, "test_data_path", titles=False)]
-    ranks = {
-        folder: [rank_of(row["output"], row["predict"][:length]) for row in ranked]
-        for folder, ranked in results.items()
-    }
-    found = {"popularity": [row_metrics(popular, length)]}
-    return found | {name: [row_metrics(ranks[folder], length) for folder in seeds] for name, seeds in folders.items()}
 
 
 def _mean_cell(bootstrap: "Bootstrap", seeds: "Seeds", metric: str, intervals: bool) -> str:

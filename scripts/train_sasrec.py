@@ -1,4 +1,4 @@
-"""Trains and evaluates SASRec, the classical baseline and the model of --reward_type sasrec.
+"""Trains and evaluates SASRec: the classical baseline, and the model of --blend and of --reward_type sasrec.
 
     python scripts/train_sasrec.py --train_file train.csv --eval_file valid.csv --test_data_path test.csv \\
         --info_file info.txt --output_dir out/sasrec
@@ -10,8 +10,8 @@ import time
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from minionerec import cli, locks
-from minionerec.data.files import count_rows, read_info, read_interactions
+from minionerec import blending, cli, locks
+from minionerec.data.files import count_rows, read_info_items, read_interactions
 from minionerec.errors import Problems
 from minionerec.flags import check_new_folder, check_positive, seed_range
 from minionerec.metrics import format_metrics, rank_of, ranking_metrics, watched_cutoff
@@ -59,7 +59,8 @@ def train_sasrec(
     if not 0 <= dropout < 1:
         problems.add(f"--dropout {dropout}: must be at least 0 and less than 1")
     check_new_folder(problems, output_dir)
-    sids = problems.attempt(read_info, info_file)
+    items = problems.attempt(read_info_items, info_file) or []
+    sids = list(dict.fromkeys(item.sid for item in items)) or None
     for flag, path in (("train_file", train_file), ("eval_file", eval_file), ("test_data_path", test_data_path)):
         if path or flag != "test_data_path":
             problems.attempt(count_rows, path, flag, sids, titles=False)
@@ -122,7 +123,7 @@ def train_sasrec(
     model.load_state_dict(weights)
     results = ranked(test_data_path, "test_data_path") if test_data_path else []
     with writing(output_dir), whole_folder(output_dir) as partial:
-        sasrec.save(model, partial)
+        sasrec.save(model, partial, blending.fingerprint(items))
         parameters = sum(parameter.numel() for parameter in model.parameters())
         metrics = {
             "method": "sasrec",

@@ -12,7 +12,15 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 
-from minionerec.data.files import FileProblems, InfoItem, is_text, read_json_object, shorten
+from minionerec.data.files import (
+    FileProblems,
+    InfoItem,
+    is_text,
+    read_interactions,
+    read_item_ids,
+    read_json_object,
+    shorten,
+)
 from minionerec.errors import InputError
 
 
@@ -144,6 +152,12 @@ class Items:
     def _folded_titles(self) -> list[str]:
         return [item.title.casefold() for item in self.all]
 
+    def rank_of(self, target: int | None, sids: Sequence[str], length: int) -> int | None:
+        """The place of an item, from 0, among the first `length` items of ranked SIDs; None if it is not there. Those
+        that share a SID follow each other, the most bought first."""
+        ranked = self.ranked(sids, length)
+        return ranked.index(target) if target in ranked else None
+
     def ranked(self, sids: Sequence[str], most: int) -> list[int]:
         """The numbers of the items of ranked SIDs, best first, at most `most`."""
         numbers: list[int] = []
@@ -152,6 +166,26 @@ class Items:
             if len(numbers) >= most:
                 break
         return numbers[:most]
+
+
+def read_targets(
+    listed: Sequence[InfoItem], info_file: str, train_file: str, test_file: str
+) -> tuple[Items, list[int | None]]:
+    """The items of an info file, those that share a SID ordered by the training file, if there is one, and the number
+    of the item that each row of a test file has as its target; None for one that is not among them.
+
+    Raises InputError where the test file does not name items, or names others than the info file.
+    """
+    purchases = read_item_ids(train_file, "train_file") if train_file else ()
+    items = Items(listed, info_file, purchases)
+    rows = read_interactions(test_file, "test_data_path", titles=False)
+    targets = [items.number_of.get(item) for item in read_item_ids(test_file, "test_data_path")]
+    for target, row in zip(targets, rows, strict=True):
+        if target is not None and items.all[target].sid != row.sid:
+            raise InputError(
+                f"item {items.all[target].id!r} is {items.all[target].sid} in {info_file} and {row.sid} in {test_file}"
+            )
+    return items, targets
 
 
 def read_item_list(path: str, flag: str, items: Items) -> frozenset[int]:

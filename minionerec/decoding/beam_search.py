@@ -13,6 +13,7 @@ from minionerec.data.sid_tokens import PAD
 from minionerec.decoding.beams import CopiedBeams, TreeBeams
 from minionerec.decoding.probe import probe
 from minionerec.decoding.trie import Trie
+from minionerec.decoding.wanted import Wanted
 
 
 def _beams_and_padding(model: nn.Module, prompt: int, row: int, tree: bool | None) -> tuple[type, bool]:
@@ -41,6 +42,7 @@ def constrained_beam_search(
     length_penalty: float = 0.0,
     tree: bool | None = None,
     allowed: torch.Tensor | None = None,
+    wanted: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The `num_beams` best SIDs of every prompt, best first.
 
@@ -57,25 +59,32 @@ def constrained_beam_search(
         trie: on the model's device.
         tree: True for a tree mask, False for copies of the cache, None for the first way that `probe.probe` accepts.
         allowed: [B, S], the rows of `trie.sequences` that each prompt may get; None for all.
+        wanted: [B, M], rows of `trie.sequences` that are scored too, whatever the beams find; PAD for none.
 
     Returns:
         rows [B, K] of `trie.sequences`, and scores [B, K]; K is `num_beams`, or the number of SIDs if that is smaller.
-        Where fewer are allowed, the last rows are PAD and their scores -inf.
+        Where fewer are allowed, the last rows are PAD and their scores -inf. With `wanted`, M columns more: those rows
+        in their order, PAD where they are among the K or not allowed.
     """
     beams = min(num_beams, len(trie))
     prompts, device = len(input_ids), input_ids.device
-    kind, padding = _beams_and_padding(model, input_ids.shape[1], input_ids.shape[1] + beams * trie.depth, tree)
+    longest = input_ids.shape[1] + (beams + (0 if wanted is None else wanted.shape[1])) * trie.depth
+    kind, padding = _beams_and_padding(model, input_ids.shape[1], longest, tree)
     if not padding and (prompts > 1 or not attention_mask.all()):
         found = [
             constrained_beam_search(
-                model, *single, trie, num_beams, length_penalty, allowed=None if allowed is None else allowed[i : i + 1]
+                *(model, *single, trie, num_beams, length_penalty),
+                allowed=None if allowed is None else allowed[i : i + 1],
+                wanted=None if wanted is None else wanted[i : i + 1],
             )
             for i, single in enumerate(_single_prompts(input_ids, attention_mask))
         ]
         return torch.cat([rows for rows, _ in found]), torch.cat([scores for _, scores in found])
     before = None if allowed is None else trie.count_before(allowed)
+    besides = None if wanted is None else Wanted(trie, wanted)
     state = kind(model, input_ids, attention_mask)
     logits = state.logits
+    running = 1  # beams; what starts a wanted SID follows them, and never takes the place of one
     node = torch.zeros((prompts, 1), dtype=torch.long, device=device)
     score = torch.zeros((prompts, 1), device=device)
     finished_row = torch.full((prompts, beams), PAD, device=device)
@@ -93,15 +102,24 @@ def constrained_beam_search(
         if trie.ends[depth]:
             row = trie.row[child]
             ended = torch.where(row == PAD, -torch.inf, score_of / (depth + 1) ** length_penalty)
-            finished_score, best = torch.cat([finished_score, ended], dim=1).topk(beams, dim=1)
-            finished_row = torch.cat([finished_row, row], dim=1).gather(1, best)
+            if besides is not None:
+                besides.collect(row, ended)
+            of_beams = slice(running * width)
+            finished_score, best = torch.cat([finished_score, ended[:, of_beams]], dim=1).topk(beams, dim=1)
+            finished_row = torch.cat([finished_row, row[:, of_beams]], dim=1).gather(1, best)
             if depth + 1 == trie.depth:
                 break
             score_of = torch.where(row == PAD, score_of, -torch.inf)
-        score, best = score_of.topk(min(beams, score_of.shape[1]), dim=1)
+        score, best = score_of[:, : running * width].topk(min(beams, running * width), dim=1)
+        running = best.shape[1]
+        if besides is not None:
+            places, scores = besides.left_out(child, score_of, best)
+            best, score = torch.cat([best, places], dim=1), torch.cat([score, scores], dim=1)
         node = child.gather(1, best)
         logits = state.step(best // width, trie.token_id[node], depth)
-    if allowed is not None:  # what fills the places of missing beams
+    if besides is not None:
+        finished_row, finished_score = besides.behind(finished_row, finished_score)
+    if allowed is not None or wanted is not None:  # what fills the places of missing beams
         finished_row = finished_row.masked_fill(finished_score == -torch.inf, PAD)
     return finished_row, finished_score
 

@@ -1,7 +1,11 @@
-"""Ranks the catalogue for many prompts, which are divided among the processes of a distributed run."""
+"""Ranks the catalogue for many prompts, which are divided among the processes of a distributed run.
+
+Dimensions: `B` prompts, `K` beams, `M` SIDs of a second recommender, `S` SIDs.
+"""
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -18,6 +22,37 @@ from minionerec.decoding.trie import Trie
 from minionerec.errors import RunError
 from minionerec.model.device import weights_are_sharded
 from minionerec.model.halving import Halving
+
+
+@dataclass(frozen=True)
+class Second:
+    """A second recommender. Its best SIDs are ranked with the beams, all of them by both: the score of a SID is that of
+    the model, and `weight` times its log-probability here.
+
+    Attributes:
+        logps: called with the numbers of prompts, gives [B, S], log-probabilities of `trie.sequences` (nats).
+        most: how many of its best SIDs are ranked, M.
+    """
+
+    logps: Callable[[Sequence[int]], torch.Tensor]
+    weight: float
+    most: int
+
+    def best(self, logps: torch.Tensor, allowed: torch.Tensor | None) -> torch.Tensor:
+        """[B, M], the rows of its best SIDs, PAD where fewer are `allowed` [B, S]."""
+        if allowed is not None:
+            logps = torch.where(allowed, logps, -torch.inf)
+        scores, rows = logps.topk(min(self.most, logps.shape[1]), dim=1)
+        return rows.masked_fill(scores == -torch.inf, PAD)
+
+    def blended(
+        self, rows: torch.Tensor, scores: torch.Tensor, logps: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rows [B, K + M] and their scores under both, best first; PAD last."""
+        added = logps.gather(1, rows.clamp(min=0))
+        both = torch.where(rows == PAD, -torch.inf, scores + self.weight * added)
+        both, order = both.sort(dim=1, descending=True, stable=True)
+        return rows.gather(1, order), both
 
 
 def rank_prompts(
@@ -47,9 +82,11 @@ def score_prompts(
     bar: tqdm | None = None,
     chunk: int | None = None,
     halving: Halving | None = None,
+    second: Second | None = None,
 ) -> list[list[tuple[int, float]]]:
     """As `rank_prompts`, with the score of every SID: the sum of its tokens' log-probabilities, in nats, divided by
-    their number to the power of `length_penalty`.
+    their number to the power of `length_penalty`. With `second`, rankings and scores are blended, and a ranking also
+    has those of its best SIDs that no beam found: up to `num_beams` + M.
 
     Args:
         prompts: token ids, one list per prompt.
@@ -66,7 +103,8 @@ def score_prompts(
     """
     state = PartialState()
     longest = max(map(len, prompts), default=0)
-    if not probe(model, longest, longest + min(num_beams, len(trie)) * trie.depth).padding:
+    searched = min(num_beams, len(trie)) + (min(second.most, len(trie)) if second else 0)
+    if not probe(model, longest, longest + searched * trie.depth).padding:
         batch_size = 1  # so that all processes run the same number of forward passes
     # Prompts of similar length are in one batch. The longest come first, so a run that does not fit into memory fails
     # at its start. Batches go to the processes in turn, so each process gets short and long ones.
@@ -84,7 +122,15 @@ def score_prompts(
         input_ids, attention_mask = left_padded([prompts[i] for i in batch], pad_token_id)
         mask = masks_of(list(map(allowed, batch)), trie) if allowed is not None else None
         ids, attention = input_ids.to(model.device), attention_mask.to(model.device)
-        beams, scores = constrained_beam_search(model, ids, attention, trie, num_beams, length_penalty, allowed=mask)
+        logps = wanted = None
+        if second:
+            logps = second.logps(batch)
+            wanted = second.best(logps, mask)
+        beams, scores = constrained_beam_search(
+            model, ids, attention, trie, num_beams, length_penalty, allowed=mask, wanted=wanted
+        )
+        if second and logps is not None:
+            beams, scores = second.blended(beams, scores, logps)
         return list(zip(batch, beams.tolist(), scores.tolist(), strict=True))
 
     own = tqdm(total=sum(map(len, mine)), unit="row", leave=False, disable=bar is not None or not state.is_main_process)

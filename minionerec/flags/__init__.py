@@ -27,7 +27,7 @@ import typing
 from collections.abc import Callable, Mapping
 from dataclasses import Field, asdict, dataclass, field, fields
 from importlib.util import find_spec
-from typing import Generic, ParamSpec, Protocol, TypeVar, cast, overload
+from typing import Generic, Literal, ParamSpec, Protocol, TypeVar, cast, overload
 
 from minionerec import locks, world
 from minionerec.cards import unknown_card
@@ -198,6 +198,24 @@ class PromptFlags(Flags):
         "checkpoint that recorded its prompts it can be left out.",
     )
     prompt_file: str | None = flag(None, "JSON that replaces the wording of the prompts, also that of a checkpoint.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlendFlags(Flags):
+    """A second recommender that ranks with the model."""
+
+    blend: str = flag("", "folder of a SASRec model (scripts/train_sasrec.py) that ranks with the model.")
+    blend_weight: float | Literal["auto"] = flag(
+        "auto",
+        "how much blend counts: what its log-probabilities are multiplied by. auto takes the weight that evaluate.py "
+        "chose and recorded.",
+        lambda value: None if value == "auto" else zero_or_more(value),
+    )
+
+    def check(self, problems: Problems) -> None:
+        super().check(problems)
+        if self.blend_weight != "auto" and not self.blend:
+            problems.add("--blend_weight has no effect without --blend")
 
 
 @dataclass(frozen=True, kw_only=True)

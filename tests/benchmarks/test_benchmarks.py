@@ -43,6 +43,18 @@ def test_a_server_under_load_answers_as_the_batch_command(files, sft_run):
         assert row["lost"] == row["wrong"] == 0 and 0 < row["p50 (ms)"] <= row["p99 (ms)"]
 
 
+def test_what_sasrec_costs_is_measured(files, sft_run, tmp_path):
+    paths = {"train_file": files["train"], "eval_file": files["valid"], "info_file": files["info"]}
+    trained = run_command("scripts/train_sasrec.py", **paths, output_dir=tmp_path / "sasrec", num_epochs=1)
+    assert trained.returncode == 0, trained.stderr
+    flags = {"model": sft_run("lora") / "final_checkpoint", "blend": tmp_path / "sasrec", "histories": files["test"]}
+    result = run_command("benchmarks/blend.py", **flags, info_file=files["info"], requests=2, repeats=1, num_beams=10)
+    assert result.returncode == 0, result.stderr
+    record = json.loads(result.stdout.splitlines()[-1])
+    assert [row["requests at once"] for row in record["results"]] == [1, 8]
+    assert all(row["ratio"] > 0 for row in record["results"])
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("script", "flags", "results"),

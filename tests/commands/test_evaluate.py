@@ -121,7 +121,8 @@ def test_items_that_share_a_sid_have_metrics_of_their_own(files, checkpoint, tmp
     by_sid, by_item = ranking_metrics(sid_ranks, 39), ranking_metrics(item_ranks, 39)
     assert metrics["items"] == by_item and {name: metrics[name] for name in by_sid} == by_sid
     table = format_metrics(by_item)
-    assert f"{format_metrics(by_sid)}\nitems instead of SIDs, 2 of 40 share theirs:\n{table}" in printed
+    rule = "items instead of SIDs, 2 of 40 share theirs and follow each other, the most bought first:"
+    assert f"{format_metrics(by_sid)}\n{rule}\n{table}" in printed
 
 
 def test_items_cannot_be_told_apart_without_their_ids(files, checkpoint, tmp_path):

@@ -16,7 +16,7 @@ def test_the_longest_prompts_are_ranked_first(monkeypatch, processes):
     widths: dict[int, list[int]] = {}
     found = []
 
-    def search(model, input_ids, attention_mask, trie, num_beams, length_penalty, allowed):
+    def search(model, input_ids, attention_mask, trie, num_beams, length_penalty, allowed, wanted):
         widths.setdefault(state.process_index, []).append(input_ids.shape[1])
         first = attention_mask.sum(dim=1, keepdim=True) % 3  # a ranking that names its prompt
         return torch.cat([first, (first + 1) % 3], dim=1), torch.zeros(len(first), 2)

@@ -19,7 +19,7 @@ FLOORS = [
     ["minionerec.model"],
     ["minionerec.decoding", "minionerec.prepare"],
     ["minionerec.serving"],
-    ["minionerec.ranking"],
+    ["minionerec.blending", "minionerec.ranking"],
     ["minionerec.training"],
     ["minionerec.dryrun", "lora_utils"],
     ["evaluate", "merge_lora", "recommend", "rl", "sft"],

@@ -77,7 +77,7 @@ def test_the_pipeline_runs_from_the_default_paths(checkout, base):
         EVAL_FLAGS="--num_beams 10",
     )  # fmt: skip
     assert result.returncode == 0, result.stderr[-3000:]
-    assert "| lora SFT + RL |" in result.stdout
+    assert "| lora SFT + RL |" in result.stdout and "| lora SFT + RL with SASRec |" in result.stdout
     out = checkout / "output" / "Bolts_lora"
     flags = json.loads((out / "rl" / "final_checkpoint" / "minionerec.json").read_text())["flags"]
     assert flags["seed"] == 7 and flags["add_gt"] and flags["sft_weight"] == 1 and flags["num_generations"] == 8

@@ -44,8 +44,31 @@ def test_the_table_by_hand(tmp_path, make_run, capsys):
     assert rows["lora SFT"]["HR@1"] == "1.0000 [1.0000, 1.0000] ± 0.0000"
     # Seed by seed 2 and 1; together 1 / 0.75, and with only one row 1 or 2.
     assert rows["lora SFT"]["MRR / full"] == "1.333 [1.000, 2.000] ± 0.707"
-    assert rows["lora SFT"]["NDCG@10"] == rows["lora SFT"]["NDCG@10 / full"] == ""  # rankings of one item
+    assert "NDCG@10" not in rows["lora SFT"] and rows["lora SFT"]["NDCG@10 / full"] == ""  # rankings of one item
     assert (tmp_path / "figure.png").stat().st_size > 1000
+
+
+def test_items_that_share_a_sid_are_ranked_apart(tmp_path, make_run, capsys):
+    """Items 1 and 2 are <a>, and 2 is bought more often, so it comes first; both rows rank <a>, then <b>."""
+    (tmp_path / "info.txt").write_text("<a>\tx\t1\n<a>\tx\t2\n<b>\tx\t3\n")
+    header = "history_item_sid,item_sid,item_id\n"
+    for name, items in (("train", "223"), ("test", "12")):
+        lines = [f"\"['<a>']\",{'<b>' if item == '3' else '<a>'},{item}\n" for item in items]
+        (tmp_path / f"{name}.csv").write_text(header + "".join(lines))
+    run = make_run("r", [1, 1])
+    rows = [{"input": "", "output": "<a>", "predict": ["<a>", "<b>", *(f"<{i}>" for i in range(8))]}] * 2
+    (tmp_path / "info.txt").open("a").writelines(f"<{i}>\tx\t{i + 10}\n" for i in range(8))
+    (tmp_path / "r" / "blended.json").write_text(json.dumps(rows))
+    arguments = {"train_file": f"{tmp_path}/train.csv", "test_data_path": f"{tmp_path}/test.csv"}
+    table(**arguments, info_file=f"{tmp_path}/info.txt", runs=f"x={run}/blended.json")
+    header, _, *lines = [
+        [cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()
+    ]
+    row = dict(zip(header, lines[-1], strict=True))
+    assert row["HR@10"] == row["NDCG@10"] == row["HR@1"] == "1.0000" and "HR@50" not in row
+    assert row["items HR@10"] == "1.0000" and row["items NDCG@10"] == "0.8155"  # (1 + 1 / log2(3)) / 2
+    with pytest.raises(InputError, match="which --info_file lacks"):
+        table(**arguments, info_file=f"{tmp_path}/info.txt", runs=f"x={run}")
 
 
 def test_what_the_table_refuses(tmp_path, make_run, files):

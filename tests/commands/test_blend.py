@@ -1,0 +1,199 @@
+"""SASRec ranks with the model: against brute force over the catalogue, under constraints, and through the commands."""
+
+import json
+import random
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import evaluate_flags, refused, run_command
+
+from minionerec import InputError, Ranker, sasrec
+from minionerec.blending import BEST, WEIGHTS, fingerprint
+from minionerec.data.files import read_info_items, read_interactions
+from minionerec.metrics import rank_of, ranking_metrics
+from minionerec.serving.requests import RequestReader
+
+
+@pytest.fixture(scope="module")
+def checkpoint(sft_run) -> str:
+    return str(sft_run("lora") / "final_checkpoint")
+
+
+def save_sasrec(folder, info_file: str) -> str:
+    """A SASRec model that was never trained, and prefers some items by far."""
+    items = read_info_items(info_file)
+    torch.manual_seed(0)
+    model = sasrec.SASRec(list(dict.fromkeys(item.sid for item in items))[::-1], hidden_size=16, length=8)
+    model.items.weight.data.mul_(8)
+    sasrec.save(model, str(folder), fingerprint(items))
+    return str(folder)
+
+
+@pytest.fixture
+def other(files, tmp_path) -> str:
+    return save_sasrec(tmp_path / "sasrec", files["info"])
+
+
+@pytest.fixture(scope="module")
+def plain(files, checkpoint) -> Ranker:
+    """Ranks the whole catalogue, without SASRec."""
+    return Ranker.load(checkpoint, info_file=files["info"], num_beams=40)
+
+
+def both_scores(ranker: Ranker, other: str, history: list[str]) -> dict[str, tuple[float, float]]:
+    """SID -> its score under the model and under SASRec, for the whole catalogue."""
+    alone = {item["sid"]: item["score"] for item in ranker.recommend(history, k=40)}
+    model = sasrec.load(other)
+    sids = [ranker.items.all[ranker.items.find(text)[0]].sid for text in history]
+    logps = dict(zip(model.sids, model(model.encode([sids]))[0].log_softmax(0).tolist(), strict=True))
+    return {sid: (score, logps[sid]) for sid, score in alone.items()}
+
+
+def test_rankings_are_those_of_brute_force_over_the_catalogue(files, checkpoint, plain, other, tmp_path):
+    flags = evaluate_flags(files, tmp_path / "r.json", base_model=checkpoint, blend=other, blend_weight=0.7)
+    done = run_command("evaluate.py", **{**flags, "num_beams": 39})
+    assert done.returncode == 0, done.stderr[-3000:]
+    changed = 0
+    rankings = [row["predict"] for row in json.loads((tmp_path / "r.json").read_text())]
+    for row, ranking in zip(read_interactions(files["test"], "test_data_path"), rankings, strict=True):
+        score_of = both_scores(plain, other, row.sid_history)
+        assert ranking == sorted(score_of, key=lambda sid: -score_of[sid][0] - 0.7 * score_of[sid][1])
+        changed += ranking != sorted(score_of, key=lambda sid: -score_of[sid][0])
+    assert changed
+    assert json.loads((tmp_path / "r.metrics.json").read_text())["blend"] == {"folder": other, "weight": 0.7}
+
+
+@pytest.mark.parametrize("beams", [3, 12])
+def test_under_constraints_the_union_of_both_is_ranked_by_both(files, checkpoint, plain, other, beams):
+    """Few beams: what SASRec finds and they do not has its exact score, and nothing is recommended that may not be."""
+    ranker = Ranker.load(checkpoint, files["info"], num_beams=beams, blend=other, blend_weight=1.5)
+    narrow = Ranker.load(checkpoint, files["info"], num_beams=beams)
+    reader, chance, more = RequestReader(ranker.items, None, beams, beams), random.Random(beams), 0
+    ids = [item.id for item in ranker.items.all]
+    asked = [{"history": chance.choices(ids, k=chance.randint(1, 6)), "K": beams} for _ in range(12)]
+    for i, request in enumerate(asked):
+        request["exclude_seen"] = chance.random() < 0.5
+        if i % 3:
+            request["allow" if i % 3 == 1 else "deny"] = chance.sample(ids, chance.choice([1, 2, 30]))
+    requests = [reader.read(request) for request in asked]
+    alone = narrow.answer(requests)
+    for request, found, of_beams in zip(requests, ranker.answer(requests), alone, strict=True):
+        score_of = both_scores(plain, other, request.given)
+        may = [n for n in range(40) if n not in request.without and all(n in only for only in request.only)]
+        allowed = {ranker.items.all[n].sid for n in may}
+        best = sorted(allowed, key=lambda sid: -score_of[sid][1])[:BEST]
+        union = {item["sid"] for item in of_beams} | set(best)
+        ranked = sorted(union, key=lambda sid: -score_of[sid][0] - 1.5 * score_of[sid][1])
+        wanted = [n for n in ranker.items.ranked(ranked, 40) if n in may][:beams]
+        assert [item["id"] for item in found] == [ranker.items.all[n].id for n in wanted]
+        for item in found:
+            score, logp = score_of[item["sid"]]
+            assert item["score"] == pytest.approx(score + 1.5 * logp, abs=1e-3)
+        more += len({item["sid"] for item in found} - {item["sid"] for item in of_beams})
+    assert more  # SASRec's own finds were among the best
+
+
+def test_the_weight_is_chosen_once_and_recorded(files, checkpoint, plain, other, tmp_path):
+    """On the validation file of the checkpoint's run; recommend.py, a Ranker and a second evaluation take it."""
+    request = {"model": checkpoint, "info_file": files["info"], "history": "12, 30", "blend": other}
+    refused("recommend.py", f"--blend {other}: no weight is recorded for this checkpoint", **request)
+    with pytest.raises(InputError, match="no weight is recorded"):
+        Ranker.load(checkpoint, files["info"], blend=other)
+    flags = evaluate_flags(files, tmp_path / "r.json", base_model=checkpoint, blend=other, num_beams=39)
+    first = run_command("evaluate.py", **{**flags, "num_beams": 39})
+    assert first.returncode == 0, first.stderr[-3000:]
+
+    by_hand = {}
+    rows = list(read_interactions(files["valid"], "eval_file"))
+    scores = [both_scores(plain, other, row.sid_history) for row in rows]
+    for weight in WEIGHTS:
+        rankings = [sorted(of, key=lambda sid, of=of: -of[sid][0] - weight * of[sid][1]) for of in scores]
+        ranks = [rank_of(row.sid, ranking) for row, ranking in zip(rows, rankings, strict=True)]
+        by_hand[weight] = ranking_metrics(ranks, 10)["NDCG@10"]
+    best = max(by_hand, key=lambda weight: (by_hand[weight], -weight))
+    (path,) = (tmp_path / "sasrec").glob("weight-*.json")
+    record = json.loads(path.read_text())
+    assert record["weight"] == best and record["eval_file"] == files["valid"] and record["rows"] == 10
+    assert {float(weight): value for weight, value in record["tried"].items()} == pytest.approx(by_hand)
+    assert f"weight {best:g} is taken" in first.stdout
+
+    record["weight"] = 2.5  # what stands there is taken
+    path.write_text(json.dumps(record))
+    again = run_command("evaluate.py", **{**flags, "num_beams": 39})
+    assert again.returncode == 0 and "is taken" not in again.stdout
+    assert f"weight of {other}: 2.5, as recorded in {path}" in again.stdout
+    assert json.loads((tmp_path / "r.metrics.json").read_text())["blend"]["weight"] == 2.5
+    done = run_command("recommend.py", **request)
+    ranker = Ranker.load(checkpoint, files["info"], blend=other)
+    assert ranker.blend.weight == 2.5 and done.returncode == 0, done.stderr
+    assert [line.split()[2] for line in done.stdout.splitlines() if line[:1] == " "] == [
+        item["id"] for item in ranker.recommend(["12", "30"])
+    ]
+    path.write_text('{"weight": -3}')
+    refused("recommend.py", f"{path}: weight is -3 and must be a number from 0; remove the file", **request)
+    with pytest.raises(InputError, match="must be auto or a number from 0"):
+        Ranker.load(checkpoint, files["info"], blend=other, blend_weight=float("nan"))
+    path.write_text(json.dumps(record))
+    shutil.copytree(checkpoint, tmp_path / "copy")  # the weight belongs to the weights, not to their place
+    assert Ranker.load(tmp_path / "copy", files["info"], blend=other).blend.weight == 2.5
+    run_command("evaluate.py", **{**flags, "num_beams": 39, "eval_file": files["valid"]})  # chosen again
+    assert json.loads(path.read_text())["weight"] == best
+
+
+def test_a_file_of_requests_is_blended_too(files, checkpoint, other, tmp_path):
+    (tmp_path / "requests.jsonl").write_text('{"history": ["12", "30"], "deny": ["7"]}\n{"history": ["3"]}\n')
+    flags = {"model": checkpoint, "info_file": files["info"], "histories": tmp_path / "requests.jsonl"}
+    done = run_command("recommend.py", **flags, output=tmp_path / "out.jsonl", blend=other, blend_weight=3)
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    ranker = Ranker.load(checkpoint, files["info"], blend=other, blend_weight=3)
+    ids = [[item["id"] for item in items] for items in (rows[1]["items"], ranker.recommend(["3"]))]
+    assert ids[0] == ids[1]
+    assert "7" not in [item["id"] for item in rows[0]["items"]]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("fewer", "was trained on a different catalogue: 3 SIDs of"),
+        ("swapped", "was trained on a different catalogue: the SIDs of"),
+        ("weights", "no SASRec model is there; train one with scripts/train_sasrec.py"),
+        ("text", "does not list SIDs; train it again"),
+        ("negative", "--blend_weight -1.0: must be 0 or more"),
+        ("alone", "--blend_weight has no effect without --blend"),
+    ],
+)
+def test_what_does_not_fit_is_refused_in_one_line(files, checkpoint, tmp_path, change, message):
+    lines = Path(files["info"]).read_text(encoding="utf-8").splitlines(keepends=True)
+    if change == "fewer":
+        lines = lines[:-3]
+    elif change == "swapped":  # items 5 and 6 have each other's SIDs
+        (a, rest_a), (b, rest_b) = (lines[i].split("\t", 1) for i in (5, 6))
+        lines[5:7] = [f"{b}\t{rest_a}", f"{a}\t{rest_b}"]
+    (tmp_path / "info.txt").write_text("".join(lines), encoding="utf-8")
+    folder = save_sasrec(tmp_path / "sasrec", str(tmp_path / "info.txt"))
+    if change == "weights":
+        (tmp_path / "sasrec" / "sasrec.safetensors").unlink()
+    elif change == "text":
+        (tmp_path / "sasrec" / "sasrec.json").write_text('{"sids": 3}')
+    blend = {"blend": folder, "blend_weight": -1 if change == "negative" else 0.5}
+    if change == "alone":
+        del blend["blend"]
+    for script, flags in (
+        ("evaluate.py", evaluate_flags(files, tmp_path / "r.json", base_model=checkpoint, **blend)),
+        ("recommend.py", {"model": checkpoint, "info_file": files["info"], "history": "12", **blend}),
+    ):
+        result = run_command(script, **flags)
+        assert result.returncode == 2
+        (line,) = result.stderr.strip().splitlines()
+        assert message in line
+
+
+def test_a_weight_is_not_chosen_on_the_test_rows(files, base, checkpoint, other, tmp_path):
+    flags = evaluate_flags(files, tmp_path / "r.json", base_model=checkpoint, blend=other)
+    refused("evaluate.py", "a weight that is chosen on the test rows says nothing", **flags, eval_file=files["test"])
+    refused("evaluate.py", "--eval_file nowhere: no such file", **flags, eval_file="nowhere")
+    flags = evaluate_flags(files, tmp_path / "r.json", base_model=base, category="bolts", blend=other)
+    refused("evaluate.py", f"{base} recorded no validation file; give --eval_file", **flags)
