@@ -182,7 +182,8 @@ class Ranker:
         prompts were made of. Raises RunError if a score is NaN."""
         second = self._second(rows, self.blend.weight or 0.0) if self.blend else None
         sizes = self.num_beams, self.batch_size, length_penalty
-        ranked = score_prompts(self.model, self.trie, prompts, self.tokenizer.pad_token_id, *sizes, second=second)
+        pad, halving = self.tokenizer.pad_token_id, self.halving
+        ranked = score_prompts(self.model, self.trie, prompts, pad, *sizes, second=second, halving=halving)
         return [[self.sids[index] for index, _ in ranking[: self.num_beams]] for ranking in ranked]
 
     def weigh(self, rows: Sequence[Interaction], length_penalty: float = 0.0) -> dict[float, float]:
@@ -191,7 +192,8 @@ class Ranker:
         sizes = self.num_beams, self.batch_size, length_penalty
         model, trie, prompts = self.model, self.trie, self.encode(rows)
         alone = self._second(rows, weight=0.0)
-        found = score_prompts(model, trie, prompts, self.tokenizer.pad_token_id, *sizes, second=alone)
+        pad, halving = self.tokenizer.pad_token_id, self.halving
+        found = score_prompts(model, trie, prompts, pad, *sizes, second=alone, halving=halving)
         others = []
         for start in range(0, len(rows), self.batch_size):
             part = range(start, min(start + self.batch_size, len(rows)))
