@@ -77,17 +77,17 @@ class CoPurchases:
         values = information[positive].astype(np.float32)
         return csr_array(coo_array((values, (row[positive], column[positive])), pairs.shape))
 
-    @threadpool_limits.wrap(limits=1)  # for the reasons in semantic_ids.py
     def embed(self, seed: int) -> np.ndarray:
         """[items, p], float32, of norm 1, or 0 for an item without co-purchases: the left singular vectors of the PPMI
         matrix, times the square roots of the singular values (Levy, Goldberg and Dagan, 2015)."""
-        matrix = self.ppmi()
-        if matrix.shape[0] > DIMENSIONS:
-            from sklearn.utils.extmath import randomized_svd
+        from sklearn.utils.extmath import randomized_svd
 
-            left, values, _ = randomized_svd(matrix, DIMENSIONS, n_iter=SVD_ITERATIONS, random_state=seed)
-        else:
-            left, values, _ = np.linalg.svd(matrix.toarray())
+        matrix = self.ppmi()
+        with threadpool_limits(1):  # for the reasons in semantic_ids.py; it works only on libraries already loaded
+            if matrix.shape[0] > DIMENSIONS:
+                left, values, _ = randomized_svd(matrix, DIMENSIONS, n_iter=SVD_ITERATIONS, random_state=seed)
+            else:
+                left, values, _ = np.linalg.svd(matrix.toarray())
         embeddings = (left * np.sqrt(values)).astype(np.float32)
         lengths = np.linalg.norm(embeddings, axis=1, keepdims=True)
         return np.divide(embeddings, lengths, out=np.zeros_like(embeddings), where=lengths > 1e-6)
