@@ -277,7 +277,7 @@ def test_new_items_get_ids_that_a_model_knows(prepared, raw, tmp_path, capsys):
 
 def test_what_is_bought_together_shapes_the_ids_and_not_the_text_embeddings(prepared, raw, tmp_path, capsys):
     prepare_data(**flags_of(raw, tmp_path / "texts", purchase_share=0))
-    assert "IDs: of texts only\n" in capsys.readouterr().out
+    assert "IDs: from texts only\n" in capsys.readouterr().out
     records = [json.loads((folder / "dataset.json").read_text()) for folder in (prepared, tmp_path / "texts")]
     assert [record["arguments"]["purchase_share"] for record in records] == [0.5, 0]
     with_purchases, without = (record["semantic_ids"] for record in records)
@@ -300,7 +300,7 @@ def test_without_co_purchases_ids_are_of_texts(raw, tmp_path, capsys):
     Path(alone).write_bytes(encoded(reviews, "json"))
     for share in (0.5, 0):
         prepare_data(**flags_of({**raw, "interactions": alone}, tmp_path / str(share), purchase_share=share))
-    assert "IDs: of texts only, because no training row has two different items" in capsys.readouterr().out
+    assert "IDs: from texts only, because no training row has two different items" in capsys.readouterr().out
     assert [part for part in contents(tmp_path / "0.5") if part != "dataset.json"]
     for name, content in contents(tmp_path / "0").items():
         assert name == "dataset.json" or contents(tmp_path / "0.5")[name] == content

@@ -216,9 +216,9 @@ def _give_ids(
         purchases = training.embed(flags.seed)
         vectors, weights = joined(vectors, purchases, trust, flags.purchase_share)
         used = {"items": int((trust > 0).sum()), "width": purchases.shape[1]}
-        print(f"IDs: of texts, and for {used['items']:,} of {num_items:,} items of what was bought with them")
+        print(f"IDs: from texts and co-purchases, which {used['items']:,} of {num_items:,} items have")
     else:
-        print(f"IDs: of texts only{', because no training row has two different items' if training else ''}")
+        print(f"IDs: from texts only{', because no training row has two different items' if training else ''}")
     codebooks, assigned, residual = semantic_ids.fit(vectors, flags.levels, flags.codes, flags.seed, weights)
     report = semantic_ids.level_report(assigned)
     final, resolved = semantic_ids.resolve_collisions(

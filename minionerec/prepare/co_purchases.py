@@ -95,11 +95,12 @@ class CoPurchases:
 
 def joined(texts: np.ndarray, purchases: np.ndarray, trust: np.ndarray, share: float) -> tuple[np.ndarray, np.ndarray]:
     """Texts [items, d] and co-purchases [items, p] side by side, [items, d + p], and how much each number counts: those
-    of a text 1, those of co-purchases the `trust` [items] in them.
+    of a text 1, those of co-purchases the `trust` [items] in them, or 0 if they say nothing.
 
     Co-purchases are scaled, so that of the variance `share` (below 1) is theirs. Texts stay as they are: an item that
     nobody bought has the distances of its text.
     """
+    trust = trust * purchases.any(axis=1)
     of_texts, of_purchases = (float(part.var(axis=0).sum()) for part in (texts, purchases[trust > 0]))
     scale = 1.0  # where all texts or all co-purchases are alike
     if min(of_texts, of_purchases) > 1e-6:

@@ -10,7 +10,6 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError
@@ -35,7 +34,7 @@ def distances(points: np.ndarray, centroids: np.ndarray, weights: np.ndarray | N
     return squares - 2 * weighted @ centroids.T
 
 
-def _of(weights: np.ndarray | None, rows: Any) -> np.ndarray | None:
+def _of(weights: np.ndarray | None, rows: np.ndarray | slice) -> np.ndarray | None:
     return None if weights is None else weights[rows]
 
 
