@@ -15,17 +15,20 @@ import numpy as np
 from minionerec import __version__
 from minionerec.errors import InputError, Problems
 from minionerec.prepare import cleaning, item_embeddings, row_files, semantic_ids, sources, writing
+from minionerec.prepare.co_purchases import CoPurchases, joined
 from minionerec.prepare.columns import find_columns
 from minionerec.prepare.formats import Source
 from minionerec.prepare.recognize import Layout, open_source
 from minionerec.prepare.settings import PrepareFlags
 
 ITEM_ROLES = ("item", "title", "description", "features", "brand", "categories", "price")
+MOST_MOVED = 0.05  # of the items, before a line warns
 SOFTWARE = ("numpy", "pyarrow", "scikit-learn", "scipy")
 # The flags that dataset.json records as its arguments.
 ARGUMENTS = (
     *("time_format", "time_zone", "events", "min_rating", "drop_repeats", "session_gap", "min_interactions"),
-    *("max_history", "start_date", "end_date", "split", "text_columns", "levels", "codes", "collisions", "seed"),
+    *("max_history", "start_date", "end_date", "split", "text_columns"),
+    *("purchase_share", "levels", "codes", "collisions", "seed"),
 )
 
 
@@ -178,10 +181,11 @@ def build(problems: Problems, flags: PrepareFlags) -> dict[str, object]:
         else:
             text_model = item_embeddings.TextModel.fit(texts, flags.seed)
             vectors = text_model.embed(texts)
-        codebooks, assigned, residual = semantic_ids.fit(vectors, flags.levels, flags.codes, flags.seed)
-        report = semantic_ids.level_report(assigned)
-        final, resolved = semantic_ids.resolve_collisions(assigned, residual, codebooks[-1], flags.collisions)
-        print_levels(report, flags.codes, len(catalogue), flags.collisions, resolved)
+        training = None
+        if flags.purchase_share:
+            batches = cleaning.in_time_order(rows, sum(sizes.values()), flags.split)
+            training = CoPurchases.count(batches, len(catalogue), sizes["train"], flags.seed)
+        codebooks, final, made = _give_ids(flags, vectors, training)
 
         # Write.
         folder = os.path.join(scratch, "dataset")
@@ -207,12 +211,40 @@ def build(problems: Problems, flags: PrepareFlags) -> dict[str, object]:
             "items": {**found, "kept": len(catalogue)},
             "rows": sizes,
             "embeddings": {**made_by, "width": vectors.shape[1]},
-            "semantic_ids": {"levels": report, **resolved},
+            "semantic_ids": made,
             "software": software(),
         }
         writing.write_record(folder, record)
         writing.publish(folder, flags.output_dir)
     return record
+
+
+def _give_ids(
+    flags: PrepareFlags, vectors: np.ndarray, training: CoPurchases | None
+) -> tuple[np.ndarray, list[tuple[int, ...]], dict[str, Any]]:
+    """Gives codes to the items: by their texts, `vectors` [items, d], and by their co-purchases, if those count.
+
+    Returns codebooks [L, K, d + p], the codes of each item, and what dataset.json records about them.
+    """
+    num_items, weights, used = len(vectors), None, None
+    if training and (trust := training.trust()).any():
+        purchases = training.embed(flags.seed)
+        vectors, weights = joined(vectors, purchases, trust, flags.purchase_share)
+        used = {"items": int((trust > 0).sum()), "width": purchases.shape[1]}
+        print(f"IDs: from texts and co-purchases, which {used['items']:,} of {num_items:,} items have")
+    else:
+        print(f"IDs: from texts only{', because no training row has two different items' if training else ''}")
+    codebooks, assigned, residual = semantic_ids.fit(vectors, flags.levels, flags.codes, flags.seed, weights)
+    report = semantic_ids.level_report(assigned)
+    final, resolved = semantic_ids.resolve_collisions(
+        assigned, residual, codebooks[-1], flags.collisions, weights=weights
+    )
+    before, after = (semantic_ids.explained(vectors, codebooks, codes, weights) for codes in (assigned, final))
+    print_levels(report, flags.codes, num_items, flags.collisions, resolved)
+    print(f"the codes explain {before:.1%} of the variance of the items, {after:.1%} after collisions are resolved")
+    _print_advice(flags.codes, num_items, resolved)
+    explained = {"before_collisions": before, "after_collisions": after}
+    return codebooks, final, {"levels": report, **resolved, "explained": explained, "co_purchases": used}
 
 
 def texts_of(items: Sequence[sources.RawItem], columns: str) -> list[str]:
@@ -318,6 +350,18 @@ def print_levels(
         )
     done = ", ".join(f"{count:,} {what}" for what, count in resolved.items()) or "none"
     print(f"collisions ({collisions}): {done}")
+    moved = resolved.get("moved", 0)
+    if moved > MOST_MOVED * num_items:
+        print(
+            f"warning: {moved:,} of {num_items:,} items ({moved / num_items:.1%}) have a code that is not the nearest, "
+            "because another item has that ID"
+        )
+
+
+def _print_advice(codes: int, num_items: int, resolved: dict[str, int]) -> None:
+    """Prints which flags might give better IDs."""
+    if resolved.get("moved", 0) > MOST_MOVED * num_items:
+        print("note: more --text_columns, --codes or --levels give fewer items the same ID")
     better = max(2, 1 << max(1, num_items // 8).bit_length() - 1)  # the power of 2 with 8 to 16 items per code
     if num_items < 4 * codes and better < codes:
         print(

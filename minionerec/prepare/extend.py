@@ -19,7 +19,7 @@ from minionerec.prepare.settings import PrepareFlags
 
 class OldItems(TypedDict):
     """The items of a data set, and the models that give codes to new ones: `codes` of each item, `embeddings` [items,
-    d], `codebooks` [L, K, d]."""
+    d], `codebooks` [L, K, d + p]."""
 
     index: dict[str, list[str]]
     metadata: dict[str, dict[str, str]]
@@ -66,34 +66,25 @@ def add_items(problems: Problems, flags: PrepareFlags) -> writing.Record:
         vectors = item_embeddings.embed_with_model(encoder, texts)
     else:
         vectors = old["text_model"].embed(texts)
-    codebooks = old["codebooks"]
-    if vectors.shape[1] != codebooks.shape[2]:
+    width = old["embeddings"].shape[1]
+    if vectors.shape[1] != width:
         raise InputError(
-            f"--embeddings {embeddings}: has width {vectors.shape[1]}, but the codebooks of {dataset} have "
-            f"{codebooks.shape[2]}"
+            f"--embeddings {embeddings}: has width {vectors.shape[1]}, but the embeddings of {dataset} have {width}"
         )
 
     # Give them codes that old items use.
-    levels, codes = codebooks.shape[:2]
-    known: np.ndarray = np.zeros((levels, codes), bool)
-    for row in old["codes"]:
-        known[np.arange(levels), row[:levels]] = True
-    assigned, residual = semantic_ids.code_with(vectors, codebooks, known)
     mode = "keep" if record["arguments"]["collisions"] == "keep" else "move"
-    free = semantic_ids.FreeIds(codebooks, known)
-    final, resolved = semantic_ids.resolve_collisions(
-        *(assigned, residual, codebooks[-1], mode, np.flatnonzero(known[-1]), old["codes"]),
-        elsewhere=lambda item, used: free.nearest(vectors[item], used),
-    )
+    final, resolved, report = _give_codes(old, vectors, mode)
     index = writing.index_of(final, len(old["index"]))
     tokens = {token for sid in old["index"].values() for token in sid}
     unknown = sorted({token for sid in index.values() for token in sid} - tokens)
-    report = semantic_ids.level_report(assigned)
     print(
         f"items: {found['rows']:,} read; {found['not_wanted']:,} that exist already, {found['untitled']:,} without a "
         f"title and {found['repeated']:,} with a repeated id were left out; {len(new):,} are new"
     )
-    print_levels(report, codes, 4 * codes, mode, resolved)
+    if old["codebooks"].shape[2] > width:
+        print("IDs: the new items are placed by their texts, because no purchases of them are known")
+    print_levels(report, old["codebooks"].shape[1], len(new), mode, resolved)
     for note in _notes_on_titles(old, new, vectors if record["embeddings"]["kind"] == "tfidf" else None):
         print(note)
     if unknown:
@@ -110,7 +101,7 @@ def add_items(problems: Problems, flags: PrepareFlags) -> writing.Record:
             {**old["index"], **index},
             {**old["metadata"], **metadata},
             np.concatenate([old["embeddings"], vectors]),
-            codebooks,
+            old["codebooks"],
             old["text_model"],
         )
         for split in SPLITS:
@@ -127,6 +118,25 @@ def add_items(problems: Problems, flags: PrepareFlags) -> writing.Record:
         writing.write_record(folder, record)
         writing.publish(folder, output_dir)
     return record
+
+
+def _give_codes(
+    old: OldItems, vectors: np.ndarray, mode: str
+) -> tuple[list[tuple[int, ...]], Counter[str], list[dict[str, float]]]:
+    """Codes of new items with the embeddings `vectors` [items, d], how collisions were resolved, and how levels are
+    used. Nobody has bought the items yet, so of the codebooks [L, K, d + p] only the columns of texts count."""
+    codebooks = old["codebooks"][:, :, : vectors.shape[1]]
+    levels, codes = codebooks.shape[:2]
+    known: np.ndarray = np.zeros((levels, codes), bool)
+    for row in old["codes"]:
+        known[np.arange(levels), row[:levels]] = True
+    assigned, residual = semantic_ids.code_with(vectors, codebooks, known)
+    free = semantic_ids.FreeIds(codebooks, known)
+    final, resolved = semantic_ids.resolve_collisions(
+        *(assigned, residual, codebooks[-1], mode, np.flatnonzero(known[-1]), old["codes"]),
+        elsewhere=lambda item, used: free.nearest(vectors[item], used),
+    )
+    return final, resolved, semantic_ids.level_report(assigned)
 
 
 def _notes_on_titles(old: OldItems, new: Sequence[sources.RawItem], vectors: np.ndarray | None) -> list[str]:
@@ -175,7 +185,10 @@ def _read_catalogue(dataset: str, record: writing.Record) -> OldItems:
         for fields in metadata.values():
             if not isinstance(fields["original_id"], str) or fields["title"] != " ".join(fields["title"].split()):
                 raise ValueError("an item lacks its original_id, or its title is not one line of text")
-        if embeddings.shape != (len(index), codebooks.shape[2]) or embeddings.dtype != np.float32:
+        if embeddings.ndim != 2 or len(embeddings) != len(index) or embeddings.dtype != np.float32:
+            raise ValueError("the embeddings are not float32, a row for each item")
+        extra = codebooks.shape[2] - embeddings.shape[1]  # columns of co-purchases
+        if extra < 0 or bool(extra) != bool(record["semantic_ids"].get("co_purchases")):
             raise ValueError("the embeddings do not fit the items and the codebooks")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(f"--dataset {dataset}: its items cannot be read: {error}") from None

@@ -24,19 +24,29 @@ ITERATIONS = 20
 CHUNK = 16_384  # rows of a distance matrix
 
 
-def distances(points: np.ndarray, centroids: np.ndarray) -> np.ndarray:
-    """Squared distances, [points, centroids]."""
-    squares = np.einsum("nd,nd->n", points, points)[:, None] + np.einsum("kd,kd->k", centroids, centroids)
-    return squares - 2 * points @ centroids.T
+def distances(points: np.ndarray, centroids: np.ndarray, weights: np.ndarray | None = None) -> np.ndarray:
+    """Squared distances, [points, centroids]; with `weights` [points, d], the squares of each point count by them."""
+    if weights is None:
+        squares = np.einsum("nd,nd->n", points, points)[:, None] + np.einsum("kd,kd->k", centroids, centroids)
+        return squares - 2 * points @ centroids.T
+    weighted = weights * points
+    squares = np.einsum("nd,nd->n", weighted, points)[:, None] + weights @ np.square(centroids).T
+    return squares - 2 * weighted @ centroids.T
 
 
-def _nearest(points: np.ndarray, centroids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _of(weights: np.ndarray | None, rows: np.ndarray | slice) -> np.ndarray | None:
+    return None if weights is None else weights[rows]
+
+
+def _nearest(
+    points: np.ndarray, centroids: np.ndarray, weights: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
     """The nearest centroid of each point, and how much farther the second nearest is; both [points]."""
     nearest: np.ndarray = np.empty(len(points), np.int64)
     regret: np.ndarray = np.full(len(points), np.inf, np.float32)
     for start in range(0, len(points), CHUNK):
         part = slice(start, start + CHUNK)
-        distance = distances(points[part], centroids)
+        distance = distances(points[part], centroids, _of(weights, part))
         nearest[part] = distance.argmin(axis=1)
         if len(centroids) > 1:
             two = np.partition(distance, 1, axis=1)
@@ -44,8 +54,8 @@ def _nearest(points: np.ndarray, centroids: np.ndarray) -> tuple[np.ndarray, np.
     return nearest, regret
 
 
-def assign(points: np.ndarray, centroids: np.ndarray, capacity: int) -> np.ndarray:
-    """The code of each point, [points]; no code is given more than `capacity` times.
+def assign(points: np.ndarray, centroids: np.ndarray, capacity: int, weights: np.ndarray | None = None) -> np.ndarray:
+    """The code of each point, [points]; no code is given more than `capacity` times. `weights`: as for `distances`.
 
     Every point requests its nearest code. A code with too many requests accepts the points whose next code is farthest,
     and is full; the others request again, among the codes that are not full. Raises ValueError if there are more points
@@ -58,7 +68,7 @@ def assign(points: np.ndarray, centroids: np.ndarray, capacity: int) -> np.ndarr
     waiting = np.arange(len(points))
     while len(waiting):
         free = np.flatnonzero(room)
-        nearest, regret = _nearest(points[waiting], centroids[free])
+        nearest, regret = _nearest(points[waiting], centroids[free], _of(weights, waiting))
         requested = free[nearest]
         order = np.lexsort((-regret, requested))
         queue = requested[order]
@@ -74,31 +84,39 @@ def _capacity(points: int, codes: int) -> int:
     return math.ceil(SLACK * points / codes)
 
 
-def _fit_level(points: np.ndarray, codes: int, seed: int) -> np.ndarray:
+def _fit_level(points: np.ndarray, codes: int, seed: int, weights: np.ndarray | None) -> np.ndarray:
     """Centroids [codes, d] by Lloyd's iterations with clusters of limited size."""
     from sklearn.cluster import kmeans_plusplus
 
-    centroids = kmeans_plusplus(points, codes, random_state=seed)[0]
+    starts_at = points if weights is None else points * np.sqrt(weights)
+    centroids = points[kmeans_plusplus(starts_at, codes, random_state=seed)[1]]
     before = None
     for _ in range(ITERATIONS):
-        assigned = assign(points, centroids, _capacity(len(points), codes))
+        assigned = assign(points, centroids, _capacity(len(points), codes), weights)
         if before is not None and np.array_equal(assigned, before):
             break
         before = assigned
         order = np.argsort(assigned, kind="stable")
         used, starts, sizes = np.unique(assigned[order], return_index=True, return_counts=True)
         centroids = centroids.copy()  # a code without points keeps its centroid
-        centroids[used] = np.add.reduceat(points[order], starts) / sizes[:, None]
+        if weights is None:
+            centroids[used] = np.add.reduceat(points[order], starts) / sizes[:, None]
+        else:  # where nothing counts, the centroid is 0
+            totals = np.add.reduceat(weights[order], starts)
+            centroids[used] = np.add.reduceat((weights * points)[order], starts) / np.maximum(totals, 1e-12)
     return centroids.astype(np.float32)
 
 
 @threadpool_limits.wrap(limits=1)
-def fit(embeddings: np.ndarray, levels: int, codes: int, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def fit(
+    embeddings: np.ndarray, levels: int, codes: int, seed: int, weights: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Fits codebooks, and gives codes to the items.
 
     Args:
         embeddings: [items, d].
         codes: codes of a level; as many as items, if there are fewer items.
+        weights: how much each number of `embeddings` counts, [items, d], from 0 to 1; None for all alike.
 
     Returns codebooks [L, K, d], codes [items, L], and the residuals that the last level encodes, [items, d].
     """
@@ -110,8 +128,8 @@ def fit(embeddings: np.ndarray, levels: int, codes: int, seed: int) -> tuple[np.
     for level in range(levels):
         if level:
             residual = residual - codebooks[-1][assigned[-1]]
-        codebooks.append(_fit_level(residual[sample], codes, seed + level))
-        assigned.append(assign(residual, codebooks[-1], _capacity(len(residual), codes)))
+        codebooks.append(_fit_level(residual[sample], codes, seed + level, _of(weights, sample)))
+        assigned.append(assign(residual, codebooks[-1], _capacity(len(residual), codes), weights))
     return np.stack(codebooks), np.stack(assigned, axis=1), residual
 
 
@@ -138,6 +156,7 @@ def resolve_collisions(
     choices: np.ndarray | None = None,
     taken: Iterable[tuple[int, ...]] = (),
     elsewhere: Callable[[int, set[tuple[int, ...]]], tuple[int, ...] | None] = lambda item, used: None,
+    weights: np.ndarray | None = None,
 ) -> tuple[list[tuple[int, ...]], Counter]:
     """The final codes of each item, and how many items were moved, extended, or share an ID.
 
@@ -154,6 +173,7 @@ def resolve_collisions(
             others.
         elsewhere: the codes to move an item to where no last code is free, given those that are used; None for one more
             code.
+        weights: as `fit` takes them.
     """
     choices = np.arange(len(codebook)) if choices is None else choices
     choice_vectors = codebook[choices]
@@ -161,7 +181,9 @@ def resolve_collisions(
     used, done = set(taken), Counter[str]()
     gap = residual - codebook[codes[:, -1]]
     others = []
-    for item in np.argsort(np.einsum("nd,nd->n", gap, gap), kind="stable").tolist():
+    for item in np.argsort(
+        np.einsum("nd,nd->n", gap if weights is None else gap * weights, gap), kind="stable"
+    ).tolist():
         if final[item] in used:
             others.append(item)
         used.add(final[item])
@@ -170,7 +192,9 @@ def resolve_collisions(
     for item in sorted(others, key=lambda item: final[item]):
         prefix = final[item][:-1]
         if mode == "move":
-            nearest = choices[np.argsort(distances(residual[item][None], choice_vectors)[0], kind="stable")]
+            here = slice(item, item + 1)
+            distance = distances(residual[here], choice_vectors, _of(weights, here))[0]
+            nearest = choices[np.argsort(distance, kind="stable")]
             free = next((code for code in nearest.tolist() if (*prefix, code) not in used), None)
         other = None
         if mode == "move":
@@ -220,6 +244,23 @@ class FreeIds:
         order = np.argsort(distances(residual[None], codebook[choices])[0], kind="stable")
         found = (self._search((*prefix, code), residual - codebook[code], used) for code in choices[order].tolist())
         return next((codes for codes in found if codes is not None), None)
+
+
+@threadpool_limits.wrap(limits=1)
+def explained(
+    embeddings: np.ndarray,
+    codebooks: np.ndarray,
+    codes: Sequence[Sequence[int]] | np.ndarray,
+    weights: np.ndarray | None = None,
+) -> float:
+    """The fraction of the variance of `embeddings` [items, d] that is left in the sums of their codes' centroids. Codes
+    after those of `codebooks` [L, K, d] only tell items apart. `weights` are those of `fit`."""
+    left, rows = embeddings.astype(np.float32), np.array([row[: len(codebooks)] for row in codes])
+    total = (left - np.average(left, axis=0, weights=weights)) ** 2
+    for level, codebook in enumerate(codebooks):
+        left = left - codebook[rows[:, level]]
+    lost, all_of_it = (float(np.average(part, weights=weights)) for part in (left**2, total))
+    return round(1 - lost / all_of_it, 4) if all_of_it else 1.0
 
 
 def level_report(codes: np.ndarray) -> list[dict[str, float]]:

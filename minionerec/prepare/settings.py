@@ -90,6 +90,12 @@ class PrepareFlags(Flags):
         "", "folder or hub name of a model that embeds titles and descriptions; default is TF-IDF with SVD."
     )
     embeddings: str = flag("", ".npy file with a row for every row of items (or add_items), in the same order.")
+    purchase_share: float = flag(
+        0.5,
+        "how much of the IDs comes from what was bought together in the training rows; the rest comes from the texts. "
+        "0 for texts only.",
+        lambda value: None if 0 <= value < 1 else "must be at least 0 and below 1",
+    )
     levels: int = flag(3, "number of codes in a semantic ID.", _between(1, LEVELS))
     codes: int = flag(256, "size of the codebook of each level.", _between(2, CODES))
     collisions: str = flag(

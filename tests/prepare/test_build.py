@@ -241,7 +241,7 @@ def test_other_embeddings(raw, tmp_path, base):
     np.save(tmp_path / "new.npy", rows[:4, :5])
     refused(
         {**add, "dataset": str(tmp_path / "own"), "embeddings": str(tmp_path / "new.npy")},
-        f"has width 5, but the codebooks of {tmp_path / 'own'} have 6",
+        f"has width 5, but the embeddings of {tmp_path / 'own'} have 6",
     )
     np.save(tmp_path / "new.npy", rows[:4])
     prepare_data(**{**add, "dataset": str(tmp_path / "own"), "embeddings": str(tmp_path / "new.npy")})
@@ -273,6 +273,76 @@ def test_new_items_get_ids_that_a_model_knows(prepared, raw, tmp_path, capsys):
         {"add_items": raw["add_items"], "dataset": str(more), "output_dir": str(tmp_path / "most")},
         "none of its 4 rows is a new item with a title",
     )
+
+
+def test_what_is_bought_together_shapes_the_ids_and_not_the_text_embeddings(prepared, raw, tmp_path, capsys):
+    prepare_data(**flags_of(raw, tmp_path / "texts", purchase_share=0))
+    assert "IDs: from texts only\n" in capsys.readouterr().out
+    records = [json.loads((folder / "dataset.json").read_text()) for folder in (prepared, tmp_path / "texts")]
+    assert [record["arguments"]["purchase_share"] for record in records] == [0.5, 0]
+    with_purchases, without = (record["semantic_ids"] for record in records)
+    assert without["co_purchases"] is None and with_purchases["co_purchases"] == {"items": 48, "width": 48}
+    assert all(
+        0.5 < part["explained"]["after_collisions"] <= part["explained"]["before_collisions"] < 1
+        for part in (with_purchases, without)
+    )
+    same = {name for name, content in contents(prepared).items() if content == contents(tmp_path / "texts")[name]}
+    assert same == {f"index/{CATEGORY}.{name}" for name in ("embeddings.npy", "item.json", "tfidf.safetensors")}
+
+
+def test_without_co_purchases_ids_are_of_texts(raw, tmp_path, capsys):
+    reviews = [
+        {"reviewerID": f"A{user}", "asin": f"B{user % 48:03d}", "unixReviewTime": 1_500_000_000 + step * 10_000 + user}
+        for user in range(96)
+        for step in range(4)
+    ]
+    alone = str(tmp_path / "alone.json")
+    Path(alone).write_bytes(encoded(reviews, "json"))
+    for share in (0.5, 0):
+        prepare_data(**flags_of({**raw, "interactions": alone}, tmp_path / str(share), purchase_share=share))
+    assert "IDs: from texts only, because no training row has two different items" in capsys.readouterr().out
+    assert [part for part in contents(tmp_path / "0.5") if part != "dataset.json"]
+    for name, content in contents(tmp_path / "0").items():
+        assert name == "dataset.json" or contents(tmp_path / "0.5")[name] == content
+
+
+def test_new_items_are_placed_by_their_texts_in_the_same_codebooks(prepared, raw, tmp_path):
+    prepare_data(add_items=raw["add_items"], dataset=str(prepared), output_dir=str(tmp_path / "more"))
+    more = tmp_path / "more"
+    assert Path(path_of(more, "codebooks")).read_bytes() == Path(path_of(prepared, "codebooks")).read_bytes()
+    codebooks = semantic_ids.load_codebooks(path_of(more, "codebooks"))
+    embeddings = np.load(path_of(more, "embeddings"))
+    width = embeddings.shape[1]
+    assert codebooks.shape[2] == width + 48
+    codes, _ = semantic_ids.code_with(embeddings[48:49], codebooks[:, :, :width], np.ones((3, 8), bool))
+    assert json.loads(Path(path_of(more, "index")).read_text())["48"][:2] == semantic_ids.tokens(codes[0])[:2]
+    # A record and codebooks that do not fit together are refused; those of before there were co-purchases fit.
+    for share, lacks in ((0.5, True), (0, False)):
+        folder = tmp_path / f"old_{share}"
+        prepare_data(**flags_of(raw, folder, purchase_share=share))
+        record = json.loads((folder / "dataset.json").read_text())
+        del record["arguments"]["purchase_share"], record["semantic_ids"]["co_purchases"]
+        (folder / "dataset.json").write_text(json.dumps(record))
+        add = {"add_items": raw["add_items"], "dataset": str(folder), "output_dir": str(tmp_path / f"new_{share}")}
+        if lacks:
+            refused(add, "its items cannot be read: the embeddings do not fit")
+        else:
+            prepare_data(**add)
+
+
+def test_many_items_that_share_an_id_are_warned_of(raw, tmp_path, capsys):
+    items = [{"asin": f"B{i:03d}", "title": f"Steel {KINDS[i % 6]}"} for i in range(48)]
+    Path(tmp_path / "items.json").write_bytes(encoded(items, "json"))
+    alike = {**raw, "items": str(tmp_path / "items.json")}
+    prepare_data(**flags_of(alike, tmp_path / "alike", purchase_share=0))
+    printed = capsys.readouterr().out
+    moved = json.loads((tmp_path / "alike" / "dataset.json").read_text())["semantic_ids"]["moved"]
+    assert (
+        moved > 10 and f"warning: {moved} of 48 items ({moved / 48:.1%}) have a code that is not the nearest" in printed
+    )
+    assert "more --text_columns, --codes or --levels" in printed and "after collisions are resolved" in printed
+    prepare_data(**flags_of(raw, tmp_path / "different"))
+    assert "warning" not in capsys.readouterr().out
 
 
 def test_new_items_that_find_no_room_need_a_new_token(raw, tmp_path, capsys):
