@@ -163,7 +163,7 @@ if command != "evaluate.py":
         json.dump({{**costs, **best}}, file)
 if command not in ("sft.py", "rl.py"):
     with open(out + "/result.json", "w") as file:
-        json.dump([{{"output": "a", "predict": ["a"] * 10}}] * 10, file)
+        json.dump([{{"output": "a", "predict": ["<a_0><b_0><c_0>"] * 10}}] * 10, file)
 """
 STAGES = {"sft.py": sft.train, "rl.py": rl.train, "evaluate.py": evaluate.evaluate}
 STAGES["scripts/train_sasrec.py"] = train_sasrec
