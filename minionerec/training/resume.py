@@ -69,7 +69,8 @@ def resume_point(flags: RunFlags, run: dict, say: Callable[[str], None]) -> Chec
         )
         if old != new
     ]
-    if here.get("sid_learning_rate") and checkpoint.release < (0, 2):
+    # The last commits before 0.2.0 record an engine, and keep SID rows apart already.
+    if here.get("sid_learning_rate") and checkpoint.release < (0, 2) and "engine" not in recorded:
         problems.append(
             f"--resume_from_checkpoint: {path} has no optimizer state for SID rows alone, which --sid_learning_rate "
             "needs now; finish that run with the commit that began it, or start a new one in another --output_dir"

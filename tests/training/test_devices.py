@@ -100,7 +100,8 @@ def as_older_release(checkpoint: str) -> None:
     """0.1.0 did not record the engine, and had DeepSpeed compute in bfloat16, which its files are named after."""
     record = Path(checkpoint, "minionerec.json")
     run = json.loads(record.read_text())
-    record.write_text(json.dumps({name: run[name] for name in run if name not in ("engine", "processes")}))
+    kept = {name: run[name] for name in run if name not in ("engine", "processes")}
+    record.write_text(json.dumps({**kept, "version": "0.1.0"}))
     for file in Path(checkpoint).glob("global_step*/*optim_states.pt"):
         file.rename(file.with_name(f"bf16_{file.name}"))
 
