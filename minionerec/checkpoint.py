@@ -18,13 +18,20 @@ ADAPTER_FILE = "adapter_config.json"
 NAME_BASE = "name it with --base_model"
 # What runs of 0.1 did, by the flags that it lacked. A new flag that its runs can resume with belongs here too.
 LACKED_IN_0_1: dict[str, dict[str, object]] = {
-    "sft": {"optim": "adamw_torch_fused", "pack_rows": 0, "sid_init": "random", "sid_learning_rate": 0.0},
+    "sft": {
+        "optim": "adamw_torch_fused",
+        "pack_rows": 0,
+        "sid_init": "random",
+        "sid_learning_rate": 0.0,
+        "eval_sample": -1,
+    },
     "rl": {
         "optim": "adamw_torch_fused",
         "best_by": "ndcg",
         "reward_weights": "",
         "sft_weight": 0.0,
         "average_weights": False,
+        "eval_sample": -1,
     },
 }
 
