@@ -138,7 +138,7 @@ def gpu(*words, **settings) -> subprocess.CompletedProcess:
 def test_the_script_for_a_card_refuses_what_it_does_not_know(tmp_path):
     for words, settings, message in (
         ((), {}, "give a folder for the results"),
-        ((tmp_path / "out", "tree"), {}, "there is no part tree; the parts are memory_0.5B"),
+        ((tmp_path / "out", "tree"), {}, "there is no part tree; the parts are card"),
         ((tmp_path / "out", "trees"), {"DATA": "x"}, "CATEGORY is missing"),
     ):
         result = gpu(*words, **settings)
@@ -147,10 +147,14 @@ def test_the_script_for_a_card_refuses_what_it_does_not_know(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_script_for_a_card_keeps_finished_parts(tmp_path):
-    first = gpu(tmp_path, "rl_step")
+def test_the_script_for_a_card_runs_to_its_end_and_keeps_what_is_finished(tmp_path):
+    parts = {"card": "TFLOP/s", "graphs": "| search, merged |", "sft": "| QLoRA |", "rl": "| ReReTrainer |"}
+    parts |= {"decode": "large_catalogue", "sft_7B": "predicted GB", "trees": "| trees |"}
+    first = gpu(tmp_path)
     assert first.returncode == 0, first.stdout + first.stderr
-    written = (tmp_path / "rl_step.md").read_text()
-    assert "'threads'" in written and "python benchmarks/rl_step.py" in written and "| ReReTrainer |" in written
-    again = gpu(tmp_path, "rl_step")
+    assert {file.stem for file in tmp_path.glob("*.md")} == set(parts)
+    for part, words in parts.items():
+        written = (tmp_path / f"{part}.md").read_text()
+        assert "'threads'" in written and "    python -m benchmarks." in written and words in written, written
+    again = gpu(tmp_path)
     assert again.returncode == 0 and again.stdout == ""
