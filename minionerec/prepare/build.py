@@ -226,20 +226,18 @@ def _give_ids(
 
     Returns codebooks [L, K, d + p], the codes of each item, and what dataset.json records about them.
     """
-    num_items, weights, used = len(vectors), None, None
-    if training and (trust := training.trust()).any():
+    num_items, trust, used = len(vectors), None, None
+    if training and (shares := training.trust()).any():
         purchases = training.embed(flags.seed)
-        vectors, weights = joined(vectors, purchases, trust, flags.purchase_share)
-        used = {"items": int((trust > 0).sum()), "width": purchases.shape[1]}
+        vectors, trust = joined(vectors, purchases, shares, flags.purchase_share)
+        used = {"items": int((shares > 0).sum()), "width": purchases.shape[1]}
         print(f"IDs: from texts and co-purchases, which {used['items']:,} of {num_items:,} items have")
     else:
         print(f"IDs: from texts only{', because no training row has two different items' if training else ''}")
-    codebooks, assigned, residual = semantic_ids.fit(vectors, flags.levels, flags.codes, flags.seed, weights)
+    codebooks, assigned, residual = semantic_ids.fit(vectors, flags.levels, flags.codes, flags.seed, trust)
     report = semantic_ids.level_report(assigned)
-    final, resolved = semantic_ids.resolve_collisions(
-        assigned, residual, codebooks[-1], flags.collisions, weights=weights
-    )
-    before, after = (semantic_ids.explained(vectors, codebooks, codes, weights) for codes in (assigned, final))
+    final, resolved = semantic_ids.resolve_collisions(assigned, residual, codebooks[-1], flags.collisions, trust=trust)
+    before, after = (semantic_ids.explained(vectors, codebooks, codes, trust) for codes in (assigned, final))
     print_levels(report, flags.codes, num_items, flags.collisions, resolved)
     print(f"the codes explain {before:.1%} of the variance of the items, {after:.1%} after collisions are resolved")
     _print_advice(flags.codes, num_items, resolved)

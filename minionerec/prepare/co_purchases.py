@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from threadpoolctl import threadpool_limits
 
+from minionerec.prepare.semantic_ids import Trust
+
 if TYPE_CHECKING:
     from scipy.sparse import csr_array
 
@@ -93,9 +95,9 @@ class CoPurchases:
         return np.divide(embeddings, lengths, out=np.zeros_like(embeddings), where=lengths > 1e-6)
 
 
-def joined(texts: np.ndarray, purchases: np.ndarray, trust: np.ndarray, share: float) -> tuple[np.ndarray, np.ndarray]:
-    """Texts [items, d] and co-purchases [items, p] side by side, [items, d + p], and how much each number counts: those
-    of a text 1, those of co-purchases the `trust` [items] in them, or 0 if they say nothing.
+def joined(texts: np.ndarray, purchases: np.ndarray, trust: np.ndarray, share: float) -> tuple[np.ndarray, Trust]:
+    """Texts [items, d] and co-purchases [items, p] side by side, [items, d + p], and how much they count: texts fully,
+    co-purchases by the `trust` [items] in them, or not at all if they say nothing.
 
     Co-purchases are scaled, so that of the variance `share` (below 1) is theirs. Texts stay as they are: an item that
     nobody bought has the distances of its text.
@@ -105,5 +107,5 @@ def joined(texts: np.ndarray, purchases: np.ndarray, trust: np.ndarray, share: f
     scale = 1.0  # where all texts or all co-purchases are alike
     if min(of_texts, of_purchases) > 1e-6:
         scale = math.sqrt(of_texts / of_purchases * share / (1 - share))
-    weights = np.concatenate([np.ones_like(texts), np.repeat(trust[:, None], purchases.shape[1], axis=1)], axis=1)
-    return np.concatenate([texts, purchases * scale], axis=1).astype(np.float32), weights.astype(np.float32)
+    joint = np.concatenate([texts, purchases * scale], axis=1).astype(np.float32)
+    return joint, Trust(texts.shape[1], trust.astype(np.float32))

@@ -10,6 +10,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from safetensors import SafetensorError
@@ -24,29 +25,54 @@ ITERATIONS = 20
 CHUNK = 16_384  # rows of a distance matrix
 
 
-def distances(points: np.ndarray, centroids: np.ndarray, weights: np.ndarray | None = None) -> np.ndarray:
-    """Squared distances, [points, centroids]; with `weights` [points, d], the squares of each point count by them."""
-    if weights is None:
+@dataclass(frozen=True)
+class Trust:
+    """How much the coordinates of points count: the first `start` fully, the others by the `share` of each point,
+    [points], from 0 to 1."""
+
+    start: int
+    share: np.ndarray
+
+    def of(self, rows: np.ndarray | slice) -> "Trust":
+        """That of some of the points."""
+        return Trust(self.start, self.share[rows])
+
+    def times(self, points: np.ndarray) -> np.ndarray:
+        """Points [points, d], each coordinate times how much it counts."""
+        weighted = points.copy()
+        weighted[:, self.start :] *= self.share[:, None]
+        return weighted
+
+    def means(self, points: np.ndarray, starts: np.ndarray) -> np.ndarray:
+        """The means of the points from each of `starts` to the next, [starts, d]; 0 where nothing counts."""
+        sums = np.add.reduceat(self.times(points), starts)
+        sums[:, : self.start] /= np.diff([*starts, len(points)])[:, None]
+        sums[:, self.start :] /= np.maximum(np.add.reduceat(self.share, starts), 1e-12)[:, None]
+        return sums
+
+
+def distances(points: np.ndarray, centroids: np.ndarray, trust: Trust | None = None) -> np.ndarray:
+    """Squared distances, [points, centroids], in which the squares of coordinates count by `trust`."""
+    if trust is None:
         squares = np.einsum("nd,nd->n", points, points)[:, None] + np.einsum("kd,kd->k", centroids, centroids)
         return squares - 2 * points @ centroids.T
-    weighted = weights * points
-    squares = np.einsum("nd,nd->n", weighted, points)[:, None] + weights @ np.square(centroids).T
+    weighted = trust.times(points)
+    first, others = (np.square(part).sum(axis=1) for part in np.split(centroids, [trust.start], axis=1))
+    squares = np.einsum("nd,nd->n", weighted, points)[:, None] + first + trust.share[:, None] * others
     return squares - 2 * weighted @ centroids.T
 
 
-def _of(weights: np.ndarray | None, rows: np.ndarray | slice) -> np.ndarray | None:
-    return None if weights is None else weights[rows]
+def _of(trust: Trust | None, rows: np.ndarray | slice) -> Trust | None:
+    return trust.of(rows) if trust else None
 
 
-def _nearest(
-    points: np.ndarray, centroids: np.ndarray, weights: np.ndarray | None = None
-) -> tuple[np.ndarray, np.ndarray]:
+def _nearest(points: np.ndarray, centroids: np.ndarray, trust: Trust | None = None) -> tuple[np.ndarray, np.ndarray]:
     """The nearest centroid of each point, and how much farther the second nearest is; both [points]."""
     nearest: np.ndarray = np.empty(len(points), np.int64)
     regret: np.ndarray = np.full(len(points), np.inf, np.float32)
     for start in range(0, len(points), CHUNK):
         part = slice(start, start + CHUNK)
-        distance = distances(points[part], centroids, _of(weights, part))
+        distance = distances(points[part], centroids, _of(trust, part))
         nearest[part] = distance.argmin(axis=1)
         if len(centroids) > 1:
             two = np.partition(distance, 1, axis=1)
@@ -54,8 +80,8 @@ def _nearest(
     return nearest, regret
 
 
-def assign(points: np.ndarray, centroids: np.ndarray, capacity: int, weights: np.ndarray | None = None) -> np.ndarray:
-    """The code of each point, [points]; no code is given more than `capacity` times. `weights`: as for `distances`.
+def assign(points: np.ndarray, centroids: np.ndarray, capacity: int, trust: Trust | None = None) -> np.ndarray:
+    """The code of each point, [points]; no code is given more than `capacity` times. `trust`: as for `distances`.
 
     Every point requests its nearest code. A code with too many requests accepts the points whose next code is farthest,
     and is full; the others request again, among the codes that are not full. Raises ValueError if there are more points
@@ -68,7 +94,7 @@ def assign(points: np.ndarray, centroids: np.ndarray, capacity: int, weights: np
     waiting = np.arange(len(points))
     while len(waiting):
         free = np.flatnonzero(room)
-        nearest, regret = _nearest(points[waiting], centroids[free], _of(weights, waiting))
+        nearest, regret = _nearest(points[waiting], centroids[free], _of(trust, waiting))
         requested = free[nearest]
         order = np.lexsort((-regret, requested))
         queue = requested[order]
@@ -84,39 +110,38 @@ def _capacity(points: int, codes: int) -> int:
     return math.ceil(SLACK * points / codes)
 
 
-def _fit_level(points: np.ndarray, codes: int, seed: int, weights: np.ndarray | None) -> np.ndarray:
+def _fit_level(points: np.ndarray, codes: int, seed: int, trust: Trust | None) -> np.ndarray:
     """Centroids [codes, d] by Lloyd's iterations with clusters of limited size."""
     from sklearn.cluster import kmeans_plusplus
 
-    starts_at = points if weights is None else points * np.sqrt(weights)
+    starts_at = points if trust is None else Trust(trust.start, np.sqrt(trust.share)).times(points)
     centroids = points[kmeans_plusplus(starts_at, codes, random_state=seed)[1]]
     before = None
     for _ in range(ITERATIONS):
-        assigned = assign(points, centroids, _capacity(len(points), codes), weights)
+        assigned = assign(points, centroids, _capacity(len(points), codes), trust)
         if before is not None and np.array_equal(assigned, before):
             break
         before = assigned
         order = np.argsort(assigned, kind="stable")
         used, starts, sizes = np.unique(assigned[order], return_index=True, return_counts=True)
         centroids = centroids.copy()  # a code without points keeps its centroid
-        if weights is None:
+        if trust is None:
             centroids[used] = np.add.reduceat(points[order], starts) / sizes[:, None]
-        else:  # where nothing counts, the centroid is 0
-            totals = np.add.reduceat(weights[order], starts)
-            centroids[used] = np.add.reduceat((weights * points)[order], starts) / np.maximum(totals, 1e-12)
+        else:
+            centroids[used] = trust.of(order).means(points[order], starts)
     return centroids.astype(np.float32)
 
 
 @threadpool_limits.wrap(limits=1)
 def fit(
-    embeddings: np.ndarray, levels: int, codes: int, seed: int, weights: np.ndarray | None = None
+    embeddings: np.ndarray, levels: int, codes: int, seed: int, trust: Trust | None = None
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Fits codebooks, and gives codes to the items.
 
     Args:
         embeddings: [items, d].
         codes: codes of a level; as many as items, if there are fewer items.
-        weights: how much each number of `embeddings` counts, [items, d], from 0 to 1; None for all alike.
+        trust: how much the coordinates of `embeddings` count; None for all alike.
 
     Returns codebooks [L, K, d], codes [items, L], and the residuals that the last level encodes, [items, d].
     """
@@ -128,8 +153,8 @@ def fit(
     for level in range(levels):
         if level:
             residual = residual - codebooks[-1][assigned[-1]]
-        codebooks.append(_fit_level(residual[sample], codes, seed + level, _of(weights, sample)))
-        assigned.append(assign(residual, codebooks[-1], _capacity(len(residual), codes), weights))
+        codebooks.append(_fit_level(residual[sample], codes, seed + level, _of(trust, sample)))
+        assigned.append(assign(residual, codebooks[-1], _capacity(len(residual), codes), trust))
     return np.stack(codebooks), np.stack(assigned, axis=1), residual
 
 
@@ -156,7 +181,7 @@ def resolve_collisions(
     choices: np.ndarray | None = None,
     taken: Iterable[tuple[int, ...]] = (),
     elsewhere: Callable[[int, set[tuple[int, ...]]], tuple[int, ...] | None] = lambda item, used: None,
-    weights: np.ndarray | None = None,
+    trust: Trust | None = None,
 ) -> tuple[list[tuple[int, ...]], Counter]:
     """The final codes of each item, and how many items were moved, extended, or share an ID.
 
@@ -173,7 +198,7 @@ def resolve_collisions(
             others.
         elsewhere: the codes to move an item to where no last code is free, given those that are used; None for one more
             code.
-        weights: as `fit` takes them.
+        trust: as for `fit`.
     """
     choices = np.arange(len(codebook)) if choices is None else choices
     choice_vectors = codebook[choices]
@@ -181,9 +206,8 @@ def resolve_collisions(
     used, done = set(taken), Counter[str]()
     gap = residual - codebook[codes[:, -1]]
     others = []
-    for item in np.argsort(
-        np.einsum("nd,nd->n", gap if weights is None else gap * weights, gap), kind="stable"
-    ).tolist():
+    error = np.einsum("nd,nd->n", gap if trust is None else trust.times(gap), gap)
+    for item in np.argsort(error, kind="stable").tolist():
         if final[item] in used:
             others.append(item)
         used.add(final[item])
@@ -193,7 +217,7 @@ def resolve_collisions(
         prefix = final[item][:-1]
         if mode == "move":
             here = slice(item, item + 1)
-            distance = distances(residual[here], choice_vectors, _of(weights, here))[0]
+            distance = distances(residual[here], choice_vectors, _of(trust, here))[0]
             nearest = choices[np.argsort(distance, kind="stable")]
             free = next((code for code in nearest.tolist() if (*prefix, code) not in used), None)
         other = None
@@ -251,16 +275,17 @@ def explained(
     embeddings: np.ndarray,
     codebooks: np.ndarray,
     codes: Sequence[Sequence[int]] | np.ndarray,
-    weights: np.ndarray | None = None,
+    trust: Trust | None = None,
 ) -> float:
-    """The fraction of the variance of `embeddings` [items, d] that is left in the sums of their codes' centroids. Codes
-    after those of `codebooks` [L, K, d] only tell items apart. `weights` are those of `fit`."""
+    """The fraction of the variance of `embeddings` [items, d] that is in the sums of their codes' centroids. Codes
+    after those of `codebooks` [L, K, d] only tell items apart. `trust` is that of `fit`."""
     left, rows = embeddings.astype(np.float32), np.array([row[: len(codebooks)] for row in codes])
-    total = (left - np.average(left, axis=0, weights=weights)) ** 2
+    trust = trust or Trust(left.shape[1], np.ones(len(left), np.float32))
+    centred = left - trust.means(left, np.zeros(1, int))
     for level, codebook in enumerate(codebooks):
         left = left - codebook[rows[:, level]]
-    lost, all_of_it = (float(np.average(part, weights=weights)) for part in (left**2, total))
-    return round(1 - lost / all_of_it, 4) if all_of_it else 1.0
+    lost, variance = (float(np.vdot(trust.times(part), part)) for part in (left, centred))
+    return round(1 - lost / variance, 4) if variance else 1.0
 
 
 def level_report(codes: np.ndarray) -> list[dict[str, float]]:

@@ -394,6 +394,8 @@ BAD = [
     ({"max_history": 0}, "--max_history 0: must be above 0"),
     ({"levels": 0}, "--levels 0: must be between 1 and 8"),
     ({"codes": 1}, "--codes 1: must be between 2 and 65536"),
+    ({"purchase_share": 1.0}, "--purchase_share 1.0: must be at least 0 and below 1"),
+    ({"purchase_share": float("nan")}, "--purchase_share nan: must be at least 0 and below 1"),
     ({"split": "random"}, "--split 'random': must be time or last"),
     ({"collisions": "drop"}, "--collisions 'drop': must be one of move, extend, keep"),
     ({"seed": -1}, "--seed -1: must be between 0"),

@@ -143,13 +143,11 @@ def points() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 @pytest.mark.parametrize("share", [0.3, 0.5])
 def test_the_variance_is_shared(points, share):
     texts, purchases, trust = points
-    vectors, weights = joined(texts, purchases, trust, share)
+    vectors, counting = joined(texts, purchases, trust, share)
     np.testing.assert_array_equal(vectors[:, :6], texts)
     variances = vectors[:350].var(axis=0)
     assert variances[6:].sum() / (texts.var(axis=0).sum() + variances[6:].sum()) == pytest.approx(share, abs=1e-5)
-    assert (
-        (weights[:, :6] == 1).all() and (weights[:350, 6:] == trust[:350, None]).all() and not weights[350:, 6:].any()
-    )
+    assert counting.start == 6 and (counting.share[:350] == trust[:350]).all() and not counting.share[350:].any()
 
 
 def test_texts_or_purchases_that_are_all_alike_leave_the_others(points):
@@ -159,10 +157,15 @@ def test_texts_or_purchases_that_are_all_alike_leave_the_others(points):
         np.testing.assert_array_equal(vectors, np.concatenate([one, other], axis=1))
 
 
+def weights_of(vectors: np.ndarray, trust: semantic_ids.Trust) -> np.ndarray:
+    """How much each coordinate counts, [points, d]."""
+    return np.where(np.arange(vectors.shape[1]) < trust.start, 1, trust.share[:, None])
+
+
 def test_items_that_nobody_bought_get_the_codes_of_their_texts(points, monkeypatch):
     monkeypatch.setattr(semantic_ids, "SLACK", 20)  # so that every code has room
-    vectors, weights = joined(*points, share=0.5)
-    codebooks, codes, _ = semantic_ids.fit(vectors, 2, 16, seed=0, weights=weights)
+    vectors, trust = joined(*points, share=0.5)
+    codebooks, codes, _ = semantic_ids.fit(vectors, 2, 16, seed=0, trust=trust)
     by_text, _ = semantic_ids.code_with(points[0][350:], codebooks[:, :, :6], np.ones((2, 16), bool))
     np.testing.assert_array_equal(codes[350:], by_text)
     # The others are not coded by their texts alone.
@@ -171,28 +174,30 @@ def test_items_that_nobody_bought_get_the_codes_of_their_texts(points, monkeypat
 
 
 def test_weighted_distances_are_those_by_hand(points):
-    vectors, weights = joined(*points, share=0.5)
+    vectors, trust = joined(*points, share=0.5)
     centroids = vectors[:7]
-    expected = (weights[:, None] * (vectors[:, None] - centroids) ** 2).sum(axis=2)
-    np.testing.assert_allclose(semantic_ids.distances(vectors, centroids, weights), expected, atol=1e-3)
-    equal = np.ones_like(weights)
+    expected = (weights_of(vectors, trust)[:, None] * (vectors[:, None] - centroids) ** 2).sum(axis=2)
+    np.testing.assert_allclose(semantic_ids.distances(vectors, centroids, trust), expected, atol=1e-3)
+    equal = semantic_ids.Trust(6, np.ones(400, np.float32))
     np.testing.assert_allclose(
         semantic_ids.distances(vectors, centroids, equal), semantic_ids.distances(vectors, centroids), atol=1e-3
     )
 
 
 def test_moving_items_costs_what_is_printed(points):
-    vectors, weights = joined(*points, share=0.5)
-    codebooks, codes, residual = semantic_ids.fit(vectors, 2, 16, seed=0, weights=weights)
-    final, done = semantic_ids.resolve_collisions(codes, residual, codebooks[-1], "move", weights=weights)
+    vectors, trust = joined(*points, share=0.5)
+    codebooks, codes, residual = semantic_ids.fit(vectors, 2, 16, seed=0, trust=trust)
+    final, done = semantic_ids.resolve_collisions(codes, residual, codebooks[-1], "move", trust=trust)
     assert done["moved"] > 50
+
+    weights = weights_of(vectors, trust)
 
     def explained(rows) -> float:
         left = sum((codebooks[level][[row[level] for row in rows]] for level in range(2)), np.zeros_like(vectors))
         mean = (weights * vectors).sum(axis=0) / weights.sum(axis=0)
         return 1 - (weights * (vectors - left) ** 2).sum() / (weights * (vectors - mean) ** 2).sum()
 
-    before, after = (semantic_ids.explained(vectors, codebooks, rows, weights) for rows in (codes.tolist(), final))
+    before, after = (semantic_ids.explained(vectors, codebooks, rows, trust) for rows in (codes.tolist(), final))
     assert before == pytest.approx(explained(codes.tolist()), abs=1e-4) and before > after
     assert after == pytest.approx(explained(final), abs=1e-4)
     assert semantic_ids.explained(np.ones((3, 2)), np.ones((1, 2, 2)), [(0,), (1,), (0, 1)]) == 1
