@@ -298,7 +298,7 @@ def probe() -> None:
     dist.destroy_process_group()
 
 
-MODES = (command, watched, loss_is_nan, disk_is_full, stops_in_a_step, finds_less, last_steps, fsdp, probe)
+MODES = (command, watched, loss_is_nan, disk_is_full, stops_in_a_step, runs_out, finds_less, last_steps, fsdp, probe)
 MODES = {mode.__name__: mode for mode in MODES}
 
 

@@ -35,6 +35,7 @@ _VIEWS = """
     transpose transpose_ unbind unfold unsqueeze unsqueeze_ view view_as
 """
 NO_KERNEL = frozenset(_VIEWS.split())
+_FLOPS = {**flop_registry, torch.ops.aten.addmm_: flop_registry[torch.ops.aten.addmm]}  # by operator
 _PICKS = {"embedding", "index_select", "index", "gather"}  # read no more of their input than they write
 # What is one kernel on a GPU, and on a CPU several operators.
 _ONE_KERNEL = {
@@ -143,8 +144,8 @@ class Alive(TorchDispatchMode):
     def _take_down(self, function: OpOverload, args: tuple, kwargs: dict, result: object) -> None:
         """Adds the work of an operator to the piece that runs."""
         piece, name = self.pieces[-1], function.overloadpacket.__name__
-        if function.overloadpacket in flop_registry:
-            piece.flops += flop_registry[function.overloadpacket](*args, **kwargs, out_val=result)
+        if function.overloadpacket in _FLOPS:
+            piece.flops += _FLOPS[function.overloadpacket](*args, **kwargs, out_val=result)
         if name in NO_KERNEL or function.namespace == "prim":
             return
         frame = _of_one_kernel()

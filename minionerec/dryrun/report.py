@@ -165,11 +165,12 @@ def print_time(
         hours = [_two_digits(seconds * count / 3600) for count in (steps / epochs, steps)]
         return f"{_two_digits(seconds)} s a step, {hours[0]} h an epoch and {hours[1]} h in all"
 
+    work_in_words = f"{_two_digits(of_step.flops / 1e12)} TFLOP"
     if where.here:
         speed = _matmul_speed(positions, config, device.compute_dtype(bits < 16))
     if not where.on_gpu:
         print(
-            f"about {said(of_step.flops / speed)}, or more: a step has {of_step.flops / 1e12:.2g} TFLOP of matmuls, "
+            f"about {said(of_step.flops / speed)}, or more: a step has {work_in_words} of matmuls, "
             f"which reach {speed / 1e12:.2g} TFLOP/s here now"
         )
         return
@@ -178,10 +179,10 @@ def print_time(
         card = Card(where.name, where.memory, _copy_speed() / work.OF_BANDWIDTH / 1e9, speed / work.OF_MATMULS / 1e12)
     found = work.on_card(of_step, card)
     print(
-        f"estimated for {card.name}: {said(found.seconds)}, without evaluations. Of a step, {of_step.flops / 1e12:.2g} "
-        f"TFLOP take {_two_digits(found.arithmetic)} s, {of_step.moved / 1e9:,.0f} GB of memory traffic "
-        f"{_two_digits(found.memory)} s, and the host needs {_two_digits(found.launches)} s to start "
-        f"{of_step.kernels:,.0f} kernels; the longest counts"
+        f"estimated for {card.name}: {said(found.seconds)}, without evaluations. Of a step, {work_in_words} take "
+        f"{_two_digits(found.arithmetic)} s, {_two_digits(of_step.moved / 1e9)} GB of memory traffic "
+        f"{_two_digits(found.memory)} s, starting {of_step.kernels:,.0f} kernels {_two_digits(found.launches)} s; the "
+        "longest counts"
     )
 
 

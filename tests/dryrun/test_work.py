@@ -61,7 +61,8 @@ def test_the_kernels_of_a_gpu_are_counted_without_one(method, most):
     plain = predict(*arguments, True)
     assert 0.75 * most < found.layers.kernels / layers < most
     assert found.layers.kernels < (1.0 if method == "full" else 0.5) * plain.layers.kernels
-    assert found.layers.flops == pytest.approx(plain.layers.flops, rel=0.05)
+    # The zeros of a group's block-diagonal factor are multiplied too.
+    assert plain.layers.flops <= found.layers.flops < 1.2 * plain.layers.flops
     assert 0 < found.forward.kernels < 0.5 * found.layers.kernels
 
 
