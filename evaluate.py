@@ -64,8 +64,8 @@ class EvaluateFlags(PromptFlags, BlendFlags):
     test_data_path: str = flag("", "CSV of test interactions.")
     result_json_data: str = flag(
         "",
-        "file for the rankings; the metrics go beside it, as .metrics.json, or as .metrics if its name is a number, as "
-        "that of a part in MiniOneRec's evaluate.sh.",
+        "file for the rankings; the metrics go next to it, as .metrics.json, or as .metrics if its name is a number, "
+        "as that of a part in MiniOneRec's evaluate.sh.",
     )
     batch_size: int | Literal["auto"] = flag(
         4,
@@ -73,7 +73,7 @@ class EvaluateFlags(PromptFlags, BlendFlags):
         "halved when memory runs out.",
         number_or_auto,
     )
-    K: int = flag(0, "an additional cut-off besides 1, 3, 5, 10, 20, 50; 0 for none (the original ignores the flag).")
+    K: int = flag(0, "an additional cut-off next to 1, 3, 5, 10, 20, 50; 0 for none (the original ignores the flag).")
     seed: int = flag(42, "of the validation rows that the weight of blend is chosen on; nothing else is random.")
     length_penalty: float = flag(
         0.0, "beam scores are divided by their length to this power; without effect if all SIDs have the same length."
@@ -269,7 +269,7 @@ def evaluate(flags: EvaluateFlags) -> dict[str, float]:
         of_items = [inputs.items.rank_of(target, ranking, length) for target, ranking in pairs]
         by_item = ranking_metrics(of_items, length, flags.K)
 
-    # Write the rankings and metrics, and print them beside popularity.
+    # Write the rankings and metrics, and print them next to popularity.
     if state.is_main_process:
         results = [
             {"input": ranker.tokenizer.decode(ids), "output": example.sid, "predict": ranking}

@@ -119,9 +119,9 @@ def find_target_modules(model: nn.Module, spec: str = "all") -> list[str]:
     """
     layers, _ = _chosen(model, spec)
     wanted = set(layers) - _taken_for_experts(model, layers)
-    beside = tuple(f"{name}." for name in architecture.non_text_modules(model))  # `lora_config` excludes all of it
+    others = tuple(f"{name}." for name in architecture.non_text_modules(model))  # `lora_config` excludes all of it
     names = [name for name, _ in (*model.named_modules(), *model.named_parameters())]
-    return _suffixes(wanted, (name for name in names if name not in wanted and not f"{name}.".startswith(beside)))
+    return _suffixes(wanted, (name for name in names if name not in wanted and not f"{name}.".startswith(others)))
 
 
 def find_target_parameters(model: nn.Module, spec: str = "all") -> list[str]:
@@ -168,7 +168,7 @@ def lora_config(model: nn.Module, sid_token_ids: list[int], flags: AdapterFlags 
     if rank != r:
         settings |= {"r": rank, "lora_alpha": alpha * (rank / r) ** (0.5 if flags.use_rslora else 1)}
     other = "|".join(re.escape(n) for n in (*modules, *parameters) if not any(_matches(n, stack) for stack in stacks))
-    beside = "|".join(rf"{re.escape(name)}(\..*)?" for name in architecture.non_text_modules(model))
+    others = "|".join(rf"{re.escape(name)}(\..*)?" for name in architecture.non_text_modules(model))
     return LoraConfig(
         task_type=TaskType.CAUSAL_LM,
         **settings,
@@ -176,7 +176,7 @@ def lora_config(model: nn.Module, sid_token_ids: list[int], flags: AdapterFlags 
         alpha_pattern={other: alpha} if other and rank != r else {},
         target_modules=modules,
         target_parameters=parameters or None,
-        exclude_modules=beside or None,
+        exclude_modules=others or None,
         fan_in_fan_out=any(isinstance(model.get_submodule(name), Conv1D) for name in layers),  # GPT-2 stores [in, out]
         trainable_token_indices=dict.fromkeys(_embedding_names(model), sid_token_ids) if sid_token_ids else None,
     )
@@ -257,8 +257,8 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
 def trainable_report(model: nn.Module) -> str:
     """One line: how many parameters train, of how many, in percent; and what is frozen because text does not use it."""
     trainable, total = count_parameters(model)
-    beside = architecture.non_text_modules(model.get_base_model() if isinstance(model, PeftModel) else model)
-    frozen = f"; frozen, not used for text: {', '.join(beside)}" if beside else ""
+    others = architecture.non_text_modules(model.get_base_model() if isinstance(model, PeftModel) else model)
+    frozen = f"; frozen, not used for text: {', '.join(others)}" if others else ""
     return f"trainable parameters: {trainable:,} of {total:,} ({100 * trainable / total:.3f}%){frozen}"
 
 

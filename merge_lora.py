@@ -32,9 +32,7 @@ class MergeFlags(Flags):
     """The flags of merge_lora.py."""
 
     adapter: str = flag("", "folder of an adapter checkpoint.")
-    output_dir: str = flag(
-        "", "folder for the standalone checkpoint; it must not exist, and appears whole or not at all."
-    )
+    output_dir: str = flag("", "folder for the standalone checkpoint; it must not exist, and is written atomically.")
     base_model: str = flag("", "where the base is, if not where the adapter says.")
     into: str = flag(
         "trained",
@@ -168,7 +166,7 @@ def merge(flags: MergeFlags) -> dict:
     }
     report |= {"dtype": precision, "updated_weights": updated, "changed_weights": changed}
 
-    # Save beside the output folder, compare, and put it in its place.
+    # Save next to the output folder, compare, and put it in its place.
     with writing(flags.output_dir), whole_folder(flags.output_dir) as partial:
         model.save_pretrained(partial, max_shard_size=flags.max_shard_size)
         tokenizer.save_pretrained(partial)

@@ -142,7 +142,7 @@ def read_input(flags: RLFlags) -> RLInput:
     if not flags.beam_search and {"ranking", "ranking_only"} & set(flags.reward_names):
         notes.append(
             f"warning: --reward_type {flags.reward_type} penalizes wrong items by rank, but sampled completions have "
-            "no rank, only the order they were drawn in; give --beam_search True"
+            "no rank, only the order they were sampled in; give --beam_search True"
         )
     problems.check()
     assert checkpoint and prompts and validation and wording and catalogue and sids  # nothing was wrong
@@ -468,7 +468,7 @@ def load_policy(inputs: RLInput, tokenizer: "PreTrainedTokenizerFast", fingerpri
     )
     if not flags.adapted:
         model.requires_grad_(True)
-        architecture.freeze_beside_text(model)
+        architecture.freeze_non_text_modules(model)
     return model
 
 

@@ -52,7 +52,7 @@ class Launches(TorchDispatchMode):
         name = function.overloadpacket.__name__
         if not self.counts:
             return result
-        if name in ("randint", "random_") and not result.dim():  # the seed of a mask, which the CPU draws
+        if name in ("randint", "random_") and not result.dim():  # the seed of a mask, which the CPU makes
             self._seeds.add(result.data_ptr())
         elif name == "_local_scalar_dense" and args[0].data_ptr() in self._seeds:
             self._seeds.clear()

@@ -61,7 +61,7 @@ class SmallShapeFlags(Flags):
     hidden_size: int = flag(256, "width of the model, a Qwen2 with random weights.", above_zero)
     num_hidden_layers: int = flag(6, "decoder layers.", above_zero)
     num_attention_heads: int = flag(4, "query heads; half as many key and value heads.", above_zero)
-    vocab_size: int = flag(32000, "tokens besides those of the SIDs.", above_zero)
+    vocab_size: int = flag(32000, "tokens next to those of the SIDs.", above_zero)
 
     @property
     def shape(self) -> dict[str, int]:

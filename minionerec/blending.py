@@ -1,4 +1,4 @@
-"""SASRec beside the model when items are ranked: whether it fits the catalogue, and how much it counts.
+"""SASRec together with the model when items are ranked: whether it fits the catalogue, and how much it counts.
 
 The score of an item is its log-probability under the model, and `weight` times that under SASRec. Both rank the best
 items of either. The folder of a SASRec model keeps the weight that was chosen for a checkpoint, in a file of its own.

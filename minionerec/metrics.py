@@ -28,7 +28,7 @@ def ranking_metrics(ranks: Sequence[int | None], length: int, extra_cutoff: int 
     Args:
         ranks: for each row, the position of the target counted from 0, or None if it is not in the ranking.
         length: of the rankings; larger cutoffs are left out.
-        extra_cutoff: one more K besides CUTOFFS; 0 for none.
+        extra_cutoff: one more K next to CUTOFFS; 0 for none.
 
     HR@K is the fraction of rows whose target is among the first K; NDCG@K the mean over rows of 1/log2(rank + 2) (the
     ideal gain of a single relevant item is 1); MRR the mean over rows of 1/(rank + 1), over the whole ranking. A row

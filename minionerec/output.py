@@ -1,4 +1,4 @@
-"""Writing files so that they appear whole or not at all, and so that a full disk ends in one line.
+"""Writing files atomically, and so that a full disk ends in one line.
 
 Only the standard library is imported.
 """

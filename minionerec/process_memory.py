@@ -1,4 +1,4 @@
-"""The memory of this process: measured in GB (1e9 bytes), on the GPU or resident, and the pause of its collector.
+"""The memory of this process: measured in GB (1e9 bytes), on the GPU or resident; pauses of garbage collection.
 
 Resident is as Linux counts it, with the pages of mapped files. Commands import this file before torch.
 """
@@ -67,7 +67,7 @@ def peak_memory_gb() -> float:
 
 @contextmanager
 def without_collector() -> Iterator[None]:
-    """Pauses the collector of cycles, around what makes many objects and no cycles: it would scan them all again and
+    """Pauses the garbage collector, around what makes many objects and no cycles: it would scan them all again and
     again."""
     enabled = gc.isenabled()
     gc.disable()
@@ -80,8 +80,8 @@ def without_collector() -> Iterator[None]:
 
 @contextmanager
 def importing() -> Iterator[None]:
-    """Around the imports of torch, transformers and PEFT. The collector would take a quarter of their time, so it
-    pauses. What they made stays, and is never scanned."""
+    """Around the imports of torch, transformers and PEFT. Garbage collection would take a quarter of their time,
+    so it pauses. What they made stays, and is never scanned."""
     first = "torch" not in sys.modules
     with without_collector():
         yield

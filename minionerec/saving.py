@@ -1,4 +1,4 @@
-"""Writing the files of a checkpoint: whole or not at all, and readable by other users and older releases."""
+"""Writing the files of a checkpoint: atomically, and readable by other users and older releases."""
 
 import json
 import os
@@ -8,12 +8,12 @@ from minionerec.output import whole_file
 
 
 def write_json(path: str, data: object) -> None:
-    """Writes JSON whole or not at all."""
+    """Writes JSON atomically."""
     write_text(path, json.dumps(data, indent=2, ensure_ascii=False) + "\n")
 
 
 def write_text(path: str, text: str) -> None:
-    """Writes text whole or not at all."""
+    """Writes text atomically."""
     with whole_file(path) as partial, open(partial, "w", encoding="utf-8") as file:
         file.write(text)
 

@@ -171,7 +171,7 @@ def read_rankings(path: str) -> list[list[str]]:
 
 
 def wrong_rankings(path: str, rankings: list[list[str]], targets: Targets, test_data_path: str) -> list[str]:
-    """What is wrong with rankings, which may be of other rows or of another catalogue."""
+    """What is wrong with rankings, which may belong to other rows or to a different catalogue."""
     if len(rankings) != len(targets.sids):
         return [f"--runs: {path} ranks {len(rankings)} rows, {test_data_path} has {len(targets.sids)}"]
     lacking = {sid for row in rankings for sid in row}.difference(targets.items.of_sid if targets.items else ())

@@ -8,7 +8,7 @@ stops_in_a_step FOLDER sft.py --base_mod... sft.py whose last process gets SIGTE
 runs_out FOLDER sft.py --base_model ...     sft.py whose last process runs out of memory in the middle of a run
 finds_less FOLDER rl.py --model_path ...    rl.py whose evaluations find less from step to step
 last_steps BASE FOLDER                      an epoch whose last step has few rows, for every method
-fsdp                                        a sharded model beside a whole one
+fsdp                                        a sharded model against a whole one
 probe                                       what processes with shards find out about models
 
 As a script it runs one of them under torchrun or `accelerate launch`.

@@ -1,4 +1,4 @@
-"""Writes the demo's raw data beside itself, as a shop would export it: purchases.csv and items.csv.
+"""Writes the demo's raw data next to itself, as a shop would export it: purchases.csv and items.csv.
 
 Synthetic: 240 items in 10 departments of 4 lines of 6 variants, 900 customers with 5 to 9 purchases each. Customers
 have three habits: 60% of their purchases go to the line that goes with the line of the last item (bolts, then washers),
@@ -76,7 +76,7 @@ def main() -> None:
 
 
 def write(name: str, columns: list[str], rows: list[list[str]]) -> None:
-    """Writes a CSV file beside this script."""
+    """Writes a CSV file next to this script."""
     with open(
         os.path.join(os.path.dirname(os.path.abspath(__file__)), name), "w", encoding="utf-8", newline=""
     ) as file:

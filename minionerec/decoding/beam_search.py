@@ -81,7 +81,7 @@ def constrained_beam_search(
         ]
         return torch.cat([rows for rows, _ in found]), torch.cat([scores for _, scores in found])
     before = None if allowed is None else trie.count_before(allowed)
-    besides = None if wanted is None else Wanted(trie, wanted)
+    others = None if wanted is None else Wanted(trie, wanted)
     state = kind(model, input_ids, attention_mask)
     logits = state.logits
     running = 1  # beams; what starts a wanted SID follows them, and never takes the place of one
@@ -102,8 +102,8 @@ def constrained_beam_search(
         if trie.ends[depth]:
             row = trie.row[child]
             ended = torch.where(row == PAD, -torch.inf, score_of / (depth + 1) ** length_penalty)
-            if besides is not None:
-                besides.collect(row, ended)
+            if others is not None:
+                others.collect(row, ended)
             of_beams = slice(running * width)
             finished_score, best = torch.cat([finished_score, ended[:, of_beams]], dim=1).topk(beams, dim=1)
             finished_row = torch.cat([finished_row, row[:, of_beams]], dim=1).gather(1, best)
@@ -112,13 +112,13 @@ def constrained_beam_search(
             score_of = torch.where(row == PAD, score_of, -torch.inf)
         score, best = score_of[:, : running * width].topk(min(beams, running * width), dim=1)
         running = best.shape[1]
-        if besides is not None:
-            places, scores = besides.left_out(child, score_of, best)
+        if others is not None:
+            places, scores = others.left_out(child, score_of, best)
             best, score = torch.cat([best, places], dim=1), torch.cat([score, scores], dim=1)
         node = child.gather(1, best)
         logits = state.step(best // width, trie.token_id[node], depth)
-    if besides is not None:
-        finished_row, finished_score = besides.behind(finished_row, finished_score)
+    if others is not None:
+        finished_row, finished_score = others.behind(finished_row, finished_score)
     if allowed is not None or wanted is not None:  # what fills the places of missing beams
         finished_row = finished_row.masked_fill(finished_score == -torch.inf, PAD)
     return finished_row, finished_score
@@ -135,9 +135,9 @@ def constrained_sample(
     tree: bool | None = None,
     draws: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """`count` SIDs per prompt, drawn with replacement from the model's distribution over the trie.
+    """`count` SIDs per prompt, sampled with replacement from the model's distribution over the trie.
 
-    Every token is drawn from the softmax of logits / `temperature` over the tokens that continue a SID: the first one
+    Every token is sampled from the softmax of logits / `temperature` over the tokens that continue a SID: the first one
     up to which the probabilities add up to more than a number between 0 and 1.
 
     Args:
@@ -146,7 +146,7 @@ def constrained_sample(
         draws: [B, count, D], the number for every token, at least 0 and below 1; None for random ones.
 
     Returns:
-        [B, count], rows of `trie.sequences` in the order they were drawn.
+        [B, count], rows of `trie.sequences` in the order they were sampled.
     """
     if draws is None:
         draws = torch.rand(len(input_ids), count, trie.depth)
@@ -165,8 +165,8 @@ def constrained_sample(
         ended = trie.row[node] != PAD  # a leaf has no children, so the beam stays there
         scores = scores.masked_fill(~exists, -torch.inf).masked_fill(ended.unsqueeze(2), 0.0)
         up_to = scores.softmax(dim=2, dtype=torch.float64).cumsum(dim=2)
-        drawn = (up_to <= draws[:, :, depth, None] * up_to[:, :, -1:]).sum(dim=2, keepdim=True)
-        node = torch.where(ended, node, child.gather(2, drawn).squeeze(2))
+        sampled = (up_to <= draws[:, :, depth, None] * up_to[:, :, -1:]).sum(dim=2, keepdim=True)
+        node = torch.where(ended, node, child.gather(2, sampled).squeeze(2))
         if depth + 1 < trie.depth:
             parent = itself if depth else torch.zeros_like(itself)
             logits = state.step(parent, trie.token_id[node], depth)

@@ -1,4 +1,4 @@
-"""What a constrained beam search holds besides the weights, and how many prompts fit into one."""
+"""What a constrained beam search holds next to the weights, and how many prompts fit into one."""
 
 from typing import TYPE_CHECKING
 
@@ -24,7 +24,7 @@ def cache_gb(
 
 def largest_batch(config: "PreTrainedConfig", tokens: int, beams: int, completion_tokens: int, free: float) -> int:
     """The largest power of two of prompts, 256 at most, of up to `tokens` tokens whose search is predicted to fit
-    `free` GB of a GPU; 1 at least. Of the logits, two float32 copies are alive besides those of the head."""
+    `free` GB of a GPU; 1 at least. Of the logits, two float32 copies are alive next to those of the head."""
     vocabulary, rows = config.get_text_config().vocab_size, MOST
     while rows > 1:
         logits = 3 * 4 * rows * beams * vocabulary / 1e9

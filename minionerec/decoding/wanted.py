@@ -13,7 +13,7 @@ from minionerec.decoding.trie import Trie
 
 
 class Wanted:
-    """The SIDs of a batch of prompts that are scored besides the beams, and the scores found so far."""
+    """The SIDs of a batch of prompts that are scored together with the beams, and the scores found so far."""
 
     def __init__(self, trie: Trie, rows: torch.Tensor):
         """`rows` [B, M] of `trie.sequences`, distinct in each prompt, PAD for none."""

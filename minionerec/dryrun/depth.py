@@ -92,7 +92,7 @@ class Depth:
 
     @contextmanager
     def watch(self, alive: Pieces) -> Iterator[None]:
-        """While open, a layer that starts forward or backward starts a piece of `alive`; one that is computed again, by
+        """While open, a layer that starts forward or backward starts a piece of `alive`; one that is recomputed, by
         gradient checkpointing, is part of its backward piece."""
 
         def hooks(place: int):

@@ -29,7 +29,7 @@ CUDA_CONTEXT = 0.6e9  # the driver and its libraries, roughly; torch.cuda.max_me
 CUBLAS_WORKSPACES = 2 * 2**25
 # The fraction of freed activations that the C library keeps, as measured: benchmarks/memory.py.
 HELD_BACK_ON_CPU = 0.65
-# What it keeps for a layer of a quantized base that is computed again, with gradient checkpointing, as measured.
+# What it keeps for a layer of a quantized base that is recomputed, with gradient checkpointing, as measured.
 HELD_BACK_PER_LAYER = 12e6
 # The compiled bfloat16 matmuls that `cli.KERNEL_CACHE_LIMITS` keeps on a CPU, as measured.
 COMPILED_ON_CPU = 0.1e9
@@ -223,7 +223,7 @@ def run(planned: Planned, step: Step, cache_enabled: bool, joined: bool = False)
 
 
 def _runtime_on_cpu(planned: Planned, measured: Measured, flags: AdapterFlags) -> float:
-    """What the process holds beside tensors, in bytes."""
+    """What the process holds next to tensors, in bytes."""
     runtime = rss_gb() * GB + HELD_BACK_ON_CPU * measured.kept + planned.copied
     runtime += COMPILED_ON_CPU * (planned.dtype == torch.bfloat16)
     if flags.gradient_checkpointing:

@@ -415,12 +415,12 @@ def _rl_step(flags: RLFlags, config: PreTrainedConfig, tokens: int, depth: int) 
         # A group whose completions are spread over several passes takes its prompt along into each.
         rows, in_row = math.ceil(completions / group), min(group, completions)
         # A completion's last token is predicted and predicts nothing; its first is predicted by the prompt.
-        learnt = 1 if flags.sft_weight else 0  # the target is one more completion of its prompt
-        width = tokens + (in_row + learnt) * (depth - 1)
-        predicting = rows + (completions + learnt * rows) * (depth - 1)
+        learned = 1 if flags.sft_weight else 0  # the target is one more completion of its prompt
+        width = tokens + (in_row + learned) * (depth - 1)
+        predicting = rows + (completions + learned * rows) * (depth - 1)
         return Step(rows, width, predicting, True, accumulate, rewarded=True)
-    learnt = math.ceil(completions / group) if flags.sft_weight else 0
-    rows = completions + learnt
+    learned = math.ceil(completions / group) if flags.sft_weight else 0
+    rows = completions + learned
     return Step(rows, tokens + depth, rows * depth, False, accumulate, rewarded=True)
 
 

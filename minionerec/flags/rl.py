@@ -73,7 +73,7 @@ class RLFlags(TrainingFlags):
     beta: float = flag(0.04, "weight of the KL divergence from the start; 0 drops the reference pass.", zero_or_more)
     beam_search: bool = flag(
         False,
-        "complete prompts with the best items by beam search (the original draws its beams at random); otherwise items "
+        "complete prompts with the best items by beam search (the original samples its beams); otherwise items "
         "are sampled (the original: at each token from the 50 most likely).",
     )
     test_during_training: bool = flag(
@@ -88,8 +88,8 @@ class RLFlags(TrainingFlags):
     )
     dynamic_sampling: bool = flag(
         False,
-        "draw 1.5 times as many completions, keep the target, if drawn, and the most frequent (the original keeps the "
-        "target as often as it was drawn, and ignores the flag under beam_search).",
+        "sample 1.5 times as many completions, keep the target, if it is among them, and the most frequent (the original "
+        "keeps the target as often as it was sampled, and ignores the flag under beam_search).",
     )
     mask_all_zero: bool = flag(
         False,
@@ -112,8 +112,8 @@ class RLFlags(TrainingFlags):
     )
     sft_weight: float = flag(
         0.0,
-        "weight of a supervised loss on the targets beside the rewards: their mean negative log-probability per token. "
-        "It keeps what SFT has learnt (the original has none).",
+        "weight of a supervised loss on the targets next to the rewards: their mean negative log-probability per "
+        "token. It keeps what SFT has learned (the original has none).",
         zero_or_more,
     )
     average_weights: bool = flag(

@@ -46,7 +46,7 @@ def _holds(outer: nn.Module, inner: nn.Module) -> bool:
     return any(module is inner for module in outer.modules())
 
 
-def freeze_beside_text(model: PreTrainedModel) -> None:
+def freeze_non_text_modules(model: PreTrainedModel) -> None:
     """Freezes the parts that text does not go through, in place: they get no gradient, and DDP would wait for one."""
     for name in non_text_modules(model):
         model.get_submodule(name).requires_grad_(False)
@@ -74,11 +74,11 @@ class Matrices:
 
 def matrices(model: PreTrainedModel) -> Matrices:
     """Sorts the weights of the text decoder into those groups."""
-    beside = tuple(f"{name}." for name in non_text_modules(model))
+    others = tuple(f"{name}." for name in non_text_modules(model))
     embeddings = (model.get_input_embeddings(), model.get_output_embeddings())
     found = Matrices({}, {}, {})
     for name, module in model.named_modules():
-        if f"{name}.".startswith(beside) or any(module is embedding for embedding in embeddings):
+        if f"{name}.".startswith(others) or any(module is embedding for embedding in embeddings):
             continue
         if ROUTERS & set(name.split(".")):
             reason = "a router"
@@ -169,5 +169,5 @@ def meta_model(config: PreTrainedConfig, dtype: torch.dtype | None = None) -> Pr
     """The architecture of a configuration on the meta device: every module, no weights."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    freeze_beside_text(model)
+    freeze_non_text_modules(model)
     return model

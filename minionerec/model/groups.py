@@ -27,7 +27,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from minionerec.model import device
 
 # Elements of an input up to which its dropout mask is kept, a byte each. A larger one takes longer to read than a
-# kernel to start: its mask is drawn again in the backward pass.
+# kernel to start: its mask is made again in the backward pass.
 KEPT_MASK = 2**21
 # Values of a group in 4 bits up to which their scales are kept in float32, a 16th of a byte each, so that one kernel
 # dequantizes them. A larger group takes longer to dequantize than kernels to start.
@@ -281,7 +281,7 @@ def _forward(
     flat: torch.Tensor, group: Group, factors: Factors | None, dropout: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None, int | None]:
     """The outputs [T, O] of all layers for x [T, I]; and what the backward pass needs: x, with the mask applied if that
-    is kept; the mask [T, I]; dropout(x) A^T * scale [T, R]; the seed of a mask that is drawn again."""
+    is kept; the mask [T, I]; dropout(x) A^T * scale [T, R]; the seed of a mask that is made again."""
     out = F.linear(flat, *group.weights(flat.dtype))
     if factors is None:
         return out, flat, None, None, None
@@ -440,7 +440,7 @@ def _adds_in_its_kernel(where: torch.device, dtype: torch.dtype, wanted: torch.d
     return _tried[key]
 
 
-# --- Masks that are drawn again ---------------------------------------------------------------------------------------
+# --- Masks that are made again ----------------------------------------------------------------------------------------
 
 
 def draw_seed() -> int:

@@ -1,4 +1,4 @@
-"""Goes on when memory runs out: what did not fit is computed again in halves."""
+"""Continues when memory runs out: what did not fit is recomputed in halves."""
 
 from collections.abc import Callable, Sequence
 from typing import TypeVar

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from minionerec.model import architecture, device
 
 SCALE = 4  # bytes of a row's scale
-# Values that are written out at a time. On a CPU they fit its cache, on a GPU few kernels are launched.
+# Values that are materialized at a time. On a CPU they fit its cache, on a GPU few kernels are launched.
 CHUNK, CHUNK_ON_GPU = 2**20, 2**24
 
 

@@ -136,7 +136,7 @@ def load_base(
         print(f"warning: {config.model_type} models often overflow float16, which this GPU computes in")
     if from_scratch:
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).to(device.local_device())
-        architecture.freeze_beside_text(model)
+        architecture.freeze_non_text_modules(model)
         forget_sampling_defaults(model)
         fewer_kernels.use_fewer_kernels(model)
         return model
@@ -153,7 +153,7 @@ def load_base(
             )
     except (OSError, SafetensorError) as error:
         raise InputError(f"{path}: the weights cannot be loaded: {_first_line(error)}") from None
-    architecture.freeze_beside_text(model)
+    architecture.freeze_non_text_modules(model)
     if quantization is not None:
         _keep_training_layout(model)
         if ends_in_8_bits:

@@ -6,7 +6,7 @@ What a layer keeps, in bytes, for T tokens with I input and O output features in
 |---|---|---|
 | the input x | - | 2 T I, once for all layers that read the same x |
 | dropout(x) | 2 T I | - |
-| dropout mask | T I (4 T I on a CPU) | -, drawn again from its seed |
+| dropout mask | T I (4 T I on a CPU) | -, made again from its seed |
 | dropout(x) A^T | 2 T r | 2 T r |
 | 16-bit copies of A and B | 2 r (I + O) | -, converted again |
 

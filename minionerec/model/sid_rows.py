@@ -42,7 +42,7 @@ class SidRows(TrainableTokensLayer):
         return result
 
     def get_merged_weights(self, active_adapters: Sequence[str]) -> torch.Tensor:
-        """As PEFT's, which models ask for its type. The matrix of an 8-bit layer is not written out for that."""
+        """As PEFT's, which models ask for its type. The matrix of an 8-bit layer is not materialized for that."""
         if isinstance(self.base_layer, Int8Layer):
             return self.base_layer.weight
         return super().get_merged_weights(active_adapters)

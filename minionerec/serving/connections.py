@@ -18,7 +18,7 @@ from minionerec.serving.metrics import Metrics
 log = logging.getLogger("minionerec.serve")
 
 BACKLOG = 128  # connections that the system accepts at once, before any of them can be refused
-OTHER_FILES = 128  # that are open beside connections
+OTHER_FILES = 128  # that are open next to connections
 CLIENT_SECONDS = 20  # to send the head of a request, and to take its answer
 SHUTDOWN_SECONDS = 10  # for the requests that are there
 BUSY = b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 1\r\nConnection: close\r\nContent-Length: 0\r\n\r\n"

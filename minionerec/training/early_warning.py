@@ -11,7 +11,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 # long run. KL is watched for the first tenth of the run; later it may rise without harm.
 LEAST_STEPS, MOST_STEPS = 3, 10
 JUDGED, WATCHED = 0.05, 0.1  # fractions of the run
-# Fraction of groups without a signal: above it, most completions are drawn and scored for nothing. On Industrial and
+# Fraction of groups without a signal: above it, most completions are made and scored for nothing. On Industrial and
 # Scientific, `ranking` with 16 beams starts at 0.84.
 MOST_IDLE = 0.5
 # Nats per token. In its first tenth, the quick start, where NDCG@10 rises, reaches 0.7. A LoRA run on Industrial and

@@ -19,7 +19,7 @@ def folder_size_mb(path: str) -> float:
 
 
 def save_final(trainer: Trainer, path: str, merge: bool = False, dtype: torch.dtype | None = None) -> None:
-    """Saves the trainer's model, tokenizer and resolved configuration as a folder that appears whole or not at all.
+    """Saves the trainer's model, tokenizer and resolved configuration as a folder, atomically.
 
     With `merge`, trained rows are written into the base and a standalone model is saved. `dtype` is the precision of
     the saved weights if it differs from that of training: the float32 weights of full fine-tuning stay in the

@@ -1,4 +1,4 @@
-"""Micro-batches that are computed again, in halves, when memory runs out. No step is lost, and the gradients are those
+"""Micro-batches that are recomputed, in halves, when memory runs out. No step is lost, and the gradients are those
 of whole micro-batches.
 
 A process cannot go back once gradients are averaged over processes while they are computed, as DDP does it. So where
@@ -80,7 +80,7 @@ class RetriesMicroBatches(_Trainer):
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         """As the Trainer's, for a micro-batch in parts that fit. Where one does not, the gradients of the step are
-        dropped, and all of its micro-batches so far computed again."""
+        dropped, and all of its micro-batches so far recomputed."""
         if engine() or not (self.goes_back or self.args.world_size == 1):
             return super().training_step(model, _without_examples(inputs), *args, **kwargs)
         self._of_step.append(inputs)

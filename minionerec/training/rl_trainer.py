@@ -163,8 +163,8 @@ class ReReTrainer(RLRun):
         seen = self.state.num_input_tokens_seen
         self.state.num_input_tokens_seen = self.step_log.add_lengths(prompts, completions, seen)
         learns = ~silent if self.mask_all_zero else np.ones(len(prompts), dtype=bool)
-        learnt = self.loss.sft_weight > 0
-        rollouts = Rollouts.build(prompts, completions, targets, advantages, learns, self._pad, learnt)
+        learned = self.loss.sft_weight > 0
+        rollouts = Rollouts.build(prompts, completions, targets, advantages, learns, self._pad, learned)
         rollouts = rollouts.to(self.accelerator.device)
         rollouts.tokens = self.accelerator.gather(rollouts.tokens).sum()
         if self.args.gradient_accumulation_steps % (self.args.steps_per_generation * self.num_iterations):
@@ -254,7 +254,7 @@ class ReReTrainer(RLRun):
         return None
 
     def _goes_back(self) -> bool:
-        """Whether a step can be computed again: not by an engine, and not in several micro-batches."""
+        """Whether a step can be recomputed: not by an engine, and not in several micro-batches."""
         return not engine() and self.args.gradient_accumulation_steps == 1
 
     def compute_loss(

@@ -63,7 +63,7 @@ class Rollouts(Completed):
     Attributes:
         advantages: [B].
         tokens: how many the completions of all processes have, also those that do not count.
-        target_ids, target_mask: [B, T], padded on the right; None where targets are not learnt.
+        target_ids, target_mask: [B, T], padded on the right; None where targets are not learned.
         old_logps: [B, C], of the policy that made the completions (nats); None where that is this one.
     """
 
@@ -86,10 +86,10 @@ class Rollouts(Completed):
     ) -> "Rollouts":
         """From lists, on the CPU. `learns`: [B], whether a completion counts."""
         ids, mask = right_padded(completions, pad_token_id)
-        learnt = right_padded(targets, pad_token_id) if learn_targets else ()
+        learned = right_padded(targets, pad_token_id) if learn_targets else ()
         known = Known(np.array(list(map(len, prompts))), _numbered(prompts, targets), learns)
         counts = mask * torch.from_numpy(learns).unsqueeze(1)
-        return cls(*left_padded(prompts, pad_token_id), ids, counts, known, advantages, mask.sum(), *learnt)
+        return cls(*left_padded(prompts, pad_token_id), ids, counts, known, advantages, mask.sum(), *learned)
 
     def to(self, device: torch.device) -> "Rollouts":
         return self._with(lambda tensor: tensor.to(device, non_blocking=True), self.known)

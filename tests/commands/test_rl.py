@@ -110,7 +110,7 @@ def test_a_penalty_by_rank_needs_beams_that_have_one(files, sft, reward_type, be
     notes = [note for note in rl.read_input(rl.RLFlags(**flags)).notes if "rank" in note]
     assert notes == warns * [
         f"warning: --reward_type {reward_type} penalizes wrong items by rank, but sampled completions have no rank, "
-        "only the order they were drawn in; give --beam_search True"
+        "only the order they were sampled in; give --beam_search True"
     ]
 
 

@@ -227,7 +227,7 @@ def test_a_tokenizer_without_its_file_is_named(tmp_path):
 
 
 def test_a_tokenizer_is_what_its_file_says(tmp_path):
-    """Whatever the type of the model beside it: transformers would make one over bytes of it, which drops spaces."""
+    """Whatever the type of the model next to it: transformers would make one over bytes of it, which drops spaces."""
     whole = prepending_tokenizer()
     whole.save_pretrained(tmp_path)
     config_of("qwen2").save_pretrained(tmp_path)

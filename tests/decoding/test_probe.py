@@ -56,7 +56,7 @@ def test_rounding_does_not_hide_it(architecture):
     support = probe(build(architecture).to(torch.bfloat16))
     assert support.beams is (CopiedBeams if architecture in COPIED else TreeBeams) and support.padding
     assert support.shared == (support.beams is TreeBeams)
-    # Of layers that have learnt little, what they ignore may be smaller than the rounding.
+    # Of layers that have learned little, what they ignore may be smaller than the rounding.
     assert architecture not in COPIED or probe(make_untrained(architecture)).beams is CopiedBeams
 
 

@@ -1,4 +1,4 @@
-"""SIDs that are scored besides the beams have the scores of brute force, and change nothing about the beams."""
+"""SIDs that are scored together with the beams have the scores of brute force, and change nothing about the beams."""
 
 import random
 

@@ -146,7 +146,7 @@ def test_an_adapter_trains_loads_and_merges(tmp_path, name):
 @pytest.mark.parametrize("name", CHANGES)
 def test_whatever_trains_in_full_gets_a_gradient(name):
     model = build(name)
-    architecture.freeze_beside_text(model)
+    architecture.freeze_non_text_modules(model)
     found = model.train()(input_ids=TOKENS, use_cache=False).logits
     F.cross_entropy(found[:, :-1].flatten(0, 1), TOKENS[:, 1:].flatten()).backward()
     assert not [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]  # DDP would wait for it
@@ -250,7 +250,7 @@ def test_the_prediction_counts_experts_and_no_vision_tower(name):
     step = Step(2, 40, 6)
     full, lora = (predicted(config, IDS, step, method) for method in ("full", "lora"))
     model = build(name)
-    architecture.freeze_beside_text(model)
+    architecture.freeze_non_text_modules(model)
     assert full.trainable == lora_utils.count_parameters(model)[0]
     assert full.trainable < sum(p.numel() for p in model.parameters()) or name == "mixtral"
     wrapped = lora_utils.add_lora(model, lora_utils.lora_config(model, IDS))

@@ -1,4 +1,4 @@
-"""Low-rank updates of experts, and experts in 4 bits, against PEFT's layers and against the weights written out."""
+"""Low-rank updates of experts, and experts in 4 bits, against PEFT's layers and against materialized weights."""
 
 import copy
 import math
@@ -15,7 +15,7 @@ from minionerec.model import adapters, architecture, experts, loading
 
 IDS = [90, 91, 5]
 TOKENS = torch.tensor([[1, 90, 5, 7, 91, 3, 8, 9, 10], [2, 5, 90, 91, 8, 4, 3, 2, 1]])
-# Multiplied from the left; from the right, with biases; without routing; beside a shared expert; beside dense layers.
+# Multiplied from the left; from the right, with biases; without routing; next to a shared expert; next to dense layers.
 KINDS = ["mixtral", "gpt_oss", "llama4_text", "qwen2_moe", "deepseek_v3"]
 
 

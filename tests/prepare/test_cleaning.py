@@ -1,4 +1,4 @@
-"""Duplicates, k-core, histories and splits on disk, beside plain twins in memory."""
+"""Duplicates, k-core, histories and splits on disk, against plain twins in memory."""
 
 from collections import Counter
 

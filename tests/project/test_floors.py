@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from helpers import ROOT
 
-# From the lowest to the highest: the rooms (folders) and files of minionerec/, and the files beside it.
+# From the lowest to the highest: the rooms (folders) and files of minionerec/, and the files next to it.
 FLOORS = [
     [
         "minionerec",
@@ -67,6 +67,6 @@ def test_no_floor_imports_a_higher_one(file):
 
 
 def test_test_files_do_not_import_each_other():
-    """What they share is in the files beside them that have no tests."""
+    """What they share is in the files next to them that have no tests."""
     for file in (ROOT / "tests").glob("*.py"):
         assert not {name for name in imports(file) if name.split(".")[0].startswith("test_")}, file

@@ -128,7 +128,7 @@ IN_FULL = {"average_weights": True, "add_gt": True, "eval_step": 0.2, "save_step
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ["torchrun", *ENGINES])
 def test_an_engine_averages_as_one_process_does(files, sft_run, one, tmp_path, engine):
-    """And goes on from its checkpoint, which has the average in it and the weights that train on beside it."""
+    """And goes on from its checkpoint, which has the average in it and the weights that train on next to it."""
     two = tmp_path / "two"
     flags = rl_flags(files, sft_run("full") / "final_checkpoint", two, **IN_FULL, train_batch_size=8)
     two_processes(engine, tmp_path, "rl.py", flags)

@@ -51,7 +51,7 @@ def start_from(sft, start: str):
     model = lora_utils.add_lora(model, config)
     if start.startswith("new"):
         return model, True
-    with torch.no_grad():  # an adapter that has learnt something
+    with torch.no_grad():  # an adapter that has learned something
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.add_(0.02 * torch.randn_like(parameter))

@@ -75,7 +75,7 @@ def model_of(setting: Setting, folder):
     if flags.bits < 16:
         model.save_pretrained(folder)
         model = loading.load_base(str(folder), lora_utils.quantization_config(flags))
-    architecture.freeze_beside_text(model)
+    architecture.freeze_non_text_modules(model)
     torch.manual_seed(4)
     freeze = setting.method == "freeze_LLM"
     model = lora_utils.train_sid_rows_only(model, IDS) if freeze else lora_utils.adapt(model, flags, IDS)
