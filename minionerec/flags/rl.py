@@ -88,7 +88,7 @@ class RLFlags(TrainingFlags):
     )
     dynamic_sampling: bool = flag(
         False,
-        "sample 1.5 times as many completions, keep the target, if it is among them, and the most frequent (the original "
+        "sample 1.5 times as many completions, keep the target, if among them, and the most frequent (the original "
         "keeps the target as often as it was sampled, and ignores the flag under beam_search).",
     )
     mask_all_zero: bool = flag(
