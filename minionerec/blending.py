@@ -22,7 +22,7 @@ from minionerec.saving import write_json
 from minionerec.validation import check_values
 
 BEST = 15  # of SASRec's SIDs that are ranked with the beams
-WEIGHTS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0, 1.5, 2.0, 3.0, 5.0)  # that are tried
+WEIGHTS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0, 1.5, 2.0, 3.0, 5.0, 10.0)  # that are tried
 ROWS = 2000  # of a validation file on which a weight is chosen, at most
 RECORD, WEIGHTS_FILE = "sasrec.json", "sasrec.safetensors"  # of the folder
 _PART = 1_000_000  # bytes at both ends of a file of weights that tell checkpoints apart

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Runs SFT, RL and the evaluation of both, and of the second with SASRec, which trains next to them (a minute):
+# Runs SFT, RL and the evaluation of both, and of the second with SASRec, which trains next to them in minutes:
 #   METHOD=qlora PRESET=best NPROC=4 bash scripts/pipeline.sh --wandb_project recommender
 # Flags go to both trainings; SFT_FLAGS, RL_FLAGS and EVAL_FLAGS are for one stage. Settings: scripts/stages.sh.
 source "$(dirname "$0")/stages.sh"
