@@ -2,15 +2,11 @@
 
 The same requests, batches of 1 and 8, one way after the other in each round; the ratio is that of the medians.
 
-    python benchmarks/blend.py --model out/lora/final_checkpoint --blend out/sasrec --info_file info.txt \\
+    python -m benchmarks.blend --model out/lora/final_checkpoint --blend out/sasrec --info_file info.txt \\
         --histories test.csv
 """
 
-import os
-import sys
 from itertools import islice
-
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from benchmarks.common import interleaved_medians, print_json, print_table, quiet
 from minionerec import cli
