@@ -27,7 +27,7 @@ from minionerec.data.files import (
 from minionerec.data.items import Items
 from minionerec.data.prompts import RECOMMENDATION, Prompts, Task
 from minionerec.errors import InputError, Problems
-from minionerec.flags import PromptFlags, above_zero, command, flag
+from minionerec.flags import DeviceFlags, PromptFlags, above_zero, command, flag
 from minionerec.locks import hold, lock_of_new
 from minionerec.metrics import format_metrics, popularity, rank_of, ranking_metrics
 from minionerec.output import writing
@@ -36,7 +36,7 @@ from minionerec.saving import write_json
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateFlags(PromptFlags):
+class EvaluateFlags(PromptFlags, DeviceFlags):
     """The flags of evaluate.py."""
 
     base_model: str = flag("", "a whole checkpoint, or an adapter one, whose base is then found from the adapter.")
@@ -195,6 +195,7 @@ def evaluate(flags: EvaluateFlags) -> dict[str, float]:
         f"{'--adapter' if flags.adapter else '--base_model'} {checkpoint.path}",
         f"--info_file {flags.info_file} belongs to a different catalogue, or sft.py must make the checkpoint again",
         also=sorted(outside),
+        compile=flags.compile,
         num_beams=flags.num_beams,
         batch_size=flags.batch_size,
     )

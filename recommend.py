@@ -21,7 +21,7 @@ from minionerec.data.files import open_text, read_info_items, read_item_ids
 from minionerec.data.items import ItemColumns, Items, read_item_list
 from minionerec.data.prompts import RECOMMENDATION, Prompts
 from minionerec.errors import InputError, Problems
-from minionerec.flags import PromptFlags, above_zero, command, flag
+from minionerec.flags import DeviceFlags, PromptFlags, above_zero, command, flag
 from minionerec.locks import hold, lock_of_new
 from minionerec.process_memory import importing
 from minionerec.serving.requests import Request, RequestReader
@@ -38,7 +38,7 @@ def _port(value: int) -> str | None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RecommendFlags(PromptFlags):
+class RecommendFlags(PromptFlags, DeviceFlags):
     """The flags of recommend.py."""
 
     model: str = flag("", "a whole checkpoint, or an adapter one, whose base is then found from the adapter.")
@@ -249,6 +249,7 @@ def load(flags: RecommendFlags, files: RecommendInput) -> "Ranker":
         f"{'--adapter' if flags.adapter else '--model'} {files.checkpoint.path}",
         f"--info_file {flags.info_file} belongs to a different catalogue, or sft.py must make the checkpoint again",
         items=files.items,
+        compile=flags.compile,
         num_beams=flags.num_beams,
         batch_size=flags.batch_size,
     ).load_model(files.base, fast=True)

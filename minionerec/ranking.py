@@ -24,7 +24,7 @@ from minionerec.data.prompts import RECOMMENDATION, Prompts
 from minionerec.data.sid_tokens import PAD, sid_responses
 from minionerec.decoding.ranking import rank_prompts, score_prompts
 from minionerec.decoding.trie import Trie
-from minionerec.model import device, loading
+from minionerec.model import device, graphs, loading
 from minionerec.model.adapted import load_checkpoint
 from minionerec.serving.requests import Request, RequestReader
 
@@ -59,6 +59,7 @@ class Ranker:
         also: Sequence[str] = (),
         num_beams: int = 50,
         batch_size: int = 8,
+        compile: bool = True,
     ):
         """Checks that every SID becomes its own tokens, before a weight is loaded.
 
@@ -67,11 +68,12 @@ class Ranker:
             where, remedy: for messages, the flag that named the tokenizer, and what to do.
             catalogue: the tokens of the SIDs, where the index is at hand.
             also: SIDs that occur in histories and are not ranked.
+            compile: whether a GPU may record searches as CUDA graphs.
 
         Raises InputError for a SID that becomes other tokens.
         """
         self.checkpoint, self.task, self.sids, self.items = checkpoint, prompts.tasks[RECOMMENDATION], sids, items
-        self.num_beams, self.batch_size = num_beams, batch_size
+        self.num_beams, self.batch_size, self._compile = num_beams, batch_size, compile
         self.tokenizer = loading.load_tokenizer(checkpoint.path)
         self.encoder = Encoder(self.tokenizer, prompts, checkpoint.cutoff_len)
         responses = sid_responses(self.encoder, [*sids, *also], self.task.ending, catalogue, where, remedy)[: len(sids)]
@@ -116,6 +118,7 @@ class Ranker:
     def use(self, model: Any) -> "Ranker":
         """Ranks with a model that is loaded already."""
         self.model = model.eval()
+        graphs.record(self.model, self._compile)
         self.trie.to(model.device)
         return self
 

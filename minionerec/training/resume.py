@@ -20,6 +20,7 @@ IGNORED_ON_RESUME = (
     "wandb_run_name",
     "report_to",
     "ddp_timeout",
+    "compile",
 )
 
 
