@@ -21,7 +21,7 @@ from minionerec.data.files import Interaction, count_rows, read_info_items, read
 from minionerec.data.items import Items, read_targets
 from minionerec.data.prompts import RECOMMENDATION, Prompts, Task
 from minionerec.errors import InputError, Problems
-from minionerec.flags import BlendFlags, PromptFlags, above_zero, command, flag, number_or_auto
+from minionerec.flags import BlendFlags, DeviceFlags, PromptFlags, above_zero, command, flag, number_or_auto
 from minionerec.locks import hold, lock_of_new
 from minionerec.metrics import (
     HISTORIES,
@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateFlags(PromptFlags, BlendFlags):
+class EvaluateFlags(PromptFlags, BlendFlags, DeviceFlags):
     """The flags of evaluate.py."""
 
     base_model: str = flag("", "a whole checkpoint, or an adapter one, whose base is then found from the adapter.")
@@ -232,6 +232,7 @@ def evaluate(flags: EvaluateFlags) -> dict[str, float]:
         f"{'--adapter' if flags.adapter else '--base_model'} {checkpoint.path}",
         f"--info_file {flags.info_file} belongs to a different catalogue, or sft.py must make the checkpoint again",
         also=sorted(outside),
+        compile=flags.compile,
         num_beams=flags.num_beams,
         batch_size=flags.batch_size,
         blend=inputs.blend,

@@ -22,7 +22,7 @@ from minionerec.data.files import open_text, read_info_items, read_item_ids, rea
 from minionerec.data.items import ItemColumns, Items, read_item_list
 from minionerec.data.prompts import RECOMMENDATION, Prompts
 from minionerec.errors import InputError, Problems
-from minionerec.flags import BlendFlags, PromptFlags, above_zero, command, flag, number_or_auto
+from minionerec.flags import BlendFlags, DeviceFlags, PromptFlags, above_zero, command, flag, number_or_auto
 from minionerec.locks import hold, lock_of_new
 from minionerec.process_memory import importing
 from minionerec.serving.requests import Request, RequestReader
@@ -39,7 +39,7 @@ def _port(value: int) -> str | None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RecommendFlags(PromptFlags, BlendFlags):
+class RecommendFlags(PromptFlags, BlendFlags, DeviceFlags):
     """The flags of recommend.py."""
 
     model: str = flag("", "a whole checkpoint, or an adapter one, whose base is then found from the adapter.")
@@ -275,6 +275,7 @@ def load(flags: RecommendFlags, inputs: RecommendInput) -> "Ranker":
         f"{'--adapter' if flags.adapter else '--model'} {inputs.checkpoint.path}",
         f"--info_file {flags.info_file} belongs to a different catalogue, or sft.py must make the checkpoint again",
         items=inputs.items,
+        compile=flags.compile,
         num_beams=flags.num_beams,
         batch_size=flags.batch_size,
         blend=inputs.blend,

@@ -203,7 +203,7 @@ def train(flags: RLFlags) -> "dict | Prediction":
         from minionerec.decoding.probe import probe
         from minionerec.dryrun import report
         from minionerec.metrics import watched_cutoff
-        from minionerec.model import device, loading
+        from minionerec.model import device, graphs, loading
         from minionerec.plots import RL_PANELS
         from minionerec.training import nodes
         from minionerec.training.finish import finish
@@ -269,6 +269,7 @@ def train(flags: RLFlags) -> "dict | Prediction":
         state.print(line)
 
     # Train.
+    graphs.record(model, flags.compile, state.print)
     cutoff = watched_cutoff(min(flags.test_beam, len(trie)))
     watched = f"{BEST_BY[flags.best_by]}@{cutoff}"
     trainer = ReReTrainer(

@@ -111,7 +111,7 @@ def train(flags: SFTFlags) -> "dict | Prediction":
         from minionerec.data.sid_tokens import add_sid_tokens, check_sids
         from minionerec.decoding.probe import probe
         from minionerec.dryrun import report
-        from minionerec.model import device, loading
+        from minionerec.model import device, graphs, loading
         from minionerec.model.sid_start import start_sid_rows
         from minionerec.plots import SFT_PANELS
         from minionerec.training import nodes
@@ -188,6 +188,7 @@ def train(flags: SFTFlags) -> "dict | Prediction":
     if trees and flags.group_by_length:
         state.print("--group_by_length changes nothing for token trees; with --pack_rows 0 it sorts steps by length")
     accumulation = trees.accumulation if trees else flags.batch_size // (flags.micro_rows * state.num_processes)
+    graphs.record(model, flags.compile and bool(trees), state.print)
 
     # Train.
     steps = math.ceil(len(train_dataset) / flags.batch_size) * flags.num_epochs

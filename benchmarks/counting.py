@@ -6,7 +6,7 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from itertools import pairwise
 from statistics import median
 from typing import Any
@@ -16,13 +16,14 @@ import torch
 from datasets import Dataset
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import TrainerCallback
 
 from benchmarks import rl_step
 from benchmarks.fixtures import LEVELS, save_base
 from minionerec.dryrun import passes
 from minionerec.flags import AdapterFlags
-from minionerec.model import fewer_kernels
+from minionerec.model import fewer_kernels, graphs
 
 PROMPTS, GENERATIONS, PROMPT_TOKENS = 10, 16, 24  # of an RL step
 REQUESTS, BEAMS = 8, 20  # of a search
@@ -118,6 +119,42 @@ def _place() -> str:
     return "backward"
 
 
+class Tape(TorchDispatchMode):
+    """A recording on a CPU, with the rules of CUDA graphs: every operator on the tensors that it had, results in their
+    places, numbers of the host as they were, and no read by the host. A replay counts as one kernel."""
+
+    launches: Launches | None = None  # that count now
+
+    def __init__(self, _pool: Any = None) -> None:
+        super().__init__()
+        self.calls: list[tuple] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        name = function.overloadpacket.__name__
+        if name in READS or _by_mask(name, args):
+            raise RuntimeError(f"{name}: the host reads a value")
+        result = function(*args, **(kwargs or {}))
+        views = any(of.alias_info is not None and not of.alias_info.is_write for of in function._schema.returns)
+        if not views and name not in NO_KERNEL:
+            self.calls.append((function, args, kwargs or {}, result))
+        return result
+
+    def record(self) -> "Tape":
+        return self
+
+    @torch.no_grad()
+    def replay(self) -> None:
+        counts = Tape.launches
+        if counts is not None and counts.counts:
+            counts.kernels[counts.phase] += 1
+            counts.operators[counts.phase, "a recording"] += 1
+        with mock.patch.object(counts, "counts", False) if counts is not None else nullcontext():
+            for function, args, kwargs, result in self.calls:
+                for place, value in zip(tree_leaves(result), tree_leaves(function(*args, **kwargs)), strict=True):
+                    if isinstance(place, torch.Tensor) and place is not value:
+                        place.copy_(value)
+
+
 NORM_BACKWARD = fewer_kernels.norm_backward
 
 
@@ -169,7 +206,7 @@ def _dequantize_into(out: torch.Tensor, weight: Any) -> None:
 
 @contextmanager
 def as_on_gpu() -> Iterator[None]:
-    """While open, the product takes the paths of a GPU on the CPU."""
+    """While open, the product takes the paths of a GPU on the CPU, with tapes for CUDA graphs."""
     from torch.utils import _foreach_utils
 
     from minionerec.decoding import beams
@@ -178,6 +215,7 @@ def as_on_gpu() -> Iterator[None]:
 
     supported = _foreach_utils._get_foreach_kernels_supported_devices
     patches = [
+        mock.patch.dict(graphs.RECORDINGS, cpu=Tape),
         mock.patch.object(device, "compute_dtype", lambda quantized=False: torch.bfloat16),
         mock.patch.object(device, "starts_kernels", lambda where: where.type != "meta"),
         mock.patch.object(beams, "_shared_beginning", lambda *_: 0),
@@ -200,7 +238,7 @@ def as_on_gpu() -> Iterator[None]:
 @contextmanager
 def counting() -> Iterator[Launches]:
     launches = Launches()
-    with ReadsByPython(launches), launches:
+    with ReadsByPython(launches), launches, mock.patch.object(Tape, "launches", launches):
         yield launches
 
 
@@ -234,9 +272,10 @@ def history_rows(users: int, items: list[list[int]]) -> list[dict[str, Any]]:
     return rows
 
 
-def count_sft(method: str, layers: int, users: int = 80) -> dict[str, Any]:
+def count_sft(method: str, layers: int, users: int = 80, recorded: bool = False) -> dict[str, Any]:
     """SFT of `method` (full, lora or qlora) on token trees: kernels a layer and reads of a micro-batch, reads of the
-    rest of a step and of a checkpoint, micro-batches and their distinct shapes. Four rows of each of `users`."""
+    rest of a step and of a checkpoint, micro-batches and their distinct shapes. Four rows of each of `users`. Passes
+    are `recorded`, or not."""
     from accelerate import PartialState
     from transformers import PrinterCallback, TrainingArguments
 
@@ -258,6 +297,7 @@ def count_sft(method: str, layers: int, users: int = 80) -> dict[str, Any]:
     rows, step_rows = Dataset.from_list(history_rows(users, items)), 32
     trees = plan_trees(model, rows, rows, 1, step_rows, 8, 1, 0, PartialState(cpu=True))
     assert trees
+    graphs.record(model, recorded)
     settings = {"gradient_accumulation_steps": trees.accumulation, "num_train_epochs": 1, "save_steps": 0.5}
     trainer = SFTTrainer(
         model=model,
@@ -295,7 +335,7 @@ def count_sft(method: str, layers: int, users: int = 80) -> dict[str, Any]:
     steps, count = trainer.state.global_step, len(micro_batches)
     kernels = median(after - before for before, after in pairwise(micro_batches))
     return {
-        "way": f"SFT, {method}",
+        "way": f"SFT, {method}{', recorded' if recorded else ''}",
         "kernels a layer": kernels / layers,
         "reads of a micro-batch": launches.reads["micro-batch"] / count,
         "reads of a step": launches.reads["other"] / steps,
@@ -311,7 +351,7 @@ def count_sft(method: str, layers: int, users: int = 80) -> dict[str, Any]:
 # --- RL ---------------------------------------------------------------------------------------------------------------
 
 
-def count_rl(layers: int) -> dict[str, Any]:
+def count_rl(layers: int, recorded: bool = False) -> dict[str, Any]:
     """An optimizer step of RL with a new LoRA adapter, in one pass: kernels and reads by phase."""
     from transformers import PrinterCallback
     from trl import GRPOConfig
@@ -331,8 +371,10 @@ def count_rl(layers: int) -> dict[str, Any]:
     def reward(prompts: list[list[int]], completion_ids: list[list[int]], **_: object) -> list[float]:
         return [rl_step.reward_of(*of, silent) for of in zip(prompts, completion_ids, strict=True)]
 
+    model = lora_utils.add_lora(model, adapter)
+    graphs.record(model, recorded)
     trainer = ReReTrainer(
-        lora_utils.add_lora(model, adapter),
+        model,
         [reward],
         GRPOConfig(
             **run_settings(tempfile.mkdtemp(), save_strategy="no", max_steps=4),
@@ -376,7 +418,7 @@ def count_rl(layers: int) -> dict[str, Any]:
         trainer.train()
     phases = ("generation", "reference", "policy", "backward", "update", "other")
     return {
-        "way": "RL",
+        "way": f"RL{', recorded' if recorded else ''}",
         **{phase: launches.kernels[phase] for phase in phases},
         "kernels": sum(launches.kernels[phase] for phase in phases),
         "reads": sum(launches.reads[phase] for phase in phases),
@@ -399,7 +441,7 @@ def _counted_optimizer(trainer: Any, within: Callable) -> Callable:
 # --- Decoding ---------------------------------------------------------------------------------------------------------
 
 
-def count_decoding(layers: int, merged: bool) -> dict[str, Any]:
+def count_decoding(layers: int, merged: bool, recorded: bool = False) -> dict[str, Any]:
     """Constrained beam search: kernels inside the model for a layer and pass, outside it for a level, and reads."""
     import lora_utils
     from minionerec.decoding.beam_search import constrained_beam_search
@@ -414,13 +456,15 @@ def count_decoding(layers: int, merged: bool) -> dict[str, Any]:
     if merged:
         model = model.merge_and_unload()
         join_frozen_layers(model)
+    graphs.record(model, recorded)
     ids = torch.tensor(prompts)
     mask = torch.ones_like(ids)
-    constrained_beam_search(model, ids, mask, trie, BEAMS)
+    for _ in range(2 if recorded else 1):
+        constrained_beam_search(model, ids, mask, trie, BEAMS)
     with counting() as launches, mock.patch.object(model, "forward", launches.within("model", model.forward)):
         constrained_beam_search(model, ids, mask, trie, BEAMS)
     return {
-        "way": f"search, {'merged' if merged else 'adapter'}",
+        "way": f"search, {'merged' if merged else 'adapter'}{', recorded' if recorded else ''}",
         "a layer and pass": launches.kernels["model"] / layers / trie.depth,
         "outside the model, a level": launches.kernels["other"] / trie.depth,
         "reads": sum(launches.reads.values()),

@@ -8,6 +8,8 @@ models of width 64, with the paths that a GPU takes. The counts do not depend on
 - RL by `ReReTrainer`: kernels and reads of an optimizer step of 10 prompts with 16 completions each, by phase.
 - constrained beam search: kernels inside the model for a layer and pass, kernels outside it for a level, reads.
 
+Each also with passes that are recorded as CUDA graphs; starting one counts as a kernel.
+
     python -m benchmarks.launches
     python -m benchmarks.launches --num_hidden_layers 4 --parts sft,decode
 """
@@ -42,17 +44,20 @@ def launches(num_hidden_layers: int = 24, parts: str = "sft,rl,decode", detail: 
     with as_on_gpu():
         if "sft" in chosen:
             found = {method: count_sft(method, layers) for method in ("full", "lora", "qlora")}
-            say(list(found.values()), detail)
+            recorded = count_sft("lora", layers, recorded=True)
+            say([*found.values(), recorded], detail)
             results |= {f"sft_{method}": counts["kernels a layer"] for method, counts in found.items()}
-            results |= {"sft_reads": found["lora"]["reads of a micro-batch"], "shapes": found["lora"]["shapes"]}
+            results |= {"sft_reads": found["lora"]["reads of a micro-batch"], "shapes": recorded["shapes"]}
+            results |= {"sft_recorded": recorded["kernels a layer"] * layers}
             results |= {f"{part}_reads": found["lora"][f"reads of a {part}"] for part in ("step", "checkpoint")}
         if "rl" in chosen:
-            counts = count_rl(layers)
-            say([counts], detail)
+            counts, recorded = count_rl(layers), count_rl(layers, recorded=True)
+            say([counts, recorded], detail)
             results |= {"rl_kernels": counts["kernels"], "rl_reads": counts["reads"]}
+            results |= {"rl_recorded": recorded["kernels"]}
         if "decode" in chosen:
             table = [count_decoding(layers, merged) for merged in (False, True)]
-            say(table, detail)
+            say([*table, count_decoding(layers, merged=True, recorded=True)], detail)
             results |= {"decode": table[-1]["a layer and pass"], "decode_reads": table[-1]["reads"]}
             results |= {"decode_level": table[-1]["outside the model, a level"]}
     print_json("launches", layers=layers, **results)

@@ -32,7 +32,7 @@ from minionerec.decoding.ranking import Second, score_prompts
 from minionerec.decoding.search_memory import ON_A_CPU, largest_batch
 from minionerec.decoding.trie import Trie
 from minionerec.errors import InputError
-from minionerec.model import device, loading
+from minionerec.model import device, graphs, loading
 from minionerec.model.adapted import load_checkpoint
 from minionerec.model.halving import Halving
 from minionerec.serving.requests import Request, RequestReader
@@ -72,6 +72,7 @@ class Ranker:
         num_beams: int = 50,
         batch_size: int | Literal["auto"] = 8,
         blend: Blend | None = None,
+        compile: bool = True,
     ):
         """Checks that every SID becomes its own tokens, before a weight is loaded.
 
@@ -80,6 +81,7 @@ class Ranker:
             where, remedy: for messages, the flag that named the tokenizer, and what to do.
             catalogue: the tokens of the SIDs, where the index is at hand.
             also: SIDs that occur in histories and are not ranked.
+            compile: whether a GPU may record searches as CUDA graphs.
 
         Raises InputError for a SID that becomes other tokens, and for a SASRec model that cannot be loaded.
         """
@@ -90,6 +92,7 @@ class Ranker:
         self.blend = blend
         if blend:
             self._sasrec = sasrec.load(blend.folder, "blend")
+        self._compile = compile
         self.tokenizer = loading.load_tokenizer(checkpoint.path)
         self.encoder = Encoder(self.tokenizer, prompts, checkpoint.cutoff_len)
         responses = sid_responses(self.encoder, [*sids, *also], self.task.ending, catalogue, where, remedy)[: len(sids)]
@@ -155,6 +158,7 @@ class Ranker:
     def use(self, model: PreTrainedModel | PeftModel) -> "Ranker":
         """Ranks with a model that is loaded already."""
         self.model = model.eval()
+        graphs.record(self.model, self._compile)
         self.trie.to(model.device)
         if self._sizes_batches and model.device.type == "cuda":
             search = self.encoder.cutoff_len, min(self.num_beams, len(self.trie)), self.trie.depth

@@ -5,8 +5,10 @@ depth.
 """
 
 from collections.abc import Iterator
+from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from minionerec.data.sid_tokens import PAD
@@ -14,6 +16,7 @@ from minionerec.decoding.beams import CopiedBeams, TreeBeams
 from minionerec.decoding.probe import probe
 from minionerec.decoding.trie import Trie
 from minionerec.decoding.wanted import Wanted
+from minionerec.model import graphs
 
 
 def _beams_and_padding(model: nn.Module, prompt: int, row: int, tree: bool | None) -> tuple[type, bool]:
@@ -67,7 +70,7 @@ def constrained_beam_search(
         in their order, PAD where they are among the K or not allowed.
     """
     beams = min(num_beams, len(trie))
-    prompts, device = len(input_ids), input_ids.device
+    prompts = len(input_ids)
     longest = input_ids.shape[1] + (beams + (0 if wanted is None else wanted.shape[1])) * trie.depth
     kind, padding = _beams_and_padding(model, input_ids.shape[1], longest, tree)
     if not padding and (prompts > 1 or not attention_mask.all()):
@@ -80,6 +83,36 @@ def constrained_beam_search(
             for i, single in enumerate(_single_prompts(input_ids, attention_mask))
         ]
         return torch.cat([rows for rows, _ in found]), torch.cat([scores for _, scores in found])
+    inputs = [input_ids, attention_mask] if allowed is None else [input_ids, attention_mask, allowed]
+    search = partial(_search, model, kind, trie, beams, length_penalty, wanted)
+    recorded = graphs.of(model) if kind is TreeBeams and tree is None and wanted is None else None
+    if recorded is None:
+        return search(*inputs)
+    rows, scores = recorded(("search", trie, beams, length_penalty), search, *_in_few_sizes(*inputs))
+    return rows[:prompts], scores[:prompts]
+
+
+def _in_few_sizes(*inputs: torch.Tensor) -> list[torch.Tensor]:
+    """Prompts, their masks and what else belongs to each, with padding on the left and rows of padding below: a search
+    is recorded for every shape."""
+    rows, width = inputs[0].shape
+    below, left = graphs.size_above(rows) - rows, graphs.size_above(width, 16) - width
+    return [F.pad(tensor, (left if i < 2 else 0, 0, 0, below)) for i, tensor in enumerate(inputs)]
+
+
+def _search(
+    model: nn.Module,
+    kind: type,
+    trie: Trie,
+    beams: int,
+    length_penalty: float,
+    wanted: torch.Tensor | None,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor,
+    allowed: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`constrained_beam_search` of all prompts together, by one kind of beams. No value is read on the host."""
+    prompts, device = len(input_ids), input_ids.device
     before = None if allowed is None else trie.count_before(allowed)
     others = None if wanted is None else Wanted(trie, wanted)
     state = kind(model, input_ids, attention_mask)

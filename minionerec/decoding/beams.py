@@ -94,7 +94,7 @@ def _shared_beginning(input_ids: torch.Tensor, length: torch.Tensor) -> int:
     On a GPU none: it computes a few tokens more in the time that it takes to launch the kernels of one more pass. None
     where weights are sharded, either: every process must run as many passes as the others.
     """
-    if len(input_ids) == 1 or input_ids.device.type != "cpu" or weights_are_sharded():
+    if len(input_ids) == 1 or device.starts_kernels(input_ids.device) or weights_are_sharded():
         return 0
     place = torch.arange(int(length.min()) - 1)  # every prompt keeps a token, whose logits are wanted
     beginning = input_ids.gather(1, input_ids.shape[1] - length + place)

@@ -423,7 +423,18 @@ class AdapterFlags(Flags):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainingFlags(DataFlags, RunFlags, AdapterFlags):
+class DeviceFlags(Flags):
+    """How a device computes."""
+
+    compile: bool = flag(
+        True,
+        "on a GPU, record passes whose shapes come again as CUDA graphs, which takes the time to start kernels away; a "
+        "pass that cannot be recorded is computed as ever. Changes nothing on a CPU.",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingFlags(DataFlags, RunFlags, AdapterFlags, DeviceFlags):
     """What sft.py and rl.py share."""
 
 

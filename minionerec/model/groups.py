@@ -24,11 +24,11 @@ from torch import nn
 from torch.autograd.function import FunctionCtx
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from minionerec.model import device
+from minionerec.model import device, graphs
 
 # Elements of an input up to which its dropout mask is kept, a byte each. A larger one takes longer to read than a
-# kernel to start: its mask is made again in the backward pass.
-KEPT_MASK = 2**21
+# kernel to start: its mask is made again in the backward pass. In a pass that is recorded, none can be made again.
+KEPT_MASK, KEPT_IN_GRAPHS = 2**21, 2**24
 # Values of a group in 4 bits up to which their scales are kept in float32, a 16th of a byte each, so that one kernel
 # dequantizes them. A larger group takes longer to dequantize than kernels to start.
 KEPT_SCALES = 2**24
@@ -247,7 +247,7 @@ class Groups:
 
         The first group of a pass sees to it for all. In training they are converted when an optimizer has made a step,
         or nothing has a gradient yet; elsewhere in every pass, because code that writes into `parameter.data` leaves no
-        trace. (A fused optimizer leaves none in the versions of the parameters.)
+        trace. (A fused optimizer leaves none in the versions of the parameters.) A recorded pass converts them itself.
         """
         key, number = (name, dtype), self.groups.index(group)
         known = self._known.get(key)
@@ -262,7 +262,7 @@ class Groups:
             ):
                 every, moved = [Factors(of, name, dtype) for of in self.groups], True
             learning = torch.is_grad_enabled() and group.layers[0].training and every[0].first[0].grad is not None
-            if moved or not learning:
+            if moved or not learning or graphs.recording():
                 self._convert(every)
             known = self._known[key] = every, state
         return known[0][number]
@@ -286,7 +286,7 @@ def _forward(
     if factors is None:
         return out, flat, None, None, None
     kept, dropped, mask, seed = flat, flat, None, None
-    if dropout and flat.numel() <= KEPT_MASK:
+    if dropout and flat.numel() <= (KEPT_IN_GRAPHS if graphs.in_pass() else KEPT_MASK):
         kept, mask = torch.native_dropout(flat, dropout, True)
         dropped = kept
     elif dropout:
@@ -391,7 +391,8 @@ def _deliver_first(factors: Factors, grad_low: torch.Tensor, dropped: torch.Tens
     if all(map(_takes_sums, parameters)):
         grads = [parameter.grad for parameter in parameters]
         size = grads[0].numel() * grads[0].element_size()
-        if all(grad.data_ptr() == grads[0].data_ptr() + i * size for i, grad in enumerate(grads)):
+        adjacent = all(grad.data_ptr() == grads[0].data_ptr() + i * size for i, grad in enumerate(grads))
+        if adjacent and len({grad.untyped_storage().data_ptr() for grad in grads}) == 1:
             whole = grads[0].as_strided(factors.a.shape, (factors.a.shape[1], 1))
             add_product(whole, grad_low.T, dropped)
             return [None] * len(parameters)
@@ -444,7 +445,10 @@ def _adds_in_its_kernel(where: torch.device, dtype: torch.dtype, wanted: torch.d
 
 
 def draw_seed() -> int:
-    """A random number from torch's global state, which gradient checkpointing restores before it recomputes."""
+    """A random number from torch's global state, which gradient checkpointing restores before it recomputes. Raises
+    RuntimeError in a pass that is recorded, which would keep this one."""
+    if graphs.recording():
+        raise RuntimeError("the mask of a dropout follows from a number of the host")
     return int(torch.randint(2**62, ()))
 
 

@@ -25,6 +25,7 @@ from torch import nn
 from torch.autograd.function import FunctionCtx
 
 from minionerec.model.groups import Group
+from minionerec.model.groups import draw_seed as _draw_seed
 
 if TYPE_CHECKING:
     from peft.tuners.lora import Linear as _Layer  # what `_LeanForward` is mixed into
@@ -111,11 +112,6 @@ def _scaled_matmul(a: torch.Tensor, b: torch.Tensor, scale: float) -> torch.Tens
 def _kept_fraction(dropout: float) -> float:
     """1 - dropout, rounded to a multiple of 1/65,536 as `_dropout_mask` rounds it."""
     return 1 - round(dropout * 65536) / 65536
-
-
-def _draw_seed() -> int:
-    """A random number from torch's global state, which gradient checkpointing restores before it recomputes."""
-    return int(torch.randint(2**62, ()))
 
 
 def _dropout_mask(like: torch.Tensor, dropout: float, seed: int) -> torch.Tensor:

@@ -46,12 +46,14 @@ def attention_masks(
         positions: [B, L], of the keys.
         dtype: what attention computes in; None for that of autocast, or the model's without it.
     """
-    config, device = model.config.get_text_config(), visible.device.type
+    config, device = model.config.get_text_config(), visible.device
     if config._attn_implementation == "eager":
         dtype = model.dtype
     elif dtype is None:
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else model.dtype
-    hidden = torch.tensor(torch.finfo(dtype).min, dtype=dtype)  # on the CPU: a kernel takes it as a number
+        kind = device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else model.dtype
+    # On the device: from the CPU, `where` would copy it, and the host wait.
+    hidden = torch.full((), torch.finfo(dtype).min, dtype=dtype, device=device)
     window, chunk = getattr(config, "sliding_window", None), getattr(config, "attention_chunk_size", None)
     kinds = set(getattr(config, "layer_types", None) or ())
     if not kinds:

@@ -20,15 +20,18 @@ padding, `N` response tokens, `P` nodes that predict any of them, `V` vocabulary
 import math
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import FunctionCtx
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from minionerec.data.examples import IGNORE
 from minionerec.model.packed_rows import attention_masks
 
 # --- Merging ----------------------------------------------------------------------------------------------------------
@@ -136,11 +139,15 @@ class TreeCollator:
     Args:
         hidden_size: of the model; None puts all nodes into one tensor row, for attention in blocks.
         pad_to_multiple_of: of L. CUDA's kernels copy a mask in every layer where L is not a multiple of 16.
+
+    Attributes:
+        parts: how many tensor rows to make, where there are as many rows; None for what suits their number.
     """
 
     def __init__(self, pad_token_id: int, hidden_size: int | None, pad_to_multiple_of: int = 1):
         self.pad_token_id, self.width = pad_token_id, best_width(hidden_size) if hidden_size else math.inf
         self.multiple = pad_to_multiple_of
+        self.parts: int | None = None
 
     def __call__(self, examples: list[dict]) -> dict[str, torch.Tensor]:
         # Lexicographic order, in which rows that begin alike are neighbours: big-endian bytes sort as numbers do.
@@ -155,7 +162,7 @@ class TreeCollator:
 
         # One tree a tensor row.
         shared = shared_with_previous(tokens, size - 1)
-        starts = self._tensor_rows(size - 1, shared) if rows else np.zeros(1, dtype=np.int64)
+        starts = self.tensor_rows(size - 1, shared) if rows else np.zeros(1, dtype=np.int64)
         shared[starts[:-1]] = 0
         cuts = [slice(start, end) for start, end in pairwise(starts)]
         trees = [merge(tokens[cut], size[cut] - 1, shared[cut]) for cut in cuts]
@@ -185,17 +192,55 @@ class TreeCollator:
             "predicted_by": torch.from_numpy(predicted_by),
         }
 
-    def _tensor_rows(self, length: np.ndarray, shared: np.ndarray) -> np.ndarray:
+    def tensor_rows(self, length: np.ndarray, shared: np.ndarray) -> np.ndarray:
         """Where the tensor rows of sorted rows begin, as `split` returns it: of about `width` nodes each, or as many
         as the longest row has."""
         nodes, longest = int((length - shared).sum()), int(length.max())
-        parts = min(len(length), round(nodes / max(self.width, longest, 1)))
+        parts = min(len(length), self.parts or round(nodes / max(self.width, longest, 1)))
         if parts > 1:
             starts = split((length - shared)[None], shared[None], parts)
-            widest = (np.add.reduceat(length - shared, starts[:-1]) + shared[starts[:-1]]).max()
-            if parts * widest <= len(length) * longest:  # with padding no more than the rows one by one
+            # With padding no more than the rows one by one.
+            if self.parts or parts * widest(length, shared, starts) <= len(length) * longest:
                 return starts
         return np.array([0, len(length)])
+
+
+def widest(length: np.ndarray, shared: np.ndarray, starts: np.ndarray) -> int:
+    """The nodes of the largest tensor row of sorted rows that are cut at `starts`."""
+    return int((np.add.reduceat(length - shared, starts[:-1]) + shared[starts[:-1]]).max())
+
+
+PER_NODE = ("input_ids", "position_ids")
+
+
+class Shape(NamedTuple):
+    """Of a micro-batch: R, L and N."""
+
+    rows: int
+    nodes: int
+    responses: int
+
+
+def pad_to(batch: dict[str, torch.Tensor], shape: Shape) -> dict[str, torch.Tensor]:
+    """A batch of `TreeCollator`, no larger than `shape`, with nodes of padding that nothing sees, and with response
+    tokens of padding whose losses `counted` [N] multiplies by 0. Values and gradients are those without padding."""
+    rows, nodes = batch["input_ids"].shape
+    node, more = batch["predicting"], shape.responses - len(batch["labels"])
+    end = torch.arange(1, shape.nodes + 1).repeat(shape.rows, 1)  # padding sees itself
+    end[:rows, :nodes] = batch["subtree_end"]
+
+    def padded(name: str, value: int = 0) -> torch.Tensor:
+        return F.pad(batch[name], (0, shape.responses - len(batch[name])), value=value)
+
+    extended = {name: F.pad(batch[name], (0, shape.nodes - nodes, 0, shape.rows - rows)) for name in PER_NODE}
+    batch = {**batch, "predicting": node // nodes * shape.nodes + node % nodes}
+    return {
+        **extended,
+        "subtree_end": end,
+        **{name: padded(name) for name in ("labels", "row", "predicting", "predicted_by")},
+        "shift_labels": padded("shift_labels", IGNORE),  # the Trainer does not count these
+        "counted": F.pad(torch.ones(shape.responses - more), (0, more)),
+    }
 
 
 # --- The model's side -------------------------------------------------------------------------------------------------

@@ -5,12 +5,15 @@ vocabulary.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from minionerec.decoding.probe import shares_rows
+from minionerec.model import graphs
 from minionerec.model.head import float32_head, head_on
 from minionerec.model.packed_rows import plain_rows, shared_rows
 from minionerec.training.rollouts import Completed
@@ -52,10 +55,45 @@ def completion_logps(
     if shared is None:
         shared = shares_rows(inner, width, width + len(completion_ids) * completion_ids.shape[1])
     pack = shared_rows if shared else plain_rows
-    inputs, wanted, row = pack(inner, prompt_ids, prompt_mask, completion_ids, completion_mask, groups)
-    with head_on(inner, wanted), float32_head(inner):
-        logits = model(**inputs, use_cache=False).logits.float() / temperature  # [N, V]
-    return token_logps(logits, row, completion_ids, completion_mask)
+
+    def logps_of(
+        groups: Sequence[int] | None,
+        prompt_ids: torch.Tensor,
+        prompt_mask: torch.Tensor,
+        completion_ids: torch.Tensor,
+        completion_mask: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        inputs, wanted, row = pack(inner, prompt_ids, prompt_mask, completion_ids, completion_mask, groups)
+        with head_on(inner, wanted), float32_head(inner):
+            logits = model(**inputs, use_cache=False).logits.float() / temperature  # [N, V]
+        return token_logps(logits, row, completion_ids, completion_mask)
+
+    rows = prompt_ids, prompt_mask, completion_ids, completion_mask
+    recorded = graphs.of(inner)
+    if recorded and shared and groups and len(set(groups)) == 1:
+        return _recorded(recorded, logps_of, temperature, groups, *rows)
+    return logps_of(groups, *rows)
+
+
+def _recorded(
+    recorded: graphs.Graphs,
+    logps_of: Callable[..., tuple[torch.Tensor, torch.Tensor]],
+    temperature: float,
+    groups: Sequence[int],
+    prompt_ids: torch.Tensor,
+    prompt_mask: torch.Tensor,
+    completion_ids: torch.Tensor,
+    completion_mask: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same for prompts with equally many completions, as a pass of few shapes: with more padding on the left of
+    prompts, so that rows have one of few lengths, and with completions of padding, in which nothing counts."""
+    (count, depth), size = completion_ids.shape, groups[0]
+    length, prompts = prompt_ids.shape[1] + size * (depth - 1), graphs.size_above(len(groups))
+    left, below = graphs.size_above(length, 16) - length, prompts * size - count
+    rows = [F.pad(tensor, (left, 0, 0, below)) for tensor in (prompt_ids, prompt_mask)]
+    rows += [F.pad(tensor, (0, 0, 0, below)) for tensor in (completion_ids, completion_mask)]
+    logps, entropies = recorded(("completions", temperature, size), partial(logps_of, [size] * prompts), *rows)
+    return logps[:count], entropies[:count]
 
 
 def logps_in_passes(

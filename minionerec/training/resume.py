@@ -24,6 +24,7 @@ IGNORED_ON_RESUME = (
     "report_to",
     "ddp_timeout",
     "gpu",
+    "compile",
 )
 # Flags that decide what a checkpoint holds and which is the best. SID rows with a rate are parameters of their own.
 FIXED = ("optim", "best_by", "sync_ref_model", "average_weights", "sid_learning_rate")

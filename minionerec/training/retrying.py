@@ -7,7 +7,7 @@ several processes may have to, each adds up its gradients alone, and they are av
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -27,11 +27,11 @@ EXAMPLES = "examples"  # in a batch: what it was made of
 class Examples:
     """The examples of a batch. Not a list, into which `pin_memory` and accelerate would look for tensors."""
 
-    def __init__(self, rows: list[dict[str, Any]]):
+    def __init__(self, rows: list[dict]):
         self.rows = rows
 
 
-def keeping_examples(collate: Callable[[list], dict[str, torch.Tensor]]) -> Callable[[list], dict[str, Any]]:
+def keeping_examples(collate: Callable[[list], dict[str, torch.Tensor]]) -> Callable[[list], dict]:
     """A collator whose batches keep their examples, so that they can be split."""
     return lambda examples: {**collate(examples), EXAMPLES: Examples(examples)}
 
@@ -68,54 +68,54 @@ class RetriesMicroBatches(_Trainer):
     collate: Callable[[list], dict[str, torch.Tensor]]
     goes_back = False
 
-    def __init__(self, *args: Any, **kwargs: Any):
+    def __init__(self, *args: object, **kwargs: object):
         super().__init__(*args, **kwargs)
         self.halving = Halving("micro-batches")
-        self._of_step: list[dict[str, Any]] = []  # the micro-batches of this step so far
+        self._of_step: list[dict] = []  # the micro-batches of this step so far
 
-    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+    def get_batch_samples(self, *args: object, **kwargs: object) -> object:
         """As the Trainer's, which asks for the micro-batches of a step here."""
         self._of_step = []
         return super().get_batch_samples(*args, **kwargs)
 
-    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
+    def training_step(
+        self, model: nn.Module, inputs: dict, num_items_in_batch: torch.Tensor | int | None = None
+    ) -> torch.Tensor:
         """As the Trainer's, for a micro-batch in parts that fit. Where one does not, the gradients of the step are
         dropped, and all of its micro-batches so far recomputed."""
         if engine() or not (self.goes_back or self.args.world_size == 1):
-            return super().training_step(model, _without_examples(inputs), *args, **kwargs)
+            return super().training_step(model, _without_examples(inputs), num_items_in_batch)
         self._of_step.append(inputs)
         if self.accelerator.sync_gradients:
             with averaged_afterwards(self, model):
-                return self._retried(model, *args, **kwargs)
-        return self._retried(model, *args, **kwargs)
+                return self._retried(model, num_items_in_batch)
+        return self._retried(model, num_items_in_batch)
 
-    def _retried(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def _retried(self, *args: object) -> torch.Tensor:
         """The loss of the last micro-batch."""
         to_do = self._of_step[-1:]
-        while (losses := self._attempt(to_do, *args, **kwargs)) is None:
+        while (losses := self._attempt(to_do, *args)) is None:
             self.halving.halve()
             self.model.zero_grad()
             to_do = self._of_step
         return losses[-1]
 
-    def _attempt(
-        self, micro_batches: list[dict[str, Any]], model: nn.Module, *args: Any, **kwargs: Any
-    ) -> list[torch.Tensor] | None:
+    def _attempt(self, micro_batches: list[dict], *args: object) -> list[torch.Tensor] | None:
         """The losses of micro-batches, None if memory runs out."""
         try:
-            return [self._in_parts(model, inputs, *args, **kwargs) for inputs in micro_batches]
+            return [self._in_parts(inputs, *args) for inputs in micro_batches]
         except torch.OutOfMemoryError:
             if self.halving.parts >= max(len(inputs[EXAMPLES].rows) for inputs in micro_batches):
                 raise
         return None
 
-    def _in_parts(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
+    def _in_parts(self, inputs: dict, model: nn.Module, num_items_in_batch: torch.Tensor | int | None) -> torch.Tensor:
         if self.halving.parts == 1:
-            return super().training_step(model, _without_examples(inputs), *args, **kwargs)
+            return super().training_step(model, _without_examples(inputs), num_items_in_batch)
         step = super().training_step
         parts = (self.collate(list(part)) for part in self.halving.split(inputs[EXAMPLES].rows))
-        return torch.stack([step(model, part, *args, **kwargs) for part in parts]).sum()
+        return torch.stack([step(model, part, num_items_in_batch) for part in parts]).sum()
 
 
-def _without_examples(inputs: dict[str, Any]) -> dict[str, Any]:
+def _without_examples(inputs: dict) -> dict:
     return {name: value for name, value in inputs.items() if name != EXAMPLES}

@@ -4,6 +4,7 @@ allows it, the common beginnings of rows are computed once.
 Dimensions: `B` rows, `L` tokens, `N` response tokens in the batch, `H` hidden, `V` vocabulary.
 """
 
+import copy
 import math
 from collections.abc import Callable, Sequence
 
@@ -21,10 +22,11 @@ from transformers import Trainer, TrainerControl
 from minionerec.data.examples import IGNORE, Collator
 from minionerec.decoding.probe import probe
 from minionerec.errors import InputError
+from minionerec.model import device, graphs
 from minionerec.model.device import compute_dtype
 from minionerec.model.halving import Halving
 from minionerec.model.head import head_on
-from minionerec.model.token_trees import TreeCollator, attend_in_blocks, best_width, edge_losses, model_inputs
+from minionerec.model.token_trees import TreeCollator, attend_in_blocks, best_width, edge_losses, model_inputs, pad_to
 from minionerec.training.durable import DurableRun
 from minionerec.training.retrying import EXAMPLES, RetriesMicroBatches, keeping_examples
 from minionerec.training.row_batches import RowBatches, StepSampler
@@ -83,13 +85,14 @@ def tree_losses(
     tree = model_inputs(unwrapped, inputs, dtype)
     with head_on(unwrapped, inputs["predicting"]):
         logits = model(**tree, use_cache=False).logits
-    return edge_losses(logits, inputs["predicted_by"], inputs["labels"]), inputs["row"]
+    losses = edge_losses(logits, inputs["predicted_by"], inputs["labels"])
+    return losses * inputs["counted"] if "counted" in inputs else losses, inputs["row"]
 
 
-def tree_collator(model: nn.Module, pad_token_id: int, device: torch.device) -> TreeCollator:
+def tree_collator(model: nn.Module, pad_token_id: int, where: torch.device) -> TreeCollator:
     """The collator of token trees for `model`, which attends in blocks if it can."""
     hidden_size = None if attend_in_blocks(model) else model.config.get_text_config().hidden_size
-    return TreeCollator(pad_token_id, hidden_size, 16 if device.type == "cuda" else 1)
+    return TreeCollator(pad_token_id, hidden_size, 16 if device.starts_kernels(where) else 1)
 
 
 def step_order(prefixes: Prefixes, pack_rows: int, batch_size: int, seed: int) -> Sampler:
@@ -237,12 +240,35 @@ class SFTTrainer(DurableRun, RetriesMicroBatches, Trainer):
         loader = DataLoader(
             self.train_dataset,
             batch_sampler=batches,
-            collate_fn=self.data_collator,
+            collate_fn=self._in_few_shapes(),
             num_workers=args.dataloader_num_workers,
             pin_memory=args.dataloader_pin_memory,
         )
         # These are this process's batches already; accelerate's `prepare` would shard them once more.
         return prepare_data_loader(loader, args.device, num_processes=1, process_index=0, put_on_device=True)
+
+    def _in_few_shapes(self) -> Callable[[list[dict]], dict[str, torch.Tensor]]:
+        """The collator of training, which pads token trees to few shapes as long as passes of the model are recorded:
+        each is for one shape."""
+        model, trees = self.unwrapped(self.model), self.train_batches
+        if trees is None or graphs.of(model) is None or self.args.world_size > 1:
+            return self.data_collator
+        assert isinstance(self.collate, TreeCollator)
+        collate = copy.copy(self.collate)  # evaluations are not padded
+        shapes, more = trees.few_shapes(collate)
+        self.accelerator.print(
+            f"micro-batches are padded to {len(shapes)} shapes, by {more:.0%}, and recorded as CUDA graphs"
+        )
+
+        def padded(examples: list[dict]) -> dict[str, torch.Tensor]:
+            batch = collate(examples)
+            rows, nodes = batch["input_ids"].shape
+            size = rows, nodes, len(batch["labels"])
+            fitting = (shape for shape in shapes if all(a >= b for a, b in zip(shape, size, strict=True)))
+            shape = next(fitting, None) if graphs.of(model) else None
+            return batch if shape is None else pad_to(batch, shape)
+
+        return keeping_examples(padded)
 
     def evaluate(
         self,
@@ -306,7 +332,16 @@ class SFTTrainer(DurableRun, RetriesMicroBatches, Trainer):
         if self.train_batches is None:
             return row_losses(model, inputs, unwrapped)
         dtype = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else None
-        return tree_losses(model, inputs, unwrapped, dtype)
+        recorded = graphs.of(unwrapped) if "counted" in inputs else None
+        if recorded is None:
+            return tree_losses(model, inputs, unwrapped, dtype)
+
+        names = tuple(inputs)
+
+        def losses_of(*tensors: torch.Tensor) -> tuple[torch.Tensor]:
+            return (tree_losses(model, dict(zip(names, tensors, strict=True)), unwrapped, dtype)[0],)
+
+        return recorded(("trees", *names), losses_of, *inputs.values())[0], inputs["row"]
 
     def compute_loss(
         self,

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from torch.utils.data import Sampler
 
-from minionerec.model.token_trees import split
+from minionerec.model.token_trees import Shape, TreeCollator, split, widest
 
 BLOCK = 2048  # rows to compare at a time
 
@@ -271,6 +271,37 @@ class TreeBatches(Sampler):
         tokens = sum(int(self.prefixes.length[part].sum()) for part in parts)
         filled = [max(s.nodes / self.most.nodes, s.responses / self.most.responses) for s in sizes]
         return tokens / surveyed, sum(size.nodes for size in sizes) / surveyed, parts[int(np.argmax(filled))]
+
+    def few_shapes(self, collator: TreeCollator, most: int = 4) -> tuple[list[Shape], float]:
+        """At most so many shapes, the smallest first, one of which nearly every micro-batch fits, and by what fraction
+        padding to them adds to its nodes. The collator makes equally many tensor rows from here on."""
+        parts = list(islice((part for parts in self.steps() for part in parts if len(part)), 256))
+        average = sum(self.prefixes.size(part).nodes for part in parts) / len(parts)
+        collator.parts = tensor_rows = max(round(average / max(collator.width, self.prefixes.longest.nodes)), 1)
+        sizes = np.empty((len(parts), 2), dtype=np.int64)  # nodes of a tensor row, and response tokens
+        for i, part in enumerate(parts):
+            rows, shared = self.prefixes.sorted(part)
+            length = self.prefixes.length[rows]
+            nodes = widest(length, shared, collator.tensor_rows(length, shared))
+            sizes[i] = nodes, self.prefixes.responses[part].sum()
+        sizes = -(-sizes // (collator.multiple, 8)) * (collator.multiple, 8)
+
+        # The two that cost least to make one, again and again. A response token may need a row of logits.
+        price = np.array([tensor_rows, 1])
+        shapes, count = np.unique(sizes, axis=0, return_counts=True)
+        while len(shapes) > most:
+            joined = np.maximum(shapes[:, None], shapes)
+            added = (
+                (joined @ price) * (count[:, None] + count) - (shapes @ price * count)[:, None] - shapes @ price * count
+            )
+            added[np.tril_indices(len(shapes))] = added.max() + 1
+            i, j = np.unravel_index(added.argmin(), added.shape)
+            shapes[i], count[i] = joined[i, j], count[i] + count[j]
+            shapes, count = np.delete(shapes, j, axis=0), np.delete(count, j)
+        shapes = shapes[np.argsort(shapes @ price, kind="stable")]
+        fits = (shapes >= sizes[:, None]).all(axis=2).argmax(axis=1)
+        more = float(shapes[fits, 0].sum() / sizes[:, 0].sum()) - 1
+        return [Shape(tensor_rows, *of) for of in shapes.tolist()], more
 
     def summary(self) -> str:
         """One line: what a step computes."""

@@ -31,7 +31,7 @@ def test_sft_starts_few_kernels_and_reads_little(method, most):
 def test_rl_starts_few_kernels_and_reads_little():
     few, many = (counting.count_rl(layers) for layers in (1, 2))
     assert many["kernels"] - few["kernels"] <= 187
-    assert few["kernels"] <= 691
+    assert few["kernels"] <= 697
     assert many["reads"] <= 5
 
 
@@ -39,7 +39,16 @@ def test_a_search_starts_few_kernels_and_reads_little():
     for merged, most in ((False, 26), (True, 18)):
         few, many = (counting.count_decoding(layers, merged) for layers in (1, 2))
         assert 2 * many["a layer and pass"] - few["a layer and pass"] <= most
-        assert many["outside the model, a level"] <= 26 and many["reads"] == 0
+        assert many["outside the model, a level"] <= 27 and many["reads"] == 0
+        recorded = counting.count_decoding(1, merged, recorded=True)
+        assert not recorded["a layer and pass"] and recorded["outside the model, a level"] <= 2
+
+
+def test_recorded_passes_are_a_few_starts_of_few_shapes():
+    sft = counting.count_sft("lora", 1, users=40, recorded=True)
+    assert sft["shapes"] <= 4 and sft["kernels a layer"] <= 13 and sft["reads of a micro-batch"] == 0
+    rl = counting.count_rl(1, recorded=True)
+    assert rl["kernels"] <= 135 and rl["reads"] <= 5
 
 
 @pytest.mark.parametrize("lengths", [(3,), (1, 2, 3)])  # of the SIDs: at one depth all end, or at several some

@@ -1,0 +1,142 @@
+"""Passes kernel by kernel against the same passes recorded as CUDA graphs: seconds, and how far results are apart.
+
+- SFT: losses and gradients of a token tree, LoRA with dropout 0 and all weights.
+- RL: log-probabilities of completions and their gradients, LoRA.
+- constrained beam search, with the adapter and merged.
+
+    python benchmarks/graphs.py                                                   # the shape of Qwen2.5-0.5B, on a GPU
+    python benchmarks/graphs.py --hidden_size 64 --num_hidden_layers 2 --num_attention_heads 4 --vocab_size 2048
+
+Without a GPU, tapes that keep the rules of CUDA graphs take their place: results count there, seconds do not.
+"""
+
+import os
+import sys
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+from benchmarks.common import interleaved_medians, print_json, print_table, quiet
+from minionerec import cli
+from minionerec.errors import Problems
+from minionerec.flags import check_positive
+
+PROMPTS, GENERATIONS, BEAMS = 8, 16, 20
+
+
+def compare(way: str, adapted: str, shape: dict[str, int], tokens: int, repeats: int) -> dict[str, Any]:
+    """A row of the table: one `way` (sft, rl or search) of a model that is adapted, merged or trained in full."""
+    import torch
+
+    import lora_utils
+    from benchmarks.rl_step import setting
+    from minionerec.decoding.beam_search import constrained_beam_search
+    from minionerec.decoding.trie import Trie
+    from minionerec.model import device, graphs
+    from minionerec.model.fewer_kernels import use_fewer_kernels
+    from minionerec.model.groups import join_frozen_layers
+    from minionerec.model.token_trees import TreeCollator
+    from minionerec.training.logprobs import completion_logps
+    from minionerec.training.sft_trainer import tree_losses
+
+    tokenizer, model, adapter, _, sequences, prompts, _ = setting(shape, 3000, PROMPTS, tokens, 0)
+    use_fewer_kernels(model)
+    if adapted != "full":
+        model = lora_utils.add_lora(model, adapter)
+    if adapted == "merged":
+        model = model.merge_and_unload()
+        join_frozen_layers(model)
+    model.train(way != "search")
+    where, trie = device.local_device(), Trie(sequences, tokenizer.eos_token_id).to(device.local_device())
+    ids, mask = torch.tensor(prompts, device=where), torch.ones(PROMPTS, tokens, dtype=torch.long, device=where)
+    answers = trie.sequences[: PROMPTS * GENERATIONS].clamp(min=0)
+    repeated = [of.repeat_interleave(GENERATIONS, dim=0) for of in (ids, mask)]
+    rows = [{"input_ids": [*ids, *sids.tolist()], "prompt_length": tokens} for ids, sids in zip(prompts, answers)]  # noqa: B905
+    tree = {name: of.to(where) for name, of in TreeCollator(0, shape["hidden_size"], 16)(rows).items()}
+    names = tuple(tree)
+
+    def losses_of(*tensors: torch.Tensor) -> tuple[torch.Tensor]:
+        return (tree_losses(model, dict(zip(names, tensors, strict=True)))[0],)
+
+    def one() -> torch.Tensor:
+        """A pass as the product makes it: its results and, in training, its gradients, in one tensor."""
+        if way == "search":
+            return constrained_beam_search(model, ids, mask, trie, BEAMS)[1].flatten()
+        model.zero_grad()
+        if way == "sft":
+            recorded = graphs.of(model)
+            losses = recorded(("trees",), losses_of, *tree.values()) if recorded else losses_of(*tree.values())
+        else:
+            groups = [GENERATIONS] * PROMPTS
+            present = torch.ones_like(answers)
+            losses = completion_logps(model, *repeated, answers, present, shared=True, width=tokens, groups=groups)
+        losses[0].sum().backward()
+        norms = torch._foreach_norm([p.grad.float() for p in model.parameters() if p.grad is not None])
+        return torch.cat([losses[0].detach().flatten(), torch.stack(norms)])
+
+    said: list[str] = []
+    eager = one()
+    graphs.record(model, True, said.append)
+    recorded = vars(graphs._base_of(model)).get("_graphs")
+
+    def switched(on: bool) -> Callable[[], torch.Tensor]:
+        def run() -> torch.Tensor:
+            if recorded is not None and not said:
+                recorded.on = on
+            return one()
+
+        return run
+
+    for _ in range(3):
+        found = switched(True)()
+    seconds = interleaved_medians({"eager": switched(False), "recorded": switched(True)}, repeats)
+    apart = (found - eager).abs().max() / eager.abs().max()
+    return {
+        "pass": f"{way}, {adapted}",
+        "eager (ms)": 1000 * seconds["eager"],
+        "recorded (ms)": 1000 * seconds["recorded"],
+        "times": seconds["eager"] / seconds["recorded"],
+        "apart": f"{apart:.0e}",
+        "recorded": said[0] if said else "yes" if recorded is not None else "no recordings here",
+    }
+
+
+def graphs(
+    hidden_size: int = 896,
+    num_hidden_layers: int = 24,
+    num_attention_heads: int = 14,
+    vocab_size: int = 151936,
+    prompt_tokens: int = 120,
+    repeats: int = 5,
+) -> None:
+    """Prints seconds of passes, kernel by kernel and recorded, and how far their results are apart.
+
+    Args:
+        hidden_size: width of the model; Qwen2.5-0.5B has 896.
+        num_hidden_layers: decoder layers.
+        num_attention_heads: query heads.
+        vocab_size: rows of the embedding.
+        prompt_tokens: tokens of a prompt.
+        repeats: timed passes; medians count.
+    """
+    problems = Problems()
+    check_positive(problems, num_hidden_layers=num_hidden_layers, prompt_tokens=prompt_tokens, repeats=repeats)
+    problems.check()
+    import torch
+
+    from benchmarks.counting import as_on_gpu
+
+    quiet()
+    shape = {"hidden_size": hidden_size, "num_hidden_layers": num_hidden_layers}
+    shape |= {"num_attention_heads": num_attention_heads, "vocab_size": vocab_size}
+    ways = [("search", "lora"), ("search", "merged"), ("rl", "lora"), ("sft", "lora"), ("sft", "full")]
+    with nullcontext() if torch.cuda.is_available() else as_on_gpu():
+        table = [compare(*of, shape, prompt_tokens, repeats) for of in ways]
+    print_table(table)
+    print_json("graphs", table=table, shape=shape)
+
+
+if __name__ == "__main__":
+    cli.run(graphs)
