@@ -4,19 +4,15 @@
 - RL: log-probabilities of completions and their gradients, LoRA.
 - constrained beam search, with the adapter and merged.
 
-    python benchmarks/graphs.py                                                   # the shape of Qwen2.5-0.5B, on a GPU
-    python benchmarks/graphs.py --hidden_size 64 --num_hidden_layers 2 --num_attention_heads 4 --vocab_size 2048
+    python -m benchmarks.graphs                                                   # the shape of Qwen2.5-0.5B, on a GPU
+    python -m benchmarks.graphs --hidden_size 64 --num_hidden_layers 2 --num_attention_heads 4 --vocab_size 2048
 
 Without a GPU, tapes that keep the rules of CUDA graphs take their place: results count there, seconds do not.
 """
 
-import os
-import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
-
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from benchmarks.common import interleaved_medians, print_json, print_table, quiet
 from minionerec import cli
