@@ -106,7 +106,7 @@ class _Pass:
             self.wanted = [tensor.requires_grad for tensor in outputs]
             self.given = [torch.zeros_like(tensor) for tensor in outputs if tensor.requires_grad]
             expected = [tensor.detach() for tensor in outputs]
-            self._compute_gradients(outputs)
+            norms = self._gradient_norms(lambda: self._compute_gradients(outputs))
         torch.clear_autocast_cache()  # a recording converts weights itself
         with owner.same_random_numbers(), _within(True):
             with self.forward.record():
@@ -122,9 +122,34 @@ class _Pass:
         for found, wanted in zip(self.outputs, expected, strict=True):
             if found.is_floating_point() and not torch.allclose(found, wanted, atol=TOLERANCE, rtol=TOLERANCE):
                 raise RuntimeError("the recording of a pass gives other values")
+        if self.backward is not None:
+            found = self._gradient_norms(self.backward.replay)
+            largest = norms.nan_to_num().max().clamp(min=1e-30)
+            if not torch.allclose(found / largest, norms / largest, atol=TOLERANCE, rtol=TOLERANCE, equal_nan=True):
+                raise RuntimeError("the recording of a backward pass gives other gradients")
+
+    def _gradient_norms(self, compute: Callable[[], None]) -> torch.Tensor:
+        """The norm of what a backward pass adds to each trained parameter where the gradient of every output is 1.
+        Leaves the gradients of a step that is on its way as they are."""
+        if not self.given:
+            return torch.zeros(0)
+        trained = [parameter for parameter in self.owner.model.parameters() if parameter.requires_grad]
+        places = [self.owner.gradient_of(parameter) for parameter in trained]
+        held = [place for place, parameter in zip(places, trained, strict=True) if parameter.grad is place]
+        kept = [place.clone() for place in held]
+        torch._foreach_zero_(places)
+        for gradient in self.given:
+            gradient.fill_(1)
+        compute()
+        norms = torch.stack([norm.float() for norm in torch._foreach_norm(places)])
+        for gradient in self.given:
+            gradient.zero_()
+        if held:
+            torch._foreach_copy_(held, kept)
+        return norms
 
     def _compute_gradients(self, outputs: tuple[torch.Tensor, ...]) -> None:
-        """The backward pass, into the place for gradients that recordings have; `given` is 0 now."""
+        """The backward pass, into the place for gradients that recordings have."""
         if not self.given:
             return
         trained = [parameter for parameter in self.owner.model.parameters() if parameter.requires_grad]

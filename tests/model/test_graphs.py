@@ -392,3 +392,22 @@ def test_nothing_that_is_recorded_waits_for_the_host(name, method, where, monkey
             tree_losses(model.train(), tree)[0].sum().backward()
             rows = [tensor[:6] for tensor in rows.values()]
             completion_logps(model, *rows, shared=True, width=7, groups=[3, 3])[0].sum().backward()
+
+
+def test_a_recording_with_other_gradients_is_not_used(monkeypatch):
+    """As it would be if a backward pass kept a value of the host."""
+    compute, said = graphs._Pass._compute_gradients, []
+
+    def spoiled(self, outputs):
+        if self.forward.calls:  # while the backward pass is recorded
+            outputs = tuple(out * 2 if out.requires_grad else out for out in outputs)
+        compute(self, outputs)
+
+    monkeypatch.setattr(graphs._Pass, "_compute_gradients", spoiled)
+    model = torch.nn.Linear(3, 1)
+    model.device = torch.device("cpu")
+    of = graphs.Graphs(model, said.append)
+    for _ in range(3):
+        (loss,) = of(("pass",), lambda x: (model(x),), torch.ones(2, 3))
+        loss.sum().backward()
+    assert said and "other gradients" in said[0]
