@@ -26,7 +26,7 @@ from minionerec.process_memory import importing
 if TYPE_CHECKING:
     from accelerate import PartialState
     from datasets import Dataset
-    from transformers import PreTrainedModel, TrainingArguments
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast, TrainingArguments
 
     from minionerec.dryrun.memory import Prediction
     from minionerec.dryrun.report import Inputs
@@ -112,7 +112,6 @@ def train(flags: SFTFlags) -> "dict | Prediction":
         from minionerec.decoding.probe import probe
         from minionerec.dryrun import report
         from minionerec.model import device, graphs, loading
-        from minionerec.model.sid_start import start_sid_rows
         from minionerec.plots import SFT_PANELS
         from minionerec.training import nodes
         from minionerec.training.finish import finish
@@ -155,15 +154,7 @@ def train(flags: SFTFlags) -> "dict | Prediction":
     # Load the base and add what trains. What cannot be decoded is not worth training.
     for line in inputs.notes:
         state.print(line)
-    model = loading.load_base(
-        flags.base_model,
-        lora_utils.quantization_config(flags),
-        from_scratch=flags.train_from_scratch,
-        dtype=device.master_dtype() if flags.method == "full" else None,
-    )
-    sid_token_ids = loading.add_sid_tokens(model, tokenizer, sid_tokens)
-    if not flags.train_from_scratch:
-        start_sid_rows(model, tokenizer, new_tokens, inputs.catalogue, flags.sid_init)
+    model, sid_token_ids = load_model(flags, inputs.catalogue, tokenizer, new_tokens)
     support = probe(model, name=f"--base_model {flags.base_model}")
     if support.why:
         state.print(f"decoding: {support}")
@@ -221,6 +212,26 @@ def train(flags: SFTFlags) -> "dict | Prediction":
     }
     saved_dtype = None if flags.adapted else loading.saved_dtype(flags.base_model)
     return finish(trainer, metrics, SFT_PANELS, merge=flags.freeze_LLM, dtype=saved_dtype)
+
+
+def load_model(
+    flags: SFTFlags, catalogue: Catalogue, tokenizer: "PreTrainedTokenizerFast", new_tokens: list[str]
+) -> "tuple[PreTrainedModel, list[int]]":
+    """The base with rows for the SID tokens, and the ids of these; `new_tokens` are those that it did not know."""
+    import lora_utils
+    from minionerec.model import device, loading
+    from minionerec.model.sid_start import start_sid_rows
+
+    model = loading.load_base(
+        flags.base_model,
+        lora_utils.quantization_config(flags),
+        from_scratch=flags.train_from_scratch,
+        dtype=device.master_dtype() if flags.method == "full" else None,
+    )
+    sid_token_ids = loading.add_sid_tokens(model, tokenizer, catalogue.sid_tokens)
+    if not flags.train_from_scratch:
+        start_sid_rows(model, tokenizer, new_tokens, catalogue, flags.sid_init)
+    return model, sid_token_ids
 
 
 def planned(

@@ -1,11 +1,12 @@
 """The flags of scripts/prepare_data.py. Only the standard library is imported."""
 
+import re
 from dataclasses import dataclass, fields
 from datetime import UTC, tzinfo
 from zoneinfo import ZoneInfo
 
 from minionerec.checkpoint import check_model
-from minionerec.errors import Problems
+from minionerec.errors import InputError, Problems
 from minionerec.flags import Check, Flags, above_zero, check_new_folder, flag, one_of
 
 LEVELS, CODES = 8, 65_536  # at most
@@ -28,6 +29,17 @@ def _zone(value: str) -> str | None:
     except (OSError, ValueError, KeyError):  # ZoneInfoNotFoundError is a KeyError
         return "is no time zone of this system; give one such as UTC or Europe/Berlin"
     return None
+
+
+def check_category(category: str) -> None:
+    """Raises InputError for a category that cannot be part of a file name."""
+    if not category.strip():
+        raise InputError("--category is missing; say what the items are, such as Industrial_and_Scientific")
+    if not re.fullmatch(r"\w[\w &+.-]*", category):
+        raise InputError(
+            f"--category {category!r}: is used in file names; write it with letters, digits, spaces and the characters "
+            "_ & + . -"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,8 +157,6 @@ class PrepareFlags(Flags):
                 if one.name not in FOR_ADDING and getattr(self, one.name) != one.default:
                     problems.add(f"--{one.name} is for a new data set; --add_items uses the settings of --dataset")
             return
-        from minionerec.prepare.writing import check_category
-
         problems.attempt(check_category, self.category)
         super().check(problems)
         for name, needs in (("event_column", self.events), ("rating_column", self.min_rating is not None)):

@@ -14,7 +14,6 @@
 import hashlib
 import json
 import os
-import re
 import signal
 import tempfile
 import threading
@@ -29,7 +28,7 @@ from minionerec.output import writing
 from minionerec.prepare.cleaning import SPLITS
 from minionerec.prepare.item_embeddings import TextModel
 from minionerec.prepare.semantic_ids import save_codebooks, tokens
-from minionerec.prepare.settings import COLLISIONS, TEXTS
+from minionerec.prepare.settings import COLLISIONS, TEXTS, check_category
 from minionerec.prepare.sources import RawItem
 from minionerec.saving import write_json
 
@@ -52,17 +51,6 @@ class Record(TypedDict, total=False):
     semantic_ids: dict[str, object]
     files: dict[str, str]
     added: list[object]
-
-
-def check_category(category: str) -> None:
-    """Raises InputError for a category that cannot be part of a file name."""
-    if not category.strip():
-        raise InputError("--category is missing; say what the items are, such as Industrial_and_Scientific")
-    if not re.fullmatch(r"\w[\w &+.-]*", category):
-        raise InputError(
-            f"--category {category!r}: is used in file names; write it with letters, digits, spaces and the characters "
-            "_ & + . -"
-        )
 
 
 def files_of(category: str) -> dict[str, str]:

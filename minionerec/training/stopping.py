@@ -9,30 +9,35 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import numpy as np
 import torch
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-
-if TYPE_CHECKING:
-    from minionerec.training.durable import DurableRun
 
 
 class StepDropped(Exception):
     """The run stops in the middle of a step, which is not finished."""
 
 
+class Run(Protocol):
+    """What a step of a Trainer changes."""
+
+    state: TrainerState
+    unlogged_metrics: dict[str, list[float]]
+    _tr_loss: torch.Tensor
+
+
 class StateOfStep:
     """What a part of a step changes, as it was before: the random states, and what is summed for the log."""
 
-    def __init__(self, trainer: "DurableRun"):
+    def __init__(self, trainer: Run):
         self.tokens, self.loss = trainer.state.num_input_tokens_seen, trainer._tr_loss.detach().clone()
         self.metrics = {name: list(values) for name, values in trainer.unlogged_metrics.items()}
         self.python, self.numpy, self.torch = random.getstate(), np.random.get_state(), torch.get_rng_state()
         self.cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
 
-    def restore(self, trainer: "DurableRun") -> None:
+    def restore(self, trainer: Run) -> None:
         trainer.state.num_input_tokens_seen, trainer._tr_loss = self.tokens, self.loss
         trainer.unlogged_metrics.clear()
         trainer.unlogged_metrics.update(self.metrics)
