@@ -85,10 +85,11 @@ class Started:
         assert not hung, f"still there after {seconds} s: {self.errors[-3000:]}"
         return [process.exitcode for process in self.processes]
 
-    def wait_for_checkpoint(self, output: Path, seconds: float = 200) -> None:
-        """Returns as soon as a running command has saved a checkpoint of a step in `output`."""
+    def wait_for_checkpoint(self, output: Path, seconds: float = 200, count: int = 1) -> None:
+        """Returns as soon as a running command has saved `count` checkpoints of a step in `output`. Several processes
+        may still remove the last one: until all of them know that it is complete."""
         deadline = time.monotonic() + seconds
-        while time.monotonic() < deadline and not list(output.glob("checkpoint-[1-9]*/trainer_state.json")):
+        while time.monotonic() < deadline and len(list(output.glob("checkpoint-[1-9]*/trainer_state.json"))) < count:
             assert all(process.is_alive() for process in self.processes), self.errors[-3000:]
             time.sleep(PAUSE)
 

@@ -177,7 +177,7 @@ def test_the_survivors_of_a_killed_process_name_the_last_good_checkpoint(files, 
     run = tmp_path / "run"
     flags = flag_words(sft_flags(files, base, run, **ONE, num_epochs=20, eval_step=0.05))
     nodes = start_nodes("command", *[["sft.py", *flags]] * 2)
-    nodes.wait_for_checkpoint(run)
+    nodes.wait_for_checkpoint(run, count=2)
     os.kill(nodes.processes[1].pid, signal.SIGKILL)
     assert nodes.wait(60) == [1, -signal.SIGKILL], nodes.errors[-3000:]
     (line,) = errors_of(nodes)
