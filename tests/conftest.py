@@ -16,7 +16,7 @@ os.environ.setdefault("MINIONEREC_CARDS", os.environ.get("CUDA_VISIBLE_DEVICES",
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="minionerec-cache-")
 os.environ["HF_HUB_OFFLINE"] = "1"
-pytest.register_assert_rewrite("plain", "processes")
+pytest.register_assert_rewrite("plain", "processes", "raw_bolts", "raw_files", "recommended", "recorded", "served")
 
 
 def pytest_configure(config) -> None:
@@ -94,6 +94,12 @@ def sft_run(files, base, tmp_path_factory):
         return runs[method]
 
     return folder
+
+
+@pytest.fixture(scope="session")
+def checkpoint(sft_run) -> str:
+    """The final checkpoint of the LoRA run of `sft_run`."""
+    return str(sft_run("lora") / "final_checkpoint")
 
 
 @pytest.fixture(scope="session")

@@ -206,3 +206,11 @@ def assert_same_run(one: Path, two: Path, atol: float) -> None:
     assert weights[0].keys() == weights[1].keys()
     for name, tensor in weights[0].items():
         torch.testing.assert_close(weights[1][name].to(tensor.dtype), tensor, atol=atol, rtol=1e-3)
+
+
+# Flags of a small LoRA run without chance, which several processes share.
+ONE = {"use_lora": True, "lora_dropout": 0.0, "micro_batch_size": 4, "learning_rate": 1e-3}
+
+
+def errors_of(started: Started) -> list[str]:
+    return [line for line in started.errors.splitlines() if line.startswith(("sft.py: error: ", "process "))]

@@ -3,6 +3,7 @@ import json
 import pytest
 import torch
 from helpers import run_command
+from recorded import problems_of
 
 from minionerec import sasrec
 from minionerec.errors import InputError
@@ -61,3 +62,27 @@ def test_the_command_trains_saves_and_evaluates(files, tmp_path):
     assert 0 <= metrics["NDCG@10"] <= metrics["HR@10"] <= 1
     again = run_command("scripts/train_sasrec.py", **flags, output_dir=tmp_path / "m")
     assert again.returncode == 2 and "exists already" in again.stderr
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"hidden_size": 10**9},
+        {"length": 10**9},
+        {"layers": 10**9},
+        {"layers": 1},
+        {"heads": 0},
+        {"heads": 3},
+        {"heads": "x"},
+        {"dropout": 7},
+        {"colour": "red"},
+        {"hidden_size": None},
+    ],
+)
+def test_a_sasrec_model_whose_files_disagree(tmp_path, changes):
+    sasrec.save(sasrec.SASRec(["<a>", "<b>"], hidden_size=8), str(tmp_path))
+    data = json.loads((tmp_path / "sasrec.json").read_text())
+    data["settings"].update(changes)
+    (tmp_path / "sasrec.json").write_text(json.dumps(data))
+    (problem,) = problems_of(sasrec.load, folder=tmp_path)
+    assert problem.startswith(f"--cf_path {tmp_path}: no SASRec model can be loaded: ")

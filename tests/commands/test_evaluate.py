@@ -12,11 +12,6 @@ from minionerec.data.files import read_info, read_interactions
 from minionerec.metrics import format_metrics, rank_of, ranking_metrics
 
 
-@pytest.fixture(scope="module")
-def checkpoint(sft_run) -> str:
-    return str(sft_run("lora") / "final_checkpoint")
-
-
 def evaluated(files, result, **more) -> tuple[list, dict, str]:
     done = run_command("evaluate.py", **evaluate_flags(files, result, **more))
     assert done.returncode == 0, done.stderr[-3000:]

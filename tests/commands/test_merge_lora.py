@@ -16,7 +16,6 @@ from merge_lora import merge
 from minionerec.checkpoint import Checkpoint
 from minionerec.flags import AdapterFlags
 from minionerec.model import adapters, loading
-from minionerec.saving import make_portable
 
 
 def digests(folder: Path) -> dict[str, str]:
@@ -266,19 +265,3 @@ def test_damaged_weights_are_named(trained, files, base, tmp_path):
     refused("sft.py", "cannot be read", **sft_flags(files, str(tmp_path / "base"), tmp_path / "run"))
     (tmp_path / "adapter" / "adapter_model.safetensors").unlink()
     refused("merge_lora.py", "has no adapter_model", adapter=tmp_path / "adapter", output_dir=tmp_path / "m")
-
-
-def test_files_that_transformers_4_reads(tmp_path):
-    rope = {"rope_theta": 1e6, "rope_type": "llama3", "factor": 8.0}
-    (tmp_path / "config.json").write_text(json.dumps({"dtype": "bfloat16", "rope_parameters": rope}))
-    tokenizer = {"tokenizer_class": "TokenizersBackend", "extra_special_tokens": ["<x>"], "is_local": True}
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps(tokenizer))
-    make_portable(str(tmp_path))
-    config = json.loads((tmp_path / "config.json").read_text())
-    assert config["torch_dtype"] == "bfloat16" and config["rope_theta"] == 1e6
-    assert config["rope_scaling"] == {"rope_type": "llama3", "factor": 8.0}
-    assert config["rope_parameters"] == rope
-    assert json.loads((tmp_path / "tokenizer_config.json").read_text()) == {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "additional_special_tokens": ["<x>"],
-    }

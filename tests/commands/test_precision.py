@@ -20,7 +20,6 @@ import evaluate
 import lora_utils
 import rl
 import sft
-from minionerec import process_memory
 from minionerec.decoding import ranking
 from minionerec.errors import RunError
 from minionerec.flags import AdapterFlags
@@ -362,14 +361,6 @@ def test_two_visible_cards_train_as_one(files, base, tmp_path, two_visible, flag
     assert json.loads((run / "metrics.json").read_text())["steps"] == 15  # 240 examples in batches of 16
     rl.train(**strings(rl_flags(files, run / "final_checkpoint", tmp_path / "rl", test_during_training=False, **flags)))
     assert json.loads((tmp_path / "rl" / "metrics.json").read_text())["steps"] == 10
-
-
-def test_the_peak_of_loading_on_a_card_is_forgotten(monkeypatch):
-    reset = []
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: reset.append(True))
-    process_memory.forget_peak_of_loading()
-    assert reset == [True]
 
 
 def test_one_variable_turns_the_paths_of_a_gpu_off(monkeypatch):

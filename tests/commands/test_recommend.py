@@ -1,4 +1,4 @@
-"""recommend.py ranks as evaluate.py does, writes what was asked for, and continues after a kill."""
+"""recommend.py ranks as evaluate.py does, and writes what was asked for."""
 
 import csv
 import json
@@ -7,32 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import evaluate_flags, run_command
-from processes import start_command
+from recommended import flags_of, recommended, requests_file
 
 import lora_utils
 from minionerec.checkpoint import Checkpoint
 from minionerec.data.files import read_info_items, read_interactions
 from minionerec.data.items import Items
 from minionerec.model import loading
-from minionerec.serving import batch
-
-
-@pytest.fixture(scope="module")
-def checkpoint(sft_run) -> str:
-    return str(sft_run("lora") / "final_checkpoint")
-
-
-def flags_of(files, checkpoint, output=None, **more) -> dict:
-    flags = {"model": checkpoint, "info_file": files["info"], "num_beams": 20, "K": 20}
-    flags |= {"histories": files["test"], "output": output} if output else {}
-    return {**flags, **more}
-
-
-def recommended(files, checkpoint, output, **more) -> list[dict]:
-    done = run_command("recommend.py", **flags_of(files, checkpoint, output, **more))
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert not list(output.parent.glob("*.partial*"))
-    return [json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()]
 
 
 def one(files, checkpoint, history: str, **more) -> list[list[str]]:
@@ -42,11 +23,6 @@ def one(files, checkpoint, history: str, **more) -> list[list[str]]:
     lines = [line.split(maxsplit=4) for line in done.stdout.splitlines()]
     assert [line[0] for line in lines] == [str(i + 1) for i in range(len(lines))]
     return [line[1:] for line in lines]
-
-
-def requests_file(path: Path, rows: list[dict]) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return path
 
 
 def scored_one_by_one(checkpoint: str, text: str, sids: list[str]) -> dict[str, float]:
@@ -177,23 +153,6 @@ def test_flags_are_the_defaults_of_requests(files, checkpoint, tmp_path):
     assert len(found[1]["items"]) == 2
 
 
-CSV = {
-    "no target column": ("h.csv", "history_item_sid\n", ""),
-    "empty targets": ("h.csv", "history_item_sid,item_sid\n", ","),
-    "capitals": ("H.CSV", "history_item_sid,item_sid\n", ",<a_1><b_0><c_1>"),
-}
-
-
-@pytest.mark.parametrize("kind", CSV)
-def test_a_csv_file_needs_histories_only(files, checkpoint, tmp_path, kind):
-    name, header, target = CSV[kind]
-    histories = [["<a_0><b_0><c_0>"], ["<a_1><b_2><c_2>", "<a_2><b_2><c_0>"]]
-    lines = "".join(f'"{history}"{target}\n' for history in histories)
-    (tmp_path / name).write_text(header + lines)
-    found = recommended(files, checkpoint, tmp_path / "o.jsonl", histories=tmp_path / name)
-    assert [row["history"] for row in found] == histories and all(len(row["items"]) == 20 for row in found)
-
-
 def test_a_shop_asks_and_is_answered_in_its_own_ids(files, checkpoint, tmp_path):
     """In a CSV file and JSON lines, in lists and on the command line. Here they are the numbers of other items."""
     metadata = json.loads(Path(files["item"]).read_text(encoding="utf-8"))
@@ -221,15 +180,6 @@ def test_a_shop_asks_and_is_answered_in_its_own_ids(files, checkpoint, tmp_path)
     assert first.split()[2:5] == [expected[0]["id"], expected[0]["original_id"], expected[0]["sid"]]
 
 
-def test_bad_histories_of_a_csv_file_are_named_with_their_lines(files, checkpoint, tmp_path):
-    cells = ["\"['<a_0><b_0><c_0>']\"", "[]", "'x'", "\"['<a_0>\n']\"", "\"['<a_0><b_0><c_0>']\""]
-    (tmp_path / "h.csv").write_text("user,history_item_sid\n" + "".join(f"u,{cell}\n" for cell in cells) + "u\n")
-    done = run_command("recommend.py", **flags_of(files, checkpoint, tmp_path / "o", histories=tmp_path / "h.csv"))
-    places = [line.split("h.csv")[1] for line in done.stderr.strip().splitlines()]
-    assert done.returncode == 2 and [place[:9] for place in places] == [f", line {line}:" for line in (3, 4, 6, 8)]
-    assert "history_item_sid is empty" in places[0] and "the row ends before it" in places[3]
-
-
 def test_a_line_says_that_nothing_is_left(files, checkpoint, tmp_path):
     (tmp_path / "one.txt").write_text(Path(files["info"]).read_text(encoding="utf-8").splitlines()[0] + "\n")
     flags = {"info_file": tmp_path / "one.txt", "exclude_seen": True}
@@ -239,82 +189,3 @@ def test_a_line_says_that_nothing_is_left(files, checkpoint, tmp_path):
     more = {"histories": rows, **flags}
     done = run_command("recommend.py", **flags_of(files, checkpoint, tmp_path / "o.jsonl", **more))
     assert done.returncode == 0 and "1 of them have no items: their constraints allow none" in done.stdout
-
-
-def test_batches_stay_within_their_chunk(files, checkpoint, tmp_path, monkeypatch):
-    """So a file is ranked in the same batches, whether its chunks come one by one or as many as there are processes."""
-    from minionerec.decoding import ranking
-
-    rows = [{"history": [str(i % 40) for i in range(n % 5 + 1)]} for n in range(20)]
-    path = requests_file(tmp_path / "r", rows)
-    batches = []
-
-    def decode(model, input_ids, *args, real=ranking.constrained_beam_search, **more):
-        batches.append(input_ids.tolist())
-        return real(model, input_ids, *args, **more)
-
-    monkeypatch.setattr(batch, "BATCHES", 2)
-    monkeypatch.setattr(ranking, "constrained_beam_search", decode)
-    written = []
-    for processes in (1, 3):
-
-        def several(*args, real=batch.write_recommendations, processes=processes):
-            return real(*args[:5], args[5] * processes, args[6])
-
-        with monkeypatch.context() as patch:
-            patch.setattr(batch, "write_recommendations", several)
-            recommended(files, checkpoint, tmp_path / "o.jsonl", histories=path, batch_size=4)
-        written.append(((tmp_path / "o.jsonl").read_bytes(), batches[:]))
-        batches.clear()
-    assert written[0] == written[1] and len(written[0][1]) == 5
-
-
-class Killed(BaseException):
-    pass
-
-
-@pytest.mark.parametrize("garbage", [b"", b'{"history": ["half a li'])
-def test_a_killed_run_continues_to_the_same_bytes(files, checkpoint, tmp_path, monkeypatch, garbage):
-    """Killed after the first chunk of three, in the middle of a line or not; then with the last lines lost."""
-    rows = [{"history": [str(i % 40) for i in range(n % 5 + 1)]} for n in range(20)]
-    path = requests_file(tmp_path / "r", rows)
-    monkeypatch.setattr(batch, "BATCHES", 2)
-    flags = {"histories": path, "batch_size": 4}
-    recommended(files, checkpoint, tmp_path / "whole.jsonl", **flags)
-    whole = (tmp_path / "whole.jsonl").read_bytes()
-    assert whole.count(b"\n") == 20
-
-    output = tmp_path / "out.jsonl"
-    partial = tmp_path / "out.jsonl.partial"
-    chunks = []
-
-    def killing(chunk, real=batch._line):
-        chunks.append(chunk)
-        if len(chunks) > 8:
-            raise Killed
-        return real(chunk)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(batch, "_line", killing)
-        with pytest.raises(Killed):
-            run_command("recommend.py", **flags_of(files, checkpoint, output, **flags))
-    assert partial.read_bytes() == b"".join(whole.splitlines(keepends=True)[:8]) and not output.exists()
-    with open(partial, "ab") as file:
-        file.write(b"".join(whole.splitlines(keepends=True)[8:11]) + garbage)
-
-    refused = run_command("recommend.py", **flags_of(files, checkpoint, output, **flags, K=3))
-    assert refused.returncode == 2 and "holds rows of a run with other flags, files or model" in refused.stderr
-    done = run_command("recommend.py", **flags_of(files, checkpoint, output, **flags))
-    assert "11 of 20 rows are there already" in done.stdout
-    assert output.read_bytes() == whole and sorted(tmp_path.glob("*.partial*")) == []
-
-
-@pytest.mark.slow
-def test_two_processes_write_what_one_writes(files, checkpoint, tmp_path):
-    """The bytes: the file has several chunks of one process."""
-    path = requests_file(tmp_path / "r", [{"history": [str(i % 40) for i in range(n % 5 + 1)]} for n in range(70)])
-    recommended(files, checkpoint, tmp_path / "one.jsonl", batch_size=2, histories=path)
-    flags = flags_of(files, checkpoint, tmp_path / "two.jsonl", batch_size=2, histories=path)
-    started = start_command("recommend.py", {**flags, "histories": path}, ranks=2)
-    assert started.wait() == [0, 0], started.errors[-3000:]
-    assert (tmp_path / "two.jsonl").read_bytes() == (tmp_path / "one.jsonl").read_bytes()

@@ -2,7 +2,6 @@ import json
 import os
 import signal
 import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -41,32 +40,6 @@ def test_a_lora_run_writes_these_files_and_no_others(lora_run):
     losses = [entry["eval_loss"] for entry in metrics["history"] if "eval_loss" in entry]
     assert metrics["best_eval_loss"] == min(losses)
     assert losses[-1] < losses[0]
-
-
-def test_all_files_of_a_checkpoint_are_readable_alike(lora_run, base):
-    output = lora_run[0]
-    folders = [output / "final_checkpoint", *output.glob("checkpoint-*"), Path(base)]
-    modes = {file.name: file.stat().st_mode for folder in folders for file in folder.iterdir()}
-    assert len(set(modes.values())) == 1 and any(name.endswith(".safetensors") for name in modes), modes
-
-
-def test_a_checkpoint_has_a_card(lora_run):
-    """Its data, its method and, for the last one, its metrics, with a head that the hub can read."""
-    output, metrics = lora_run
-    card = (output / "final_checkpoint" / "README.md").read_text(encoding="utf-8")
-    _, head, text = card.split("---\n", 2)
-    assert head.splitlines() == [
-        "library_name: peft",
-        "pipeline_tag: text-generation",
-        'tags: ["generative-recommendation", "semantic-ids", "lora"]',
-    ]
-    for line in ("# Next-item recommendations: bolts", "| train_file | train.csv |", "| learning_rate | 0.01 |"):
-        assert line in text
-    assert f"| best_eval_loss | {metrics['best_eval_loss']:.5g} |" in text and "More Information" not in card
-    assert f"| train_examples | {metrics['train_examples']:,} |" in text and "| history" not in text
-    for folder in output.glob("checkpoint-*"):
-        card = (folder / "README.md").read_text(encoding="utf-8")
-        assert "| learning_rate | 0.01 |" in card and "## Metrics" not in card
 
 
 def test_the_adapter_loads_with_peft_alone(lora_run, base):

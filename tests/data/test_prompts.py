@@ -99,3 +99,8 @@ def test_validation_asks_for_the_recommendation_where_it_is_trained():
 def test_prompts_are_recorded_whole():
     prompts = load_prompts("x")
     assert Prompts.from_json(json.loads(json.dumps(prompts.to_json()))) == prompts
+
+
+def test_what_the_table_says_survives():
+    good = load_prompts("tools").to_json()
+    assert Prompts.from_json(json.loads(json.dumps(good)), "here").to_json() == good

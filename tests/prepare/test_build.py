@@ -3,110 +3,23 @@
 import csv
 import json
 import os
-import random
 import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 from helpers import ROOT, encoded, run_command
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
+from raw_bolts import CATEGORY, KINDS, contents, csv_rows, flags_of, path_of, refused, review_rows
+from raw_files import T0, problems_of, written
 
 import sft
 from minionerec.data import files as data_files
-from minionerec.errors import InputError, RunError
-from minionerec.prepare import semantic_ids, writing
+from minionerec.errors import InputError
 from minionerec.prepare.settings import COLLISIONS
 from minionerec.training.rewards import read_embeddings
 from scripts.prepare_data import prepare_data
-
-KINDS = ["hex bolt", "wood screw", "lock nut", "flat washer", "epoxy resin", "super glue", "masking tape", "wire brush"]
-ADJECTIVES = ["steel", "brass", "nylon", "zinc", "heavy", "small"]
-CATEGORY = "Nuts & Bolts"
-
-
-def item_rows() -> list[dict]:
-    """48 items in the form of the Amazon metadata of 2018, some hostile, and four that must go."""
-    items = [
-        {
-            "asin": f"B{i:03d}",
-            "title": f"{a.title()} {k}, pack of {i}",
-            "description": [f"A {k}.", f"Of {a}."],
-            "brand": "O'D",
-        }
-        for i, (k, a) in enumerate((k, a) for k in KINDS for a in ADJECTIVES)
-    ]
-    items[0]["title"] = 'Tab\there, line\nthere, 5" "quoted" d\'Été <a_1><b_2><c_3> 🔩 螺丝'
-    items[1]["title"] = items[2]["title"] = items[3]["title"]
-    items[1]["description"] = items[2]["description"] = items[3]["description"]
-    items[4]["description"] = "long " * 20_000
-    items[5]["description"] = None
-    items[7]["title"] = "Escaped &amp;lt;twice&amp;gt;"
-    return [
-        *items,
-        {"asin": "B000", "title": "Again"},
-        {"asin": "B900", "title": "Nobody bought it"},
-        {"asin": "B901", "title": " "},
-        {"asin": "B902"},
-    ]
-
-
-def review_rows() -> list[dict]:
-    """60 users with 6 to 12 purchases, with duplicates and items that are not described."""
-    rng = random.Random(0)
-    reviews = []
-    for user in range(60):
-        for step in range(rng.randint(6, 12)):
-            item = (user * 5 + step * rng.choice([1, 1, 2])) % 48
-            when = 1_500_000_000 + rng.randrange(10**7)
-            reviews.append({"reviewerID": f"A{user}", "asin": f"B{item:03d}", "unixReviewTime": when, "overall": 5.0})
-    reviews += [*reviews[:5], {**reviews[0], "asin": "B901"}, {**reviews[0], "asin": "B999"}]
-    return reviews
-
-
-@pytest.fixture(scope="module")
-def raw(tmp_path_factory) -> dict[str, str]:
-    """Raw reviews, items and new items."""
-    folder = tmp_path_factory.mktemp("raw")
-    new = [
-        {"asin": "N1", "title": "Steel hex bolt, pack of 900", "description": ["A hex bolt.", "Of steel."]},
-        {"asin": "N2", "title": item_rows()[3]["title"], "description": item_rows()[3]["description"]},
-        {"asin": "B005", "title": "There already"},
-        {"asin": "N3", "title": ""},
-    ]
-    contents = {"interactions": review_rows(), "items": item_rows(), "add_items": new}
-    paths = {}
-    for name, rows in contents.items():
-        paths[name] = str(folder / f"{name}.json.gz")
-        Path(paths[name]).write_bytes(encoded(rows, "json", zipped=True))
-    return paths
-
-
-def flags_of(raw, output_dir, **more) -> dict:
-    paths = {name: raw[name] for name in ("interactions", "items")}
-    return {**paths, "output_dir": str(output_dir), "category": CATEGORY, "codes": 8, "min_interactions": 3, **more}
-
-
-@pytest.fixture(scope="module")
-def prepared(raw, tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("prepared") / "data" / "bolts"
-    prepare_data(**flags_of(raw, folder))
-    return folder
-
-
-def path_of(folder: Path, name: str) -> str:
-    return str(folder / writing.files_of(CATEGORY)[name])
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-def csv_rows(folder: Path, split: str) -> list[dict]:
-    with open(path_of(folder, split), encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file))
 
 
 def test_the_readers_read_what_was_written(prepared):
@@ -143,29 +56,6 @@ def test_rows_are_what_was_bought(prepared):
     expected.sort(key=lambda row: row[0])
     rows = [list(row.values()) for split in ("train", "valid", "test") for row in csv_rows(prepared, split)]
     assert rows == [row for _, row in expected]
-
-
-def test_the_record_says_what_was_done(prepared, raw):
-    record = json.loads((prepared / "dataset.json").read_text())
-    reviews = len(review_rows())
-    assert [(step["step"], step["interactions"]) for step in record["interactions"]] == [
-        ("read", reviews),
-        ("in the time window", reviews),
-        ("without duplicates", reviews - 5),
-        ("of items with a title", reviews - 7),
-        ("3-core", reviews - 7),
-    ]
-    assert record["items"] == {"rows": 52, "not_wanted": 2, "repeated": 1, "untitled": 1, "refused": 0, "kept": 48}
-    assert record["inputs"]["interactions"]["columns"] == {
-        "user": "reviewerID",
-        "item": "asin",
-        "time": "unixReviewTime",
-    }
-    assert record["inputs"]["items"]["sha256"] == writing.digest(raw["items"])
-    assert record["arguments"]["seed"] == 42 and len(record["semantic_ids"]["levels"]) == 3
-    assert {*record["files"], "dataset.json"} == set(contents(prepared))
-    text = json.dumps(record)
-    assert str(prepared) not in text and os.path.dirname(raw["items"]) not in text
 
 
 def test_two_runs_give_the_same_files(prepared, raw, tmp_path, monkeypatch):
@@ -224,57 +114,6 @@ def test_collisions_and_levels_are_printed(raw, tmp_path, capsys):
     assert data_files.read_catalogue(path_of(tmp_path / "d", "index")).sids
 
 
-def test_other_embeddings(raw, tmp_path, base):
-    rows = np.random.default_rng(0).normal(size=(52, 6))
-    np.save(tmp_path / "own.npy", rows)
-    prepare_data(**flags_of(raw, tmp_path / "own", embeddings=str(tmp_path / "own.npy")))
-    saved = np.load(path_of(tmp_path / "own", "embeddings"))
-    np.testing.assert_array_equal(saved, rows[:48].astype(np.float32))
-    prepare_data(**flags_of(raw, tmp_path / "encoded", encoder=base))
-    assert np.load(path_of(tmp_path / "encoded", "embeddings")).shape == (48, 64)
-    record = json.loads((tmp_path / "encoded" / "dataset.json").read_text())
-    assert record["embeddings"].keys() == {"kind", "name", "weights", "width"} and base not in json.dumps(record)
-
-    add = {"add_items": raw["add_items"], "output_dir": str(tmp_path / "more")}
-    refused({**add, "dataset": str(tmp_path / "own")}, "were embedded by embeddings; give --embeddings")
-    refused({**add, "dataset": str(tmp_path / "encoded")}, "were embedded by encoder; give --encoder")
-    np.save(tmp_path / "new.npy", rows[:4, :5])
-    refused(
-        {**add, "dataset": str(tmp_path / "own"), "embeddings": str(tmp_path / "new.npy")},
-        f"has width 5, but the embeddings of {tmp_path / 'own'} have 6",
-    )
-    np.save(tmp_path / "new.npy", rows[:4])
-    prepare_data(**{**add, "dataset": str(tmp_path / "own"), "embeddings": str(tmp_path / "new.npy")})
-    np.testing.assert_array_equal(np.load(path_of(tmp_path / "more", "embeddings"))[48:], rows[:2].astype(np.float32))
-
-
-def test_new_items_get_ids_that_a_model_knows(prepared, raw, tmp_path, capsys):
-    before = contents(prepared)
-    prepare_data(add_items=raw["add_items"], dataset=str(prepared), output_dir=str(tmp_path / "more"))
-    assert contents(prepared) == before
-    more = tmp_path / "more"
-    old = json.loads(Path(path_of(prepared, "index")).read_text())
-    new = json.loads(Path(path_of(more, "index")).read_text())
-    assert list(new) == [str(i) for i in range(50)] and {item: new[item] for item in old} == old
-    assert {token for sid in new.values() for token in sid} == {token for sid in old.values() for token in sid}
-    assert len({"".join(sid) for sid in new.values()}) == 50
-    # Like N2 there are three old items; it differs from the nearest only in the last code.
-    assert new["49"][:-1] in [old[str(i)][:-1] for i in (1, 2, 3)]
-    catalogue = data_files.read_catalogue(path_of(more, "index"), path_of(more, "item"))
-    assert len(data_files.read_info(path_of(more, "info"), catalogue)) == 50 and catalogue.items["48"].title.endswith(
-        "of 900"
-    )
-    assert np.load(path_of(more, "embeddings")).shape[0] == 50
-    for split in ("train", "valid", "test"):
-        assert Path(path_of(more, split)).read_bytes() == Path(path_of(prepared, split)).read_bytes()
-    assert "1 that exist already, 1 without a title" in capsys.readouterr().out
-    # And again on top, where all are there already.
-    refused(
-        {"add_items": raw["add_items"], "dataset": str(more), "output_dir": str(tmp_path / "most")},
-        "none of its 4 rows is a new item with a title",
-    )
-
-
 def test_what_is_bought_together_shapes_the_ids_and_not_the_text_embeddings(prepared, raw, tmp_path, capsys):
     prepare_data(**flags_of(raw, tmp_path / "texts", purchase_share=0))
     assert "IDs: from texts only\n" in capsys.readouterr().out
@@ -306,30 +145,6 @@ def test_without_co_purchases_ids_are_of_texts(raw, tmp_path, capsys):
         assert name == "dataset.json" or contents(tmp_path / "0.5")[name] == content
 
 
-def test_new_items_are_placed_by_their_texts_in_the_same_codebooks(prepared, raw, tmp_path):
-    prepare_data(add_items=raw["add_items"], dataset=str(prepared), output_dir=str(tmp_path / "more"))
-    more = tmp_path / "more"
-    assert Path(path_of(more, "codebooks")).read_bytes() == Path(path_of(prepared, "codebooks")).read_bytes()
-    codebooks = semantic_ids.load_codebooks(path_of(more, "codebooks"))
-    embeddings = np.load(path_of(more, "embeddings"))
-    width = embeddings.shape[1]
-    assert codebooks.shape[2] == width + 48
-    codes, _ = semantic_ids.code_with(embeddings[48:49], codebooks[:, :, :width], np.ones((3, 8), bool))
-    assert json.loads(Path(path_of(more, "index")).read_text())["48"][:2] == semantic_ids.tokens(codes[0])[:2]
-    # A record and codebooks that do not fit together are refused; those of before there were co-purchases fit.
-    for share, lacks in ((0.5, True), (0, False)):
-        folder = tmp_path / f"old_{share}"
-        prepare_data(**flags_of(raw, folder, purchase_share=share))
-        record = json.loads((folder / "dataset.json").read_text())
-        del record["arguments"]["purchase_share"], record["semantic_ids"]["co_purchases"]
-        (folder / "dataset.json").write_text(json.dumps(record))
-        add = {"add_items": raw["add_items"], "dataset": str(folder), "output_dir": str(tmp_path / f"new_{share}")}
-        if lacks:
-            refused(add, "its items cannot be read: the embeddings do not fit")
-        else:
-            prepare_data(**add)
-
-
 def test_many_items_that_share_an_id_are_warned_of(raw, tmp_path, capsys):
     items = [{"asin": f"B{i:03d}", "title": f"Steel {KINDS[i % 6]}"} for i in range(48)]
     Path(tmp_path / "items.json").write_bytes(encoded(items, "json"))
@@ -345,101 +160,6 @@ def test_many_items_that_share_an_id_are_warned_of(raw, tmp_path, capsys):
     assert "warning" not in capsys.readouterr().out
 
 
-def test_new_items_that_find_no_room_need_a_new_token(raw, tmp_path, capsys):
-    prepare_data(**flags_of(raw, tmp_path / "d", levels=1, codes=48))
-    new = [{"asin": f"N{i}", "title": "Steel hex bolt"} for i in range(3)]
-    (tmp_path / "new").write_bytes(encoded(new, "json"))
-    prepare_data(add_items=str(tmp_path / "new"), dataset=str(tmp_path / "d"), output_dir=str(tmp_path / "e"))
-    assert "note: <b_1>" in (printed := capsys.readouterr().out) and "extended" in printed
-    index = json.loads(Path(path_of(tmp_path / "e", "index")).read_text())
-    assert len({"".join(sid) for sid in index.values()}) == 51
-
-
-def test_a_changed_dataset_takes_no_items(prepared, raw, tmp_path):
-    add = {"add_items": raw["add_items"], "output_dir": str(tmp_path / "more")}
-    refused({**add, "dataset": str(tmp_path)}, "has no dataset.json")
-    broken = tmp_path / "broken"
-    for name, content in contents(prepared).items():
-        (broken / name).parent.mkdir(parents=True, exist_ok=True)
-        (broken / name).write_bytes(content)
-    with open(path_of(broken, "index"), "a") as file:
-        file.write(" ")
-    refused({**add, "dataset": str(broken)}, f"changed since prepare_data.py wrote it: index/{CATEGORY}.index.json")
-    for content in ("{}", "[]", "nonsense", "[" * 100_000, '{"category": "../x"}', '{"category": "x", "files": 1}'):
-        (broken / "dataset.json").write_text(content)
-        refused({**add, "dataset": str(broken)}, "dataset.json is not what prepare_data.py wrote")
-    record = json.loads((prepared / "dataset.json").read_text())
-    record["files"]["../../passwd"] = "x"
-    (broken / "dataset.json").write_text(json.dumps(record))
-    refused({**add, "dataset": str(broken)}, "changed since")
-
-
-def refused(flags: dict, *messages: str) -> None:
-    """The command refuses, in as many lines as messages, and leaves nothing."""
-    output = Path(flags["output_dir"])
-    there = sorted(os.listdir(output.parent))
-    with pytest.raises(InputError) as error:
-        prepare_data(**flags)
-    problems = error.value.problems
-    assert len(problems) == len(messages), problems
-    for message, problem in zip(messages, problems, strict=True):
-        assert message in problem and "\n" not in problem
-    assert sorted(os.listdir(output.parent)) == there
-
-
-BAD = [
-    ({"category": ""}, "--category is missing"),
-    ({"category": "../x"}, "--category '../x': is used in file names"),
-    ({"min_interactions": 0}, "--min_interactions 0: must be above 0"),
-    ({"max_history": 0}, "--max_history 0: must be above 0"),
-    ({"levels": 0}, "--levels 0: must be between 1 and 8"),
-    ({"codes": 1}, "--codes 1: must be between 2 and 65536"),
-    ({"purchase_share": 1.0}, "--purchase_share 1.0: must be at least 0 and below 1"),
-    ({"purchase_share": float("nan")}, "--purchase_share nan: must be at least 0 and below 1"),
-    ({"split": "random"}, "--split 'random': must be time or last"),
-    ({"collisions": "drop"}, "--collisions 'drop': must be one of move, extend, keep"),
-    ({"seed": -1}, "--seed -1: must be between 0"),
-    ({"start_date": "May"}, "--start_date 'May': expected a year, a month or a day"),
-    (
-        {"start_date": "2019"},
-        "none of its 546 rows is between --start_date and --end_date; they are from 2017-07-14 to",
-    ),
-    ({"min_interactions": 50}, "--min_interactions 50: leaves nothing of 539 interactions of 60 users with 48 items"),
-    ({"interactions": ""}, "--interactions is missing"),
-    ({"items": "nowhere.csv"}, "--items nowhere.csv: no such file"),
-    ({"encoder": "./nowhere"}, "--encoder ./nowhere: no such folder"),
-    ({"embeddings": "nowhere.npy"}, "--embeddings nowhere.npy: cannot be read"),
-    ({"output_dir": str(ROOT)}, "exists already; name another folder"),
-]
-
-
-@pytest.mark.parametrize(("flags", "message"), BAD, ids=[next(iter(flags)) for flags, _ in BAD])
-def test_bad_flags(raw, tmp_path, flags, message):
-    refused({**flags_of(raw, tmp_path / "d"), **flags}, message)
-
-
-def test_all_problems_come_together(tmp_path):
-    (tmp_path / "reviews").write_text("who,item,time\nu,i,1\n")
-    (tmp_path / "items").write_text('{"item": "i", "title": {"en": "T"}}\n{"item": null, "title": "T"}\n')
-    np.save(tmp_path / "e.npy", np.ones(3))
-    flags = {
-        "interactions": str(tmp_path / "reviews"),
-        "items": str(tmp_path / "items"),
-        "output_dir": str(tmp_path / "d"),
-    }
-    refused(
-        {**flags, "embeddings": str(tmp_path / "e.npy"), "encoder": "./nowhere", "levels": 9},
-        "--encoder ./nowhere",
-        "exclude each other",
-        "--category is missing",
-        "--levels 9",
-        "no column is recognized as the user",
-        "row 1, title: expected text or a list of texts, found {'en': 'T'}",
-        "row 2, item: expected an item id, text or a whole number, found None",
-        "e.npy: cannot be read",
-    )
-
-
 def test_files_that_do_not_belong_together(raw, tmp_path):
     (tmp_path / "items").write_text("item,title\nX1,Something\n")
     refused(
@@ -453,13 +173,6 @@ def test_too_few_rows_for_three_splits(tmp_path):
     (tmp_path / "items").write_text("item,title\n" + "".join(f"i{n},Title {n}\n" for n in range(4)))
     raw = {"interactions": str(tmp_path / "reviews"), "items": str(tmp_path / "items")}
     refused(flags_of(raw, tmp_path / "d", min_interactions=1), "--split time: of 3 rows none is left for valid")
-
-
-def test_flags_of_a_new_dataset_do_not_go_with_added_items(raw, prepared, tmp_path):
-    flags = {"add_items": raw["add_items"], "dataset": str(prepared), "output_dir": str(tmp_path / "d")}
-    refused({**flags, "levels": 4}, "--levels is for a new data set")
-    refused({**flags, "embeddings": "x.npy"}, "give neither --encoder nor --embeddings", "--embeddings x.npy: cannot")
-    refused({**flags, "dataset": ""}, "--dataset : has no dataset.json")
 
 
 def test_the_command_line(raw, tmp_path):
@@ -479,16 +192,6 @@ def test_the_command_line(raw, tmp_path):
         [sys.executable, "-c", f"{code}; print('torch' in sys.modules)"], cwd=ROOT, capture_output=True, text=True
     )
     assert done.returncode == 0 and done.stdout.splitlines()[-1] == "False", done.stderr
-
-
-def test_a_full_disk_leaves_nothing(raw, tmp_path, monkeypatch):
-    def full(*_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(semantic_ids, "fit", lambda *args: full())
-    with pytest.raises(RunError, match=r"a/d cannot be written: .*No space"):
-        prepare_data(**flags_of(raw, tmp_path / "a" / "d"))
-    assert os.listdir(tmp_path) == []
 
 
 def test_the_benchmark_rebuilds_what_a_release_was_made_from(tmp_path):
@@ -587,3 +290,44 @@ def test_what_is_missing_in_exports_is_missing_here_and_in_training(tmp_path):
     catalogue = data_files.read_catalogue(str(out / "index/T.index.json"), str(out / "index/T.item.json"))
     assert len(catalogue.items) == 7
     assert all(item.title.startswith("Red ") and item.description == "" for item in catalogue.items.values())
+
+
+def test_a_log_becomes_sessions_of_purchases(log, tmp_path, capsys):
+    flags = {
+        "events": "buy",
+        "event_column": "what",
+        "min_rating": 2.0,
+        "rating_column": "stars",
+        "min_interactions": 2,
+    }
+    assert "row 321, item: expected an item id" in problems_of(prepare_data, **log, **flags)
+    prepare_data(**log, **flags, skip_bad_rows=True, session_gap=30.0, drop_repeats=True)
+    printed = capsys.readouterr().out
+    assert "321 rows, 320 read, 1 left out" in printed and "left out: " in printed and "12 rows, 12 read" in printed
+    record = json.loads((tmp_path / "out" / "dataset.json").read_text())
+    steps = {step["step"]: step["interactions"] for step in record["interactions"]}
+    assert steps["read"] == 320 and steps["events buy"] == 161 and steps["rated 2 or more"] == 121
+    assert record["interactions"][0]["refused"] == 1 and record["arguments"]["session_gap"] == 30
+    rows = [line.split(",")[0] for line in (tmp_path / "out" / "train" / "T.csv").read_text().splitlines()[1:]]
+    assert {user.split("/")[1] for user in rows} == {"1", "2"}
+
+
+def test_ids_may_be_made_of_brand_and_price(tmp_path):
+    files = {"interactions": str(tmp_path / "log.csv"), "items": str(tmp_path / "items.csv")}
+    log = [f"u{i % 10},{i * 3 % 7},{T0 + i}" for i in range(60)]
+    written(tmp_path / "log.csv", "\n".join(["user,item,ts", *log]))
+    rows = [f"{i},Thing {chr(97 + i) * 3},{'Acme' if i % 2 else 'Best'},{3 + i % 2}.50" for i in range(7)]
+    written(tmp_path / "items.csv", "\n".join(["id,title,brand,price", *rows]))
+    flags = {"category": "T", "codes": 2, "levels": 1, "collisions": "keep", "min_interactions": 1}
+    prepare_data(**files, **flags, output_dir=str(tmp_path / "out"), text_columns="brand,price")
+    index = json.loads((tmp_path / "out" / "index" / "T.index.json").read_text())
+    assert len({(i % 2, *index[str(i)]) for i in range(7)}) == 2  # the brand is the code
+    written(tmp_path / "new.csv", "id,title,brand\n9,Other,Acme\n")
+    prepare_data(add_items=str(tmp_path / "new.csv"), dataset=str(tmp_path / "out"), output_dir=str(tmp_path / "more"))
+    items = json.loads((tmp_path / "more" / "index" / "T.item.json").read_text())
+    brands = {item: fields["brand"] for item, fields in items.items()}
+    index = json.loads((tmp_path / "more" / "index" / "T.index.json").read_text())
+    assert index["7"] in [index[item] for item, brand in brands.items() if brand == "Acme" and item != "7"]
+    assert items["0"]["price"] in ("3.50", "4.50") and "price" not in items["7"]
+    told = problems_of(prepare_data, **files, **flags, output_dir=str(tmp_path / "x"), text_columns="title,colour")
+    assert "--text_columns 'title,colour': must be some of title, description, brand" in told

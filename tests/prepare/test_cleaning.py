@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from raw_files import read
 
 from minionerec.errors import InputError
-from minionerec.prepare import cleaning
+from minionerec.prepare import cells, cleaning
 
 generated = settings(max_examples=80, deadline=None, derandomize=True)
 # (user, item, time): few of each, so that duplicates, ties and cores occur
@@ -140,3 +141,38 @@ def test_equal_times_do_not_fail(tmp_path):
     assert sizes == {"train": 96, "valid": 12, "test": 12}
     with pytest.raises(InputError, match="--split time: of 0 rows none is left for train and valid and test"):
         cleaning.rows_of(spooled([], tmp_path / "e"), str(tmp_path / "f"), np.arange(1), 10, "time")
+
+
+def spool_of(tmp_path, rows) -> cleaning.Spool:
+    spool = cleaning.Spool(str(tmp_path / "spool"), cleaning.INTERACTION)
+    records = np.array(rows, cleaning.INTERACTION)
+    spool.append(records["user"] % spool.parts, records)
+    return spool
+
+
+def test_repeats_and_sessions(tmp_path):
+    minute = 60 * 10**6
+    spool = spool_of(
+        tmp_path, [(0, 5, 0), (0, 5, minute), (0, 6, 2 * minute), (0, 5, 40 * minute), (64, 5, 41 * minute)]
+    )
+    cleaning.drop_repeats(spool)
+    assert [record["item"] for records in spool for record in records] == [5, 6, 5, 5]
+    sessions = cleaning.split_sessions(spool, 30 * minute)
+    users = [record["user"] for records in spool for record in records]
+    assert users == [0, 0, 1, 2] and sessions.tolist() == [0, 0, 64]
+    names = [f"u{i}" for i in range(65)]
+    assert cleaning.session_names(names, sessions) == ["u0/1", "u0/2", "u64/1"]
+
+
+def test_the_time_window_counts_its_days(tmp_path):
+    path = tmp_path / "file"
+    days = ["2016-09-30T23:59:59", "2016-10-01", "2017-05-05", "2018-11-30T23:59:59.999999", "2018-12-01"]
+    path.write_text("user,item,time\n" + "".join(f"u,i,{day}\n" for day in days))
+    inside = [time for _, _, time in read(path, cleaning.time_window("2016-10", "2018-11"))]
+    assert inside == [cells.microseconds(day) for day in days[1:4]]
+    assert cleaning.time_window("", "") == (0, np.iinfo(np.int64).max)
+    with pytest.raises(InputError) as error:
+        cleaning.time_window("2018-13", "soon")
+    assert len(error.value.problems) == 2
+    with pytest.raises(InputError, match="--start_date 2018 is after --end_date 2017"):
+        cleaning.time_window("2018", "2017")

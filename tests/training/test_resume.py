@@ -7,11 +7,15 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import ROOT, logged, refused, run_command, tensors_of
+from models import trainer_of
+from recorded import problems_of, record
 from safetensors.torch import load_file
 
 from minionerec import __version__
-from minionerec.checkpoint import LACKED_IN_0_1, Checkpoint
+from minionerec.checkpoint import Checkpoint
 from minionerec.errors import InputError
+from minionerec.flags import RunFlags
+from minionerec.training import resume
 
 STORED = ROOT / "tests" / "runs_0_1_0"
 
@@ -72,39 +76,83 @@ def test_a_run_of_0_1_0_ends_with_the_weights_that_0_1_0_gave_it(stored, command
     assert (record["version"], record["processes"]) == (__version__, 1)
 
 
-def checkpoint(folder: Path, version: str | None, **record: object) -> Checkpoint:
-    folder.mkdir()
-    run = {"command": "rl", "flags": {}, **({"version": version} if version else {}), **record}
-    (folder / "minionerec.json").write_text(json.dumps(run))
-    return Checkpoint.read(str(folder))
-
-
-def test_what_0_1_0_did_without_a_flag_is_known(tmp_path):
-    """A checkpoint says it, whether its release had the flag or not; its own word counts."""
-    for number, version in enumerate(("0.1.0", "0.1.7", None)):
-        old = checkpoint(tmp_path / str(number), version, flags={"sft_weight": 0.5})
-        assert old.flags == {**LACKED_IN_0_1["rl"], "sft_weight": 0.5} and old.release == (0, 1)
-    assert checkpoint(tmp_path / "new", "0.2.3").flags == {}
-    assert checkpoint(tmp_path / "other", "0.1.0", command="merge").flags == {}
-
-
-@pytest.mark.parametrize("version", ["0.3.0", "1.0", "0.1000.2"])
-def test_a_checkpoint_of_a_later_release_is_refused(tmp_path, version):
-    with pytest.raises(InputError) as error:
-        checkpoint(tmp_path / "later", version)
-    (problem,) = error.value.problems
-    assert problem.endswith(f"by release {version} of minionerec-lora, and this is {__version__}; update it")
-
-
-@pytest.mark.parametrize("version", ["", "new", "0", 2, "0.x", "0.99999999999999999999", "-1.2", None])
-def test_a_release_that_is_none_is_named(tmp_path, version):
-    (tmp_path / "odd").mkdir()
-    (tmp_path / "odd" / "minionerec.json").write_text(json.dumps({"version": version}))
-    with pytest.raises(InputError, match=r"version is .* and must be a release such as"):
-        Checkpoint.read(str(tmp_path / "odd"))
-
-
 def test_a_run_of_0_1_0_does_not_resume_with_a_rate_for_sid_rows(stored):
     flags = {**flags_of(stored / "sft"), "sid_learning_rate": 3e-3}
     refused("sft.py", "--sid_learning_rate is 0.0 there, 0.003 here", **flags)
     refused("sft.py", "has no optimizer state for SID rows alone", **flags)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"global_step": "2"}, "global_step is '2' and must be a whole number from 0"),
+        ({"global_step": -1}, "global_step is -1"),
+        ({"epoch": None}, "epoch is None and must be a number"),
+        ({"best_metric": "x"}, "best_metric is 'x' and must be a number or null"),
+        ({"best_model_checkpoint": ["x"]}, "best_model_checkpoint is ['x'] and must be text or null"),
+        ({"log_history": {}}, "log_history is {} and must be a list of objects"),
+        ({"stateful_callbacks": 5}, "stateful_callbacks is 5 and must be an object"),
+        ({"colour": "red"}, "['colour'] are not values of a trainer state"),
+    ],
+)
+def test_a_trainer_state_that_cannot_be_resumed(tmp_path, changes, message):
+    checkpoint = record(tmp_path / "checkpoint-2")
+    state = {"global_step": 2, "max_steps": 4, "epoch": 0.5, "best_metric": float("inf"), "log_history": []}
+    (checkpoint / "trainer_state.json").write_text(json.dumps(state))
+    run = {"command": "sft", "method": "full", "base_fingerprint": None, "flags": {}}
+    flags = RunFlags(output_dir=str(tmp_path), resume_from_checkpoint="True")
+    (problem,) = problems_of(resume.resume_point, flags=flags, run=run, say=print)
+    assert problem.endswith("has lost its optimizer state; resume from another checkpoint")
+    (checkpoint / "optimizer.pt").touch()
+    assert resume.resume_point(flags, run, print).path == str(checkpoint)
+    (checkpoint / "trainer_state.json").write_text(json.dumps({**state, **changes}))
+    (problem,) = problems_of(resume.resume_point, flags=flags, run=run, say=print)
+    assert message in problem and "resume from another checkpoint" in problem
+
+
+def test_a_record_that_lacks_values_is_of_another_run(tmp_path):
+    checkpoint = record(tmp_path / "checkpoint-2")
+    (checkpoint / "minionerec.json").write_text('{"seconds": 3}')
+    (checkpoint / "trainer_state.json").write_text('{"global_step": 2}')
+    (checkpoint / "optimizer.pt").touch()
+    assert Checkpoint.read(str(checkpoint)).run == {"seconds": 3}
+    run = {"command": "sft", "method": "full", "base_fingerprint": None, "flags": {}}
+    flags = RunFlags(output_dir=str(tmp_path), resume_from_checkpoint="True")
+    with pytest.raises(InputError, match="belongs to a different run: the command is None there, sft here"):
+        resume.resume_point(flags, run, print)
+
+
+class Attack:
+    """Unpickled, it leaves a file."""
+
+    def __init__(self, file: Path):
+        self.file = file
+
+    def __reduce__(self):
+        return Path.touch, (self.file,)
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
+def test_resuming_unpickles_nothing(tmp_path, name):
+    settings = {"save_strategy": "steps", "save_steps": 1, "max_steps": 1}
+    trainer_of(tmp_path, 8, **settings).train()
+    (checkpoint,) = tmp_path.glob("*/checkpoint-1")
+    torch.save({"state": Attack(tmp_path / "executed")}, checkpoint / name)
+    with pytest.raises(InputError) as error:
+        trainer_of(tmp_path, 8, **{**settings, "max_steps": 2}).train(Checkpoint.read(str(checkpoint)))
+    assert not (tmp_path / "executed").exists()
+    assert f"--resume_from_checkpoint {checkpoint}: a .pt or .pth file there contains more than tensors" in str(
+        error.value
+    )
+    torch.load(checkpoint / name, weights_only=False)
+    assert (tmp_path / "executed").exists()  # it is one
+
+
+def test_a_damaged_state_file_is_named(tmp_path):
+    settings = {"save_strategy": "steps", "save_steps": 1, "max_steps": 1}
+    trainer_of(tmp_path, 8, **settings).train()
+    (checkpoint,) = tmp_path.glob("*/checkpoint-1")
+    content = (checkpoint / "optimizer.pt").read_bytes()
+    (checkpoint / "optimizer.pt").write_bytes(content[: len(content) // 2])
+    with pytest.raises(InputError, match=r"a .pt or .pth file there is damaged; resume from another checkpoint"):
+        trainer_of(tmp_path, 8, **{**settings, "max_steps": 2}).train(Checkpoint.read(str(checkpoint)))

@@ -1,9 +1,7 @@
-import gc
 import itertools
 import json
 import os
 import shutil
-import sys
 from contextlib import nullcontext
 
 import pytest
@@ -21,7 +19,6 @@ import sft
 from minionerec.checkpoint import Checkpoint
 from minionerec.data.examples import Collator
 from minionerec.errors import InputError
-from minionerec.process_memory import forget_peak_of_loading, importing, peak_memory_gb
 from minionerec.training import sft_trainer
 from minionerec.training.finish import save_final
 from minionerec.training.resume import newest_checkpoint
@@ -311,17 +308,6 @@ def test_a_tied_head_is_not_called_missing(tmp_path, monkeypatch):
     assert len(warned) == 1 and "['model.norm.weight']" in warned[0]
 
 
-def test_only_complete_checkpoints_count(tmp_path):
-    assert newest_checkpoint(str(tmp_path / "none")) is None
-    for name in ("checkpoint-9", "checkpoint-10", "checkpoint-11", "checkpoint-x"):
-        (tmp_path / name).mkdir()
-    assert newest_checkpoint(str(tmp_path)) is None
-    for name in ("checkpoint-9", "checkpoint-10"):
-        (tmp_path / name / "trainer_state.json").write_text('{"global_step": 1}')
-    (tmp_path / "checkpoint-11" / "trainer_state.json").write_text("{}")
-    assert newest_checkpoint(str(tmp_path)).endswith("checkpoint-10")
-
-
 def test_a_final_checkpoint_appears_whole_or_not_at_all(tmp_path, monkeypatch):
     final = tmp_path / "final_checkpoint"
     trainer = trainer_of(tmp_path, 8)
@@ -341,29 +327,6 @@ def test_a_final_checkpoint_appears_whole_or_not_at_all(tmp_path, monkeypatch):
     assert {"adapter_config.json", "adapter_model.safetensors", "minionerec.json"} <= {f.name for f in final.iterdir()}
     assert not (final / "leftover").exists()
     assert not (tmp_path / "final_checkpoint.partial").exists()
-
-
-def test_the_peak_of_loading_is_forgotten():
-    loaded = torch.ones(100_000_000)
-    before = peak_memory_gb()
-    del loaded
-    forget_peak_of_loading()
-    assert peak_memory_gb() < before - 0.3
-
-
-def test_the_collector_pauses_for_imports_and_then_skips_what_the_first_ones_made(monkeypatch):
-    frozen = []
-    monkeypatch.setattr(gc, "freeze", lambda: frozen.append(gc.isenabled()))
-    with importing():
-        assert not gc.isenabled()
-    assert gc.isenabled() and not frozen  # torch was imported before, so other objects may be garbage
-    monkeypatch.delitem(sys.modules, "torch")
-    with pytest.raises(ImportError), importing():
-        raise ImportError
-    assert gc.isenabled()
-    with importing():
-        pass
-    assert frozen == [True]
 
 
 @pytest.mark.parametrize("merged", [True, False])

@@ -16,11 +16,6 @@ from minionerec.metrics import rank_of, ranking_metrics
 from minionerec.serving.requests import RequestReader
 
 
-@pytest.fixture(scope="module")
-def checkpoint(sft_run) -> str:
-    return str(sft_run("lora") / "final_checkpoint")
-
-
 def save_sasrec(folder, info_file: str) -> str:
     """A SASRec model that was never trained, and prefers some items by far."""
     items = read_info_items(info_file)

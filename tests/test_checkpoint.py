@@ -1,0 +1,196 @@
+"""What a checkpoint says about itself is input, checked before torch is imported: a record, wording, an adapter."""
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from recorded import GOOD, evaluation, problems_of, record
+from safetensors.torch import save_file
+
+import evaluate
+import merge_lora
+import rl
+from minionerec import __version__
+from minionerec.checkpoint import LACKED_IN_0_1, Checkpoint, newest_checkpoint
+from minionerec.data.prompts import RECOMMENDATION
+from minionerec.errors import InputError
+
+HUGE = "{sid_history:>400000000}"
+
+
+def task(**changes) -> dict:
+    return {**next(t for t in GOOD["tasks"] if t["name"] == RECOMMENDATION), **changes}
+
+
+PROMPTS = [
+    ([task(input="Purchases: {sid_history} {sid}")], "input of task 'sid_history_to_sid' names unknown fields ['sid']"),
+    ([task(input="Purchases: {sid_history} {title}")], "names unknown fields ['title']"),
+    ([task(input=HUGE)], "write 'sid_history' without a conversion or format"),
+    ([task(input="{sid_history!r}")], "without a conversion or format"),
+    ([task(input="{sid_history.__class__}")], "names unknown fields ['sid_history.__class__']"),
+    ([task(input="{sid_history[0]}")], "names unknown fields ['sid_history[0]']"),
+    ([task(input="{}")], "names unknown fields ['']"),
+    ([task(input="{")], "is not a format string"),
+    ([task(input="x" * 10_001)], "has 10,001 characters; at most 10,000 are allowed"),
+    ([task(input="{sid_history}" * 11)], "names a field more than 10 times"),
+    ([task(input=5)], "input of task 'sid_history_to_sid' must be text, not 5"),
+    ([task(instruction="\ud800")], "instruction of task 'sid_history_to_sid' must be text"),
+    ([task(response="The SID is {sid}")], "must begin with {sid}"),
+    ([task(response="{sid}{sid}")], "must begin with {sid}"),
+    ([task(response="{sid:>400000000}")], "without a conversion or format"),
+    ([task(response="")], "names no field"),
+    ([task(weight=10**9)], "must be a whole number from 1 to 100, not 1000000000"),
+    ([task(weight=True)], "must be a whole number from 1 to 100, not True"),
+    ([task(weight="2")], "must be a whole number from 1 to 100, not '2'"),
+    ([task(colour="red")], "has unknown keys ['colour']"),
+    ([task(rows="item")], "task 'sid_history_to_sid' on rows 'item' is unknown"),
+    ([task(), task()], "is unknown or listed twice"),
+    ([task(name="nope")], "task 'nope' on rows 'interaction' is unknown"),
+    ([task(name=["x"])], "task ['x'] on rows"),
+    ([{}], "task None on rows None is unknown"),
+    ([5], "tasks must be a list of objects"),
+    ({RECOMMENDATION: task()}, "tasks must be a list of objects"),
+]
+
+
+WHOLE = [
+    ({**GOOD, "template": "{input}"}, "template must contain {instruction} and {input}"),
+    ({**GOOD, "template": "{instruction}{input:>400000000}"}, "template must contain {instruction} and {input}"),
+    ({**GOOD, "template": "{instruction}" + "{input}" * 900}, "template must contain {instruction} and {input}"),
+    ({**GOOD, "template": None}, "template must be text, not None"),
+    ({**GOOD, "category": 5}, "category must be text, not 5"),
+    ({**GOOD, "category": "x" * 10_001}, "category has 10,001 characters"),
+    ({**GOOD, "more": 1}, "expected an object of template, category and tasks"),
+    ({name: GOOD[name] for name in ("category", "tasks")}, "expected an object of template, category and tasks"),
+]
+
+
+@pytest.mark.parametrize(("prompts", "message"), [({**GOOD, "tasks": tasks}, m) for tasks, m in PROMPTS] + WHOLE)
+def test_recorded_prompts_pass_the_checks_of_a_prompt_file(files, tmp_path, prompts, message):
+    checkpoint = record(tmp_path / "c", prompts)
+    started = time.perf_counter()
+    (problem,) = problems_of(evaluate.evaluate, **evaluation(files, checkpoint))
+    assert time.perf_counter() - started < 2
+    assert problem.startswith(f"{checkpoint}/minionerec.json, prompts: ") and message in problem
+    assert problem.endswith("; correct it there, or give rl.py and evaluate.py --category and a --prompt_file")
+    # And the remedy is one: what is recorded then plays no part.
+    (tmp_path / "prompts.json").write_text("{}")
+    assert Checkpoint.read(str(checkpoint)).prompts("bolts", str(tmp_path / "prompts.json")).category == "bolts"
+
+
+def test_every_command_checks_them(files, tmp_path):
+    bad = {**GOOD, "tasks": [task(input=HUGE), {**GOOD["tasks"][1], "input": "{sid}"}]}
+    checkpoint = record(tmp_path / "c", bad)
+    flags = {"model_path": checkpoint, "train_file": files["train"], "eval_file": files["valid"]}
+    flags |= {"info_file": files["info"], "sid_index_path": files["index"], "item_meta_path": files["item"]}
+    problems = problems_of(rl.train, **flags, output_dir=tmp_path / "out")
+    assert len(problems) == 2 and all("minionerec.json, prompts: input of task" in line for line in problems)
+    checkpoint = record(tmp_path / "c", bad, flags={"use_qlora": True, "eval_file": files["valid"], "category": "x"})
+    (checkpoint / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "hub/base"}))
+    flags = {"adapter": checkpoint, "into": "original", "sid_index_path": files["index"], "output_dir": tmp_path / "m"}
+    problems = problems_of(merge_lora.merge, **flags)
+    assert len(problems) == 2 and all("minionerec.json, prompts: input of task" in line for line in problems)
+
+
+def test_a_blank_category_is_none(tmp_path):
+    checkpoint = Checkpoint.read(str(record(tmp_path / "c", GOOD)))
+    (tmp_path / "prompts.json").write_text("{}")
+    for prompt_file in (None, str(tmp_path / "prompts.json")):
+        assert checkpoint.prompts("  ", prompt_file).category == GOOD["category"]
+
+
+def test_tasks_that_were_not_trained_end_as_those_that_were(tmp_path):
+    checkpoint = str(record(tmp_path / "c", {**GOOD, "tasks": [task(response="{sid}\n")]}))
+    tasks = (
+        Checkpoint.read(checkpoint).prompts("", default=("description_to_sid", "sid_to_title", RECOMMENDATION)).tasks
+    )
+    assert [task.response for task in tasks.values()] == ["{sid}\n", "{sid}\n", "{title}"]
+
+
+@pytest.mark.parametrize("content", ["[1]", "5", "{", "[" * 100_000, "\ud800"])
+def test_a_record_that_is_no_object(files, tmp_path, content):
+    checkpoint = record(tmp_path / "c")
+    (checkpoint / "minionerec.json").write_bytes(content.encode("utf-8", "surrogatepass"))
+    (problem,) = problems_of(evaluate.evaluate, **evaluation(files, checkpoint))
+    assert problem.startswith(f"{checkpoint}/minionerec.json: ")
+
+
+ADAPTERS = [
+    ({"base_model_name_or_path": 5}, "base_model_name_or_path is 5 and must be text or null"),
+    ({"peft_type": ["LORA"]}, "peft_type is ['LORA'] and must be LORA or TRAINABLE_TOKENS"),
+    ({"peft_type": "FOO"}, "peft_type is 'FOO' and must be LORA or TRAINABLE_TOKENS"),
+    ({"task_type": "SEQ_CLS"}, "task_type is 'SEQ_CLS' and must be CAUSAL_LM or null"),
+    ({"r": "8"}, "r is '8' and must be a whole number"),
+    ({"r": 400_000_000}, "has rank 400000000, and its weights have 4 at most"),
+    ({"rank_pattern": {"q_proj": 400_000_000}}, "has rank 400000000, and its weights have 4 at most"),
+    ({"rank_pattern": [1]}, "rank_pattern is [1] and must be an object of ranks"),
+    ({"lora_alpha": "x"}, "lora_alpha is 'x' and must be a number"),
+    ({"target_modules": {}}, "target_modules is {} and must be a list of names"),
+    ({"megatron_config": {"x": 1}, "megatron_core": "os"}, "megatron_config is {'x': 1} and must be null"),
+    ({"layer_replication": [[0, 2]] * 9}, "layer_replication is [[0, 2]"),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), ADAPTERS)
+def test_an_adapters_configuration_is_checked(files, tmp_path, changes, message):
+    base, adapter = record(tmp_path / "b"), record(tmp_path / "c")
+    config = {"base_model_name_or_path": "hub/base", "peft_type": "LORA", "r": 4, "lora_alpha": 8, **changes}
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    save_file({"q_proj.lora_A.weight": torch.zeros(4, 8)}, adapter / "adapter_model.safetensors")
+    ranking = evaluation(files, adapter)
+    rewards = {"model_path": adapter, "output_dir": tmp_path / "rl", "use_lora": True}
+    for command, flags in (
+        (evaluate.evaluate, ranking),
+        (evaluate.evaluate, {**ranking, "base_model": base, "adapter": adapter}),
+        (merge_lora.merge, {"adapter": adapter, "output_dir": tmp_path / "m"}),
+        (merge_lora.merge, {"adapter": adapter, "output_dir": tmp_path / "m", "base_model": "hub/base"}),
+        (rl.train, rewards),
+        (rl.train, {**rewards, "base_model": "hub/base"}),
+    ):
+        found = [line for line in problems_of(command, **flags) if message in line]
+        assert found and all(line.startswith(f"{adapter}/adapter_config.json: ") for line in found)
+
+
+def of_release(folder: Path, version: str | None, **record: object) -> Checkpoint:
+    folder.mkdir()
+    run = {"command": "rl", "flags": {}, **({"version": version} if version else {}), **record}
+    (folder / "minionerec.json").write_text(json.dumps(run))
+    return Checkpoint.read(str(folder))
+
+
+def test_what_0_1_0_did_without_a_flag_is_known(tmp_path):
+    """A checkpoint says it, whether its release had the flag or not; its own word counts."""
+    for number, version in enumerate(("0.1.0", "0.1.7", None)):
+        old = of_release(tmp_path / str(number), version, flags={"sft_weight": 0.5})
+        assert old.flags == {**LACKED_IN_0_1["rl"], "sft_weight": 0.5} and old.release == (0, 1)
+    assert of_release(tmp_path / "new", "0.2.3").flags == {}
+    assert of_release(tmp_path / "other", "0.1.0", command="merge").flags == {}
+
+
+@pytest.mark.parametrize("version", ["0.3.0", "1.0", "0.1000.2"])
+def test_a_checkpoint_of_a_later_release_is_refused(tmp_path, version):
+    with pytest.raises(InputError) as error:
+        of_release(tmp_path / "later", version)
+    (problem,) = error.value.problems
+    assert problem.endswith(f"by release {version} of minionerec-lora, and this is {__version__}; update it")
+
+
+@pytest.mark.parametrize("version", ["", "new", "0", 2, "0.x", "0.99999999999999999999", "-1.2", None])
+def test_a_release_that_is_none_is_named(tmp_path, version):
+    (tmp_path / "odd").mkdir()
+    (tmp_path / "odd" / "minionerec.json").write_text(json.dumps({"version": version}))
+    with pytest.raises(InputError, match=r"version is .* and must be a release such as"):
+        Checkpoint.read(str(tmp_path / "odd"))
+
+
+def test_only_complete_checkpoints_count(tmp_path):
+    assert newest_checkpoint(str(tmp_path / "none")) is None
+    for name in ("checkpoint-9", "checkpoint-10", "checkpoint-11", "checkpoint-x"):
+        (tmp_path / name).mkdir()
+    assert newest_checkpoint(str(tmp_path)) is None
+    for name in ("checkpoint-9", "checkpoint-10"):
+        (tmp_path / name / "trainer_state.json").write_text('{"global_step": 1}')
+    (tmp_path / "checkpoint-11" / "trainer_state.json").write_text("{}")
+    assert newest_checkpoint(str(tmp_path)).endswith("checkpoint-10")
