@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,8 @@ from safetensors.torch import load_file
 from minionerec import __version__
 from minionerec.checkpoint import LACKED_IN_0_1, Checkpoint
 from minionerec.errors import InputError
+from minionerec.flags import RunFlags
+from minionerec.training.resume import newest_checkpoint, resume_point
 
 STORED = ROOT / "tests" / "runs_0_1_0"
 
@@ -108,3 +111,60 @@ def test_a_run_of_0_1_0_does_not_resume_with_a_rate_for_sid_rows(stored):
     flags = {**flags_of(stored / "sft"), "sid_learning_rate": 3e-3}
     refused("sft.py", "--sid_learning_rate is 0.0 there, 0.003 here", **flags)
     refused("sft.py", "has no optimizer state for SID rows alone", **flags)
+
+
+RUN = {
+    "command": "rl",
+    "method": "lora",
+    "base_fingerprint": "f",
+    "flags": {"lora_r": 8, "seed": 1, "use_dora": False},
+}
+RUN["flags"] |= {"lora_alpha": 16, "lora_target_modules": "all", "use_rslora": False, "load_in_8bit": False}
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"command": "sft"}, "the command is rl there, sft here"),
+        ({"method": "full"}, "the method is lora there, full here"),
+        ({"base_fingerprint": "g"}, "the base is f there, g here"),
+        ({"flags": {**RUN["flags"], "lora_r": 4}}, "--lora_r is 8 there, 4 here"),
+        ({"flags": {**RUN["flags"], "best_by": "hr"}}, "--best_by is ndcg there, hr here"),  # of an older release
+    ],
+)
+def test_a_checkpoint_of_another_run_is_refused(tmp_path, changed, message):
+    folder = tmp_path / "checkpoint-5"
+    folder.mkdir()
+    (folder / "trainer_state.json").write_text('{"global_step": 5}')
+    (folder / "minionerec.json").write_text(json.dumps(RUN))
+    (folder / "optimizer.pt").touch()
+    said, flags = [], RunFlags(output_dir=str(tmp_path), resume_from_checkpoint="True")
+    assert resume_point(flags, {**RUN, "flags": {**RUN["flags"], "seed": 2}}, said.append)
+    assert said[-1].startswith("warning: --seed is 2 here and was 1 up to ")
+    assert resume_point(flags, {**RUN, "flags": {**RUN["flags"], "pack_rows": 16}}, said.append)
+    assert said[-1].endswith("does not record it") and "--pack_rows is 16 here" in said[-1]
+    with pytest.raises(InputError, match=message):
+        resume_point(flags, {**RUN, **changed}, said.append)
+
+
+def test_a_truncated_checkpoint_is_never_resumed(tmp_path):
+    for step, state in ((5, '{"global_step": 5}'), (10, '{"global_step": 10, "log_his')):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(state)
+        (tmp_path / f"checkpoint-{step}" / "optimizer.pt").touch()
+    said, flags = [], RunFlags(output_dir=str(tmp_path), resume_from_checkpoint="True")
+    assert resume_point(flags, RUN, said.append).path == str(tmp_path / "checkpoint-5")
+    with pytest.raises(InputError, match="is not a complete checkpoint"):
+        resume_point(replace(flags, resume_from_checkpoint=str(tmp_path / "checkpoint-10")), RUN, said.append)
+    assert json.loads((tmp_path / "checkpoint-5" / "trainer_state.json").read_text())["global_step"] == 5
+
+
+def test_only_complete_checkpoints_count(tmp_path):
+    assert newest_checkpoint(str(tmp_path / "none")) is None
+    for name in ("checkpoint-9", "checkpoint-10", "checkpoint-11", "checkpoint-x"):
+        (tmp_path / name).mkdir()
+    assert newest_checkpoint(str(tmp_path)) is None
+    for name in ("checkpoint-9", "checkpoint-10"):
+        (tmp_path / name / "trainer_state.json").write_text('{"global_step": 1}')
+    (tmp_path / "checkpoint-11" / "trainer_state.json").write_text("{}")
+    assert newest_checkpoint(str(tmp_path)).endswith("checkpoint-10")
