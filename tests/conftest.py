@@ -119,3 +119,15 @@ def checkpoint_of(files, base, tmp_path_factory):
         return folder
 
     return make
+
+
+@pytest.fixture(scope="session")
+def saved_base(tmp_path_factory) -> dict[bool, str]:
+    """Folders of a tied and an untied base."""
+    from models import make_model
+
+    folders = {}
+    for tied in (True, False):
+        folders[tied] = str(tmp_path_factory.mktemp(f"tied_{tied}"))
+        make_model(tie_word_embeddings=tied, scale=2.0).save_pretrained(folders[tied])
+    return folders

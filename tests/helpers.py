@@ -163,3 +163,20 @@ def encoded(rows: list[dict], form: str, zipped: bool = False) -> bytes:
         writer.writerows(rows)
         content = text.getvalue().encode()
     return gzip.compress(content) if zipped else content
+
+
+def run_rl(files, start, output, **more) -> tuple[dict, subprocess.CompletedProcess]:
+    """The metrics of a run of rl.py, and the run."""
+    result = run_command("rl.py", **rl_flags(files, start, output, **more))
+    assert result.returncode == 0, result.stderr[-3000:]
+    return json.loads((output / "metrics.json").read_text()), result
+
+
+def adapter_bytes(output: Path) -> bytes:
+    return (output / "final_checkpoint" / "adapter_model.safetensors").read_bytes()
+
+
+def line_of(docstring: str, name: str) -> str:
+    """What follows a name at the start of a line of a docstring."""
+    (line,) = [line.strip() for line in docstring.splitlines() if line.split()[:1] == [name]]
+    return line.removeprefix(name)

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import ADAPTER, STATE, WHOLE, newest, rl_flags, run_command, sft_flags, tensors_of, write_csv
+from helpers import ADAPTER, STATE, WHOLE, newest, rl_flags, run_command, run_rl, sft_flags, tensors_of, write_csv
 from peft import AutoPeftModelForCausalLM
 from processes import start_command
 from safetensors.torch import load_file
@@ -28,12 +28,6 @@ from minionerec.training.policy_loss import PolicyLoss
 def sft(sft_run) -> dict[str, str]:
     """Checkpoints of sft.py by method."""
     return {method: str(sft_run(method) / "final_checkpoint") for method in ("full", "lora", "qlora")}
-
-
-def run_rl(files, start, output, **more):
-    result = run_command("rl.py", **rl_flags(files, start, output, **more))
-    assert result.returncode == 0, result.stderr[-3000:]
-    return json.loads((output / "metrics.json").read_text()), result
 
 
 def first_logged(metrics, key):

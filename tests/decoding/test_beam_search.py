@@ -3,7 +3,6 @@ import torch
 from models import ARCHITECTURES, make_model
 from plain import EOS, exhaustive, random_sids, sids_of
 
-from minionerec.data.sid_tokens import PAD
 from minionerec.decoding.beam_search import constrained_beam_search, constrained_sample
 from minionerec.decoding.beams import TreeBeams
 from minionerec.decoding.trie import Trie
@@ -18,30 +17,6 @@ def prompts(rows: int = 3, width: int = 7, shared: int = 0) -> tuple[torch.Tenso
         mask[row, :row] = 0
         ids[row, row : row + shared] = ids[0, :shared].clone()
     return ids * mask, mask
-
-
-def test_trie_holds_each_sid_once():
-    sids = [(3, 4), (1,), (3, 4, 5), (3, 4), (1, 2)]
-    trie = Trie(sids, EOS)
-    assert [tuple(t for t in row if t not in (PAD, EOS)) for row in trie.sequences.tolist()] == [
-        (1,), (1, 2), (3, 4), (3, 4, 5)
-    ]  # fmt: skip
-    assert [sids[i] for i in trie.source] == [(1,), (1, 2), (3, 4), (3, 4, 5)]
-    child, exists = trie.children(torch.tensor([0]), trie.widths[0])
-    assert sorted(trie.token[child[exists]].tolist()) == [1, 3]
-    # Walking from every leaf's row back down the trie spells that row.
-    for row, sequence in enumerate(trie.sequences.tolist()):
-        node = 0
-        for depth, token in enumerate(t for t in sequence if t != PAD):
-            child, exists = trie.children(torch.tensor([node]), trie.widths[depth])
-            (node,) = [c for c in child[exists].tolist() if trie.token[c] == token]
-        assert trie.row[node] == row
-
-
-@pytest.mark.parametrize("sids", [[], [()], [(1, EOS)]])
-def test_sids_that_cannot_be_decoded_are_refused(sids):
-    with pytest.raises(ValueError):
-        Trie(sids, EOS)
 
 
 @pytest.mark.parametrize("tree", [True, False])

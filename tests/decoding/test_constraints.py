@@ -6,8 +6,6 @@ import numpy as np
 import pytest
 import torch
 from architectures import build
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from models import make_model
 from plain import EOS, exhaustive, fuzz_seeds, prompts, random_sids, sids_of
 
@@ -27,24 +25,6 @@ def masks(trie: Trie, allowed: list[list[int]]) -> torch.Tensor:
     for row, indices in zip(chosen, allowed, strict=True):
         row[torch.from_numpy(np.isin(trie.source, indices))] = True
     return chosen
-
-
-@given(st.lists(st.lists(st.integers(1, 5), min_size=1, max_size=4), min_size=1, max_size=20), st.data())
-@settings(max_examples=100, deadline=None)
-def test_a_node_may_be_entered_where_an_allowed_sid_is_below(sids, data):
-    trie = Trie(sids, EOS)
-    allowed = torch.tensor([data.draw(st.lists(st.booleans(), min_size=len(trie), max_size=len(trie)))])
-    every = torch.arange(len(trie.token))[None]
-    found = trie.may_go_on(every, trie.count_before(allowed))[0].tolist()
-    below = [set() for _ in trie.token]
-    for node in reversed(range(len(trie.token))):
-        below[node] |= {trie.row[node].item()} - {PAD}
-        for child in range(trie.first_child[node], trie.first_child[node + 1] if node + 1 < len(below) else 0):
-            below[node] |= below[child]
-    assert [sorted(rows) for rows in below] == [
-        list(range(a, b)) for a, b in zip(trie.first_row.tolist(), trie.end_row.tolist(), strict=True)
-    ]
-    assert found == [any(allowed[0, row] for row in rows) for rows in below]
 
 
 @pytest.mark.parametrize("tree", [True, False])

@@ -106,30 +106,3 @@ def test_a_search_on_a_deep_model_takes_few_passes_through_few_layers():
     with counting:
         assert suggestion(flags, "micro_batch_size", 0.0, total_of).startswith("nor does anything else")
     assert len(tried) == 9 and len(ran) == 9 * 2 * 3  # 2 micro-batches through 3 layers
-
-
-def test_a_search_halves_what_is_left():
-    flags = SFTFlags(use_lora=True, gradient_checkpointing=True, micro_batch_size=128)
-    for largest in range(1, 128):
-        tried = []
-        said = suggestion(
-            flags,
-            "micro_batch_size",
-            largest,
-            lambda changed, tried=tried: tried.append(changed) or changed.micro_batch_size,
-        )
-        fits = max(2**power for power in range(8) if 2**power <= largest)
-        assert said == f"this does: --micro_batch_size {fits}"
-        assert len(tried) <= 4
-
-
-def test_an_8_bit_base_and_an_8_bit_optimizer_are_tried_too():
-    flags = SFTFlags(use_lora=True, micro_batch_size=1)
-    tried = []
-    said = suggestion(flags, "micro_batch_size", 0.0, lambda changed: tried.append(changed) or 1.0)
-    assert said.startswith("nor does anything else")
-    ways = [(way.bits, way.gradient_checkpointing, way.optim) for way in tried]
-    assert ways == [
-        *((bits, checkpointing, flags.optim) for bits in (16, 8, 4) for checkpointing in (False, True)),
-        (4, True, "adamw_8bit"),
-    ]

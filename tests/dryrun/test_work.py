@@ -3,7 +3,6 @@
 from dataclasses import replace
 
 import pytest
-from helpers import refused, rl_flags, run_command, sft_flags
 from models import config_of
 from transformers import Qwen2Config
 
@@ -71,26 +70,3 @@ def test_the_slowest_of_three_counts():
     for work_done, part in ((Work(312e12, 0, 0), 1 / 0.6), (Work(0, 2039e9, 0), 1 / 0.8), (Work(0, 0, 1e6), 35)):
         found = work.on_card(work_done, card)
         assert found.seconds == pytest.approx(part)
-
-
-def test_a_dry_run_estimates_the_time_on_a_card_that_is_named(files, base, sft_run, tmp_path):
-    flags = sft_flags(files, base, tmp_path / "run", use_lora=True, dry_run=True)
-    done = run_command("sft.py", **flags, gpu="rtx 4090")
-    assert done.returncode == 0, done.stderr
-    assert "\nfits RTX 4090: " in done.stdout and " of 24.0 GB\n" in done.stdout
-    assert "\nestimated for RTX 4090: " in done.stdout and " h in all, without evaluations. Of a step, " in done.stdout
-    flags = rl_flags(files, sft_run("lora") / "final_checkpoint", tmp_path / "rl", use_lora=True, dry_run=True)
-    done = run_command("rl.py", **flags, gpu="T4")
-    assert done.returncode == 0, done.stderr
-    assert "\nfits T4: " in done.stdout and "\nestimated for T4: " in done.stdout and " s a step, " in done.stdout
-    done = run_command("rl.py", **flags)  # on this machine
-    assert done.returncode == 0 and " s a step, " in done.stdout, done.stderr
-
-
-def test_a_card_is_named_once_and_only_in_a_dry_run(files, base, tmp_path):
-    flags = sft_flags(files, base, tmp_path / "run")
-    refused("sft.py", "--gpu T4 has no effect without --dry_run True", **flags, gpu="T4")
-    both = {"gpu": "T4", "gpu_memory": "12GB", "dry_run": True}
-    refused("sft.py", "--gpu T4 has a memory of its own; drop --gpu_memory 12GB, or --gpu", **flags, **both)
-    unknown = {"gpu": "RTX 4091", "dry_run": True}
-    refused("sft.py", "--gpu 'RTX 4091': is not in the table of cards; did you mean RTX 4090", **flags, **unknown)

@@ -1,7 +1,6 @@
 """Every part of a model of ours takes tensors without rows, forward and backward: the last step of an epoch may have
 micro-batches without any."""
 
-import numpy as np
 import pytest
 import torch
 from architectures import build
@@ -14,9 +13,6 @@ from minionerec.flags import AdapterFlags
 from minionerec.model import head, int8_rows, token_trees
 from minionerec.model.experts import LeanParameter
 from minionerec.model.low_rank import _LowRankUpdate
-from minionerec.model.packed_rows import plain_rows, shared_rows
-from minionerec.training.logprobs import completion_logps
-from minionerec.training.rollouts import Known, Rollouts
 from minionerec.training.sft_trainer import row_losses
 
 SHAPES = [(0, 8), (2, 0, 8), (0, 3, 8)]
@@ -85,20 +81,6 @@ def test_losses_without_response_tokens():
     losses.sum().backward()
     assert losses.shape == row.shape == (0,)
     assert all(p.grad is not None and not p.grad.any() for p in model.parameters() if p.requires_grad)
-
-
-def test_completions_of_no_prompts():
-    model = adapted("qwen2", True, "lora")
-    prompts = torch.zeros(0, 3, dtype=torch.long), torch.zeros(0, 3, dtype=torch.bool)
-    answers = torch.zeros(0, 2, dtype=torch.long), torch.zeros(0, 2, dtype=torch.bool)
-    assert [tensor.shape for tensor in completion_logps(model, *prompts, *answers)] == [(0, 2), (0, 2)]
-    for pack in (plain_rows, shared_rows):
-        _, wanted, place = pack(model, *prompts, *answers)
-        assert wanted.shape[0] == place.shape[0] == 0
-    nothing = torch.zeros(0)
-    known = Known(*(np.zeros(0, dtype=kind) for kind in (np.int64, np.int64, bool)))
-    completed, place, share = Rollouts(*prompts, *answers, known, nothing, nothing.sum(), *answers).with_targets()
-    assert len(completed.completion_ids) == len(completed.known.groups) == len(place) == len(share) == 0
 
 
 def test_a_batch_has_the_rows_it_was_given():

@@ -4,7 +4,6 @@ from models import make_model
 from plain import batch, gradients, one_by_one, with_adapter
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from minionerec.decoding.probe import probe
 from minionerec.training.logprobs import completion_logps
 
 
@@ -64,12 +63,3 @@ def test_temperature_divides_the_logits():
     expected, expected_entropy = one_by_one(model, *batch(), temperature=0.7)
     torch.testing.assert_close(logps, expected, atol=1e-5, rtol=0)
     torch.testing.assert_close(entropy, expected_entropy, atol=1e-4, rtol=0)
-
-
-def test_a_prompt_goes_through_the_model_once():
-    model = make_model()
-    probe(model)
-    seen = []
-    model.model.register_forward_pre_hook(lambda _m, _a, kw: seen.append(kw["input_ids"].shape), with_kwargs=True)
-    completion_logps(model, *batch())
-    assert seen == [(3, 5 + 3 * 3)]  # three prompts, at most 5 tokens and 3 completions, each without its last token

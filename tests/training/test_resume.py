@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from minionerec.checkpoint import Checkpoint
 from minionerec.errors import InputError
 from minionerec.flags import RunFlags
 from minionerec.training import resume
+from minionerec.training.resume import newest_checkpoint, resume_point
 
 STORED = ROOT / "tests" / "runs_0_1_0"
 
@@ -156,3 +158,60 @@ def test_a_damaged_state_file_is_named(tmp_path):
     (checkpoint / "optimizer.pt").write_bytes(content[: len(content) // 2])
     with pytest.raises(InputError, match=r"a .pt or .pth file there is damaged; resume from another checkpoint"):
         trainer_of(tmp_path, 8, **{**settings, "max_steps": 2}).train(Checkpoint.read(str(checkpoint)))
+
+
+RUN = {
+    "command": "rl",
+    "method": "lora",
+    "base_fingerprint": "f",
+    "flags": {"lora_r": 8, "seed": 1, "use_dora": False},
+}
+RUN["flags"] |= {"lora_alpha": 16, "lora_target_modules": "all", "use_rslora": False, "load_in_8bit": False}
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"command": "sft"}, "the command is rl there, sft here"),
+        ({"method": "full"}, "the method is lora there, full here"),
+        ({"base_fingerprint": "g"}, "the base is f there, g here"),
+        ({"flags": {**RUN["flags"], "lora_r": 4}}, "--lora_r is 8 there, 4 here"),
+        ({"flags": {**RUN["flags"], "best_by": "hr"}}, "--best_by is ndcg there, hr here"),  # of an older release
+    ],
+)
+def test_a_checkpoint_of_another_run_is_refused(tmp_path, changed, message):
+    folder = tmp_path / "checkpoint-5"
+    folder.mkdir()
+    (folder / "trainer_state.json").write_text('{"global_step": 5}')
+    (folder / "minionerec.json").write_text(json.dumps(RUN))
+    (folder / "optimizer.pt").touch()
+    said, flags = [], RunFlags(output_dir=str(tmp_path), resume_from_checkpoint="True")
+    assert resume_point(flags, {**RUN, "flags": {**RUN["flags"], "seed": 2}}, said.append)
+    assert said[-1].startswith("warning: --seed is 2 here and was 1 up to ")
+    assert resume_point(flags, {**RUN, "flags": {**RUN["flags"], "pack_rows": 16}}, said.append)
+    assert said[-1].endswith("does not record it") and "--pack_rows is 16 here" in said[-1]
+    with pytest.raises(InputError, match=message):
+        resume_point(flags, {**RUN, **changed}, said.append)
+
+
+def test_a_truncated_checkpoint_is_never_resumed(tmp_path):
+    for step, state in ((5, '{"global_step": 5}'), (10, '{"global_step": 10, "log_his')):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(state)
+        (tmp_path / f"checkpoint-{step}" / "optimizer.pt").touch()
+    said, flags = [], RunFlags(output_dir=str(tmp_path), resume_from_checkpoint="True")
+    assert resume_point(flags, RUN, said.append).path == str(tmp_path / "checkpoint-5")
+    with pytest.raises(InputError, match="is not a complete checkpoint"):
+        resume_point(replace(flags, resume_from_checkpoint=str(tmp_path / "checkpoint-10")), RUN, said.append)
+    assert json.loads((tmp_path / "checkpoint-5" / "trainer_state.json").read_text())["global_step"] == 5
+
+
+def test_only_complete_checkpoints_count(tmp_path):
+    assert newest_checkpoint(str(tmp_path / "none")) is None
+    for name in ("checkpoint-9", "checkpoint-10", "checkpoint-11", "checkpoint-x"):
+        (tmp_path / name).mkdir()
+    assert newest_checkpoint(str(tmp_path)) is None
+    for name in ("checkpoint-9", "checkpoint-10"):
+        (tmp_path / name / "trainer_state.json").write_text('{"global_step": 1}')
+    (tmp_path / "checkpoint-11" / "trainer_state.json").write_text("{}")
+    assert newest_checkpoint(str(tmp_path)).endswith("checkpoint-10")

@@ -1,0 +1,173 @@
+"""What the dry runs print: sizes that fit, settings to try, and times."""
+
+import json
+import re
+from dataclasses import replace
+
+import pytest
+from architectures import configuration
+from helpers import refused, rl_flags, run_command, sft_flags
+from models import IDS, config_of
+
+import lora_utils
+from minionerec.dryrun import report
+from minionerec.dryrun.memory import predict
+from minionerec.dryrun.passes import Step
+from minionerec.dryrun.report import suggestion
+from minionerec.process_memory import rss_gb
+from rl import RLFlags
+from sft import SFTFlags
+
+
+@pytest.mark.parametrize("architecture", ["bloom", "mamba", "gpt_neo", "mpt", "lfm2", "qwen3_5_text"])
+def test_a_dry_run_of_rl_takes_plain_rows_where_rl_does(architecture, monkeypatch, capsys):
+    steps = []
+    monkeypatch.setattr(report, "say_flags", lambda flags: None)
+    monkeypatch.setattr(report, "say_tasks", lambda *_: None)
+    monkeypatch.setattr(report, "predict", lambda *a, **k: steps.append(a[3]) or predict(*a, **k))
+    flags = RLFlags(beta=0.0, gpu_memory="12GB", train_batch_size=4, num_generations=2, test_during_training=False)
+    inputs = report.Inputs(configuration(architecture), range(96), [], None, None, lora_utils.adapt)
+    found = report.rl(flags, inputs, [[1] * 20], 1, 4, continues=False)
+    assert steps[0] == Step(4, 24, 16, False, False, rewarded=True) and found.total > 0
+    assert "each repeat their prompt" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("architecture", "step"),
+    [
+        ("qwen2", Step(2, 20 + 3 * 3, 2 + 6 * 3, True, False, rewarded=True)),
+        ("bloom", Step(6, 24, 24, False, False, True)),
+    ],
+)
+def test_a_target_to_learn_is_one_more_completion(architecture, step, monkeypatch):
+    """4 completions of 2 prompts of 20 tokens, and SIDs of 4."""
+    steps = []
+    monkeypatch.setattr(report, "say_flags", lambda flags: None)
+    monkeypatch.setattr(report, "say_tasks", lambda *_: None)
+    monkeypatch.setattr(report, "predict", lambda *a, **k: steps.append(a[3]) or predict(*a, **k))
+    flags = RLFlags(gpu_memory="12GB", train_batch_size=4, num_generations=2, sft_weight=1.0)
+    inputs = report.Inputs(configuration(architecture), range(96), [], None, None, lora_utils.adapt)
+    report.rl(flags, inputs, [[1] * 20], 1, 4, continues=False)
+    assert steps[0] == step
+
+
+def test_a_pass_of_rl_is_as_large_as_the_memory():
+    flags = RLFlags(train_batch_size=4, gradient_accumulation_steps=6, num_generations=4, use_lora=True)
+    inputs = report.Inputs(config_of("qwen2"), range(96), IDS, None, None, lora_utils.adapt)
+    sizes = []
+    for completions in (24, 12, 8, 4):  # the next smaller size does not fit in what the one before it needs
+        exact = replace(flags, train_batch_size=completions, gradient_accumulation_steps=1)
+        needed = report.predict_rl(exact, inputs, 200, 4, False, on_gpu=True).total / (1 - report.SPARE)
+        sizes.append(report.largest_pass(flags, inputs, 200, 4, False, needed * 1.00001))
+    assert sizes == [24, 12, 8, 4]
+    assert report.largest_pass(flags, inputs, 200, 4, False, 0.0) == 4
+
+
+def test_a_micro_batch_of_sft_is_as_large_as_the_memory():
+    """Of the divisors of the rows of a process."""
+    flags, tried = SFTFlags(batch_size=24, micro_batch_size="auto"), []
+
+    def rows_in(memory: float) -> int:
+        return report.largest_micro_batch(
+            flags, None, None, memory, lambda changed: tried.append(changed.micro_rows) or float(changed.micro_rows)
+        )
+
+    found = [rows_in(rows / (1 - report.SPARE) + 1e-9) for rows in (100, 23, 7, 3, 0.5)]
+    assert found == [24, 12, 6, 3, 1] and not set(tried) - {1, 2, 3, 4, 6, 8, 12, 24}
+    assert [SFTFlags(batch_size=rows, micro_batch_size="auto").micro_rows for rows in (128, 12, 5)] == [8, 6, 5]
+
+
+def test_a_dry_run_sizes_the_micro_batch(files, base, tmp_path):
+    flags = sft_flags(files, base, tmp_path / "run", batch_size=32, micro_batch_size="auto", use_lora=True)
+    done = run_command("sft.py", **flags, dry_run=True, gpu_memory="12GB")
+    assert done.returncode == 0, done.stderr
+    assert "--micro_batch_size auto: 32 rows" in done.stdout and "fits a GPU with 12GB" in done.stdout
+    refused(
+        "sft.py", "--micro_batch_size 'most' is not valid; expected a whole number or auto", micro_batch_size="most"
+    )
+    refused("sft.py", "--micro_batch_size 0: must be above 0", **{**flags, "micro_batch_size": 0})
+
+
+def test_a_dry_run_of_sft(files, base, tmp_path):
+    flags = sft_flags(files, base, tmp_path / "run", use_lora=True, dry_run=True)
+    done = run_command("sft.py", **flags, gpu_memory="24GB")
+    assert done.returncode == 0, done.stderr
+    assert "title_history_to_sid" in done.stdout and "240 examples; 15 steps an epoch" in done.stdout
+    assert "fits a GPU with 24GB" in done.stdout and '"lora_r": 16' in done.stdout
+    trained = run_command("sft.py", **sft_flags(files, base, tmp_path / "run", use_lora=True, sample=8))
+    assert trained.returncode == 0, trained.stderr
+    printed = next(line for line in done.stdout.splitlines() if line.startswith("trainable parameters: "))
+    assert trained.stdout.startswith(printed)
+
+    total = float(next(line for line in done.stdout.splitlines() if line.startswith("  total")).split()[1])
+    done = run_command("sft.py", **{**flags, "output_dir": tmp_path / "other"}, gpu_memory=f"{total - 0.003}GB")
+    assert done.returncode == 0 and not (tmp_path / "other").exists()
+    assert "does not fit a GPU" in done.stdout and " s a step" not in done.stdout
+    assert "this does: --micro_batch_size " in done.stdout or "nor does anything else" in done.stdout
+    refused("sft.py", "--gpu_memory 'big'", **{**flags, "output_dir": tmp_path / "other"}, gpu_memory="big")
+
+
+def test_a_dry_run_of_rl(files, base, tmp_path):
+    sft = run_command("sft.py", **sft_flags(files, base, tmp_path / "sft", use_lora=True, sample=8, lora_r=8))
+    assert sft.returncode == 0, sft.stderr
+    flags = rl_flags(
+        files, tmp_path / "sft" / "final_checkpoint", tmp_path / "rl", use_lora=True, dry_run=True, lora_r=4
+    )
+    done = run_command("rl.py", **flags)
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"\nsid_history_to_sid +40 +1 ", done.stdout)
+    assert "40 prompts of" in done.stdout and "10 steps" in done.stdout and "cache" in done.stdout
+    assert "--lora_r 4 is ignored: " in done.stdout and "was trained with 8\n" in done.stdout
+    trainable = json.loads((tmp_path / "sft" / "metrics.json").read_text())["trainable_parameters"]
+    assert f"trainable parameters: {trainable:,}\n" in done.stdout
+    assert not (tmp_path / "rl").exists() and rss_gb() > 0.1
+
+
+def test_a_search_halves_what_is_left():
+    flags = SFTFlags(use_lora=True, gradient_checkpointing=True, micro_batch_size=128)
+    for largest in range(1, 128):
+        tried = []
+        said = suggestion(
+            flags,
+            "micro_batch_size",
+            largest,
+            lambda changed, tried=tried: tried.append(changed) or changed.micro_batch_size,
+        )
+        fits = max(2**power for power in range(8) if 2**power <= largest)
+        assert said == f"this does: --micro_batch_size {fits}"
+        assert len(tried) <= 4
+
+
+def test_an_8_bit_base_and_an_8_bit_optimizer_are_tried_too():
+    flags = SFTFlags(use_lora=True, micro_batch_size=1)
+    tried = []
+    said = suggestion(flags, "micro_batch_size", 0.0, lambda changed: tried.append(changed) or 1.0)
+    assert said.startswith("nor does anything else")
+    ways = [(way.bits, way.gradient_checkpointing, way.optim) for way in tried]
+    assert ways == [
+        *((bits, checkpointing, flags.optim) for bits in (16, 8, 4) for checkpointing in (False, True)),
+        (4, True, "adamw_8bit"),
+    ]
+
+
+def test_a_dry_run_estimates_the_time_on_a_card_that_is_named(files, base, sft_run, tmp_path):
+    flags = sft_flags(files, base, tmp_path / "run", use_lora=True, dry_run=True)
+    done = run_command("sft.py", **flags, gpu="rtx 4090")
+    assert done.returncode == 0, done.stderr
+    assert "\nfits RTX 4090: " in done.stdout and " of 24.0 GB\n" in done.stdout
+    assert "\nestimated for RTX 4090: " in done.stdout and " h in all, without evaluations. Of a step, " in done.stdout
+    flags = rl_flags(files, sft_run("lora") / "final_checkpoint", tmp_path / "rl", use_lora=True, dry_run=True)
+    done = run_command("rl.py", **flags, gpu="T4")
+    assert done.returncode == 0, done.stderr
+    assert "\nfits T4: " in done.stdout and "\nestimated for T4: " in done.stdout and " s a step, " in done.stdout
+    done = run_command("rl.py", **flags)  # on this machine
+    assert done.returncode == 0 and " s a step, " in done.stdout, done.stderr
+
+
+def test_a_card_is_named_once_and_only_in_a_dry_run(files, base, tmp_path):
+    flags = sft_flags(files, base, tmp_path / "run")
+    refused("sft.py", "--gpu T4 has no effect without --dry_run True", **flags, gpu="T4")
+    both = {"gpu": "T4", "gpu_memory": "12GB", "dry_run": True}
+    refused("sft.py", "--gpu T4 has a memory of its own; drop --gpu_memory 12GB, or --gpu", **flags, **both)
+    unknown = {"gpu": "RTX 4091", "dry_run": True}
+    refused("sft.py", "--gpu 'RTX 4091': is not in the table of cards; did you mean RTX 4090", **flags, **unknown)

@@ -1,0 +1,48 @@
+"""In which precision and layout a base is loaded."""
+
+import pytest
+import torch
+from adapting import adapted, state_of
+from as_on_gpu import answer
+from models import IDS, config_of
+
+import lora_utils
+from minionerec.flags import AdapterFlags
+from minionerec.model import device, loading
+from minionerec.model.loading import load_base
+
+
+def test_evaluation_does_not_cut_the_gradients_of_4_bit_layers(saved_base):
+    model = adapted(load_base(saved_base[True], lora_utils.quantization_config(AdapterFlags(use_qlora=True))))
+    before = state_of(model)
+    model.eval()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        model(input_ids=torch.tensor([[1, 2, 3]]))
+    model.train()
+    ids = torch.tensor([[1, 90, 5, 7]])
+    with torch.autocast("cpu", torch.bfloat16):
+        model(input_ids=ids, labels=ids).loss.backward()
+    lowest = [p.grad for n, p in model.named_parameters() if "layers.0" in n and "q_proj.lora_B" in n]
+    assert lowest[0] is not None and lowest[0].abs().sum() > 0
+    assert all(torch.equal(value, before[name]) for name, value in state_of(model).items())
+
+
+@pytest.mark.parametrize("name", ["float16", "bfloat16"])
+def test_a_frozen_base_is_loaded_in_what_the_device_computes(base, monkeypatch, name):
+    monkeypatch.setattr(device, "compute_dtype", answer(name))
+    dtype = getattr(torch, name)
+    assert loading.load_base(base).dtype == dtype
+    quantized = loading.load_base(base, lora_utils.quantization_config(AdapterFlags(use_qlora=True)))
+    assert quantized.get_input_embeddings().weight.dtype == dtype
+    adapted = lora_utils.add_lora(quantized, lora_utils.lora_config(quantized, IDS))
+    assert {p.dtype for p in adapted.parameters() if p.requires_grad} == {torch.float32}
+    rows = lora_utils.train_sid_rows_only(loading.load_base(base), IDS)
+    assert {p.dtype for p in rows.parameters() if p.requires_grad} == {torch.float32}
+
+
+def test_a_base_that_float16_does_not_fit_is_named(tmp_path, monkeypatch, capsys):
+    config_of("gemma2").save_pretrained(tmp_path)
+    for dtype, warned in (("bfloat16", False), ("float16", True)):
+        monkeypatch.setattr(device, "compute_dtype", answer(dtype))
+        loading.load_base(str(tmp_path), from_scratch=True)
+        assert ("gemma2 models often overflow float16" in capsys.readouterr().out) == warned
