@@ -15,7 +15,8 @@ import time
 import torch
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"  # the newer one gives processors no tokens
+os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"  # the newer one has another kind of processors
+os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine runs in this process
 
 from vllm import LLM, TokensPrompt
 from vllm.config import VllmConfig
