@@ -17,7 +17,7 @@ from minionerec.checkpoint import Checkpoint
 from minionerec.errors import InputError
 from minionerec.flags import RunFlags
 from minionerec.training import resume
-from minionerec.training.resume import newest_checkpoint, resume_point
+from minionerec.training.resume import resume_point
 
 STORED = ROOT / "tests" / "runs_0_1_0"
 
@@ -204,14 +204,3 @@ def test_a_truncated_checkpoint_is_never_resumed(tmp_path):
     with pytest.raises(InputError, match="is not a complete checkpoint"):
         resume_point(replace(flags, resume_from_checkpoint=str(tmp_path / "checkpoint-10")), RUN, said.append)
     assert json.loads((tmp_path / "checkpoint-5" / "trainer_state.json").read_text())["global_step"] == 5
-
-
-def test_only_complete_checkpoints_count(tmp_path):
-    assert newest_checkpoint(str(tmp_path / "none")) is None
-    for name in ("checkpoint-9", "checkpoint-10", "checkpoint-11", "checkpoint-x"):
-        (tmp_path / name).mkdir()
-    assert newest_checkpoint(str(tmp_path)) is None
-    for name in ("checkpoint-9", "checkpoint-10"):
-        (tmp_path / name / "trainer_state.json").write_text('{"global_step": 1}')
-    (tmp_path / "checkpoint-11" / "trainer_state.json").write_text("{}")
-    assert newest_checkpoint(str(tmp_path)).endswith("checkpoint-10")
