@@ -31,7 +31,7 @@ fail() {
 }
 [ $# -gt 0 ] || fail "give a folder for the results"
 OUT="$1" TINY="${TINY:-}" LIMIT="${LIMIT:-540}"
-[ -z "$TINY" ] || TEN_MINUTES="card graphs sft rl decode sft_7B trees" # a kind of part once
+[ -z "$TINY" ] || TEN_MINUTES="card graphs rl decode sft_7B" # trees and sft by their names
 shift
 for part in "$@"; do [[ " $PARTS " == *" $part "* ]] || fail "there is no part $part; the parts are $PARTS"; done
 [ -z "${DATA:-}" ] || [ -n "${CATEGORY:-}" ] || fail "CATEGORY is missing; name the category of DATA"
@@ -83,8 +83,7 @@ part() {
     rl) measure rl_step $shape_0_5B --repeats 3 ;;
     decode)
         measure decode $shape_0_5B --prompts 1 --large_catalogue 100000
-        echo
-        measure decode $shape_0_5B --prompts 32 --large_catalogue 100000 ;;
+        [ -n "$TINY" ] || { echo && measure decode $shape_0_5B --prompts 32 --large_catalogue 100000; } ;;
     sft_1.5B) measure memory --sizes 1.5B --methods full_response,lora,qlora --rows 8 ;;
     rl_1.5B) measure rl_step $shape_1_5B --repeats 2 ;;
     sft_7B) measure memory --sizes 7B --methods lora,qlora --rows 4 ;;

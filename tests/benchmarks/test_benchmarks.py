@@ -148,8 +148,8 @@ def test_the_script_for_a_card_refuses_what_it_does_not_know(tmp_path):
 
 @pytest.mark.slow
 def test_the_script_for_a_card_runs_to_its_end_and_keeps_what_is_finished(tmp_path):
-    parts = {"card": "TFLOP/s", "graphs": "| search, merged |", "sft": "| QLoRA |", "rl": "| ReReTrainer |"}
-    parts |= {"decode": "large_catalogue", "sft_7B": "predicted GB", "trees": "| trees |"}
+    parts = {"card": "TFLOP/s", "graphs": "| search, merged |", "rl": "| ReReTrainer |"}
+    parts |= {"decode": "large_catalogue", "sft_7B": "predicted GB"}
     first = gpu(tmp_path)
     assert first.returncode == 0, first.stdout + first.stderr
     assert {file.stem for file in tmp_path.glob("*.md")} == set(parts)
