@@ -1,7 +1,10 @@
-"""GPUs by name, with the figures of their vendors' data sheets: `--gpu`.
+"""GPUs by name, for `--gpu`.
+
+The figures are those known of the vendors' data sheets; not each was looked up again, so check the sheet of a card that
+you buy by an estimate.
 
 The rates are those of dense matmuls in bfloat16 with float32 sums, without sparsity; float16 on cards that have no
-bfloat16 (T4, V100). GeForce cards compute at half their float16 rate with float32 sums. Figures as of 2026-11-29.
+bfloat16 (T4, V100). GeForce cards compute at half their float16 rate with float32 sums. Written on 2026-11-29.
 """
 
 import difflib
