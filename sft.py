@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from minionerec import cli, world
+from minionerec import cli, sasrec_files, soft_targets, world
 from minionerec.checkpoint import check_base, run_record
 from minionerec.data.files import Catalogue, Interaction, Item, read_catalogue, read_interactions, sample_rows
 from minionerec.data.prompts import Prompts, load_prompts
@@ -53,7 +53,8 @@ class SFTInput:
             items = self.catalogue.items_with_text()
             return sample_rows(items, len(items), flags.sample, flags.seed)
         rows = read_interactions(flags.train_file, "train_file", self.catalogue.sids, self.prompts.need_titles)
-        return sample_rows(rows, self.num_rows, flags.sample, flags.seed)
+        rows = sample_rows(rows, self.num_rows, flags.sample, flags.seed)
+        return soft_targets.with_sampled(rows, flags.cf_path, flags.seed) if flags.cf_path else rows
 
     def eval_rows(self, _kind: str) -> Iterable[Interaction]:
         """Starts a pass over the validation interactions."""
@@ -70,6 +71,9 @@ def read_input(flags: SFTFlags) -> SFTInput:
         problems.add(f"--tasks {flags.tasks!r}: needs a task on interactions to validate on")
     catalogue = problems.attempt(read_catalogue, flags.sid_index_path, flags.item_meta_path)
     sids = catalogue.sids if catalogue else None
+    if flags.cf_path and sids:
+        index = f"--sid_index_path {flags.sid_index_path}"
+        problems.attempt(sasrec_files.check_within, flags.cf_path, "cf_path", sids, index)
     eval_prompts = prompts and prompts.for_validation()
     checked = check_interactions(problems, "train_file", flags.train_file, sids, prompts)
     eval_checked = check_interactions(problems, "eval_file", flags.eval_file, sids, eval_prompts)
@@ -130,6 +134,7 @@ def train(flags: SFTFlags) -> "dict | Prediction":
     remedy = f"rename the SID tokens in --sid_index_path {flags.sid_index_path}, or take another base"
     check_sids(encoder, inputs.catalogue, f"--base_model {flags.base_model}", remedy)
     sources = [flags.train_file, flags.sid_index_path, flags.item_meta_path]
+    sources += sasrec_files.files(flags.cf_path) if flags.cf_path else []
 
     def training_examples() -> Dataset:
         return tokenized_dataset(encoder, inputs.train_rows, sources, sample=flags.sample, seed=flags.seed)

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from minionerec import sasrec_files
 from minionerec.checkpoint import Checkpoint, read_json
 from minionerec.data.files import InfoItem, shorten
 from minionerec.errors import InputError
@@ -24,7 +25,6 @@ from minionerec.validation import check_values
 BEST = 15  # of SASRec's SIDs that are ranked with the beams
 WEIGHTS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0, 1.5, 2.0, 3.0, 5.0, 10.0)  # that are tried
 ROWS = 2000  # of a validation file on which a weight is chosen, at most
-RECORD, WEIGHTS_FILE = "sasrec.json", "sasrec.safetensors"  # of the folder
 _PART = 1_000_000  # bytes at both ends of a file of weights that tell checkpoints apart
 
 
@@ -58,21 +58,15 @@ class Blend:
     ) -> "Blend":
         """Checks that the model in a folder was trained on this catalogue. A weight of auto is the recorded one. Raises
         InputError with one line for what is wrong."""
-        record = os.path.join(folder, RECORD)
-        if not all(os.path.isfile(os.path.join(folder, name)) for name in (RECORD, WEIGHTS_FILE)):
-            raise InputError(f"--blend {folder}: no SASRec model is there; train one with scripts/train_sasrec.py")
-        data = read_json(record)
-        sids = data.get("sids") if isinstance(data, dict) else None
-        if not isinstance(sids, list) or not all(isinstance(sid, str) for sid in sids):
-            raise InputError(f"--blend {folder}: {record} does not list SIDs; train it again")
-        _check_catalogue(folder, sids, data.get("catalogue"), items, info_file)
+        known = sasrec_files.known(folder, "blend")
+        _check_catalogue(folder, known.sids, known.catalogue, items, info_file)
         path = os.path.join(folder, f"weight-{_digest(checkpoint.path)}.json")
         return cls(folder, _recorded(path) if weight == "auto" else float(weight), path)
 
     @property
     def files(self) -> list[str]:
         """What the model consists of."""
-        return [os.path.join(self.folder, name) for name in (RECORD, WEIGHTS_FILE)]
+        return sasrec_files.files(self.folder)
 
     def ready(self) -> "Blend":
         """Itself. Raises InputError if no weight is known."""

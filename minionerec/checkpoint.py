@@ -24,6 +24,7 @@ LACKED_IN_0_1: dict[str, dict[str, object]] = {
         "sid_init": "random",
         "sid_learning_rate": 0.0,
         "eval_sample": -1,
+        "cf_path": "",
     },
     "rl": {
         "optim": "adamw_torch_fused",

@@ -79,6 +79,11 @@ class SFTFlags(TrainingFlags):
         "tokens of the base), or random, as in the original.",
         one_of("text", "mean", "random"),
     )
+    cf_path: str = flag(
+        "",
+        "folder of a model of scripts/train_sasrec.py, which teaches what it knows: each row is followed by one with "
+        "the same history, whose item is sampled from the 20 that SASRec finds most likely (the original has none).",
+    )
     eval_step: float = flag(
         0.05, "how often to evaluate and save, as a fraction of the training.", fraction_of_training
     )

@@ -1,0 +1,69 @@
+"""Rows that SASRec samples: with its probabilities, next to the rows they belong to, and through sft.py."""
+
+import json
+
+import pytest
+import torch
+from helpers import refused, run_command, sft_flags
+
+from minionerec import sasrec
+from minionerec.data.files import Interaction, read_info
+from minionerec.soft_targets import BEST, with_sampled
+
+
+def save_sasrec(folder, sids: list[str]) -> sasrec.SASRec:
+    """A SASRec model that was never trained, and prefers some items by far."""
+    torch.manual_seed(0)
+    model = sasrec.SASRec(sids, hidden_size=16, length=8)
+    model.items.weight.data.mul_(3)
+    sasrec.save(model, str(folder))
+    return model
+
+
+def test_targets_are_sampled_from_the_best_items_by_their_probabilities(tmp_path):
+    sids = [f"<a_{i}>" for i in range(30)]
+    model, count = save_sasrec(tmp_path, sids), 4000
+    histories = [["<a_1>"], ["<a_2>", "<a_3>", "<a_4>"]]
+    rows = [Interaction(history, ["old"] * len(history), "<a_0>", "new") for history in histories * count]
+    found = list(with_sampled(rows, str(tmp_path), seed=5))
+    assert found[::2] == rows
+    assert [row.sid_history for row in found[1::2]] == [row.sid_history for row in rows]
+    assert {row.title for row in found[1::2]} == {""}
+    for i, history in enumerate(histories):
+        logps = model.logps([history])[0]
+        best = logps.topk(BEST).indices.tolist()
+        wanted = {sids[item]: p for item, p in zip(best, logps[best].softmax(0).tolist(), strict=True)}
+        sampled = [row.sid for row in found[1 + 2 * i :: 4]]
+        assert len(sampled) == count and set(sampled) <= set(wanted)
+        for sid, probability in wanted.items():
+            deviation = (probability * (1 - probability) / count) ** 0.5
+            assert abs(sampled.count(sid) / count - probability) < 5 * deviation + 1e-9
+    assert [row.sid for row in with_sampled(rows[:50], str(tmp_path), seed=5)] == [row.sid for row in found[:100]]
+    assert [row.sid for row in with_sampled(rows[:50], str(tmp_path), seed=6)] != [row.sid for row in found[:100]]
+
+
+def test_sft_learns_them_next_to_the_purchases(files, base, tmp_path):
+    save_sasrec(tmp_path / "sasrec", read_info(files["info"]))
+    counts = {}
+    for name, more in {"plain": {}, "taught": {"cf_path": tmp_path / "sasrec"}}.items():
+        # A task that writes titles does not get the sampled rows.
+        flags = sft_flags(files, base, tmp_path / name, tasks="sid_history_to_sid,sid_history_to_title", **more)
+        done = run_command("sft.py", **{**flags, "num_epochs": 1, "eval_step": 0.5, "use_lora": True})
+        assert done.returncode == 0, done.stderr[-3000:]
+        counts[name] = json.loads((tmp_path / name / "metrics.json").read_text())["train_examples"]
+    assert counts["taught"] * 2 == counts["plain"] * 3
+
+
+@pytest.mark.parametrize(
+    ("sids", "line"),
+    [
+        (None, "no SASRec model is there; train one with scripts/train_sasrec.py"),
+        (["<a_0><b_0>"], "was trained on a different catalogue: 1 of its SIDs are not in --sid_index_path"),
+    ],
+)
+def test_a_model_that_does_not_fit_is_refused_in_one_line(files, base, tmp_path, sids, line):
+    if sids:
+        save_sasrec(tmp_path / "sasrec", sids)
+    flags = sft_flags(files, base, tmp_path / "run", cf_path=tmp_path / "sasrec")
+    refused("sft.py", f"--cf_path {tmp_path / 'sasrec'}: {line}", **flags)
+    assert not (tmp_path / "run").exists()
