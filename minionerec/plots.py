@@ -1,4 +1,4 @@
-"""Plots the curves of a training run or of several, and bar charts of metrics."""
+"""Plots the curves of a training run or of several, and what runs reach against what they cost."""
 
 from collections.abc import Mapping, Sequence
 from types import ModuleType
@@ -74,17 +74,27 @@ def plot_runs(curves: dict[str, dict[float, float]], path: str, x: str, y: str) 
     _save(figure, path)
 
 
-def plot_bars(panels: dict[str, dict[str, tuple[float, float, float]]], path: str) -> None:
-    """Plots bars with intervals, with the panels side by side, to a PNG file.
+def plot_costs(
+    metric: str,
+    values: Mapping[str, tuple[float, float, float]],
+    costs: Mapping[str, Mapping[str, float]],
+    path: str,
+) -> None:
+    """Plots a metric of runs against what they cost, with a panel for each kind of cost side by side, to a PNG file.
 
-    `panels` maps the label of a panel to its bars, and the name of a bar to (value, low, high).
+    Args:
+        values: of the metric, by the name of a run, as (value, low, high).
+        costs: label of a panel -> name of a run -> its cost, above 0; a run without one is a dashed line.
     """
     plt = _pyplot()
-    figure, all_axes = plt.subplots(1, len(panels), figsize=(4.5 * len(panels), 4), layout="constrained", squeeze=False)
-    for axes, (label, bars) in zip(all_axes[0], panels.items(), strict=True):
-        heights = [value for value, _, _ in bars.values()]
-        errors = [[value - low for value, low, _ in bars.values()], [high - value for value, _, high in bars.values()]]
-        axes.bar(range(len(bars)), heights, yerr=errors, capsize=3, color=[f"C{i}" for i in range(len(bars))])
-        axes.set_xticks(range(len(bars)), list(bars), rotation=30, ha="right")
-        axes.set(title=label)
+    figure, all_axes = plt.subplots(1, len(costs), figsize=(5 * len(costs), 4), layout="constrained", squeeze=False)
+    for axes, (label, cost_of) in zip(all_axes[0], costs.items(), strict=True):
+        for i, (name, (value, low, high)) in enumerate(values.items()):
+            if name in cost_of:
+                errors = [[value - low], [high - value]]
+                axes.errorbar(cost_of[name], value, yerr=errors, fmt="o", capsize=3, color=f"C{i}", label=name)
+            else:
+                axes.axhline(value, linestyle="--", linewidth=1, color=f"C{i}", label=name)
+        axes.set(xlabel=label, ylabel=metric, xscale="log")
+    all_axes[0][0].legend(fontsize="small")
     _save(figure, path)

@@ -84,7 +84,7 @@ def table(
             that of the ratios seed by seed).
         against: methods to compare with, separated by commas: with full, the HR@10, NDCG@10 and MRR of "lora SFT" are
             also printed as a fraction of those of "full SFT".
-        figure: PNG file for a bar chart with the intervals.
+        figure: PNG file for NDCG@10 with its intervals against time and memory.
     """
     # Check the files and the names.
     problems = Problems()
@@ -128,7 +128,7 @@ def table(
         cells += _cost_cells([costs[path] for path in results.get(name, [])])
         print(f"| {name} | " + " | ".join(cells) + " |")
     if figure:
-        _plot(found, bootstrap, figure)
+        _plot(found, bootstrap, {name: [costs[path] for path in seeds] for name, seeds in results.items()}, figure)
 
 
 def read_test_targets(test_data_path: str, info_file: str, train_file: str) -> Targets:
@@ -231,17 +231,21 @@ def _cost_cells(seeds: list[dict[str, float]]) -> list[str]:
     ]
 
 
-def _plot(found: "dict[str, Seeds]", bootstrap: "Bootstrap", figure: str) -> None:
-    """Plots the metrics of RELATIVE as bars with their intervals."""
-    from minionerec.plots import plot_bars
+def _plot(
+    found: "dict[str, Seeds]", bootstrap: "Bootstrap", costs: dict[str, list[dict[str, float]]], figure: str
+) -> None:
+    """Plots NDCG@10 (MRR, where rankings are too short for it) with its interval against the mean time and the highest
+    peak of memory of the seeds."""
+    from minionerec.plots import plot_costs
 
-    panels: dict[str, dict[str, tuple[float, float, float]]] = {metric: {} for metric in RELATIVE}
-    for metric, bars in panels.items():
-        for name in (name for name in found if metric in found[name][0]):
-            estimate = bootstrap.mean([seed[metric] for seed in found[name]])
-            bars[name] = estimate.value, estimate.low, estimate.high
+    metric = "NDCG@10" if "NDCG@10" in found["popularity"][0] else "MRR"
+    estimates = {name: bootstrap.mean([seed[metric] for seed in seeds]) for name, seeds in found.items()}
+    values = {name: (estimate.value, estimate.low, estimate.high) for name, estimate in estimates.items()}
+    times = {name: sum(cost["seconds"] for cost in seeds) / len(seeds) for name, seeds in costs.items()}
+    peaks = {name: max(cost["peak_memory_gb"] for cost in seeds) for name, seeds in costs.items()}
+    panels = {COSTS["seconds"]: times, COSTS["peak_memory_gb"]: peaks}
     os.makedirs(os.path.dirname(figure) or ".", exist_ok=True)
-    plot_bars(panels, figure)
+    plot_costs(metric, values, panels, figure)
 
 
 if __name__ == "__main__":

@@ -25,13 +25,17 @@ def test_curves_are_the_values_of_the_log(figures):
     assert not rates.lines and [axes.get_ylabel() for axes in (losses, rates)] == list(plots.SFT_PANELS)
 
 
-def test_runs_and_bars_show_what_they_are_given(figures):
+def test_runs_and_costs_show_what_they_are_given(figures):
     plots.plot_runs({"a": {2.0: 0.5, 1.0: 0.75}}, "runs.png", "epoch", "loss")
-    plots.plot_bars({"HR@10": {"a": (0.5, 0.25, 1.0)}}, "bars.png")
+    values = {"a": (0.5, 0.25, 1.0), "free": (0.125, 0.0, 0.25)}
+    plots.plot_costs("HR@10", values, {"time (s)": {"a": 10.0}, "memory (GB)": {"a": 2.0}}, "costs.png")
     assert figures[0].axes[0].lines[0].get_xydata().tolist() == [[1, 0.75], [2, 0.5]]
-    axes = figures[1].axes[0]
-    (bar,), (interval,) = axes.patches, axes.collections
-    assert bar.get_height() == 0.5 and interval.get_segments()[0][:, 1].tolist() == [0.25, 1.0]
+    for axes, cost in zip(figures[1].axes, (10.0, 2.0), strict=True):
+        (interval,) = axes.collections
+        assert interval.get_segments()[0].tolist() == [[cost, 0.25], [cost, 1.0]]
+        ((point, *_),) = axes.containers
+        assert point.get_xydata().tolist() == [[cost, 0.5]]
+        assert [line.get_ydata()[0] for line in axes.lines if line.get_linestyle() == "--"] == [0.125]
 
 
 def test_a_figure_is_a_png_file(tmp_path):
