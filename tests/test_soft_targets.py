@@ -2,9 +2,8 @@
 
 import json
 
-import pytest
 import torch
-from helpers import refused, run_command, sft_flags
+from helpers import run_command, sft_flags
 
 from minionerec import sasrec
 from minionerec.data.files import Interaction, read_info
@@ -52,18 +51,3 @@ def test_sft_learns_them_next_to_the_purchases(files, base, tmp_path):
         assert done.returncode == 0, done.stderr[-3000:]
         counts[name] = json.loads((tmp_path / name / "metrics.json").read_text())["train_examples"]
     assert counts["taught"] * 2 == counts["plain"] * 3
-
-
-@pytest.mark.parametrize(
-    ("sids", "line"),
-    [
-        (None, "no SASRec model is there; train one with scripts/train_sasrec.py"),
-        (["<a_0><b_0>"], "was trained on a different catalogue: 1 of its SIDs are not in --sid_index_path"),
-    ],
-)
-def test_a_model_that_does_not_fit_is_refused_in_one_line(files, base, tmp_path, sids, line):
-    if sids:
-        save_sasrec(tmp_path / "sasrec", sids)
-    flags = sft_flags(files, base, tmp_path / "run", cf_path=tmp_path / "sasrec")
-    refused("sft.py", f"--cf_path {tmp_path / 'sasrec'}: {line}", **flags)
-    assert not (tmp_path / "run").exists()

@@ -17,7 +17,10 @@ FLOORS = [
         *("minionerec.process_memory", "minionerec.statistics", "minionerec.world"),
     ],
     ["minionerec.cli", "minionerec.data", "minionerec.flags", "minionerec.sasrec"],
-    ["minionerec.checkpoint", "minionerec.model_card", "minionerec.validation", "minionerec.saving"],
+    [
+        *("minionerec.checkpoint", "minionerec.model_card", "minionerec.sasrec_files", "minionerec.saving"),
+        *("minionerec.soft_targets", "minionerec.validation"),
+    ],
     ["minionerec.model"],
     ["minionerec.decoding", "minionerec.prepare"],
     ["minionerec.serving"],

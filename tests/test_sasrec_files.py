@@ -1,0 +1,55 @@
+"""What the folder of a SASRec model says, and which folders are refused."""
+
+import json
+from pathlib import Path
+
+import pytest
+from helpers import refused, sft_flags
+
+from minionerec import InputError, sasrec
+from minionerec.sasrec_files import check_within, known
+from minionerec.sasrec_files import files as files_of
+
+
+@pytest.fixture
+def folder(tmp_path) -> str:
+    sasrec.save(sasrec.SASRec(["<a_0>", "<a_1>"], hidden_size=4), str(tmp_path / "sasrec"), "digest")
+    return str(tmp_path / "sasrec")
+
+
+def test_a_folder_says_what_its_model_knows(folder):
+    assert known(folder, "blend") == (["<a_0>", "<a_1>"], "digest")
+    check_within(folder, "cf_path", {"<a_0>", "<a_1>", "<a_2>"}, "the index")
+
+
+@pytest.mark.parametrize("wrong", ["no weights", "no folder", "SIDs that are numbers", "a list", "another catalogue"])
+def test_other_folders_are_refused_in_one_line(folder, wrong):
+    record, weights = files_of(folder)
+    lines = {
+        "SIDs that are numbers": (f"--cf_path {folder}: {record} does not list SIDs; train it again", {"sids": [1]}),
+        "a list": (f"--cf_path {folder}: {record} does not list SIDs; train it again", []),
+        "another catalogue": (
+            f"--cf_path {folder}: was trained on a different catalogue: 1 of its SIDs are not in the index, such as "
+            "'<b_7>'; train it on this one",
+            {"sids": ["<a_0>", "<b_7>"]},
+        ),
+    }
+    line = f"--cf_path {folder}: no SASRec model is there; train one with scripts/train_sasrec.py"
+    if wrong in lines:
+        line, data = lines[wrong]
+        Path(record).write_text(json.dumps(data))
+    elif wrong == "no weights":
+        Path(weights).unlink()
+    else:
+        folder = f"{folder}2"
+        line = line.replace(": no", "2: no")
+    with pytest.raises(InputError) as error:
+        check_within(folder, "cf_path", {"<a_0>", "<a_1>"}, "the index")
+    assert str(error.value) == line
+
+
+def test_sft_refuses_a_model_of_another_catalogue_before_it_writes(files, base, tmp_path):
+    sasrec.save(sasrec.SASRec(["<z_0>"], hidden_size=4), str(tmp_path / "sasrec"))
+    line = f"--cf_path {tmp_path / 'sasrec'}: was trained on a different catalogue: 1 of its SIDs are not in"
+    refused("sft.py", line, **sft_flags(files, base, tmp_path / "run", cf_path=tmp_path / "sasrec"))
+    assert not (tmp_path / "run").exists()
