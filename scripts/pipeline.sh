@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Runs SASRec, SFT, which learns what SASRec knows, RL and the evaluation of both, and of the second with SASRec:
+# Runs SFT, RL and the evaluation of both, and of the second with SASRec, which trains next to them in minutes:
 #   METHOD=qlora PRESET=best NPROC=4 bash scripts/pipeline.sh --wandb_project recommender
 # Flags go to both trainings; SFT_FLAGS, RL_FLAGS and EVAL_FLAGS are for one stage. Settings: scripts/stages.sh.
 source "$(dirname "$0")/stages.sh"
@@ -12,6 +12,7 @@ fi
 rl "$@" ${RL_FLAGS:-}
 evaluate "$OUT/sft" ${EVAL_FLAGS:-}
 evaluate "$OUT/rl" ${EVAL_FLAGS:-}
+sasrec
 evaluate "$OUT/rl" --result_json_data "$OUT/rl/blended.json" --blend "$OUT/sasrec" --eval_file "$EVAL_FILE" ${EVAL_FLAGS:-}
 "$PYTHON" scripts/table.py --train_file "$TRAIN_FILE" --test_data_path "$TEST_FILE" --info_file "$INFO_FILE" \
     --runs "SASRec=$OUT/sasrec,$METHOD SFT=$OUT/sft,$METHOD SFT + RL=$OUT/rl,$METHOD SFT + RL with SASRec=$OUT/rl/blended.json"

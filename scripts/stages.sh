@@ -71,16 +71,10 @@ launch_training() {
         launch "$@"
     fi
 }
-sft() { # learns what SASRec knows too, which trains first, once a dry run has found no mistake in the flags
-    local command=(sft.py --base_model "$BASE_MODEL" --output_dir "$OUT/sft" "${FILES[@]}" --batch_size 512
-        --micro_batch_size auto --learning_rate "$SFT_RATE" --sid_learning_rate 3e-3 "${METHOD_FLAGS[@]}"
-        "${PRESET_FLAGS[@]}")
-    if [[ " $* " != *" --dry_run True "* ]]; then
-        [ -f "$OUT/sasrec/result.json" ] || "$PYTHON" "${command[@]}" "$@" --dry_run True > /dev/null
-        sasrec
-        command+=(--cf_path "$OUT/sasrec")
-    fi
-    launch_training "${command[@]}" "$@"
+sft() {
+    launch_training sft.py --base_model "$BASE_MODEL" --output_dir "$OUT/sft" "${FILES[@]}" --batch_size 512 \
+        --micro_batch_size auto --learning_rate "$SFT_RATE" --sid_learning_rate 3e-3 "${METHOD_FLAGS[@]}" \
+        "${PRESET_FLAGS[@]}" "$@"
 }
 rl_batch() { # rl_batch flags...: sets RL_BATCH; an RL step has 32 prompts with 4 completions, rl.py counts per process
     local share=$((128 / NPROC)) pass
