@@ -110,6 +110,7 @@ def train(flags: SFTFlags) -> "dict | Prediction":
         from transformers import EarlyStoppingCallback, set_seed
 
         import lora_utils
+        from minionerec import sasrec
         from minionerec.data.encoding import Encoder
         from minionerec.data.examples import Collator, tokenized_dataset
         from minionerec.data.sid_tokens import add_sid_tokens, check_sids
@@ -123,7 +124,9 @@ def train(flags: SFTFlags) -> "dict | Prediction":
         from minionerec.training.sft_trainer import SFTTrainer
         from minionerec.training.sid_learning_rate import sid_weights
 
-    # Prove that the base can have the adapter, and that every SID becomes its own tokens.
+    # Prove that the teacher loads, that the base can have the adapter, and that every SID becomes its own tokens.
+    if flags.cf_path:
+        sasrec.load(flags.cf_path)
     config = loading.load_config(flags.base_model)
     reach = [lora_utils.check_adapter(config, flags)] if flags.adapted else []
     tokenizer = loading.load_tokenizer(flags.base_model)

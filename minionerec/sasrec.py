@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from safetensors.torch import save as to_bytes
 from torch import nn
@@ -20,6 +21,7 @@ from torch import nn
 from minionerec.errors import InputError
 
 CONFIG, WEIGHTS = "sasrec.json", "sasrec.safetensors"
+_UNREADABLE = ValueError, KeyError, TypeError, ArithmeticError, AssertionError  # what a damaged configuration raises
 
 
 class SASRec(nn.Module):
@@ -130,7 +132,7 @@ def load(folder: str, flag: str = "cf_path") -> SASRec:
         with torch.device("meta"):
             model = SASRec(sids, **settings)
         model.load_state_dict(weights, assign=True)
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, ArithmeticError, AssertionError) as error:
+    except (*_UNREADABLE, OSError, RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:300]
         raise InputError(f"--{flag} {folder}: no SASRec model can be loaded: {reason}; train it again") from None
     return model.eval()

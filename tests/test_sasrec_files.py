@@ -4,9 +4,10 @@ import json
 from pathlib import Path
 
 import pytest
-from helpers import refused, sft_flags
+from helpers import refused, run_command, sft_flags
 
 from minionerec import InputError, sasrec
+from minionerec.data.files import read_info
 from minionerec.sasrec_files import check_within, known
 from minionerec.sasrec_files import files as files_of
 
@@ -53,3 +54,13 @@ def test_sft_refuses_a_model_of_another_catalogue_before_it_writes(files, base, 
     line = f"--cf_path {tmp_path / 'sasrec'}: was trained on a different catalogue: 1 of its SIDs are not in"
     refused("sft.py", line, **sft_flags(files, base, tmp_path / "run", cf_path=tmp_path / "sasrec"))
     assert not (tmp_path / "run").exists()
+
+
+def test_sft_refuses_damaged_weights_before_it_loads_the_base(files, base, tmp_path):
+    sasrec.save(sasrec.SASRec(read_info(files["info"]), hidden_size=4), str(tmp_path / "sasrec"))
+    (tmp_path / "sasrec" / "sasrec.safetensors").write_bytes(b"cut")
+    flags = sft_flags(files, base, tmp_path / "run", cf_path=tmp_path / "sasrec")
+    done = run_command("sft.py", **flags)
+    assert done.returncode == 2 and "trainable" not in done.stdout
+    (line,) = done.stderr.strip().splitlines()
+    assert f"--cf_path {tmp_path / 'sasrec'}: no SASRec model can be loaded" in line
