@@ -135,10 +135,10 @@ def test_without_co_purchases_ids_are_of_texts(raw, tmp_path, capsys):
         for user in range(96)
         for step in range(4)
     ]
-    alone = str(tmp_path / "alone.json")
-    Path(alone).write_bytes(encoded(reviews, "json"))
+    single = str(tmp_path / "single.json")
+    Path(single).write_bytes(encoded(reviews, "json"))
     for share in (0.5, 0):
-        prepare_data(**flags_of({**raw, "interactions": alone}, tmp_path / str(share), purchase_share=share))
+        prepare_data(**flags_of({**raw, "interactions": single}, tmp_path / str(share), purchase_share=share))
     assert "IDs: from texts only, because no training row has two different items" in capsys.readouterr().out
     assert [part for part in contents(tmp_path / "0.5") if part != "dataset.json"]
     for name, content in contents(tmp_path / "0").items():
