@@ -99,7 +99,9 @@ def _overwritten_logits(
         columns = float32_linear(hidden, rows.float(), bias)
     else:
         columns = F.linear(hidden, rows.to(hidden.dtype), bias)
-    return result.index_copy(-1, ids, columns.to(result.dtype))
+    # Without a copy of all logits where no backward pass may have saved them.
+    write = result.index_copy if result.requires_grad else result.index_copy_
+    return write(-1, ids, columns.to(result.dtype))
 
 
 # --- Full fine-tuning -------------------------------------------------------------------------------------------------

@@ -146,6 +146,22 @@ def test_the_head_is_left_as_it_was():
     assert model(input_ids=batch()[0]).logits.dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize(
+    ("of_hidden", "of_weight"), [(torch.bfloat16,) * 2, (torch.float16,) * 2, (torch.float32, torch.bfloat16)]
+)
+def test_instructions_for_bfloat16_round_no_factor(of_hidden, of_weight, monkeypatch):
+    """Large enough that a CPU which has them takes them."""
+    monkeypatch.setattr(head, "CHUNK", 700)
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(256, 512, generator=generator).to(of_hidden)
+    weight = torch.randn(1500, 512, generator=generator).to(of_weight)
+    expected = hidden.double() @ weight.double().T
+    torch.testing.assert_close(head.float32_linear(hidden, weight).double(), expected, atol=2e-4, rtol=0)
+    # Products of float32 matrices are exact afterwards: rounding them would be off by 0.2.
+    hidden, weight = hidden.float() * 1.001, weight.float() * 1.001
+    torch.testing.assert_close((hidden @ weight.T).double(), hidden.double() @ weight.double().T, atol=2e-4, rtol=0)
+
+
 def test_a_weak_model_ranks_as_in_float32(monkeypatch):
     """Logits near 16 that differ by little: in bfloat16 they are 0.125 apart."""
     model = make_model(scale=2.0, tie_word_embeddings=False)
