@@ -151,13 +151,7 @@ def read_input(flags: EvaluateFlags) -> EvaluateInput:
     titles = prompts.need_titles if prompts else False
     # A catalogue may hold fewer items than the histories and targets, but not none of them.
     examples = problems.attempt(list, read_interactions(flags.test_data_path, "test_data_path", titles=titles))
-    known = set(sids)
-    outside = sum(example.sid not in known for example in examples or [])
-    if examples and sids and outside == len(examples):
-        problems.add(
-            f"--info_file {flags.info_file}: has the target of no row of --test_data_path {flags.test_data_path}, such "
-            f"as {shorten(examples[0].sid)}; do the two files belong together?"
-        )
+    _check_targets(problems, examples or [], f"--test_data_path {flags.test_data_path}", sids, flags.info_file)
     if flags.train_file:
         problems.attempt(count_rows, flags.train_file, "train_file", titles=False)
     blend, eval_file, weighed = None, "", list[Interaction]()
@@ -166,6 +160,7 @@ def read_input(flags: EvaluateFlags) -> EvaluateInput:
         blend = problems.attempt(blending.Blend.read, *which)
         if blend and flags.blend_weight == "auto" and (flags.eval_file or blend.weight is None):
             eval_file, weighed = _validation_rows(problems, flags, checkpoint, titles)
+            _check_targets(problems, weighed, f"--eval_file {eval_file}", sids, flags.info_file)
     problems.check()
     assert checkpoint and base and prompts and sids and examples  # nothing was wrong
     items, targets, notes = None, None, flags.notes
@@ -177,13 +172,25 @@ def read_input(flags: EvaluateFlags) -> EvaluateInput:
     if blend and not weighed:
         of_record = f", as recorded in {blend.path}" if flags.blend_weight == "auto" else ""
         notes.append(f"weight of {flags.blend}: {blend.weight:g}{of_record}")
-    if outside:
+    known = set(sids)
+    if outside := sum(example.sid not in known for example in examples):
         notes.append(f"{outside} of {len(examples)} rows have a target that --info_file lacks; they count as misses")
     if flags.prompt_file:
         notes += checkpoint.differing_prompts(prompts)
     else:
         notes += checkpoint.differing_flags(flags.to_dict(), ("category",))
     return EvaluateInput(*(checkpoint, base, prompts, sids, items, targets, examples, blend, eval_file, weighed, notes))
+
+
+def _check_targets(
+    problems: Problems, rows: Sequence[Interaction], file: str, sids: Sequence[str], info_file: str
+) -> None:
+    """Adds a problem if the catalogue has the target of no row of a file."""
+    if rows and sids and {row.sid for row in rows}.isdisjoint(sids):
+        problems.add(
+            f"--info_file {info_file}: has the target of no row of {file}, such as {shorten(rows[0].sid)}; do the two "
+            "files belong together?"
+        )
 
 
 def _validation_rows(
@@ -223,15 +230,21 @@ def evaluate(flags: EvaluateFlags) -> dict[str, float]:
     nodes.check_same(flags.to_dict())
     for line in inputs.notes:
         state.print(line)
-    rows = [*inputs.examples, *inputs.weighed]
-    outside = {sid for row in rows for sid in row.sid_history}.difference(sids)
+    rows_of = {
+        "--test_data_path " + flags.test_data_path: inputs.examples,
+        "--eval_file " + inputs.eval_file: inputs.weighed,
+    }
+    outside = {
+        file: {sid for row in rows for sid in row.sid_history}.difference(sids) for file, rows in rows_of.items()
+    }
+    named = " or ".join([f"--info_file {flags.info_file}", *(file for file, others in outside.items() if others)])
     ranker = Ranker(
         checkpoint,
         inputs.prompts,
         sids,
         f"{'--adapter' if flags.adapter else '--base_model'} {checkpoint.path}",
-        f"--info_file {flags.info_file} belongs to a different catalogue, or sft.py must make the checkpoint again",
-        also=sorted(outside),
+        f"{named} belongs to a different catalogue, or sft.py must make the checkpoint again",
+        also=sorted(set[str]().union(*outside.values())),
         compile=flags.compile,
         num_beams=flags.num_beams,
         batch_size=flags.batch_size,
@@ -311,7 +324,8 @@ def choose_weight(flags: EvaluateFlags, files: EvaluateInput, ranker: "Ranker", 
         metric = f"NDCG@{watched_cutoff(ranker.length)}"
         print(f"weight of {flags.blend}, {metric} on {len(files.weighed)} rows of {files.eval_file}:")
         print("  ".join(f"{weight:g}: {value:.4f}" for weight, value in found.items()))
-        print(f"weight {ranker.blend.weight:g} is taken")
+        alike = ": all weights rank these rows alike" if len(set(found.values())) == 1 else ""
+        print(f"weight {ranker.blend.weight:g} is taken{alike}")
         ranker.blend.record(files.checkpoint.path, files.eval_file, len(files.weighed), found, metric)
 
 

@@ -71,9 +71,10 @@ def read_input(flags: SFTFlags) -> SFTInput:
         problems.add(f"--tasks {flags.tasks!r}: needs a task on interactions to validate on")
     catalogue = problems.attempt(read_catalogue, flags.sid_index_path, flags.item_meta_path)
     sids = catalogue.sids if catalogue else None
-    if flags.cf_path and sids:
+    if flags.cf_path and catalogue:
+        pairs = [(name, item.sid) for name, item in catalogue.items.items()]
         index = f"--sid_index_path {flags.sid_index_path}"
-        problems.attempt(sasrec_files.check_within, flags.cf_path, "cf_path", sids, index)
+        problems.attempt(sasrec_files.check_within, flags.cf_path, "cf_path", pairs, index)
     eval_prompts = prompts and prompts.for_validation()
     checked = check_interactions(problems, "train_file", flags.train_file, sids, prompts)
     eval_checked = check_interactions(problems, "eval_file", flags.eval_file, sids, eval_prompts)

@@ -9,7 +9,7 @@ Only the standard library is imported.
 import hashlib
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -17,6 +17,7 @@ from minionerec import sasrec_files
 from minionerec.checkpoint import Checkpoint, read_json
 from minionerec.data.files import InfoItem, shorten
 from minionerec.errors import InputError
+from minionerec.flags import HEAVIEST, weight_of_blend
 from minionerec.metrics import watched_cutoff
 from minionerec.output import writing
 from minionerec.saving import write_json
@@ -30,7 +31,7 @@ _PART = 1_000_000  # bytes at both ends of a file of weights that tell checkpoin
 
 def is_weight(value: object) -> bool:
     """Whether a value can be the weight of a second recommender."""
-    return isinstance(value, int | float) and type(value) is not bool and 0 <= value < math.inf
+    return isinstance(value, int | float) and type(value) is not bool and weight_of_blend(value) is None
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ class Blend:
         """Checks that the model in a folder was trained on this catalogue. A weight of auto is the recorded one. Raises
         InputError with one line for what is wrong."""
         known = sasrec_files.known(folder, "blend")
-        _check_catalogue(folder, known.sids, known.catalogue, items, info_file)
+        _check_catalogue(folder, known, items, info_file)
         path = os.path.join(folder, f"weight-{_digest(checkpoint.path)}.json")
         return cls(folder, _recorded(path) if weight == "auto" else float(weight), path)
 
@@ -90,12 +91,6 @@ class Blend:
             write_json(self.path, {**chosen, "metric": metric, "tried": tried})
 
 
-def fingerprint(items: Iterable[InfoItem]) -> str:
-    """A digest of a catalogue: which item has which SID, in any order. Titles do not count."""
-    lines = sorted({f"{item.sid}\t{item.id}\n" for item in items})
-    return hashlib.sha256("".join(lines).encode()).hexdigest()[:16]
-
-
 def metrics_by_weight(
     candidates: Sequence[Sequence[tuple[int, float]]],
     others: Sequence[Sequence[float]],
@@ -122,29 +117,22 @@ def metrics_by_weight(
     return {weight: gain / len(targets) for weight, gain in gains.items()}
 
 
-def _check_catalogue(
-    folder: str, sids: list[str], catalogue: object, items: Sequence[InfoItem], info_file: str
-) -> None:
-    ours, theirs = {item.sid for item in items}, set(sids)
-    remedy = f"; train it with --info_file {info_file}"
+def _check_catalogue(folder: str, known: sasrec_files.Known, items: Sequence[InfoItem], info_file: str) -> None:
+    ours, theirs = {item.sid for item in items}, set(known.sids)
     if ours != theirs:
         example = shorten(min(ours ^ theirs))
         raise InputError(
             f"--blend {folder}: was trained on a different catalogue: {len(ours - theirs)} SIDs of {info_file} are not "
-            f"in it, and {len(theirs - ours)} of its own are not in that file, such as {example}{remedy}"
+            f"in it, and {len(theirs - ours)} of its own are not in that file, such as {example}; train it on this one"
         )
-    if catalogue is not None and catalogue != fingerprint(items):
-        raise InputError(
-            f"--blend {folder}: was trained on a different catalogue: the SIDs of {info_file} are the same, and stand "
-            f"for other items{remedy}"
-        )
+    sasrec_files.check_items(folder, "blend", known, [(item.id, item.sid) for item in items], info_file)
 
 
 def _recorded(path: str) -> float | None:
     if not os.path.isfile(path):
         return None
     remedy = "remove the file, and choose the weight again with evaluate.py"
-    data = check_values(path, read_json(path), {"weight": (is_weight, "a number from 0")}, remedy)
+    data = check_values(path, read_json(path), {"weight": (is_weight, f"a number from 0 to {HEAVIEST}")}, remedy)
     return float(data["weight"]) if "weight" in data else None
 
 

@@ -32,6 +32,7 @@ from minionerec.decoding.ranking import Second, score_prompts
 from minionerec.decoding.search_memory import ON_A_CPU, largest_batch
 from minionerec.decoding.trie import Trie
 from minionerec.errors import InputError
+from minionerec.flags import HEAVIEST
 from minionerec.model import device, graphs, loading
 from minionerec.model.adapted import load_checkpoint
 from minionerec.model.halving import Halving
@@ -137,7 +138,7 @@ class Ranker:
         items = Items(listed, os.fspath(info_file), only_original_ids=original_ids)
         blended = None
         if blend_weight != "auto" and not is_weight(blend_weight):
-            raise InputError(f"blend_weight {blend_weight!r}: must be auto or a number from 0")
+            raise InputError(f"blend_weight {blend_weight!r}: must be auto or a number from 0 to {HEAVIEST}")
         if blend:
             blended = Blend.read(os.fspath(blend), blend_weight, read, listed, os.fspath(info_file)).ready()
         remedy = f"{os.fspath(info_file)} belongs to a different catalogue"

@@ -107,7 +107,7 @@ def loss_of(model: SASRec, histories: Sequence[Sequence[str]], targets: Sequence
 
 def save(model: SASRec, folder: str, catalogue: str | None = None) -> None:
     """Writes the model to a folder; the configuration last, so a folder with a configuration is complete. `catalogue`
-    is the fingerprint of its items (`blending.fingerprint`)."""
+    is the fingerprint of its items (`sasrec_files.fingerprint`)."""
     os.makedirs(folder, exist_ok=True)
     with open(os.path.join(folder, WEIGHTS), "wb") as file:  # one of `save_file` could be read by its owner only
         file.write(to_bytes({name: tensor.contiguous() for name, tensor in model.state_dict().items()}))
@@ -133,6 +133,7 @@ def load(folder: str, flag: str = "cf_path") -> SASRec:
             model = SASRec(sids, **settings)
         model.load_state_dict(weights, assign=True)
     except (*_UNREADABLE, OSError, RuntimeError, SafetensorError) as error:
-        reason = " ".join(str(error).split())[:300]
+        missing = f"{CONFIG} has no " if isinstance(error, KeyError) else ""
+        reason = missing + " ".join(str(error).split())[:300]
         raise InputError(f"--{flag} {folder}: no SASRec model can be loaded: {reason}; train it again") from None
     return model.eval()

@@ -1,6 +1,8 @@
 """The folder of a SASRec model that scripts/train_sasrec.py wrote, read without torch."""
 
+import hashlib
 import os
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from minionerec.checkpoint import read_json
@@ -24,6 +26,8 @@ def files(folder: str) -> list[str]:
 
 def known(folder: str, flag: str) -> Known:
     """What the model in the folder that a flag names knows. Raises InputError with one line if there is none."""
+    if not folder:
+        raise InputError(f"--{flag} is missing; give the folder of a model of scripts/train_sasrec.py")
     if not all(map(os.path.isfile, files(folder))):
         raise InputError(f"--{flag} {folder}: no SASRec model is there; train one with scripts/train_sasrec.py")
     data = read_json(os.path.join(folder, RECORD))
@@ -33,12 +37,32 @@ def known(folder: str, flag: str) -> Known:
     return Known(sids, data.get("catalogue"))
 
 
-def check_within(folder: str, flag: str, sids: set[str], of: str) -> None:
-    """Raises InputError with one line if the model in the folder that a flag names knows items that are not among
-    `sids`, those of the file that `of` names."""
-    unknown = sorted(set(known(folder, flag).sids) - sids)
+def fingerprint(sid_of_item: Iterable[tuple[str, str]]) -> str:
+    """A digest of a catalogue, pairs of item id and SID in any order. Titles do not count."""
+    lines = sorted({f"{sid}\t{item}\n" for item, sid in sid_of_item})
+    return hashlib.sha256("".join(lines).encode()).hexdigest()[:16]
+
+
+def check_within(folder: str, flag: str, sid_of_item: Iterable[tuple[str, str]], of: str) -> None:
+    """Raises InputError with one line if the model in the folder that a flag names knows SIDs that are not in a
+    catalogue, pairs of item id and SID from the file that `of` names, or if its SIDs stand for other items there."""
+    pairs, model = list(sid_of_item), known(folder, flag)
+    unknown = sorted(set(model.sids) - {sid for _, sid in pairs})
     if unknown:
         raise InputError(
             f"--{flag} {folder}: was trained on a different catalogue: {len(unknown)} of its SIDs are not in {of}, "
             f"such as {shorten(unknown[0])}; train it on this one"
+        )
+    check_items(folder, flag, model, pairs, of)
+
+
+def check_items(folder: str, flag: str, model: Known, sid_of_item: Iterable[tuple[str, str]], of: str) -> None:
+    """As `check_within`, where the model has the same SIDs as the catalogue. Of fewer SIDs, and of models of 0.1, it is
+    not known which items they were."""
+    pairs = list(sid_of_item)
+    same = set(model.sids) == {sid for _, sid in pairs}
+    if same and model.catalogue is not None and model.catalogue != fingerprint(pairs):
+        raise InputError(
+            f"--{flag} {folder}: was trained on a different catalogue: the SIDs of {of} are the same, and stand for "
+            "other items; train it on this one"
         )

@@ -14,7 +14,8 @@ def _is_whole(least: int):
     return lambda value: type(value) is int and value >= least
 
 
-def _is_number(value: object) -> bool:
+def is_number(value: object) -> bool:
+    """Whether a value is a finite number."""
     return isinstance(value, int | float) and type(value) is not bool and math.isfinite(value)
 
 
@@ -31,7 +32,7 @@ def _is_log(value: object) -> bool:
     if not isinstance(value, dict) or not isinstance(lists, dict) or not all(map(_is(list), lists.values())):
         return False
     values = [entry for each in lists.values() for entry in each if entry is not None]
-    return all(map(_is_number, (value.get("total"), value.get("loss"), *values))) and _is_whole(0)(value.get("step"))
+    return all(map(is_number, (value.get("total"), value.get("loss"), *values))) and _is_whole(0)(value.get("step"))
 
 
 TEXT = (_is(str), "text")
@@ -47,7 +48,7 @@ RUN = {
     "engine": TEXT,
     "processes": (_is_whole(1), "a whole number from 1"),
     "base_fingerprint": TEXT_OR_NULL,
-    "seconds": (lambda value: _is_number(value) and value >= 0, "a number from 0"),
+    "seconds": (lambda value: is_number(value) and value >= 0, "a number from 0"),
     "unlogged": (_is_log, "an object with the numbers total, loss and step, and lists of numbers as metrics"),
     "flags": OBJECT,
     "prompts": OBJECT,
@@ -67,14 +68,14 @@ ADAPTER = {
         lambda value: value is None or (isinstance(value, dict) and all(map(_is_whole(1), value.values()))),
         "an object of ranks",
     ),
-    "lora_alpha": (_is_number, "a number"),
+    "lora_alpha": (is_number, "a number"),
     "target_modules": (_is(str, list, type(None)), "a list of names"),
     # These would import a module that the file names, and repeat layers as often as it says.
     **dict.fromkeys(("megatron_config", "layer_replication"), (lambda value: not value, "null")),
 }
 TRAINER_STATE = {
     **dict.fromkeys(("global_step", "max_steps", "num_train_epochs"), STEPS),
-    **dict.fromkeys(("epoch", "total_flos"), (_is_number, "a number")),
+    **dict.fromkeys(("epoch", "total_flos"), (is_number, "a number")),
     "best_metric": (_is(float, int, type(None)), "a number or null"),  # infinite before the first good one
     "best_model_checkpoint": TEXT_OR_NULL,
     "log_history": (lambda value: isinstance(value, list) and all(map(_is(dict), value)), "a list of objects"),

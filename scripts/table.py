@@ -15,11 +15,12 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from minionerec import cli
 from minionerec.checkpoint import read_json
-from minionerec.data.files import count_rows, read_info_items, read_interactions
+from minionerec.data.files import count_rows, read_info_items, read_interactions, shorten
 from minionerec.data.items import Items, read_targets
 from minionerec.errors import InputError, Problems
 from minionerec.flags import check_new_file
 from minionerec.metrics import popularity, rank_of
+from minionerec.validation import is_number
 
 if TYPE_CHECKING:
     import numpy as np
@@ -93,10 +94,7 @@ def table(
     results = results_of(problems, runs)
     paths = [path for seeds in results.values() for path in seeds]
     costs = {path: problems.attempt(read_costs, os.path.dirname(path)) or {} for path in paths}
-    rankings = {path: problems.attempt(read_rankings, path) or [] for path in paths}
-    for path, ranking in rankings.items():
-        if ranking and targets:
-            problems += wrong_rankings(path, ranking, targets, test_data_path)
+    rankings = {path: problems.attempt(read_rankings, path, targets, test_data_path) or [] for path in paths}
     if figure:
         check_new_file(problems, "figure", figure, "the plot")
     references = [word for word in against.split(",") if word]
@@ -162,24 +160,35 @@ def results_of(problems: Problems, runs: str) -> dict[str, list[str]]:
     }
 
 
-def read_rankings(path: str) -> list[list[str]]:
-    """The rankings of an evaluated run, SIDs. Raises InputError where there are none."""
+def read_rankings(path: str, targets: Targets | None, test_data_path: str) -> list[list[str]]:
+    """The rankings of an evaluated run, SIDs, all of one length. Raises InputError where there are none, and where they
+    belong to rows with other targets or to a different catalogue."""
     rows: object = read_json(path) if os.path.isfile(path) else None
     if not isinstance(rows, list) or not rows or not all(map(_is_ranked, rows)):
         raise InputError(f"--runs: {path}: holds no rankings of evaluate.py; evaluate the run first")
-    return [row["predict"] for row in rows]
-
-
-def wrong_rankings(path: str, rankings: list[list[str]], targets: Targets, test_data_path: str) -> list[str]:
-    """What is wrong with rankings, which may belong to other rows or to a different catalogue."""
-    if len(rankings) != len(targets.sids):
-        return [f"--runs: {path} ranks {len(rankings)} rows, {test_data_path} has {len(targets.sids)}"]
+    rankings = [row["predict"] for row in rows]
+    lengths = set(map(len, rankings))
+    if len(lengths) > 1:
+        raise InputError(f"--runs: {path} ranks {min(lengths)} to {max(lengths)} items a row; evaluate the run again")
+    if targets is None:  # which is reported already
+        return rankings
+    if len(rows) != len(targets.sids):
+        raise InputError(f"--runs: {path} ranks {len(rows)} rows, {test_data_path} has {len(targets.sids)}")
+    for number, (row, sid) in enumerate(zip(rows, targets.sids, strict=True), 1):
+        if row["output"].strip() != sid:
+            other = f"{path} has the target {shorten(row['output'])} in row {number}, {test_data_path} has {sid}"
+            raise InputError(f"--runs: {other}; evaluate the run on this file")
     lacking = {sid for row in rankings for sid in row}.difference(targets.items.of_sid if targets.items else ())
-    return [f"--runs: {path} ranks {min(lacking)}, which --info_file lacks"] if targets.items and lacking else []
+    if targets.items and lacking:
+        raise InputError(f"--runs: {path} ranks {min(lacking)}, which --info_file lacks")
+    return rankings
 
 
 def _is_ranked(row: object) -> bool:
-    return isinstance(row, dict) and isinstance(row.get("predict"), list)
+    if not isinstance(row, dict) or not isinstance(row.get("output"), str):
+        return False
+    ranking = row.get("predict")
+    return isinstance(ranking, list) and bool(ranking) and all(isinstance(sid, str) for sid in ranking)
 
 
 def read_costs(folder: str) -> dict[str, float]:
@@ -187,7 +196,7 @@ def read_costs(folder: str) -> dict[str, float]:
     path = os.path.join(folder, "metrics.json")
     metrics: object = read_json(path) if os.path.isfile(path) else None
     known = metrics if isinstance(metrics, dict) else {}
-    costs = {name: known[name] for name in COSTS if isinstance(known.get(name), int | float)}
+    costs = {name: known[name] for name in COSTS if is_number(known.get(name))}
     if len(costs) < len(COSTS):
         raise InputError(f"--runs: {path}: does not say what the training cost; train the run first")
     return costs

@@ -10,9 +10,9 @@ import time
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from minionerec import blending, cli, locks
+from minionerec import cli, locks, sasrec_files
 from minionerec.data.files import count_rows, read_info_items, read_interactions
-from minionerec.errors import Problems
+from minionerec.errors import Problems, RunError
 from minionerec.flags import check_new_folder, check_positive, seed_range
 from minionerec.metrics import format_metrics, rank_of, ranking_metrics, watched_cutoff
 from minionerec.output import whole_folder, writing
@@ -111,6 +111,8 @@ def train_sasrec(
             loss = sasrec.loss_of(model, [histories[i] for i in rows], [targets[i] for i in rows])
             loss.backward()
             optimizer.step()
+        if not all(torch.isfinite(tensor).all() for tensor in model.state_dict().values()):
+            raise RunError(f"weights are NaN or infinite after epoch {epoch + 1}; take a smaller --learning_rate")
         value = score(ranked(eval_file, "eval_file"))[watched]
         print(f"epoch {epoch + 1}: loss {loss.item():.3f}, validation {watched} {value:.4f}")
         waited += 1
@@ -123,7 +125,7 @@ def train_sasrec(
     model.load_state_dict(weights)
     results = ranked(test_data_path, "test_data_path") if test_data_path else []
     with writing(output_dir), whole_folder(output_dir) as partial:
-        sasrec.save(model, partial, blending.fingerprint(items))
+        sasrec.save(model, partial, sasrec_files.fingerprint((item.id, item.sid) for item in items))
         parameters = sum(parameter.numel() for parameter in model.parameters())
         metrics = {
             "method": "sasrec",

@@ -10,9 +10,10 @@ import torch
 from helpers import evaluate_flags, refused, run_command
 
 from minionerec import InputError, Ranker, sasrec
-from minionerec.blending import BEST, WEIGHTS, fingerprint
+from minionerec.blending import BEST, WEIGHTS
 from minionerec.data.files import read_info_items, read_interactions
 from minionerec.metrics import rank_of, ranking_metrics
+from minionerec.sasrec_files import fingerprint
 from minionerec.serving.requests import RequestReader
 
 
@@ -22,7 +23,7 @@ def save_sasrec(folder, info_file: str) -> str:
     torch.manual_seed(0)
     model = sasrec.SASRec(list(dict.fromkeys(item.sid for item in items))[::-1], hidden_size=16, length=8)
     model.items.weight.data.mul_(8)
-    sasrec.save(model, str(folder), fingerprint(items))
+    sasrec.save(model, str(folder), fingerprint((item.id, item.sid) for item in items))
     return str(folder)
 
 
@@ -127,8 +128,8 @@ def test_the_weight_is_chosen_once_and_recorded(files, checkpoint, plain, other,
         item["id"] for item in ranker.recommend(["12", "30"])
     ]
     path.write_text('{"weight": -3}')
-    refused("recommend.py", f"{path}: weight is -3 and must be a number from 0; remove the file", **request)
-    with pytest.raises(InputError, match="must be auto or a number from 0"):
+    refused("recommend.py", f"{path}: weight is -3 and must be a number from 0 to 1000; remove the file", **request)
+    with pytest.raises(InputError, match="must be auto or a number from 0 to 1000"):
         Ranker.load(checkpoint, files["info"], blend=other, blend_weight=float("nan"))
     path.write_text(json.dumps(record))
     shutil.copytree(checkpoint, tmp_path / "copy")  # the weight belongs to the weights, not to their place
@@ -156,7 +157,8 @@ def test_a_file_of_requests_is_blended_too(files, checkpoint, other, tmp_path):
         ("swapped", "was trained on a different catalogue: the SIDs of"),
         ("weights", "no SASRec model is there; train one with scripts/train_sasrec.py"),
         ("text", "does not list SIDs; train it again"),
-        ("negative", "--blend_weight -1.0: must be 0 or more"),
+        ("negative", "--blend_weight -1.0: must be from 0 to 1000"),
+        ("huge", "--blend_weight 1e+300: must be from 0 to 1000"),
         ("alone", "--blend_weight has no effect without --blend"),
     ],
 )
@@ -173,7 +175,7 @@ def test_what_does_not_fit_is_refused_in_one_line(files, checkpoint, tmp_path, c
         (tmp_path / "sasrec" / "sasrec.safetensors").unlink()
     elif change == "text":
         (tmp_path / "sasrec" / "sasrec.json").write_text('{"sids": 3}')
-    blend = {"blend": folder, "blend_weight": -1 if change == "negative" else 0.5}
+    blend = {"blend": folder, "blend_weight": {"negative": -1, "huge": 1e300}.get(change, 0.5)}
     if change == "alone":
         del blend["blend"]
     for script, flags in (
@@ -190,5 +192,8 @@ def test_a_weight_is_not_chosen_on_the_test_rows(files, base, checkpoint, other,
     flags = evaluate_flags(files, tmp_path / "r.json", base_model=checkpoint, blend=other)
     refused("evaluate.py", "a weight that is chosen on the test rows says nothing", **flags, eval_file=files["test"])
     refused("evaluate.py", "--eval_file nowhere: no such file", **flags, eval_file="nowhere")
+    lines = Path(files["valid"]).read_text(encoding="utf-8").replace("<a_", "<z_")
+    (tmp_path / "valid.csv").write_text(lines, encoding="utf-8")
+    refused("evaluate.py", "has the target of no row of --eval_file", **flags, eval_file=tmp_path / "valid.csv")
     flags = evaluate_flags(files, tmp_path / "r.json", base_model=base, category="bolts", blend=other)
     refused("evaluate.py", f"{base} recorded no validation file; give --eval_file", **flags)

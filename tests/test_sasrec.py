@@ -51,6 +51,14 @@ def test_a_folder_without_a_model_is_refused(tmp_path):
         sasrec.load(str(tmp_path / "m"))
 
 
+def test_a_training_that_diverges_ends_in_one_line(files, tmp_path):
+    flags = {"train_file": files["train"], "eval_file": files["valid"], "info_file": files["info"]}
+    result = run_command("scripts/train_sasrec.py", **flags, output_dir=tmp_path / "m", learning_rate=1e30)
+    assert result.returncode == 1 and not (tmp_path / "m").exists()
+    (line,) = result.stderr.strip().splitlines()
+    assert "weights are NaN or infinite after epoch" in line and line.endswith("; take a smaller --learning_rate")
+
+
 def test_the_command_trains_saves_and_evaluates(files, tmp_path):
     flags = {"train_file": files["train"], "eval_file": files["valid"], "info_file": files["info"]}
     result = run_command(

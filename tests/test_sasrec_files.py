@@ -4,11 +4,11 @@ import json
 from pathlib import Path
 
 import pytest
-from helpers import refused, run_command, sft_flags
+from helpers import refused, rl_flags, run_command, sft_flags
 
 from minionerec import InputError, sasrec
-from minionerec.data.files import read_info
-from minionerec.sasrec_files import check_within, known
+from minionerec.data.files import read_info, read_info_items
+from minionerec.sasrec_files import check_within, fingerprint, known
 from minionerec.sasrec_files import files as files_of
 
 
@@ -20,7 +20,20 @@ def folder(tmp_path) -> str:
 
 def test_a_folder_says_what_its_model_knows(folder):
     assert known(folder, "blend") == (["<a_0>", "<a_1>"], "digest")
-    check_within(folder, "cf_path", {"<a_0>", "<a_1>", "<a_2>"}, "the index")
+    check_within(folder, "cf_path", [("0", "<a_0>"), ("1", "<a_1>"), ("2", "<a_2>")], "the index")
+
+
+def test_sids_that_stand_for_other_items_are_a_different_catalogue(folder):
+    pairs = [("0", "<a_0>"), ("1", "<a_1>")]
+    sasrec.save(sasrec.SASRec(["<a_1>", "<a_0>"], hidden_size=4), folder, fingerprint(pairs))
+    check_within(folder, "cf_path", pairs[::-1], "the index")
+    line = (
+        f"--cf_path {folder}: was trained on a different catalogue: the SIDs of the index are the same, and stand for"
+    )
+    for swapped in ([("0", "<a_1>"), ("1", "<a_0>")], [*pairs, ("2", "<a_0>")]):
+        with pytest.raises(InputError, match=line):
+            check_within(folder, "cf_path", swapped, "the index")
+    check_within(folder, "cf_path", [*pairs, ("2", "<a_2>")], "the index")  # an item was added
 
 
 @pytest.mark.parametrize("wrong", ["no weights", "no folder", "SIDs that are numbers", "a list", "another catalogue"])
@@ -45,7 +58,7 @@ def test_other_folders_are_refused_in_one_line(folder, wrong):
         folder = f"{folder}2"
         line = line.replace(": no", "2: no")
     with pytest.raises(InputError) as error:
-        check_within(folder, "cf_path", {"<a_0>", "<a_1>"}, "the index")
+        check_within(folder, "cf_path", [("0", "<a_0>"), ("1", "<a_1>")], "the index")
     assert str(error.value) == line
 
 
@@ -54,6 +67,21 @@ def test_sft_refuses_a_model_of_another_catalogue_before_it_writes(files, base, 
     line = f"--cf_path {tmp_path / 'sasrec'}: was trained on a different catalogue: 1 of its SIDs are not in"
     refused("sft.py", line, **sft_flags(files, base, tmp_path / "run", cf_path=tmp_path / "sasrec"))
     assert not (tmp_path / "run").exists()
+
+
+def test_commands_refuse_a_model_whose_sids_stand_for_other_items(files, base, checkpoint, tmp_path):
+    items = read_info_items(files["info"])
+    moved = zip(items, [*items[1:], items[0]], strict=True)
+    sasrec.save(
+        sasrec.SASRec([item.sid for item in items], hidden_size=4),
+        str(tmp_path / "sasrec"),
+        fingerprint((item.id, other.sid) for item, other in moved),
+    )
+    line = f"--cf_path {tmp_path / 'sasrec'}: was trained on a different catalogue: the SIDs of"
+    refused("sft.py", line, **sft_flags(files, base, tmp_path / "run", cf_path=tmp_path / "sasrec"))
+    flags = rl_flags(files, checkpoint, tmp_path / "run", reward_type="sasrec", cf_path=tmp_path / "sasrec")
+    refused("rl.py", line, **flags)
+    refused("rl.py", "--cf_path is missing", **{**flags, "cf_path": ""})
 
 
 def test_sft_refuses_damaged_weights_before_it_loads_the_base(files, base, tmp_path):

@@ -121,9 +121,14 @@ class Interaction:
 def open_text(path: str, flag: str, newline: str | None = None) -> TextIO:
     if not path:
         raise InputError(f"--{flag} is missing; give the path of a file")
-    if not os.path.isfile(path):
-        raise InputError(f"--{flag} {path}: no such file")
+    check_is_file(path, flag)
     return open(path, encoding="utf-8-sig", newline=newline)
+
+
+def check_is_file(path: str, flag: str) -> None:
+    """Raises InputError if a flag does not name a file."""
+    if not os.path.isfile(path):
+        raise InputError(f"--{flag} {path}: {'is a folder, not a file' if os.path.isdir(path) else 'no such file'}")
 
 
 def read_json_object(path: str, flag: str) -> dict:

@@ -6,7 +6,6 @@ Only the standard library is imported.
 import difflib
 import itertools
 import operator
-import os
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
@@ -15,6 +14,7 @@ from functools import cached_property
 from minionerec.data.files import (
     FileProblems,
     InfoItem,
+    check_is_file,
     is_text,
     read_interactions,
     read_item_ids,
@@ -190,8 +190,7 @@ def read_targets(
 
 def read_item_list(path: str, flag: str, items: Items) -> frozenset[int]:
     """The items whose ids a file lists, one per line. Raises InputError, naming lines, for ids that are not known."""
-    if not os.path.isfile(path):
-        raise InputError(f"--{flag} {path}: no such file")
+    check_is_file(path, flag)
     problems, numbers = FileProblems(f"--{flag} {path}"), set()
     with open(path, encoding="utf-8-sig") as file:
         try:

@@ -9,13 +9,12 @@ Prompts recorded in a checkpoint go through the same checks as a prompt file.
 """
 
 import json
-import os
 import string
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 
-from minionerec.data.files import Interaction, Item, is_text, shorten
+from minionerec.data.files import Interaction, Item, check_is_file, is_text, shorten
 from minionerec.errors import InputError, Problems
 
 # How prompts name the categories of the public MiniOneRec release; any other category is used as given.
@@ -297,8 +296,7 @@ def load_prompts(
     """
     template, table = TEMPLATE, dict(TASKS)
     if prompt_file:
-        if not os.path.isfile(prompt_file):
-            raise InputError(f"--prompt_file {prompt_file}: no such file")
+        check_is_file(prompt_file, "prompt_file")
         try:
             with open(prompt_file, encoding="utf-8") as file:
                 data = json.load(file)

@@ -200,6 +200,14 @@ class PromptFlags(Flags):
     prompt_file: str | None = flag(None, "JSON that replaces the wording of the prompts, also that of a checkpoint.")
 
 
+HEAVIEST = 1000  # weight of a second recommender; its scores alone would decide long before
+
+
+def weight_of_blend(value: float) -> str | None:
+    """What is wrong with the weight of a second recommender."""
+    return None if 0 <= value <= HEAVIEST else f"must be from 0 to {HEAVIEST}"
+
+
 @dataclass(frozen=True, kw_only=True)
 class BlendFlags(Flags):
     """A second recommender that ranks with the model."""
@@ -209,7 +217,7 @@ class BlendFlags(Flags):
         "auto",
         "how much blend counts: what its log-probabilities are multiplied by. auto takes the weight that evaluate.py "
         "chose and recorded.",
-        lambda value: None if value == "auto" else zero_or_more(value),
+        lambda value: None if value == "auto" else weight_of_blend(value),
     )
 
     def check(self, problems: Problems) -> None:

@@ -187,11 +187,6 @@ class RLFlags(TrainingFlags):
                 f"--ada_path {self.ada_path!r}: --reward_type semantic needs a file of item embeddings, .npy or "
                 ".safetensors"
             )
-        if "sasrec" in rewards and not os.path.isfile(os.path.join(self.cf_path, "sasrec.json")):
-            problems.add(
-                f"--cf_path {self.cf_path!r}: --reward_type sasrec needs a model of scripts/train_sasrec.py; give its "
-                "folder"
-            )
 
 
 def _is_multiple(whole: float, part: float) -> bool:

@@ -195,7 +195,7 @@ def test_a_killed_run_continues_exactly(files, sft, tmp_path):
         ({"reward_weights": "x"}, "--reward_weights 'x': must be numbers above 0"),
         ({"reward_weights": "0"}, "--reward_weights '0': must be numbers above 0"),
         ({"reward_type": "semantic"}, "needs a file of item embeddings"),
-        ({"reward_type": "sasrec", "cf_path": "nowhere"}, "needs a model of scripts/train_sasrec.py"),
+        ({"reward_type": "sasrec", "cf_path": "nowhere"}, "--cf_path nowhere: no SASRec model is there"),
         ({"dapo": True, "gspo": True}, "--dapo and --gspo exclude each other"),
         ({"beta": 0.0, "sync_ref_model": True}, "--sync_ref_model needs a reference"),
         ({"eval_step": 0.2, "save_steps": 0.3}, "must be a multiple of --eval_step"),

@@ -67,8 +67,35 @@ def test_items_that_share_a_sid_are_ranked_apart(tmp_path, make_run, capsys):
     row = dict(zip(header, lines[-1], strict=True))
     assert row["HR@10"] == row["NDCG@10"] == row["HR@1"] == "1.0000" and "HR@50" not in row
     assert row["items HR@10"] == "1.0000" and row["items NDCG@10"] == "0.8155"  # (1 + 1 / log2(3)) / 2
-    with pytest.raises(InputError, match="which --info_file lacks"):
-        table(**arguments, info_file=f"{tmp_path}/info.txt", runs=f"x={run}")
+    rows[1]["predict"][5] = "<new>"
+    (tmp_path / "r" / "blended.json").write_text(json.dumps(rows))
+    with pytest.raises(InputError, match="ranks <new>, which --info_file lacks"):
+        table(**arguments, info_file=f"{tmp_path}/info.txt", runs=f"x={run}/blended.json")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"output": "b"}, "has the target 'b' in row 1, "),
+        ({"output": 3}, "holds no rankings of evaluate.py"),
+        ({"predict": []}, "holds no rankings of evaluate.py"),
+        ({"predict": [1, [2]]}, "holds no rankings of evaluate.py"),
+        ({"predict": ["a", "b"]}, "ranks 1 to 2 items a row"),
+        ({"seconds": float("nan")}, "does not say what the training cost"),
+    ],
+)
+def test_the_table_refuses_damaged_runs(tmp_path, make_run, change, message):
+    for name, sids in (("train", "aab"), ("test", "ab")):
+        rows = "".join(f"\"['x']\",{sid},\"['old']\",new\n" for sid in sids)
+        (tmp_path / f"{name}.csv").write_text("history_item_sid,item_sid,history_item_title,item_title\n" + rows)
+    folder = tmp_path / "run"
+    make_run("run", [1, 1])
+    name = "metrics.json" if "seconds" in change else "result.json"
+    data = json.loads((folder / name).read_text())
+    (data if "seconds" in change else data[0]).update(change)
+    (folder / name).write_text(json.dumps(data))
+    with pytest.raises(InputError, match=message):
+        table(f"{tmp_path}/train.csv", f"{tmp_path}/test.csv", runs=f"x={folder}")
 
 
 def test_what_the_table_refuses(tmp_path, make_run, files):
