@@ -12,6 +12,7 @@ from minionerec import cli
 from minionerec.checkpoint import read_json
 from minionerec.errors import InputError, Problems
 from minionerec.flags import check_new_file
+from minionerec.validation import is_number
 from scripts.table import folders_of
 
 
@@ -65,7 +66,7 @@ def _losses(folder: str) -> dict[float, float]:
     losses = {
         entry["epoch"]: entry["eval_loss"]
         for entry in (history if isinstance(history, list) else [])
-        if isinstance(entry, dict) and all(isinstance(entry.get(name), int | float) for name in ("epoch", "eval_loss"))
+        if isinstance(entry, dict) and all(is_number(entry.get(name)) for name in ("epoch", "eval_loss"))
     }
     if not losses:
         raise InputError(f"--runs: {path} holds no validation loss; it must be that of an SFT run")

@@ -147,7 +147,10 @@ def test_curves_keep_the_evaluations_of_a_run_apart(tmp_path, capsys):
     assert capsys.readouterr().out.splitlines()[0] == "| after epochs | 0.05 | 0.1 |"
 
 
-@pytest.mark.parametrize("metrics", ["[]", '{"history": 3}', '{"history": [3, {"eval_loss": "x", "epoch": 1}]}'])
+@pytest.mark.parametrize(
+    "metrics",
+    ["[]", '{"history": 3}', '{"history": [3, {"eval_loss": "x", "epoch": 1}, {"eval_loss": NaN, "epoch": 2}]}'],
+)
 def test_curves_refuse_a_file_that_is_none_of_a_run(tmp_path, metrics):
     (tmp_path / "metrics.json").write_text(metrics)
     with pytest.raises(InputError, match="holds no validation loss"):
