@@ -175,7 +175,7 @@ def read_rankings(path: str, targets: Targets | None, test_data_path: str) -> li
     if len(rows) != len(targets.sids):
         raise InputError(f"--runs: {path} ranks {len(rows)} rows, {test_data_path} has {len(targets.sids)}")
     for number, (row, sid) in enumerate(zip(rows, targets.sids, strict=True), 1):
-        if row["output"].strip() != sid:
+        if row["output"].strip(' \n"') != sid:  # MiniOneRec quotes it
             other = f"{path} has the target {shorten(row['output'])} in row {number}, {test_data_path} has {sid}"
             raise InputError(f"--runs: {other}; evaluate the run on this file")
     lacking = {sid for row in rankings for sid in row}.difference(targets.items.of_sid if targets.items else ())

@@ -143,7 +143,7 @@ def test_a_comparison_refuses_what_it_does_not_know_before_it_trains(checkout, f
 # Stands in for PYTHON: notes the flags of a stage, and writes what the stage would leave. A rate of 1e-3 has the lowest
 # validation loss and the highest metric.
 STAND_IN = """#!{python} -S
-import json, math, os, sys
+import csv, json, math, os, sys
 
 command, *words = sys.argv[1:]
 if command in ("scripts/compare.py", "scripts/table.py"):
@@ -162,8 +162,10 @@ if command != "evaluate.py":
     with open(out + "/metrics.json", "w") as file:
         json.dump({{**costs, **best}}, file)
 if command not in ("sft.py", "rl.py"):
+    with open(flags["--test_data_path"], newline="") as file:
+        targets = [row["item_sid"] for row in csv.DictReader(file)]
     with open(out + "/result.json", "w") as file:
-        json.dump([{{"output": "a", "predict": ["<a_0><b_0><c_0>"] * 10}}] * 10, file)
+        json.dump([{{"output": target, "predict": ["<a_0><b_0><c_0>"] * 10}} for target in targets], file)
 """
 STAGES = {"sft.py": sft.train, "rl.py": rl.train, "evaluate.py": evaluate.evaluate}
 STAGES["scripts/train_sasrec.py"] = train_sasrec

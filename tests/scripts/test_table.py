@@ -56,7 +56,7 @@ def test_items_that_share_a_sid_are_ranked_apart(tmp_path, make_run, capsys):
         lines = [f"\"['<a>']\",{'<b>' if item == '3' else '<a>'},{item}\n" for item in items]
         (tmp_path / f"{name}.csv").write_text(header + "".join(lines))
     run = make_run("r", [1, 1])
-    rows = [{"input": "", "output": "<a>", "predict": ["<a>", "<b>", *(f"<{i}>" for i in range(8))]}] * 2
+    rows = [{"input": "", "output": '"<a>"\n', "predict": ["<a>", "<b>", *(f"<{i}>" for i in range(8))]}] * 2
     (tmp_path / "info.txt").open("a").writelines(f"<{i}>\tx\t{i + 10}\n" for i in range(8))
     (tmp_path / "r" / "blended.json").write_text(json.dumps(rows))
     arguments = {"train_file": f"{tmp_path}/train.csv", "test_data_path": f"{tmp_path}/test.csv"}
