@@ -17,7 +17,15 @@ from typing import TYPE_CHECKING
 
 from minionerec import cli, sasrec_files, world
 from minionerec.checkpoint import Checkpoint, check_base, check_model, run_record
-from minionerec.data.files import Catalogue, Interaction, Item, read_catalogue, read_info_items, read_interactions
+from minionerec.data.files import (
+    Catalogue,
+    Interaction,
+    Item,
+    read_catalogue,
+    read_info,
+    read_info_items,
+    read_interactions,
+)
 from minionerec.data.prompts import RECOMMENDATION, RL_TASKS, TASKS, Prompts
 from minionerec.data.texts import ValidationRows, check_interactions, items_left_out
 from minionerec.errors import InputError, Problems
@@ -130,13 +138,13 @@ def read_input(flags: RLFlags) -> RLInput:
 
     # The catalogue and every row.
     catalogue = problems.attempt(read_catalogue, flags.sid_index_path, flags.item_meta_path)
-    listed = problems.attempt(read_info_items, flags.info_file, catalogue) or []
-    sids = list(dict.fromkeys(item.sid for item in listed)) or None
+    sids = problems.attempt(read_info, flags.info_file, catalogue)
     if "sasrec" in flags.reward_names:
         model = problems.attempt(sasrec_files.known, flags.cf_path, "cf_path")
-        if model and listed:
-            which = flags.cf_path, "cf_path", model, [(item.id, item.sid) for item in listed]
-            problems.attempt(sasrec_files.check_items, *which, f"--info_file {flags.info_file}")
+        if model and sids:
+            pairs = [(item.id, item.sid) for item in read_info_items(flags.info_file)]
+            of = f"--info_file {flags.info_file}"
+            problems.attempt(sasrec_files.check_items, flags.cf_path, "cf_path", model, pairs, of)
     if sids and len(sids) < flags.num_generations:
         problems.add(
             f"--num_generations {flags.num_generations}: {flags.info_file} has only {len(sids)} different SIDs"
