@@ -117,6 +117,8 @@ def main() -> None:
     for name in methods:
         if name not in SFT_RATES:
             fail(f"METHODS={' '.join(methods)}: {name} must be full, lora or qlora")
+    for name in methods:
+        run(*STAGE, "check_later", METHOD=name)
     signal.signal(signal.SIGINT, lambda *_: None)  # wait for the stage, which saves a checkpoint and ends with 130
 
     # SASRec, and every method.

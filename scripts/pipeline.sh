@@ -4,6 +4,7 @@
 # Flags go to both trainings; SFT_FLAGS, RL_FLAGS and EVAL_FLAGS are for one stage. Settings: scripts/stages.sh.
 source "$(dirname "$0")/stages.sh"
 rl_batch "$@" ${RL_FLAGS:-} # refuses before SFT trains
+check_later "$@"
 sft "$@" ${SFT_FLAGS:-}
 if [[ " $* " == *" --dry_run True "* ]]; then
     echo "RL starts from the checkpoint of SFT, and its dry run needs one: rl.py --dry_run True"

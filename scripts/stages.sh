@@ -99,3 +99,10 @@ evaluate() { # evaluate folder flags...: evaluates the final checkpoint of a run
         --test_data_path "$TEST_FILE" --train_file "$TRAIN_FILE" --result_json_data "$1/result.json" \
         --batch_size auto "${@:2}"
 }
+check_later() { # check_later flags...: refuses before SFT trains what RL and the evaluation would refuse after it
+    [ ! -e "$OUT/sft/final_checkpoint" ] || return 0
+    local wrong # all but the checkpoint, which they find missing before they start
+    wrong="$({ NPROC=1 CONFIG="" rl "$@" ${RL_FLAGS:-}; NPROC=1 evaluate "$OUT/sft" ${EVAL_FLAGS:-}; } 2>&1 >/dev/null |
+        grep ": error: " | grep -v "/final_checkpoint: no such folder" || true)"
+    [ -z "$wrong" ] || { echo "$wrong" >&2; exit 2; }
+}

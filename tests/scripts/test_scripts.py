@@ -148,13 +148,16 @@ import csv, json, math, os, sys
 command, *words = sys.argv[1:]
 if command in ("scripts/compare.py", "scripts/table.py"):
     os.execv({python!r}, [{python!r}, command, *words])
+flags = dict(zip(words[::2], words[1::2]))
+start = flags.get("--model_path") or flags.get("--base_model", "")
+if start.endswith("/final_checkpoint") and not os.path.isdir(start):
+    sys.exit(f"{{command}}: error: {{start}}: no such folder")
 with open("stages.jsonl", "a") as file:
     file.write(json.dumps([command, words]) + "\\n")
 if "--nope" in words:
     sys.exit(2)
-flags = dict(zip(words[::2], words[1::2]))
 out = flags.get("--output_dir") or os.path.dirname(flags["--result_json_data"])
-os.makedirs(out, exist_ok=True)
+os.makedirs(out + "/final_checkpoint", exist_ok=True)
 if command != "evaluate.py":
     costs = dict.fromkeys(("trainable_parameters", "seconds", "peak_memory_gb", "checkpoint_mb"), 1)
     off = abs(math.log10(float(flags.get("--learning_rate", 1))) + 3)
@@ -236,6 +239,21 @@ def test_a_comparison_ends_with_the_stage_that_fails(checkout, stand_in):
     assert done.returncode == 2 and not done.stdout
     ran = [json.loads(line)[0] for line in (checkout / "stages.jsonl").read_text().splitlines()]
     assert ran == ["scripts/train_sasrec.py", "sft.py"]
+
+
+@pytest.mark.parametrize("script", ["pipeline.sh", "compare.sh"])
+def test_wrong_flags_of_later_stages_are_refused_before_sft_trains(checkout, base, tmp_path, script):
+    wrong = {"RL_FLAGS": "--reward_type rul --add_gtt", "EVAL_FLAGS": "--num_beams 0"}
+    wrong |= {"OUT": str(tmp_path / "none"), "BASE_MODEL": base, "METHODS": "full lora"}
+    unknown = bash(checkout, script, **wrong)
+    values = bash(checkout, script, **wrong | {"RL_FLAGS": "--reward_type rul --num_generations 5000"})
+    assert unknown.returncode == values.returncode == 2 and not unknown.stdout and not values.stdout
+    first, last = unknown.stderr.splitlines()
+    assert first == "rl.py: error: unknown flag --add_gtt; did you mean --add_gt?"
+    assert last.startswith("evaluate.py: error: --num_beams 0: ")
+    lines = values.stderr.splitlines()
+    assert any("--reward_type 'rul': " in line for line in lines) and any("different SIDs" in line for line in lines)
+    assert lines[-1] == last and not (tmp_path / "none").exists()
 
 
 @pytest.mark.parametrize("method", ["", "full", "lora"])
