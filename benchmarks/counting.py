@@ -211,7 +211,6 @@ def as_on_gpu() -> Iterator[None]:
 
     from minionerec.decoding import beams
     from minionerec.model import device, groups, head, int8_rows
-    from minionerec.training import sft_trainer
 
     supported = _foreach_utils._get_foreach_kernels_supported_devices
     patches = [
@@ -226,7 +225,6 @@ def as_on_gpu() -> Iterator[None]:
         mock.patch.object(fewer_kernels, "norm_backward", ONE_KERNEL["norm_backward"]),
         mock.patch.object(head, "CHUNK", 2**30),
         mock.patch.object(int8_rows, "CHUNK", int8_rows.CHUNK_ON_GPU),
-        mock.patch.object(sft_trainer, "attend_in_blocks", lambda _: False),
         mock.patch.object(_foreach_utils, "_get_foreach_kernels_supported_devices", lambda: [*supported(), "cpu"]),
     ]
     with ExitStack() as stack:

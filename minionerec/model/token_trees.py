@@ -18,6 +18,7 @@ padding, `N` response tokens, `P` nodes that predict any of them, `V` vocabulary
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import NamedTuple
@@ -32,7 +33,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from minionerec.data.examples import IGNORE
-from minionerec.model.packed_rows import attention_masks
+from minionerec.model import device
+from minionerec.model.packed_rows import Packed, attention_masks
 
 # --- Merging ----------------------------------------------------------------------------------------------------------
 
@@ -51,6 +53,17 @@ class Tree:
     depth: np.ndarray
     end: np.ndarray
     node: np.ndarray
+
+
+def in_order(rows: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Rows (int32) in lexicographic order, in which those that begin alike are neighbours: their tokens [n, D], padded
+    with -1, and their numbers [n]."""
+    order = sorted(range(len(rows)), key=[row.astype(">i4").tobytes() for row in rows].__getitem__)  # as numbers sort
+    size = np.array([len(rows[i]) for i in order], dtype=np.int64)
+    tokens = np.full((len(rows), max(size, default=1)), -1, dtype=np.int64)
+    if rows:
+        tokens[np.arange(tokens.shape[1]) < size[:, None]] = np.concatenate([rows[i] for i in order])
+    return tokens, np.array(order, dtype=np.int64)
 
 
 def shared_with_previous(tokens: np.ndarray, length: np.ndarray) -> np.ndarray:
@@ -150,19 +163,14 @@ class TreeCollator:
         self.parts: int | None = None
 
     def __call__(self, examples: list[dict]) -> dict[str, torch.Tensor]:
-        # Lexicographic order, in which rows that begin alike are neighbours: big-endian bytes sort as numbers do.
-        rows = [np.asarray(example["input_ids"], dtype=np.int32) for example in examples]
-        order = sorted(range(len(rows)), key=[row.astype(">i4").tobytes() for row in rows].__getitem__)
-        size = np.array([len(rows[i]) for i in order], dtype=np.int64)
+        tokens, order = in_order([np.asarray(example["input_ids"], dtype=np.int32) for example in examples])
+        size = (tokens >= 0).sum(axis=1)
         prompt = np.array([examples[i]["prompt_length"] for i in order], dtype=np.int64)
-        tokens = np.full((len(rows), max(size, default=1)), -1, dtype=np.int64)
         column = np.arange(tokens.shape[1])
-        if rows:
-            tokens[column < size[:, None]] = np.concatenate([rows[i] for i in order])
 
         # One tree a tensor row.
         shared = shared_with_previous(tokens, size - 1)
-        starts = self.tensor_rows(size - 1, shared) if rows else np.zeros(1, dtype=np.int64)
+        starts = self.tensor_rows(size - 1, shared) if examples else np.zeros(1, dtype=np.int64)
         shared[starts[:-1]] = 0
         cuts = [slice(start, end) for start, end in pairwise(starts)]
         trees = [merge(tokens[cut], size[cut] - 1, shared[cut]) for cut in cuts]
@@ -243,6 +251,38 @@ def pad_to(batch: dict[str, torch.Tensor], shape: Shape) -> dict[str, torch.Tens
     }
 
 
+# --- Completions ------------------------------------------------------------------------------------------------------
+
+
+def tree_rows(
+    model: nn.Module,
+    prompt_ids: torch.Tensor,
+    prompt_mask: torch.Tensor,
+    completion_ids: torch.Tensor,
+    completion_mask: torch.Tensor,
+    _groups: Sequence[int] | None = None,
+) -> Packed:
+    """What `packed_rows.shared_rows` returns, for one tree of all prompts and completions: they share the instruction,
+    and beams share codes. Takes what that takes, on the CPU."""
+    ids = torch.cat([prompt_ids, completion_ids], dim=1).numpy().astype(np.int32)
+    present = torch.cat([prompt_mask, completion_mask], dim=1).bool().numpy()
+    present[:, prompt_ids.shape[1]] = True  # a completion that does not count still stands after its prompt
+    tokens, order = in_order([row[here] for row, here in zip(ids, present, strict=True)])
+    inner = (tokens >= 0).sum(axis=1) - 1
+    tree = merge(tokens, inner, shared_with_previous(tokens, inner))
+
+    # A completion's token at depth d is predicted by its node at depth d - 1.
+    node = np.empty_like(tree.node)
+    node[order] = tree.node
+    first = present[:, : prompt_ids.shape[1]].sum(axis=1, keepdims=True) - 1
+    last = present.sum(axis=1, keepdims=True) - 2
+    before = np.take_along_axis(node, np.minimum(first + np.arange(completion_ids.shape[1]), last), axis=1)
+    wanted, row = np.unique(before, return_inverse=True)
+    batch = {"input_ids": tree.token, "position_ids": tree.depth, "subtree_end": tree.end}
+    inputs = model_inputs(model, {name: torch.from_numpy(values[None]) for name, values in batch.items()})
+    return inputs, torch.from_numpy(wanted), torch.from_numpy(row.reshape(before.shape))
+
+
 # --- The model's side -------------------------------------------------------------------------------------------------
 
 
@@ -256,7 +296,7 @@ def model_inputs(
     end, positions = batch["subtree_end"], batch["position_ids"]
     node = torch.arange(end.shape[1], device=end.device)
     blocks = None
-    if len(end) == 1 and model.config.get_text_config()._attn_implementation == BLOCKWISE:
+    if len(end) == 1 and attends_in_blocks(model):
         blocks = []
         for start in range(0, end.shape[1], BLOCK):
             queries = node[start : start + BLOCK]
@@ -306,8 +346,8 @@ def _attention(
     node all nodes of its tensor row, most of which it does not see. Without `tree_blocks` the ordinary one."""
     if tree_blocks is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **settings)
-    device = query.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else query.dtype
+    kind = query.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else query.dtype
     if torch.finfo(dtype).bits == 16 and not settings.get("dropout"):
         scale = settings.get("scaling") or query.shape[-1] ** -0.5
         result = _MatmulAttention.apply(query.to(dtype), key.to(dtype), value.to(dtype), scale, tree_blocks)
@@ -388,7 +428,9 @@ def attend_in_blocks(model: nn.Module) -> bool:
         model: a causal LM that follows a tree mask, wrapped by PEFT or not.
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    if base.device.type != "cpu" or base.config.get_text_config()._attn_implementation != "sdpa":
+    if base.device.type != "cpu" or device.starts_kernels(base.device):
+        return False
+    if base.config.get_text_config()._attn_implementation != "sdpa":
         return False
     rows = [{"input_ids": [1, *[token] * 15], "prompt_length": 8} for token in range(2, 2 + BLOCK // 8)]
     batch = TreeCollator(0, None)(rows)
@@ -406,6 +448,11 @@ def attend_in_blocks(model: nn.Module) -> bool:
     finally:
         model.train(training)
     return True
+
+
+def attends_in_blocks(model: nn.Module) -> bool:
+    """Whether `attend_in_blocks` could change it."""
+    return model.config.get_text_config()._attn_implementation == BLOCKWISE
 
 
 # --- The loss ---------------------------------------------------------------------------------------------------------

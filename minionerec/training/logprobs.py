@@ -15,7 +15,8 @@ from torch import nn
 from minionerec.decoding.probe import shares_rows
 from minionerec.model import graphs
 from minionerec.model.head import float32_head, head_on
-from minionerec.model.packed_rows import plain_rows, shared_rows
+from minionerec.model.packed_rows import Packed, plain_rows, shared_rows
+from minionerec.model.token_trees import attends_in_blocks, tree_rows
 from minionerec.training.rollouts import Completed
 
 
@@ -41,7 +42,7 @@ def completion_logps(
         temperature: the logits are divided by it.
         unwrapped: the model inside the wrappers, if there are any.
         shared: True for one row per prompt, False for one row per completion, None for one row per prompt if
-            `probe.probe` accepts it.
+            `probe.probe` accepts it, or one token tree of all if `attend_in_blocks` did.
         width: tokens of the longest prompt.
         groups: how many consecutive completions have equal prompts, prompt by prompt. Without these two, the host reads
             them from the tensors and waits for a GPU.
@@ -52,9 +53,11 @@ def completion_logps(
     width = int(prompt_mask.sum(dim=1).max()) if width is None else width
     prompt_ids, prompt_mask = prompt_ids[:, -width:], prompt_mask[:, -width:].bool()
     completion_mask = completion_mask.bool()
+    recorded = graphs.of(inner)
+    in_tree = shared is None and attends_in_blocks(inner) and not recorded
     if shared is None:
         shared = shares_rows(inner, width, width + len(completion_ids) * completion_ids.shape[1])
-    pack = shared_rows if shared else plain_rows
+    pack: Callable[..., Packed] = plain_rows if not shared else tree_rows if in_tree else shared_rows
 
     def logps_of(
         groups: Sequence[int] | None,
@@ -69,7 +72,6 @@ def completion_logps(
         return token_logps(logits, row, completion_ids, completion_mask)
 
     rows = prompt_ids, prompt_mask, completion_ids, completion_mask
-    recorded = graphs.of(inner)
     if recorded and shared and groups and len(set(groups)) == 1:
         return _recorded(recorded, logps_of, temperature, groups, *rows)
     return logps_of(groups, *rows)

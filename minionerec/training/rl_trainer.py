@@ -22,10 +22,12 @@ from transformers import PreTrainedModel
 from trl import GRPOConfig
 from trl.models import unwrap_model_for_generation
 
+from minionerec.decoding.probe import probe
 from minionerec.decoding.trie import Trie
 from minionerec.flags import engine
 from minionerec.model import device
 from minionerec.model.halving import Halving
+from minionerec.model.token_trees import attend_in_blocks
 from minionerec.training.completions import Completions, Tokens
 from minionerec.training.early_warning import EarlyWarning
 from minionerec.training.logprobs import completion_logps, logps_in_passes
@@ -87,6 +89,8 @@ class ReReTrainer(RLRun):
         """
         if args.loss_type not in ("grpo", "dapo") or args.multi_objective_aggregation != "sum_then_normalize":
             raise ValueError("ReReTrainer has the losses grpo and dapo, of rewards that are added first")
+        if probe(model).shared:
+            attend_in_blocks(model)  # before the reference is copied: both compute alike
         args.router_aux_loss_coef = 0.0  # our passes return no auxiliary loss of routers, which TRL would turn on
         with as_given(model, args):
             super().__init__(model=model, reward_funcs=reward_funcs, args=args, train_dataset=train_dataset, **kwargs)

@@ -27,7 +27,6 @@ from minionerec.decoding.trie import Trie
 from minionerec.flags import AdapterFlags
 from minionerec.model import device, fewer_kernels, graphs, groups, loading
 from minionerec.model.token_trees import Shape, TreeCollator, pad_to
-from minionerec.training import sft_trainer
 from minionerec.training.logprobs import completion_logps
 from minionerec.training.sft_trainer import SFTTrainer, plan_trees, tree_losses
 
@@ -36,7 +35,6 @@ from minionerec.training.sft_trainer import SFTTrainer, plan_trees, tree_losses
 def on_gpu(monkeypatch):
     monkeypatch.setattr(device, "starts_kernels", starts_kernels)
     monkeypatch.setitem(graphs.RECORDINGS, "cpu", Tape)
-    monkeypatch.setattr(sft_trainer, "attend_in_blocks", lambda _: False)
 
 
 def rows_of(users: int, seed: int = 0) -> list[dict]:

@@ -5,6 +5,7 @@ import torch
 from rl_trainers import generated, loss_settings, make_trainer, sids_of
 
 from minionerec.model import adapters
+from minionerec.model.token_trees import tree_rows
 from minionerec.training import rewards, rl_trainer
 
 
@@ -85,7 +86,7 @@ def test_silent_groups_cost_nothing(sft, tmp_path, mode):
         pairs = zip(completion_ids, prompts, strict=True)
         return [float(ids[0] % 2 + ids[1] % 3) if prompt == prompts[0] else 1.0 for ids, prompt in pairs]
 
-    seen = []
+    seen, learned = [], []
     losses, grads = {}, {}
     for masked in (False, True):
         trainer = make_trainer(
@@ -93,14 +94,18 @@ def test_silent_groups_cost_nothing(sft, tmp_path, mode):
             **loss_settings(mode),
         )  # fmt: skip
         _, inputs = generated(trainer)
+        learned.append(inputs)
         trainer.current_gradient_accumulation_steps = 1
         trainer.model.get_base_model().model.register_forward_pre_hook(
-            lambda _m, _a, kw: seen.append(len(kw["input_ids"])), with_kwargs=True
+            lambda _m, _a, kw: seen.append(kw["input_ids"].numel()), with_kwargs=True
         )
         losses[masked] = trainer.compute_loss(trainer.model, inputs)
         losses[masked].backward()
         grads[masked] = {n: p.grad.clone() for n, p in trainer.model.named_parameters() if p.requires_grad}
-    assert seen == [2, 1]
+    trees = [
+        tree_rows(trainer.model, *part.tensors)[0]["input_ids"] for part in (learned[0], learned[1].rows(slice(4)))
+    ]
+    assert seen == [ids.numel() for ids in trees] and seen[1] < seen[0]
     torch.testing.assert_close(losses[True], losses[False])
     for name, grad in grads[False].items():
         torch.testing.assert_close(grads[True][name], grad, atol=1e-6, rtol=1e-4)
