@@ -100,9 +100,11 @@ evaluate() { # evaluate folder flags...: evaluates the final checkpoint of a run
         --batch_size auto "${@:2}"
 }
 check_later() { # check_later flags...: refuses before SFT trains what RL and the evaluation would refuse after it
-    [ ! -e "$OUT/sft/final_checkpoint" ] || return 0
-    local wrong # all but the checkpoint, which they find missing before they start
-    wrong="$({ NPROC=1 CONFIG="" rl "$@" ${RL_FLAGS:-}; NPROC=1 evaluate "$OUT/sft" ${EVAL_FLAGS:-}; } 2>&1 >/dev/null |
-        grep ": error: " | grep -v "/final_checkpoint: no such folder" || true)"
+    local start="$OUT/sft/final_checkpoint" wrong # all but this checkpoint, which they find missing before they start
+    [ ! -e "$start" ] || return 0
+    wrong="$({
+        NPROC=1 CONFIG="" rl "$@" ${RL_FLAGS:-} --model_path "$start"
+        NPROC=1 evaluate "$OUT/sft" ${EVAL_FLAGS:-} --base_model "$start"
+    } 2>&1 >/dev/null | grep ": error: " | grep -v "/final_checkpoint: no such folder" || true)"
     [ -z "$wrong" ] || { echo "$wrong" >&2; exit 2; }
 }

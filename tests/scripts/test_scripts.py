@@ -254,6 +254,11 @@ def test_wrong_flags_of_later_stages_are_refused_before_sft_trains(checkout, bas
     lines = values.stderr.splitlines()
     assert any("--reward_type 'rul': " in line for line in lines) and any("different SIDs" in line for line in lines)
     assert lines[-1] == last and not (tmp_path / "none").exists()
+    # Checkpoints that are there do not start what is only to be checked.
+    others = {"MODEL_PATH": base, "RL_FLAGS": f"--model_path {base}"}
+    others["EVAL_FLAGS"] = f"--base_model {base} --num_beams 0"
+    started = bash(checkout, script, **wrong | others)
+    assert started.returncode == 2 and started.stderr.splitlines() == [last] and not (tmp_path / "none").exists()
 
 
 @pytest.mark.parametrize("method", ["", "full", "lora"])
