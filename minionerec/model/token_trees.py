@@ -451,7 +451,7 @@ def attend_in_blocks(model: nn.Module) -> bool:
 
 
 def attends_in_blocks(model: nn.Module) -> bool:
-    """Whether `attend_in_blocks` could change it."""
+    """Whether `attend_in_blocks` has changed it."""
     return model.config.get_text_config()._attn_implementation == BLOCKWISE
 
 
