@@ -269,7 +269,8 @@ def train(flags: RLFlags) -> "dict | Prediction":
 
     # Load the policy. Probed before the weights are sharded, and for the longest rows that any process can have.
     model = load_policy(inputs, tokenizer, fingerprint)
-    beams = max(flags.test_beam, flags.num_generations * 3 // 2, flags.train_batch_size)
+    in_a_pass = flags.train_batch_size + flags.train_batch_size // flags.num_generations  # with the targets
+    beams = max(flags.test_beam, flags.num_generations * 3 // 2, in_a_pass)
     longest = inputs.cutoff_len
     support = probe(model, longest, longest + beams * trie.depth, f"--model_path {checkpoint.path}")
     state.print(

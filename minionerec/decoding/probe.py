@@ -24,6 +24,7 @@ from minionerec.decoding.beams import SHARED, CopiedBeams, RereadBeams, TreeBeam
 from minionerec.errors import InputError, RunError
 from minionerec.model.head import float32_head, head_on
 from minionerec.model.packed_rows import shared_rows
+from minionerec.model.token_trees import attends_in_blocks
 
 # Tokens of the longer prompt, and of a row with all its beams, unless a window is longer. With 16 beams, a usual
 # number, the place in the row differs enough from the position, by which ALiBi and windows should count.
@@ -68,7 +69,9 @@ def probe(model: nn.Module, prompt: int = PROMPT, row: int = ROW, name: str = ""
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     config = base.config.get_text_config()
-    known = vars(base).setdefault("_decoding_support", {}).setdefault(config._attn_implementation, {})
+    # Attention in blocks is sdpa where no tree is given, so what is known of the model stays true.
+    attention = "sdpa" if attends_in_blocks(base) else config._attn_implementation
+    known = vars(base).setdefault("_decoding_support", {}).setdefault(attention, {})
     if "short" not in known:
         known["short"] = _try_all(model, PROMPT, ROW, name)
     if known["short"].beams is not TreeBeams or not any(PROMPT < window <= row for window in _windows(config)):

@@ -21,7 +21,9 @@ from minionerec import sasrec
 from minionerec.checkpoint import Checkpoint
 from minionerec.data.files import read_info
 from minionerec.data.prompts import RECOMMENDATION
+from minionerec.decoding import probe
 from minionerec.training.policy_loss import PolicyLoss
+from minionerec.training.rl_trainer import ReReTrainer
 
 
 @pytest.fixture(scope="module")
@@ -32,6 +34,25 @@ def sft(sft_run) -> dict[str, str]:
 
 def first_logged(metrics, key):
     return next(entry[key] for entry in metrics["history"] if key in entry)
+
+
+def test_no_pass_probes_a_model(files, sft, tmp_path, monkeypatch):
+    """All processes must take part in a probe, but later not all make the same passes: one would wait for ever."""
+    start = Path(shutil.copytree(sft["full"], tmp_path / "start"))
+    cutoff, depth, completions = 64, 4, 16 + 4  # tokens of a SID with its end, completions of a pass with the targets
+    # No layer has the window, but it is named; only rows with all completions of a pass are longer.
+    window = {"use_sliding_window": True, "max_window_layers": 99, "sliding_window": cutoff + (completions - 2) * depth}
+    config, record = (json.loads((start / name).read_text()) for name in ("config.json", "minionerec.json"))
+    (start / "config.json").write_text(json.dumps({**config, **window}))
+    record["flags"]["cutoff_len"] = cutoff
+    (start / "minionerec.json").write_text(json.dumps(record))
+    events = []
+    try_all, train = probe._try_all, ReReTrainer.train
+    monkeypatch.setattr(probe, "_try_all", lambda *args: events.append("probe") or try_all(*args))
+    monkeypatch.setattr(ReReTrainer, "train", lambda *args: events.append("train") or train(*args))
+    metrics, result = run_rl(files, start, tmp_path / "run", beta=0.1, sft_weight=0.5, mask_all_zero=True)
+    assert events == ["probe", "probe", "train"]
+    assert "share a row with their prompt" in result.stdout and first_logged(metrics, "kl") == 0.0
 
 
 def test_a_lora_run_continues_its_own_adapter(files, sft, base, tmp_path):

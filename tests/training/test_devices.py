@@ -118,7 +118,7 @@ def test_an_engine_does_the_same_rl(files, trained, tmp_path, engine):
     assert_same_run(tmp_path / "one", tmp_path / "two", 1e-4)
 
 
-SPARSE = {"mask_all_zero": True, "reward_type": "rule", "num_generations": 2, "learning_rate": 1e-2}
+SPARSE = {"mask_all_zero": True, "reward_type": "rule", "num_generations": 2, "learning_rate": 5e-3}
 SPARSE |= {"sync_ref_model": True, "test_during_training": False}
 
 
@@ -161,14 +161,14 @@ def test_a_process_without_a_group_that_counts_keeps_pace(sparse, tmp_path, engi
     counted = [json.loads((tmp_path / f"rank{rank}.counted").read_text()) for rank in (0, 1)]
     steps = {tuple(map(bool, step)) for step in zip(*counted, strict=True)}
     assert (False, False) in steps and steps & {(False, True), (True, False)}
-    assert_same_run(one, tmp_path / "two", 1e-4)
+    assert_same_run(one, tmp_path / "two", 5e-5)
     assert_same_checkpoint(one, tmp_path / "two")
     assert any(path.name == "reference.safetensors" for path in one.glob("checkpoint-*/*"))
     # Its checkpoint holds what resuming needs: the moving reference too.
     shutil.rmtree(newest_checkpoint(str(tmp_path / "two")))
     shutil.rmtree(tmp_path / "two" / "final_checkpoint")
     two_processes(engine, tmp_path, "rl.py", {**flags(tmp_path / "two"), "resume_from_checkpoint": True})
-    assert_same_run(one, tmp_path / "two", 1e-4)
+    assert_same_run(one, tmp_path / "two", 5e-5)
     assert_same_checkpoint(one, tmp_path / "two")
 
 
