@@ -37,7 +37,7 @@ def first_logged(metrics, key):
 
 
 def test_no_pass_probes_a_model(files, sft, tmp_path, monkeypatch):
-    """All processes must take part in a probe, but later not all make the same passes: one would wait for ever."""
+    """All processes must take part in a probe, but later not all make the same passes: one would wait forever."""
     start = Path(shutil.copytree(sft["full"], tmp_path / "start"))
     cutoff, depth, completions = 64, 4, 16 + 4  # tokens of a SID with its end, completions of a pass with the targets
     # No layer has the window, but it is named; only rows with all completions of a pass are longer.
