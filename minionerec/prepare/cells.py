@@ -67,6 +67,12 @@ def not_an_id(role: str, cell: object) -> str:
     return f"expected {'an' if role == 'item' else 'a'} {role} id, text or a whole number"
 
 
+def is_shortened(cell: object) -> bool:
+    """Whether a cell is a number as a spreadsheet saves a long one, such as 1.53834E+12: its last digits are lost. In
+    Python and R the e is small."""
+    return isinstance(cell, str) and bool(re.fullmatch(r"-?\d(?:\.\d+)?E\+(?:0\d|1[0-5])", cell.strip()))
+
+
 def microseconds(value: object, zone: tzinfo = UTC) -> int | None:
     """A time in microseconds since 1970 (UTC), or None if the value is not a time between 1970 and 2100.
 
@@ -75,6 +81,8 @@ def microseconds(value: object, zone: tzinfo = UTC) -> int | None:
     """
     if isinstance(value, str):
         text = value
+        if is_shortened(text):
+            return None
         try:
             value = float(text)
         except ValueError:
@@ -113,7 +121,8 @@ def _in_range(moment: int) -> int | None:
 
 def times_of(cells: Sequence[object], form: str, read: Callable[[object], int | None]) -> list[int | None]:
     """The times of cells, by the `time_reader` of a form; numbers at once where there is no form."""
-    if not form and {*map(type, cells)} <= {str, int, float}:
+    types = {*map(type, cells)}
+    if not form and types <= {str, int, float} and not (str in types and any(map(is_shortened, cells))):
         try:
             values = np.asarray(cells, object).astype(np.float64)
         except (ValueError, OverflowError):
@@ -138,7 +147,7 @@ def time_reader(form: str, zone: tzinfo = UTC) -> Callable[[object], int | None]
                 amount = float(value)  # type: ignore[arg-type]
             except (TypeError, ValueError, OverflowError):
                 return None
-            if isinstance(value, (bool, Rounded)) or not math.isfinite(amount):
+            if isinstance(value, (bool, Rounded)) or is_shortened(value) or not math.isfinite(amount):
                 return None
             return _in_range(round(amount * UNITS[form]))
 
@@ -221,6 +230,7 @@ def number_of(value: object) -> float | None:
     return number if math.isfinite(number) and not isinstance(value, bool) else None
 
 
+_ENTITY = re.compile(r"&#?\w+;")  # Python's unescape also takes the first letters of `&notebooks` for one
 _TAG = re.compile(r"<(?:/?[a-zA-Z]|[!|])[^<>]*>")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 
@@ -247,7 +257,7 @@ def text_of(value: object, depth: int = 2, separator: str = " ") -> str | None:
     if not isinstance(value, str):
         return None
     if "&" in value:
-        value = html.unescape(value)
+        value = _ENTITY.sub(lambda entity: html.unescape(entity.group()), value)
     if "<" in value:
         value = _TAG.sub(" ", value)
     if not value.isascii():  # an escape in JSON can stand for half a surrogate pair

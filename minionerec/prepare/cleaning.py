@@ -185,9 +185,11 @@ def rows_of(
             user with two rows has none for valid, a user with one row has it for train. With `time`, `in_time_order`
             marks them.
 
-    Rows have `user`, `item`, `time`, `split` (an index into SPLITS) and `history`, [max_history], padded on the left
-    with -1. Raises InputError if a split gets no row.
+    Rows have `user`, `item`, `time`, `split` (an index into SPLITS) and `history`, [max_history] or the longest one if
+    that is shorter, padded on the left with -1. Raises InputError if a split gets no row.
     """
+    longest = max((int(_runs(records["user"])[1].max()) for records in spool if len(records)), default=1)
+    max_history = min(max_history, max(longest - 1, 1))  # a row takes as much space as its longest history
     row_type = np.dtype(
         [("user", "<i4"), ("item", "<i4"), ("time", "<i8"), ("split", "u1"), ("history", "<i4", (max_history,))]
     )

@@ -222,6 +222,14 @@ class Source:
         return len(self.names) > before
 
 
+def _value(cell: pa.Scalar) -> object:
+    """A cell as a Python object; None where there is none for its value."""
+    try:
+        return cell.as_py()
+    except (OverflowError, ValueError):
+        return None
+
+
 def values_of(column: pa.Array) -> list:
     """A Parquet column as Python objects. Times are cut to microseconds, the precision of datetime; numbers in 16 or 32
     bits that cannot be told from their neighbours are Rounded."""
@@ -230,7 +238,12 @@ def values_of(column: pa.Array) -> list:
         column, kind = column.dictionary_decode(), kind.value_type
     if pa.types.is_timestamp(kind):
         column = column.cast(pa.timestamp("us", kind.tz), safe=False)
-    values = column.to_pylist()
+    if pa.types.is_float32(kind) or pa.types.is_float16(kind):
+        column = column.cast(pa.string()).cast(pa.float64())  # 19.99, not 19.989999771118164
+    try:
+        values = column.to_pylist()
+    except (OverflowError, ValueError):  # a time that datetime cannot hold, such as one that means never
+        values = list(map(_value, column))
     bits = 24 if pa.types.is_float32(kind) else 11 if pa.types.is_float16(kind) else 0
     if bits:
         return [value if value is None else whole(value, bits) for value in values]

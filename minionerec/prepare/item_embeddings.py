@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from sklearn.feature_extraction.text import TfidfVectorizer
 
 DIMENSIONS = 128
+LARGEST = 1e15  # value of an embedding: its square, summed over a row, is a float32
 MOST_WORDS = 50_000
 FIT_TEXTS = 100_000  # texts that the words, weights and components are fitted on; others are only embedded
 CHUNK = 20_000  # texts embedded at a time
@@ -166,15 +167,18 @@ def open_embeddings(path: str) -> np.ndarray:
 
 def rows_of_embeddings(path: str, matrix: np.ndarray, num_rows: int, rows: Sequence[int]) -> np.ndarray:
     """The `rows` of a matrix of `open_embeddings`, float32. Raises InputError if the matrix does not have `num_rows`
-    rows, or a value is NaN or infinite."""
+    rows, or a value is NaN or above LARGEST."""
     if len(matrix) != num_rows:
         raise InputError(
             f"--embeddings {path}: has {len(matrix)} rows, the items file {num_rows}; give one row per item, in the "
             "same order"
         )
     chosen = matrix[np.asarray(rows, int)].astype(np.float32)
-    bad = np.flatnonzero(~np.isfinite(chosen).all(axis=1))
+    bad = np.flatnonzero(~(np.abs(chosen) <= LARGEST).all(axis=1))
     if len(bad):
         first = rows[int(bad[0])] + 1
-        raise InputError(f"--embeddings {path}, row {first}: contains NaN or infinity ({len(bad)} such rows)")
+        raise InputError(
+            f"--embeddings {path}, row {first}: contains NaN or infinity, or a value above {LARGEST:g} "
+            f"({len(bad)} such rows)"
+        )
     return chosen

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from minionerec.data.files import shorten
 from minionerec.prepare.delimited import MOST_LINE, Error, blocks, undecodable
 
+_PYTHON = re.compile(r"\s*\{\s*[uU]?'")
 _GAP = re.compile(r"[ \t\r\n,]*")
 
 
@@ -33,7 +34,7 @@ def _object(line: str) -> dict | str:
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
-        if not line.lstrip().startswith("{'"):
+        if not _PYTHON.match(line):
             return f"is not JSON: {str(error)[:200]}"
         try:
             with warnings.catch_warnings(action="ignore", category=SyntaxWarning):  # of unknown escapes

@@ -2,6 +2,7 @@
 
 import codecs
 import io
+import os
 import re
 from dataclasses import dataclass
 from itertools import chain, islice
@@ -53,6 +54,8 @@ def open_source(path: str, flag: str, layout: Layout | None = None) -> Source:
     if not path:
         raise InputError(f"--{flag} is missing; give a {FORMATS}")
     source, layout = Source(path, flag), layout or Layout()
+    if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
+        raise source.error("is a pipe or a device, and has to be read more than once; write it to a file first")
     try:
         with open(path, "rb") as file:
             start = file.read(8)
@@ -91,9 +94,10 @@ def _recognize(source: Source, head: bytes, layout: Layout) -> None:
     elif source.encoding == "utf-8-sig" and b"\0" in head:
         raise source.error("is neither Parquet nor UTF-8 text; for UTF-16 give --encoding utf-16-le")
     start = source.text(io.BytesIO(head)).read(1 << 10).lstrip("\ufeff \t\r\n") if head else ""
-    if start[:1] == "[" and not layout.delimiter and re.match(r"\[\s*([{\]]|$)", start):
+    # A delimiter may be that of the other file, so what begins like an object is one all the same.
+    if re.match(r"\[\s*\{\s*[\"']" if layout.delimiter else r"\[\s*([{\]]|$)", start):
         source.kind = "array"
-    elif start[:1] in ("{", "[") and not layout.delimiter:
+    elif start[:1] in ("{", "[") and (not layout.delimiter or re.match(r"\{\s*[\"']", start)):
         source.kind = "json"
 
 

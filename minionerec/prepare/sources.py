@@ -16,6 +16,7 @@ from minionerec.prepare.cells import (
     LATEST,
     DatesAsNumbers,
     identifier,
+    is_shortened,
     not_an_id,
     number_of,
     text_of,
@@ -198,7 +199,9 @@ def _bad_cells(
 ) -> list[tuple[str | None, str]]:
     """The columns of user, item and time that could not be read in a row, and what is wrong with each."""
     expected = f"expected a time of the form {wanted.time_format}" if wanted.time_format else EXPECTED_TIME
-    text = cells[2].strip() if isinstance(cells[2], str) else ""
+    if is_shortened(cells[2]):
+        expected = "lost digits when a spreadsheet shortened it; save the column as whole numbers"
+    text = cells[2].strip() if isinstance(cells[2], str) and not is_shortened(cells[2]) else ""
     hint = (
         "; give --time_format, such as '%m/%d/%Y %H:%M'"
         if not wanted.time_format and re.search(r"\d\D+\d", text)

@@ -12,6 +12,7 @@ import pytest
 from raw_files import T0, problems_of, read, read_seconds, table, written
 
 from minionerec.prepare import cells, cleaning, sources
+from minionerec.prepare.formats import values_of
 
 
 def test_ids_keep_their_digits(tmp_path):
@@ -88,6 +89,10 @@ def test_times_in_common_forms(tmp_path):
     assert cleaning.time_window("2018-07", "2018", berlin)[0] == datetime(2018, 6, 30, 22, tzinfo=UTC).timestamp() * 1e6
     assert "found '13/01/2018'; give --time_format, such as" in problems_of(times_of, path, "13/01/2018")
     assert "expected a time of the form %Y" in problems_of(times_of, path, "2018-10", form="%Y")
+    for form in ("", "ms"):
+        problem = problems_of(times_of, path, "1538340000000", "1.53834E+12", form=form)
+        assert "row 2, time: lost digits when a spreadsheet shortened it" in problem
+    assert times_of(path, "1.53834e+09", "1.53834e+18", "1.53834E+18") == [1538340000] * 3
     assert cells.microseconds(Decimal(T0)) == T0 * 10**6 and cells.microseconds(date(2018, 1, 1))
 
 
@@ -140,6 +145,33 @@ def test_times_of_parquet_columns(tmp_path):
         assert read(path) == [("7", "8", round((moment - half_a_day).timestamp() * 1e6))]
 
 
+def test_parquet_values_that_python_cannot_hold(tmp_path):
+    rows = {"user": ["7", "7"], "item": ["8", "9"], "time": [T0, T0 + 1]}
+    never = {
+        "seen": pa.array([2**62, 0], pa.timestamp("us")),
+        "day": pa.array([2**31 - 1, 0], pa.int32()).cast(pa.date32()),
+        "took": pa.array([2**62, 0], pa.duration("ms")),
+    }
+    for name, column in never.items():
+        pq.write_table(pa.table({**rows, name: column}), tmp_path / "other.parquet")
+        assert read(tmp_path / "other.parquet") == [("7", "8", T0 * 10**6), ("7", "9", (T0 + 1) * 10**6)]
+    pq.write_table(pa.table({**rows, "time": never["seen"]}), tmp_path / "time.parquet")
+    assert "row 1, time: expected a date or seconds" in problems_of(read, tmp_path / "time.parquet")
+
+
+def test_parquet_prices_are_as_they_were_written():
+    for kind in (pa.float32(), pa.float64()):
+        assert values_of(pa.array([19.99, None, 1e-7, 3.0, float("inf")], kind)) == [
+            19.99,
+            None,
+            1e-7,
+            3.0,
+            float("inf"),
+        ]
+    (large,) = values_of(pa.array([2.0**25], pa.float32()))
+    assert isinstance(large, cells.Rounded) and np.isnan(values_of(pa.array([float("nan")], pa.float32()))[0])
+
+
 def test_ids_are_text_of_one_form():
     same = [cells.identifier(value) for value in ("12", " 12\n", 12, 12.0)]
     assert same == ["12"] * 4 and cells.identifier("0012") == "0012" and cells.identifier(2**70) == str(2**70)
@@ -162,6 +194,7 @@ def test_ids_are_text_of_one_form():
         ("none such", "none such"),
         ("&amp;lt;a_1&amp;gt;", "&lt;a_1&gt;"),
         (["one ", "", None, ["two", 3]], "one two 3"),
+        ("Pens&notebooks &copy DVD &copy; &#x41;&#66;", "Pens&notebooks &copy DVD © AB"),
         ("螺丝 🔩 M3", "螺丝 🔩 M3"),
         ("half \ud83d", "half ?"),
         (float("nan"), ""),

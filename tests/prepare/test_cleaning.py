@@ -118,6 +118,13 @@ def test_rows_histories_and_splits(tmp_path_factory, rows, max_history, split):
             assert own == ([0] if len(own) == 1 else [0, 2] if len(own) == 2 else [0] * (len(own) - 2) + [1, 2])
 
 
+def test_a_row_has_no_more_room_than_the_longest_history(tmp_path):
+    spool = spooled([(0, i % NUM_ITEMS, i) for i in range(12)] + [(1, i, i) for i in range(3)], tmp_path / "s")
+    cleaning.order_and_drop_duplicates(spool)
+    rows, _ = cleaning.rows_of(spool, str(tmp_path / "r"), np.arange(NUM_ITEMS), 10**9, "time")
+    assert {len(row["history"]) for part in rows for row in part} == {11}
+
+
 def test_one_part_at_a_time_is_in_memory(tmp_path):
     rng = np.random.default_rng(0)
     spool = cleaning.Spool(str(tmp_path / "s"), cleaning.INTERACTION)

@@ -57,8 +57,11 @@ def test_a_damaged_file_is_refused(tmp_path):
     assert item_embeddings.rows_of_embeddings("f", matrix, 3, [2, 0]).tolist() == [[0, 0, 1], [1, 0, 0]]
     with pytest.raises(InputError, match="has 3 rows, the items file 4"):
         item_embeddings.rows_of_embeddings("f", matrix, 4, [0])
-    with pytest.raises(InputError, match="row 2: contains NaN or infinity \\(1 such rows\\)"):
-        item_embeddings.rows_of_embeddings("f", np.array([[1.0], [np.nan]]), 2, [0, 1])
+    for value in (np.nan, -np.inf, 1e25):
+        with pytest.raises(
+            InputError, match=r"row 2: contains NaN or infinity, or a value above 1e\+15 \(1 such rows\)"
+        ):
+            item_embeddings.rows_of_embeddings("f", np.array([[1.0], [value]]), 2, [0, 1])
     for bad in (np.array([1.0]), np.array([["a"]]), np.array([[None]], object), np.empty((2, 0))):
         np.save(tmp_path / "bad.npy", bad)
         with pytest.raises(InputError, match=r"--embeddings .*bad.npy: cannot be read"):

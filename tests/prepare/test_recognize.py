@@ -5,10 +5,11 @@ import gzip
 import io
 import json
 import lzma
+import os
 import zipfile
 
 import pytest
-from raw_files import ROWS, problems_of, read_seconds, table, written
+from raw_files import ROWS, problems_of, read, read_seconds, table, written
 
 from minionerec.prepare import delimited, json_rows
 from minionerec.prepare.recognize import Layout
@@ -57,13 +58,21 @@ def objects(rows=ROWS) -> list[dict]:
         ("[\n" + ",\n".join(map(json.dumps, objects())) + "\n]\n", {}, {}),
         ("\n".join(map(repr, objects())), {}, {}),
         (gzip.compress("\n".join(map(repr, objects())).encode()), {}, {}),
+        *((json.dumps(objects(), indent=indent), {"delimiter": ","}, {}) for indent in (None, 1)),  # of the other file
+        ("\n".join(map(json.dumps, objects())), {"delimiter": ","}, {}),
+        ("\n".join(repr(row).replace("{'", "{ u'", 1) for row in objects()), {}, {}),
     ],
-    ids=range(28),
+    ids=range(32),
 )
 def test_layouts_are_recognized_or_named(tmp_path, content, layout, given):
     path = written(tmp_path / "file", content)
     found, raw, _ = read_seconds(path, layout=Layout(**layout), **given)
     assert sorted((u, i, t) for u, i, t in found) == sorted(ROWS) and raw.num_rows == 3 and not raw.refused
+
+
+def test_a_pipe_is_refused(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    assert "is a pipe or a device, and has to be read more than once" in problems_of(read, tmp_path / "pipe")
 
 
 @pytest.mark.parametrize(
