@@ -76,7 +76,9 @@ class EvaluateFlags(PromptFlags, BlendFlags, DeviceFlags):
     K: int = flag(0, "an additional cut-off next to 1, 3, 5, 10, 20, 50; 0 for none (the original ignores the flag).")
     seed: int = flag(42, "of the validation rows that the weight of blend is chosen on; nothing else is random.")
     length_penalty: float = flag(
-        0.0, "beam scores are divided by their length to this power; without effect if all SIDs have the same length."
+        0.0,
+        "beam scores are divided by their length to this power; without effect if all SIDs have the same length.",
+        lambda value: None if abs(value) <= 10 else "must be from -10 to 10",
     )
     max_new_tokens: int = flag(256, "the most tokens a SID may have.", above_zero)
     num_beams: int = flag(50, "items ranked per row.", above_zero)
@@ -179,6 +181,7 @@ def read_input(flags: EvaluateFlags) -> EvaluateInput:
         notes += checkpoint.differing_prompts(prompts)
     else:
         notes += checkpoint.differing_flags(flags.to_dict(), ("category",))
+    notes += checkpoint.not_taught
     return EvaluateInput(*(checkpoint, base, prompts, sids, items, targets, examples, blend, eval_file, weighed, notes))
 
 

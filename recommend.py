@@ -227,7 +227,7 @@ def read_files(problems: Problems, flags: RecommendFlags) -> RecommendInput:
         notes = checkpoint.differing_prompts(prompts)
     else:
         notes = checkpoint.differing_flags(flags.to_dict(), ("category",))
-    notes += items.notes
+    notes += checkpoint.not_taught + items.notes
     return RecommendInput(checkpoint, base, prompts, items, reader, blend, request, count, settings, done, keys, notes)
 
 

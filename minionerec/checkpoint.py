@@ -8,7 +8,7 @@ from pathlib import Path
 
 from minionerec import __version__, world
 from minionerec.data.files import shorten
-from minionerec.data.prompts import Prompts, load_prompts
+from minionerec.data.prompts import RECOMMENDATION, Prompts, load_prompts
 from minionerec.errors import InputError, Problems
 from minionerec.flags import AdapterFlags, engine
 from minionerec.validation import ADAPTER, FLAGS, RUN, TRAINER_STATE, check_values
@@ -173,6 +173,18 @@ class Checkpoint:
                 task = replace(task, response=next(iter(responses)))
             wordings[name] = known.tasks.get(name, task)
         return replace(known, tasks=wordings)
+
+    @property
+    def not_taught(self) -> list[str]:
+        """A warning, or none, where its run recorded tasks, but not the one that it is asked: to recommend."""
+        try:
+            known = self.recorded_prompts
+        except InputError:  # `prompts` and `differing_prompts` say so
+            return []
+        if known is None or RECOMMENDATION in known.tasks:
+            return []
+        taught = ", ".join(known.tasks)
+        return [f"warning: {self.path} is asked for {RECOMMENDATION}, on which it was not trained, only on {taught}"]
 
     def differing_prompts(self, prompts: Prompts) -> list[str]:
         """A warning, or none, where it was trained with another wording of the tasks that it shares with `prompts`."""

@@ -239,7 +239,8 @@ class Ranker:
         Raises InputError for an item that the catalogue does not have, and for a k above `num_beams`.
         """
         reader = RequestReader(self._items, None, k, self.num_beams)
-        return self.answer([reader.read({"history": list(history), "K": k, "exclude_seen": exclude_seen})])[0]
+        items = history if isinstance(history, str) else list(history)  # a text is refused, not taken for its letters
+        return self.answer([reader.read({"history": items, "K": k, "exclude_seen": exclude_seen})])[0]
 
     def answer(
         self, requests: Sequence[Request], bar: tqdm | None = None, chunk: int | None = None

@@ -14,7 +14,7 @@ import merge_lora
 import rl
 from minionerec import __version__
 from minionerec.checkpoint import LACKED_IN_0_1, Checkpoint, newest_checkpoint
-from minionerec.data.prompts import RECOMMENDATION
+from minionerec.data.prompts import RECOMMENDATION, load_prompts
 from minionerec.errors import InputError
 
 HUGE = "{sid_history:>400000000}"
@@ -107,6 +107,13 @@ def test_tasks_that_were_not_trained_end_as_those_that_were(tmp_path):
         Checkpoint.read(checkpoint).prompts("", default=("description_to_sid", "sid_to_title", RECOMMENDATION)).tasks
     )
     assert [task.response for task in tasks.values()] == ["{sid}\n", "{sid}\n", "{title}"]
+
+
+def test_a_task_that_was_not_taught_is_named(tmp_path):
+    other = str(record(tmp_path / "other", load_prompts("bolts", tasks="title_to_sid").to_json()))
+    (warning,) = Checkpoint.read(other).not_taught
+    assert warning.endswith("is asked for sid_history_to_sid, on which it was not trained, only on title_to_sid")
+    assert not Checkpoint.read(str(record(tmp_path / "good", GOOD))).not_taught
 
 
 @pytest.mark.parametrize("content", ["[1]", "5", "{", "[" * 100_000, "\ud800"])

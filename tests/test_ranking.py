@@ -34,6 +34,8 @@ def test_a_ranker_says_what_is_wrong(files, sft_run):
     ranker = Ranker.load(checkpoint, info_file=files["info"], num_beams=10)
     with pytest.raises(InputError, match="'x' is no item id, SID or title"):
         ranker.recommend(["x"])
+    with pytest.raises(InputError, match='"history" must be a list of items'):
+        ranker.recommend("12")
     with pytest.raises(InputError, match="whole number from 1 to 10"):
         ranker.recommend(["12"], k=11)
     with pytest.raises(InputError, match="no such file"):

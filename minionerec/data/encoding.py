@@ -2,6 +2,7 @@
 
 import math
 import re
+from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from itertools import chain, islice, product, takewhile
@@ -177,12 +178,12 @@ class Encoder:
         def ids_of(fields: dict[str, str]) -> list[int]:
             return self._prompts(task, [fields], self._with_control_tokens(task, [fields]))[0]
 
+        # The oldest items go first, as few as will do; their number is searched by halves.
         if isinstance(row, Interaction):
-            while len(row.sid_history) > 1:
-                row = row.without_oldest()
-                ids = ids_of(_fields(row))
-                if len(ids) <= budget:
-                    return ids
+            without_oldest, numbers = row.without_oldest, range(1, len(row.sid_history))
+            count = bisect_left(numbers, True, key=lambda n: len(ids_of(_fields(without_oldest(n)))) <= budget)
+            row = without_oldest(min(count + 1, len(numbers)))
+        # Then the end of the longest text.
         fields = _fields(row)
         ids = ids_of(fields)
         while len(ids) > budget:

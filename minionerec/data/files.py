@@ -13,14 +13,17 @@ command can check its input before it spends seconds on importing torch.
 
 import ast
 import csv
+import io
 import json
 import os
 import random
 import re
 import sys
+import tokenize
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import TextIO, TypeGuard, cast
 
 from minionerec.data import parallel
@@ -32,6 +35,7 @@ SID_COLUMNS = ("history_item_sid", "item_sid")
 TITLE_COLUMNS = ("history_item_title", "item_title")
 ITEM_COLUMN = "item_id"
 HISTORY_COLUMN = "history"  # of a file of requests
+REQUEST_COLUMNS = ("K", "exclude_seen", "allow", "deny", "where")  # what JSON lines say beside it
 
 MOST_PROBLEMS = 5  # of one file that are listed; the others are only counted
 
@@ -114,8 +118,9 @@ class Interaction:
     sid: str
     title: str
 
-    def without_oldest(self) -> "Interaction":
-        return Interaction(self.sid_history[1:], self.title_history[1:], self.sid, self.title)
+    def without_oldest(self, count: int) -> "Interaction":
+        """Without the `count` oldest items of the history."""
+        return Interaction(self.sid_history[count:], self.title_history[count:], self.sid, self.title)
 
 
 def open_text(path: str, flag: str, newline: str | None = None) -> TextIO:
@@ -321,7 +326,25 @@ def _list_cell(text: str, missing: bool = False) -> list[str] | None:
             return None
     except (ValueError, SyntaxError, MemoryError, RecursionError, TypeError):
         return None
-    return value if isinstance(value, list) and all(map(is_text, value)) else None
+    if not isinstance(value, list) or joins_texts(text):
+        return None
+    texts = [_in_one_piece(part) if isinstance(part, str) else part for part in value]
+    return texts if all(map(is_text, texts)) else None
+
+
+def joins_texts(cell: str) -> bool:
+    """Whether a Python literal has two texts with no comma between them, as numpy writes lists: Python joins them."""
+    tokens = tokenize.generate_tokens(io.StringIO(cell.strip()).readline)
+    kinds = [token.type for token in tokens if token.type != tokenize.NL]
+    return (tokenize.STRING, tokenize.STRING) in pairwise(kinds)
+
+
+def _in_one_piece(text: str) -> str:
+    """Text in which two escapes for one letter, such as JSON writes for an emoji, are that letter."""
+    try:
+        return text if is_text(text) else text.encode("utf-16", "surrogatepass").decode("utf-16")
+    except UnicodeDecodeError:
+        return text
 
 
 def _is_missing(node: ast.expr) -> bool:
@@ -415,7 +438,14 @@ def read_histories(path: str, flag: str, problems: FileProblems) -> Iterator[tup
     """
     with open_text(path, flag, newline="") as file:
         try:
-            column = HISTORY_COLUMN if HISTORY_COLUMN in next(csv.reader(file), []) else SID_COLUMNS[0]
+            header = next(csv.reader(file), [])
+            column = HISTORY_COLUMN if HISTORY_COLUMN in header else SID_COLUMNS[0]
+            ignored = [name for name in REQUEST_COLUMNS if name in header]
+            if ignored:
+                raise InputError(
+                    f"--{flag} {path}: of a CSV file only the histories are read, not {', '.join(ignored)}; give JSON "
+                    "lines, or drop the column"
+                )
         except (UnicodeDecodeError, csv.Error):
             column = SID_COLUMNS[0]  # `_csv_rows` says what is wrong
     for line, (cell,) in _csv_rows(path, flag, (column,)):
@@ -434,7 +464,7 @@ def _history(cell: str, column: str) -> list | str:
         value = ast.literal_eval(cell)
     except (ValueError, SyntaxError, MemoryError, RecursionError, TypeError):
         value = None
-    return value if isinstance(value, list) else _not_a_list(column, cell)
+    return value if isinstance(value, list) and not joins_texts(cell) else _not_a_list(column, cell)
 
 
 def read_item_ids(path: str, flag: str) -> list[str]:
@@ -510,7 +540,7 @@ def _sid_history(cell: str) -> list[str] | str:
 
 
 def _not_a_list(column: str, cell: str) -> str:
-    return f"{column} must be a list of texts such as ['a', 'b'], found {shorten(cell)}"
+    return f"{column} must be a list of texts with commas, such as ['a', 'b'], found {shorten(cell)}"
 
 
 def sample_rows(rows: Iterable, count: int, sample: int, seed: int) -> Iterator:

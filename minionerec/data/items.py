@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 
 from minionerec.data.files import (
+    ITEM_COLUMN,
     FileProblems,
     InfoItem,
     check_is_file,
@@ -139,6 +140,10 @@ class Items:
             raise InputError(f"{shorten(text)} is the title of several items; give an id: {ids}")
         return found
 
+    def knows(self, text: str) -> bool:
+        """Whether a text is an item id, a SID or a title, even one of several items."""
+        return any(text.strip() in known for known in (self.named, self.of_sid, self.of_title))
+
     def search(self, words: str, most: int) -> Iterator[InfoItem]:
         """At most `most` items: the one with this id, then those whose titles contain all the words, in any case, in
         the order of the file."""
@@ -180,10 +185,15 @@ def read_targets(
     items = Items(listed, info_file, purchases)
     rows = read_interactions(test_file, "test_data_path", titles=False)
     targets = [items.number_of.get(item) for item in read_item_ids(test_file, "test_data_path")]
-    for target, row in zip(targets, rows, strict=True):
+    for number, (target, row) in enumerate(zip(targets, rows, strict=True), 1):
         if target is not None and items.all[target].sid != row.sid:
             raise InputError(
                 f"item {items.all[target].id!r} is {items.all[target].sid} in {info_file} and {row.sid} in {test_file}"
+            )
+        if target is None and row.sid in items.of_sid:
+            known = items.all[items.of_sid[row.sid][0]].id
+            raise InputError(
+                f"{test_file}, row {number}: {ITEM_COLUMN} is no item of {info_file}, where {row.sid} is item {known!r}"
             )
     return items, targets
 
@@ -229,12 +239,13 @@ class ItemColumns:
         """The columns with values that several items share, each with at most `most` values as the file writes them,
         the most common first. Titles and descriptions are no choice."""
         if self._choices is None:
-            self._choices = {}
-            for name in set(self.names) - {"title", "description"}:
+            found = {}
+            for name in self.names:
                 cells = (row.get(name) for row in self.rows if isinstance(row, dict))
                 values = Counter(text for cell in cells for text in _parts(cell))
-                if values and len(values) * 2 <= values.total():
-                    self._choices[name] = [text for text, _ in values.most_common(most)]
+                if name not in ("title", "description") and values and len(values) * 2 <= values.total():
+                    found[name] = [text for text, _ in values.most_common(most)]
+            self._choices = found  # at once: requests are answered in several threads
         return self._choices
 
     def where(self, condition: str) -> frozenset[int]:
@@ -260,7 +271,8 @@ class ItemColumns:
             self._numbers[name] = dict(numbers)
         found = self._numbers[name].get(value.casefold())
         if not found:
-            close = difflib.get_close_matches(value.casefold(), self._numbers[name], n=1)
+            known = self._numbers[name] if len(self._numbers[name]) <= MOST_COMPARED else ()
+            close = difflib.get_close_matches(value.casefold(), known, n=1)
             hint = f"; did you mean {shorten(close[0])}?" if close else ""
             raise InputError(f"where {shorten(condition)}: no item has this value{hint}")
         return frozenset(found)
@@ -284,17 +296,31 @@ class ItemColumns:
         return found
 
 
+MOST_COMPARED = 1000  # values among which a mistyped one is searched; that takes up to a millisecond each
+
 _SIGN = re.compile("(<=|>=|<|>|=)")
-_THOUSANDS, _DECIMAL_COMMA = r"\d{1,3}(?:,\d{3})+(?:\.\d+)?", r"\d+,\d{1,2}"
-_NUMBER = re.compile(rf"-?(?:(?:{_THOUSANDS}|{_DECIMAL_COMMA})(?![\d,.])|\d+(?:\.\d+)?)")
+# Numbers as 1,299.00, as 1.299,00 and 3,50, and as 1299.0, .99 and 1e-05.
+_COMMA_THOUSANDS = r"\d{1,3}(?:,\d{3})+(?:\.\d+)?"
+_DECIMAL_COMMA = r"(?:\d{1,3}(?:\.\d{3})+|\d+),\d{1,2}"
+_PLAIN = r"(?:\d+(?:\.\d+)?|(?<![\w.])\.\d+)(?:[eE][+-]?\d+(?!\w))?"
+_NUMBER = re.compile(rf"-?(?:(?:(?P<thousands>{_COMMA_THOUSANDS})|(?P<comma>{_DECIMAL_COMMA}))(?![\d,.])|{_PLAIN})")
 
 
 def _number(value: object) -> float | None:
     """The first number of a cell, such as 3.4 of `$3.40 - $5.00`; None where there is none."""
     if isinstance(value, list):
         return next((number for part in value[:10] if (number := _number(part)) is not None), None)
-    found = None if isinstance(value, bool) or not isinstance(value, str | int | float) else _NUMBER.search(str(value))
-    return float(re.sub(r",(?=\d{3})", "", found.group()).replace(",", ".")) if found else None
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        return None
+    if not isinstance(value, str):
+        return float(value) if abs(value) < 1e300 else None  # not NaN either
+    found = _NUMBER.search(value)
+    if found is None:
+        return None
+    text = found.group()
+    if found["comma"]:
+        text = text.replace(".", "").replace(",", ".")
+    return float(text.replace(",", ""))
 
 
 def _parts(value: object) -> Iterator[str]:

@@ -298,7 +298,7 @@ def load_prompts(
     if prompt_file:
         check_is_file(prompt_file, "prompt_file")
         try:
-            with open(prompt_file, encoding="utf-8") as file:
+            with open(prompt_file, encoding="utf-8-sig") as file:
                 data = json.load(file)
         except (OSError, ValueError, RecursionError) as error:
             raise InputError(f"--prompt_file {prompt_file}: cannot be read as JSON: {error}") from None

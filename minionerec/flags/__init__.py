@@ -531,8 +531,11 @@ def check_new_folder(problems: Problems, output_dir: str) -> None:
 
 def check_new_file(problems: Problems, name: str, path: str, what: str) -> None:
     """A file that a command makes as a whole, or replaces; `what` it is, for the message."""
-    if not path or os.path.isdir(path):
+    if not path or path.endswith(os.sep) or os.path.isdir(path):
         problems.add(f"--{name} {path!r}: give the path of a file for {what}")
+    elif os.path.dirname(os.path.abspath(path)) == "/dev" or (os.path.exists(path) and not os.path.isfile(path)):
+        # A finished file takes the place of what has its name, and /dev/null is needed.
+        problems.add(f"--{name} {path}: is a device or a pipe, not a file; give the path of a file for {what}")
     elif _fits(problems, name, path) and locks.check_free(problems, name, path, locks.lock_of_new):
         check_writable(problems, name, os.path.dirname(os.path.abspath(path)))
 

@@ -153,16 +153,14 @@ class RequestReader:
     def parse_history(self, text: str) -> object:
         """The history on a command line: a JSON list, one item, or ids and SIDs separated by commas."""
         text = text.strip()
+        if self.items.knows(text):
+            return [text]
         if text.startswith("["):
             try:
                 return json.loads(text)
             except (ValueError, RecursionError) as error:
                 raise InputError(f"--history {shorten(text)}: is not a JSON list: {error}") from None
-        try:
-            self.items.find(text)
-            return [text]
-        except InputError:
-            return [part.strip() for part in text.split(",")] if "," in text else [text]
+        return [part.strip() for part in text.split(",")]
 
 
 def _texts(name: str, value: object, most: int | None) -> list[str]:

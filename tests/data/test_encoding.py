@@ -48,6 +48,17 @@ def test_the_oldest_items_go_first(tokenizer):
         assert ids == encoder.encode_prompts(task, [expected], [512])[0]
 
 
+def test_a_long_history_is_shortened_in_few_steps(tokenizer):
+    prompts = load_prompts("bolts")
+    encoder = Encoder(tokenizer, prompts, 512)
+    row = Interaction(["<a_1><b_0><c_0>"] * 1000, [], "<a_0><b_0><c_0>", "")
+    tokenized = []
+    plain = encoder._prompts
+    encoder._prompts = lambda *args: tokenized.append(1) or plain(*args)
+    (ids,) = encoder.encode_prompts(prompts.tasks[RECOMMENDATION], [row], [100])
+    assert 90 < len(ids) <= 100 and len(tokenized) < 15
+
+
 def test_nothing_is_longer_than_the_cutoff(tokenizer):
     prompts = load_prompts("bolts")
     encoder = Encoder(tokenizer, prompts, 64)

@@ -31,11 +31,23 @@ def test_cells_survive_the_round_trip(tmp_path):
     assert read == data_files.Interaction(["<a>", "<b>", "<a>"], titles, "<b>", "it's, “new”")
 
 
+def test_lists_may_be_json(tmp_path):
+    titles = ["a \U0001f600", "it's", 'say "x"\n']
+    for cell in (json.dumps(titles), json.dumps(titles, ensure_ascii=False), str(titles)):
+        path = write(tmp_path / "t.csv", [row(cell, "x", "['<a>', '<b>', '<a>']")])
+        (read,) = data_files.read_interactions(path, "train_file")
+        assert read.title_history == titles
+    half = write(tmp_path / "t.csv", [row('["\\ud83d", "b", "c"]', "x", "['<a>', '<b>', '<a>']")])
+    assert "must be a list of texts" in problem(data_files.count_rows, half, "train_file")
+
+
 @pytest.mark.parametrize(
     ("bad", "message"),
     [
         (row(sids="__import__('os').system('touch hacked')"), "history_item_sid must be a list of texts"),
         (row(sids="[" * 5000), "history_item_sid must be a list of texts"),
+        (row(sids="['<a>' '<b>']"), "history_item_sid must be a list of texts with commas"),
+        (row(titles="['x'  \"y\"]"), "history_item_title must be a list of texts with commas"),
         (row(titles="5"), "history_item_title must be a list of texts"),
         (row(sids="[]", titles="[]"), "history_item_sid is empty"),
         (row(titles="['x', 'y']"), "history_item_title has 2 entries, history_item_sid 1"),

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from minionerec.data import items as data_items
 from minionerec.data.files import InfoItem, with_original_ids
 from minionerec.data.items import ItemColumns, Items, read_item_list
 from minionerec.errors import InputError
@@ -48,6 +49,50 @@ def test_a_condition_that_chooses_nothing_is_refused(columns, condition, message
     with pytest.raises(InputError) as error:
         columns.where(condition)
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("cell", "number"),
+    [
+        (1e-05, 1e-5),
+        (1e16, 1e16),
+        (5, 5),
+        (float("nan"), None),
+        (".99", 0.99),
+        ("$ .5", 0.5),
+        ("No.5", 5),
+        ("1e-3", 1e-3),
+        ("2E4x4", 2),
+        ("1.299,00 €", 1299),
+        ("12.345.678,9", 12345678.9),
+        ("1,299.50", 1299.5),
+        ("1.299", 1.299),
+        ("3,50", 3.5),
+        ("-7", -7),
+    ],
+)
+def test_numbers_are_read_as_they_are_written(cell, number):
+    assert data_items._number(cell) == number
+
+
+def test_a_mistyped_value_is_not_compared_with_every_value(columns):
+    with pytest.raises(InputError, match="no item has this value; did you mean 'a<b'"):
+        columns.where("brand=a<c")
+    columns._numbers["brand"] = {str(i): {i} for i in range(data_items.MOST_COMPARED + 1)}
+    with pytest.raises(InputError, match=r"no item has this value$"):
+        columns.where("brand=1000x")
+
+
+def test_targets_that_are_no_items_are_refused(tmp_path):
+    listed = [InfoItem("0", "Bolt", "<a_0>"), InfoItem("1", "Nut", "<a_0>"), InfoItem("2", "Cap", "<a_1>")]
+    header = "history_item_sid,item_sid,item_id\n"
+    test = tmp_path / "test.csv"
+    test.write_text(header + "['<a_1>'],<a_0>,1\n['<a_1>'],<a_9>,9\n")  # a new item is none of the catalogue
+    assert data_items.read_targets(listed, "info", "", str(test))[1] == [1, None]
+    for name in ("B00X", "1.0", ""):
+        test.write_text(header + f"['<a_1>'],<a_0>,1\n['<a_0>'],<a_1>,{name}\n")
+        with pytest.raises(InputError, match="row 2: item_id is no item of info, where <a_1> is item '2'"):
+            data_items.read_targets(listed, "info", "", str(test))
 
 
 def with_originals(*originals: object, only: bool = False) -> Items:

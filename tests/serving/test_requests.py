@@ -4,6 +4,8 @@ import pytest
 from helpers import run_command
 from recommended import flags_of, recommended
 
+from minionerec.errors import InputError
+
 BAD = [
     (b"", "the body is not JSON"),
     (b"\xff\xfe", "the body is not JSON"),
@@ -82,6 +84,27 @@ def test_a_csv_file_needs_histories_only(files, checkpoint, tmp_path, kind):
     (tmp_path / name).write_text(header + lines)
     found = recommended(files, checkpoint, tmp_path / "o.jsonl", histories=tmp_path / name)
     assert [row["history"] for row in found] == histories and all(len(row["items"]) == 20 for row in found)
+
+
+def test_columns_that_a_csv_file_cannot_have_are_refused(files, checkpoint, tmp_path):
+    (tmp_path / "h.csv").write_text('history,K,exclude_seen\n"[12, 40]",2,True\n')
+    done = run_command("recommend.py", **flags_of(files, checkpoint, tmp_path / "o", histories=tmp_path / "h.csv"))
+    assert done.returncode == 2 and "only the histories are read, not K, exclude_seen; give JSON lines" in done.stderr
+
+
+def test_a_history_on_the_command_line(reader):
+    titled = reader.items.all[0].title
+    for text, history in (
+        ("12, 30", ["12", "30"]),
+        ('["12", 30]', ["12", 30]),
+        (titled, [titled]),
+        ("[2-Pack] Glue, 25 ml", ["[2-Pack] Glue, 25 ml"]),
+    ):
+        reader.items.of_title["[2-Pack] Glue, 25 ml"] = [3, 4]  # of two items: asked for by id, and not split
+        assert reader.parse_history(text) == history
+    del reader.items.of_title["[2-Pack] Glue, 25 ml"]
+    with pytest.raises(InputError, match="is not a JSON list"):
+        reader.parse_history("[2-Pack] Glue")
 
 
 def test_bad_histories_of_a_csv_file_are_named_with_their_lines(files, checkpoint, tmp_path):
