@@ -262,10 +262,19 @@ def train(flags: RLFlags) -> "dict | Prediction":
     # Find the checkpoint to resume from.
     fingerprint = loading.fingerprint(inputs.base)
     recorded_flags = {**flags.to_dict(), "cutoff_len": inputs.cutoff_len}
-    run = run_record("rl", flags.method, recorded_flags, inputs.wording, fingerprint)
+    of_catalogue = inputs.catalogue.sid_tokens
+    run = run_record("rl", flags.method, recorded_flags, inputs.wording, fingerprint, of_catalogue)
     nodes.check_same(flags.to_dict(), base=fingerprint)
     nodes.check_output_shared(flags.output_dir)
     resume = resume_point(flags, run, state.print)
+    cutoff = watched_cutoff(min(flags.test_beam, len(trie)))
+    if resume:
+        beams = resume.flags.get("test_beam", flags.test_beam)
+        if (before := watched_cutoff(min(beams, len(trie)))) != cutoff:
+            raise InputError(
+                f"--test_beam {flags.test_beam}: the best checkpoint is chosen by the metrics at {cutoff}, and was by "
+                f"those at {before} up to {resume.path}; resume with --test_beam {beams}"
+            )
 
     # Load the policy. Probed before the weights are sharded, and for the longest rows that any process can have.
     model = load_policy(inputs, tokenizer, fingerprint)
@@ -285,7 +294,6 @@ def train(flags: RLFlags) -> "dict | Prediction":
 
     # Train.
     graphs.record(model, flags.compile, state.print)
-    cutoff = watched_cutoff(min(flags.test_beam, len(trie)))
     watched = f"{BEST_BY[flags.best_by]}@{cutoff}"
     trainer = ReReTrainer(
         model=model,

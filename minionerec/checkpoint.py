@@ -2,8 +2,10 @@
 
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
+from hashlib import file_digest, sha256
 from pathlib import Path
 
 from minionerec import __version__, world
@@ -42,7 +44,17 @@ def is_adapter(path: str) -> bool:
     return os.path.isfile(os.path.join(path, ADAPTER_FILE))
 
 
-def run_record(command: str, method: str, flags: dict, prompts: Prompts, base_fingerprint: str | None) -> dict:
+DATA_FLAGS = ("train_file", "eval_file", "info_file", "sid_index_path", "item_meta_path")
+
+
+def run_record(
+    command: str,
+    method: str,
+    flags: dict,
+    prompts: Prompts,
+    base_fingerprint: str | None,
+    sid_tokens: Sequence[str],
+) -> dict:
     """What a run writes into each of its checkpoints, as `Checkpoint.run`."""
     return {
         "command": command,
@@ -53,7 +65,15 @@ def run_record(command: str, method: str, flags: dict, prompts: Prompts, base_fi
         "flags": flags,
         "prompts": prompts.to_json(),
         "base_fingerprint": base_fingerprint,
+        "sid_tokens": f"{len(sid_tokens)} tokens, {sha256(' '.join(sid_tokens).encode()).hexdigest()[:12]}",
+        "data": {name: digest(flags[name]) for name in DATA_FLAGS if flags.get(name)},
     }
+
+
+def digest(path: str) -> str:
+    """The content of a file, in words."""
+    with open(path, "rb") as file:
+        return f"a file of {os.path.getsize(path)} bytes, {file_digest(file, 'sha256').hexdigest()[:12]}"
 
 
 @dataclass(frozen=True)
@@ -64,8 +84,8 @@ class Checkpoint:
         path: the folder or name.
         adapter: the configuration of a PEFT adapter; None for a whole model.
         run: the resolved configuration of the run that wrote it (command, method, release, engine, processes, flags,
-            prompts, fingerprint of the base, seconds of training), as this release records it; empty where there is
-            none.
+            prompts, fingerprint of the base, SID tokens, content of the files, seconds of training), as this release
+            records it; empty where there is none.
     """
 
     path: str

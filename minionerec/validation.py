@@ -48,6 +48,8 @@ RUN = {
     "engine": TEXT,
     "processes": (_is_whole(1), "a whole number from 1"),
     "base_fingerprint": TEXT_OR_NULL,
+    "sid_tokens": TEXT,
+    "data": OBJECT,
     "seconds": (lambda value: is_number(value) and value >= 0, "a number from 0"),
     "unlogged": (_is_log, "an object with the numbers total, loss and step, and lists of numbers as metrics"),
     "flags": OBJECT,
@@ -56,7 +58,7 @@ RUN = {
 FLAGS = {
     "cutoff_len": (_is_whole(32), "a whole number from 32"),
     **dict.fromkeys(("use_lora", "use_qlora", "load_in_8bit", "use_rslora", "use_dora"), TRUE_OR_FALSE),
-    **dict.fromkeys(("lora_r", "lora_alpha"), (_is_whole(1), "a whole number from 1")),
+    **dict.fromkeys(("lora_r", "lora_alpha", "test_beam"), (_is_whole(1), "a whole number from 1")),
     **dict.fromkeys(("category", "sid_index_path", "eval_file", "lora_target_modules"), TEXT),
 }
 ADAPTER = {

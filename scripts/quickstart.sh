@@ -9,6 +9,10 @@ if [ $# != 0 ]; then
     exit 2
 fi
 OUT="${OUT:-out/quickstart}"
+if [[ "$OUT" == *,* ]]; then
+    echo "quickstart.sh: error: OUT=$OUT: must not contain a comma" >&2
+    exit 2
+fi
 if [ -e "$OUT" ]; then
     echo "quickstart.sh: error: $OUT exists already; remove it, or name another folder: OUT=out/again" >&2
     exit 2

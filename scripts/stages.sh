@@ -3,7 +3,7 @@
 # variables; the arguments of a function come after its own flags, so they override them.
 #
 #   METHOD=lora|qlora|full   PRESET=quick|balanced|best|low_memory (low_memory: QLoRA, unless METHOD is set)
-#   NPROC=number of processes, one per GPU; an optimizer step has as many rows and prompts with any number
+#   NPROC=number of processes, one per GPU: 1, 2, 4, 8, 16 or 32; an optimizer step has as many rows and prompts with any
 #   CONFIG=configs/zero2.yaml (or zero3, fsdp) to train with that engine instead of plain data parallelism
 #   BASE_MODEL, CATEGORY, DATA (folder with train, valid, test, info, index), OUT (folder for results)
 #   TRAIN_FILE, EVAL_FILE, TEST_FILE, INFO_FILE, INDEX_FILE, ITEM_FILE instead of the files in DATA
@@ -17,15 +17,14 @@ CATEGORY="${CATEGORY:-Industrial_and_Scientific}" DATA="${DATA:-data/Amazon}"
 BASE_MODEL="${BASE_MODEL:-Qwen/Qwen2.5-0.5B}"
 COMPARE_OUT="${OUT:-output/${CATEGORY}_compare}" OUT="${OUT:-output/${CATEGORY}_${METHOD}}"
 
-first() { # prints the first file that matches, or the pattern, which the command then reports as missing
-    local IFS=
-    local files=($1)
+first() { # first folder ending: the first file of the category, or the pattern, which is then reported as missing
+    local files=("$DATA/$1/$CATEGORY"*"$2")
     echo "${files[0]}"
 }
-TRAIN_FILE="${TRAIN_FILE:-$(first "$DATA/train/$CATEGORY*.csv")}"
-EVAL_FILE="${EVAL_FILE:-$(first "$DATA/valid/$CATEGORY*.csv")}"
-TEST_FILE="${TEST_FILE:-$(first "$DATA/test/$CATEGORY*.csv")}"
-INFO_FILE="${INFO_FILE:-$(first "$DATA/info/$CATEGORY*.txt")}"
+TRAIN_FILE="${TRAIN_FILE:-$(first train .csv)}"
+EVAL_FILE="${EVAL_FILE:-$(first valid .csv)}"
+TEST_FILE="${TEST_FILE:-$(first test .csv)}"
+INFO_FILE="${INFO_FILE:-$(first info .txt)}"
 INDEX_FILE="${INDEX_FILE:-$DATA/index/$CATEGORY.index.json}"
 ITEM_FILE="${ITEM_FILE:-$DATA/index/$CATEGORY.item.json}"
 
@@ -72,13 +71,15 @@ launch_training() {
     fi
 }
 sft() {
+    [ $((64 % NPROC)) = 0 ] || [[ " $*" =~ " --batch_size"[=\ ] ]] ||
+        fail "NPROC=$NPROC: does not divide the 64 rows of an SFT step; take 1, 2, 4, 8, 16, 32 or 64, or --batch_size"
     launch_training sft.py --base_model "$BASE_MODEL" --output_dir "$OUT/sft" "${FILES[@]}" --batch_size 512 \
         --micro_batch_size auto --learning_rate "$SFT_RATE" --sid_learning_rate 3e-3 "${METHOD_FLAGS[@]}" \
         "${PRESET_FLAGS[@]}" "$@"
 }
 rl_batch() { # rl_batch flags...: sets RL_BATCH; an RL step has 32 prompts with 4 completions, rl.py counts per process
     local share=$((128 / NPROC)) pass
-    [ $((32 % NPROC)) = 0 ] || [[ " $* " == *" --train_batch_size "* ]] ||
+    [ $((32 % NPROC)) = 0 ] || [[ " $*" =~ " --train_batch_size"[=\ ] ]] ||
         fail "NPROC=$NPROC: does not divide the 32 prompts of an RL step; take 1, 2, 4, 8, 16 or 32, or --train_batch_size"
     pass=$((share < 64 ? share : 64))
     RL_BATCH=(--train_batch_size "$pass" --gradient_accumulation_steps "$((share / pass))")

@@ -141,7 +141,7 @@ def read_test_targets(test_data_path: str, info_file: str, train_file: str) -> T
 def folders_of(problems: Problems, runs: str) -> dict[str, list[str]]:
     """The folders under each name of `--runs`; what is wrong with it goes to `problems`."""
     folders: dict[str, list[str]] = {}
-    for run in (run for run in runs.split(",") if run):
+    for run in (run.strip() for run in runs.split(",") if run.strip()):
         name, equals, folder = run.partition("=")
         if equals:
             folders.setdefault(name, []).append(folder)

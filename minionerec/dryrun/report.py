@@ -6,7 +6,7 @@ import math
 import os
 import time
 from bisect import bisect_left
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from statistics import median
 from typing import NamedTuple, TypeVar
@@ -221,11 +221,12 @@ def _settings_to_try(flags: AdapterFlags) -> Iterable[dict[str, bool | str]]:
     """Settings to try, cheapest first: checkpointing, an adapter, a base in 8 and in 4 bits, an optimizer in 8 bits."""
     frozen = {"freeze_LLM": False} if flags.method == "freeze_LLM" else {}
     methods: list[dict[str, bool | str]] = [{}]
-    if not flags.adapted:
+    takes_adapter = not (isinstance(flags, SFTFlags) and flags.train_from_scratch)
+    if takes_adapter and not flags.adapted:
         methods.append({"use_lora": True, **frozen})
-    if flags.bits == 16:
+    if takes_adapter and flags.bits == 16:
         methods.append({"use_lora": True, "load_in_8bit": True, **frozen})
-    if not flags.use_qlora:
+    if takes_adapter and not flags.use_qlora:
         methods.append({"use_qlora": True, "use_lora": False, "load_in_8bit": False, **frozen})
     for method in methods:
         for checkpointing in sorted({flags.gradient_checkpointing, True}):
@@ -234,23 +235,40 @@ def _settings_to_try(flags: AdapterFlags) -> Iterable[dict[str, bool | str]]:
         yield {**methods[-1], "gradient_checkpointing": True, "optim": "adamw_8bit"}
 
 
-def suggestion(flags: Flags, batch: str, size: float, total_of: Callable[[Flags], float], least: int = 1) -> str:
-    """The first settings that fit `size` GB, as flags, each with the largest micro-batch that does, but not below
-    `least` rows. `total_of(flags)` is the predicted total, in GB, which grows with the micro-batch."""
-    most = getattr(flags, batch)
-    halves = [most >> times for times in range(most.bit_length())]
-    sizes = [rows for rows in halves if rows >= least] or halves[:1]
+def suggestion(
+    flags: Flags, batch: str, sizes: Sequence[int], memory: float, total_of: Callable[[Flags], float]
+) -> str:
+    """The first settings that fit `memory` GB, as flags, each with the largest of the `sizes` of the flag `batch` that
+    does; they fall. `total_of(flags)` is the predicted total, in GB, which grows with the size."""
     for changes in _settings_to_try(flags):
 
         def fits(rows: int, changes: dict = changes) -> bool:
             changed: dict = {**changes, batch: rows}
-            return total_of(replace(flags, **changed)) <= size
+            return total_of(replace(flags, **changed)) <= memory
 
         if fits(sizes[-1]):
             rows = sizes[bisect_left(sizes, True, hi=len(sizes) - 1, key=fits)]
             said = {name: value for name, value in {**changes, batch: rows}.items() if value != getattr(flags, name)}
             return "this does: " + " ".join(f"--{name} {value}" for name, value in said.items())
-    return "nor does anything else here: take a smaller model, or a smaller --cutoff_len"
+    shorter = ", or a smaller --cutoff_len" if isinstance(flags, SFTFlags) else ""
+    return f"nor does anything else here: take a smaller model{shorter}"
+
+
+def _divisors(number: int) -> list[int]:
+    """From the largest on."""
+    return [size for size in range(number, 0, -1) if number % size == 0]
+
+
+def smaller_micro_batches(flags: SFTFlags) -> list[int]:
+    """The sizes of a micro-batch of sft.py up to its own, which divide the rows of a step on one process."""
+    return [rows for rows in _divisors(flags.batch_size // world.size()) if rows <= flags.micro_rows]
+
+
+def smaller_passes(flags: RLFlags) -> list[int]:
+    """The completions of a pass of rl.py, a half of them and so on, as long as these are whole groups."""
+    most = flags.train_batch_size
+    halves = (most >> times for times in range(most.bit_length()))
+    return [size for size in halves if size % flags.num_generations == 0] or [most]
 
 
 # --- SFT --------------------------------------------------------------------------------------------------------------
@@ -329,8 +347,7 @@ def largest_micro_batch(
         def total_of(flags: SFTFlags) -> float:
             return inputs.predict(micro_batches.largest(flags), flags, on_gpu=True).total
 
-    of_process = flags.batch_size // world.size()
-    sizes = [rows for rows in range(of_process, 0, -1) if of_process % rows == 0]
+    sizes = _divisors(flags.batch_size // world.size())
 
     def fits(rows: int) -> bool:
         return total_of(replace(flags, micro_batch_size=rows)) <= (1 - SPARE) * memory
@@ -362,7 +379,8 @@ def sft(flags: SFTFlags, inputs: Inputs, training_examples: Callable[[], Dataset
 
     def suggest() -> str:
         numbered = replace(flags, micro_batch_size=flags.micro_rows)
-        return suggestion(numbered, "micro_batch_size", where.memory, lambda flags: predicted(flags).total)
+        sizes = smaller_micro_batches(flags)
+        return suggestion(numbered, "micro_batch_size", sizes, where.memory, lambda flags: predicted(flags).total)
 
     found = print_memory(predicted(flags), where, suggest)
     if where.here or where.card:
@@ -470,8 +488,8 @@ def rl(flags: RLFlags, inputs: Inputs, prompts: list[list[int]], steps: int, dep
         return predict_rl(flags, inputs, longest, depth, continues, where.on_gpu)
 
     def suggest() -> str:
-        least = flags.num_generations
-        return suggestion(flags, "train_batch_size", where.memory, lambda flags: predicted(flags).total, least)
+        sizes = smaller_passes(flags)
+        return suggestion(flags, "train_batch_size", sizes, where.memory, lambda flags: predicted(flags).total)
 
     found = print_memory(predicted(flags), where, suggest)
     size = flags.train_batch_size

@@ -267,7 +267,7 @@ def memory_gb(text: str) -> float:
 
 def _memory_size(value: str) -> str | None:
     try:
-        good = not value or memory_gb(value) > 0
+        good = not value or 0 < memory_gb(value) < float("inf")
     except ValueError:
         good = False
     return None if good else "must be a size such as 12GB or 12GiB"
@@ -321,7 +321,7 @@ class RunFlags(Flags):
             problems.add(f"--gpu {self.gpu} has a memory of its own; drop --gpu_memory {self.gpu_memory}, or --gpu")
         if not self.dry_run:  # which writes nothing
             world.check_world(problems)
-            check_output_dir(problems, self.output_dir, resume=self.resume_from_checkpoint is not None)
+            check_output_dir(problems, self.output_dir, self.resume_from_checkpoint)
 
     def hold_output_dir(self) -> None:
         """Keeps other runs out of the output folder until the command ends. Raises InputError if one is in it."""
@@ -486,18 +486,28 @@ def check_batch(problems: Problems, batch_size: int, micro_batch_size: int) -> N
         )
 
 
-def check_output_dir(problems: Problems, output_dir: str, resume: bool) -> None:
-    """A run never overwrites another one."""
+def check_output_dir(problems: Problems, output_dir: str, resume: str | None) -> None:
+    """A run never overwrites another one. `resume` is `--resume_from_checkpoint`."""
     if not output_dir:
         problems.add("--output_dir is missing; give a folder for the checkpoints")
     elif not locks.check_free(problems, "output_dir", output_dir, locks.lock_of_folder):
         return
-    elif os.path.isdir(output_dir) and not resume:
-        held = [name for name in os.listdir(output_dir) if name.startswith(("checkpoint-", "final_checkpoint"))]
-        if held:
+    elif os.path.isdir(output_dir):
+        names = sorted(os.listdir(output_dir))
+        held = [name for name in names if name.startswith(("checkpoint-", "final_checkpoint"))]
+        own = any(name.startswith("checkpoint-") for name in held)
+        if resume not in (None, "True", "true"):
+            own = os.path.realpath(os.path.dirname(os.path.abspath(resume))) == os.path.realpath(output_dir)
+        if held and resume is None:
             problems.add(
-                f"--output_dir {output_dir}: holds another run ({sorted(held)[0]}); name another folder, remove this "
-                "one, or continue it with --resume_from_checkpoint True"
+                f"--output_dir {output_dir}: holds another run ({held[0]}); name another folder, remove this one, or "
+                "continue it with --resume_from_checkpoint True"
+            )
+        elif held and not own:
+            other = f"is not of {resume}" if resume not in ("True", "true") else "has no checkpoint to resume from"
+            problems.add(
+                f"--output_dir {output_dir}: holds a run ({held[0]}) that {other}; name another folder, or remove this "
+                "one"
             )
     if output_dir:
         check_writable(problems, "output_dir", output_dir)

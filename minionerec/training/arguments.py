@@ -7,6 +7,9 @@ import torch
 from minionerec.flags import TrainingFlags
 from minionerec.model import device
 
+_TENSORBOARD = "TENSORBOARD_LOGGING_DIR"
+_LOGGED: list[str] = []  # folders that runs of this process have put there
+
 
 def shared_arguments(flags: TrainingFlags) -> dict[str, object]:
     """Arguments of `transformers.TrainingArguments` and `trl.GRPOConfig`: device, precision, logs and checkpoints.
@@ -15,7 +18,9 @@ def shared_arguments(flags: TrainingFlags) -> dict[str, object]:
     """
     if flags.wandb_project:
         os.environ["WANDB_PROJECT"] = flags.wandb_project
-    os.environ.setdefault("TENSORBOARD_LOGGING_DIR", os.path.join(flags.output_dir, "tensorboard"))
+    if os.environ.get(_TENSORBOARD) in (None, *_LOGGED):  # not the user's
+        os.environ[_TENSORBOARD] = os.path.join(flags.output_dir, "tensorboard")
+        _LOGGED.append(os.environ[_TENSORBOARD])
     return {
         "output_dir": flags.output_dir,
         "run_name": flags.wandb_run_name or None,

@@ -1,7 +1,6 @@
 """What the nodes of a run must have in common: the flags, the content of the files, the output folder; and what one
 process decides for all. Every function is collective: all processes must call it."""
 
-import hashlib
 import os
 import time
 import uuid
@@ -12,7 +11,7 @@ from typing import TypeVar
 from accelerate.utils import broadcast_object_list, gather_object
 
 from minionerec import world
-from minionerec.checkpoint import RUN_FILE
+from minionerec.checkpoint import RUN_FILE, digest
 from minionerec.errors import InputError
 
 T = TypeVar("T")
@@ -61,12 +60,6 @@ def _content(name: str, value: object) -> object:
             return "a folder"
         value = record
     return digest(value) if os.path.isfile(value) else value
-
-
-def digest(path: str) -> str:
-    """The content of a file, in words."""
-    with open(path, "rb") as file:
-        return f"a file of {os.path.getsize(path)} bytes, {hashlib.file_digest(file, 'sha256').hexdigest()[:12]}"
 
 
 def check_output_shared(output_dir: str) -> None:

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from transformers import TrainerState
 
 from minionerec import world
-from minionerec.checkpoint import Checkpoint, is_complete, newest_checkpoint
+from minionerec.checkpoint import Checkpoint, digest, is_complete, newest_checkpoint
 from minionerec.errors import InputError
 from minionerec.flags import AdapterFlags, RunFlags, engine
 from minionerec.training import nodes
@@ -45,7 +45,7 @@ def resume_point(flags: RunFlags, run: dict, say: Callable[[str], None]) -> Chec
     if path is None:
         return None
     checkpoint = Checkpoint.read(path)
-    nodes.check_same({}, **{f"--resume_from_checkpoint {path}": nodes.digest(os.path.join(path, "trainer_state.json"))})
+    nodes.check_same({}, **{f"--resume_from_checkpoint {path}": digest(os.path.join(path, "trainer_state.json"))})
     checkpoint.check_trainer_state({field.name for field in fields(TrainerState)})
     # An optimizer that starts anew would silently train other weights. DeepSpeed keeps its own in global_step*.
     if not any(name.startswith(("optimizer", "global_step")) for name in os.listdir(path)):
@@ -66,6 +66,7 @@ def resume_point(flags: RunFlags, run: dict, say: Callable[[str], None]) -> Chec
             ("the command", recorded.get("command"), run["command"]),
             ("the method", recorded.get("method"), run["method"]),
             ("the base", checkpoint.base_fingerprint, run["base_fingerprint"]),
+            ("the list of SID tokens", recorded.get("sid_tokens", run.get("sid_tokens")), run.get("sid_tokens")),
             *((f"--{name}", there.get(name), here[name]) for name in (*fixed, *shape)),
         )
         if old != new
@@ -83,6 +84,9 @@ def resume_point(flags: RunFlags, run: dict, say: Callable[[str], None]) -> Chec
             say(f"warning: --{name} is {here[name]} here, and {path} does not record it")
         elif here[name] != there[name]:
             say(f"warning: --{name} is {here[name]} here and was {there[name]} up to {path}")
+    for name, content in run.get("data", {}).items():
+        if recorded.get("data", {}).get(name, content) != content:
+            say(f"warning: --{name} {here[name]}: its content is not what it was up to {path}")
     return checkpoint
 
 

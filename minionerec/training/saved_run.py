@@ -38,6 +38,7 @@ class SavedRun(AnyEngine):
     _started: float | None = None  # None if nothing was trained
     _log_now: dict[str, object]  # of the checkpoint that is being written
     _saved_step = 0  # of the newest checkpoint
+    _rates: list[float]  # learning rates of the parameter groups, before the schedule
 
     def __init__(self, *args: object, **kwargs: object):
         super().__init__(*args, **kwargs)
@@ -92,6 +93,7 @@ class SavedRun(AnyEngine):
         checkpoint that the run resumes from, because the run's folder may have been moved."""
         with _without_log("The best checkpoint", "Warning: The following arguments do not match"):
             trained = super()._init_training_state(max_steps, steps_per_epoch, epochs, resume_from_checkpoint, trial)
+        self.state.compute_steps(self.args, max_steps)  # else evaluations and saves are those of the earlier run
         done, step = self.state.global_step, self.state.best_global_step
         self._saved_step = done if resume_from_checkpoint else 0
         if resume_from_checkpoint and step is not None:
@@ -109,6 +111,23 @@ class SavedRun(AnyEngine):
                 f"{'the best checkpoint' if self.loads_best else 'it'} becomes final_checkpoint"
             )
         return trained
+
+    def create_scheduler(self, *args: object, **kwargs: object) -> torch.optim.lr_scheduler.LRScheduler:
+        scheduler = super().create_scheduler(*args, **kwargs)
+        self._rates = list(scheduler.base_lrs)
+        return scheduler
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """As the Trainer's, but the learning rates are those of this run's flags: a checkpoint brings its own back."""
+        super()._load_optimizer_and_scheduler(checkpoint)
+        scheduler: Any = getattr(self.lr_scheduler, "scheduler", self.lr_scheduler)  # accelerate wraps it
+        if checkpoint is None or scheduler.base_lrs == self._rates:
+            return
+        scheduler.base_lrs = self._rates
+        shares = [share(scheduler.last_epoch) for share in scheduler.lr_lambdas]
+        for group, rate, share in zip(self.optimizer.param_groups, self._rates, shares, strict=True):
+            group["initial_lr"], group["lr"] = rate, rate * share
+        scheduler._last_lr = [group["lr"] for group in self.optimizer.param_groups]
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         """As the Trainer's, without warnings about tied weights: a checkpoint has one of their names, and loading it

@@ -13,7 +13,7 @@ import lora_utils
 from minionerec.dryrun import report
 from minionerec.dryrun.memory import predict
 from minionerec.dryrun.passes import Step
-from minionerec.dryrun.report import suggestion
+from minionerec.dryrun.report import smaller_micro_batches, smaller_passes, suggestion
 from minionerec.process_memory import rss_gb
 from rl import RLFlags
 from sft import SFTFlags
@@ -130,6 +130,7 @@ def test_a_search_halves_what_is_left():
         said = suggestion(
             flags,
             "micro_batch_size",
+            [128, 64, 32, 16, 8, 4, 2, 1],
             largest,
             lambda changed, tried=tried: tried.append(changed) or changed.micro_batch_size,
         )
@@ -141,13 +142,33 @@ def test_a_search_halves_what_is_left():
 def test_an_8_bit_base_and_an_8_bit_optimizer_are_tried_too():
     flags = SFTFlags(use_lora=True, micro_batch_size=1)
     tried = []
-    said = suggestion(flags, "micro_batch_size", 0.0, lambda changed: tried.append(changed) or 1.0)
-    assert said.startswith("nor does anything else")
+    said = suggestion(flags, "micro_batch_size", [1], 0.0, lambda changed: tried.append(changed) or 1.0)
+    assert said == "nor does anything else here: take a smaller model, or a smaller --cutoff_len"
     ways = [(way.bits, way.gradient_checkpointing, way.optim) for way in tried]
     assert ways == [
         *((bits, checkpointing, flags.optim) for bits in (16, 8, 4) for checkpointing in (False, True)),
         (4, True, "adamw_8bit"),
     ]
+
+
+def test_random_weights_are_not_told_to_take_an_adapter():
+    tried = []
+    flags = SFTFlags(train_from_scratch=True)
+    suggestion(flags, "micro_batch_size", [1], 0.0, lambda changed: tried.append(changed) or 1.0)
+    assert {way.method for way in tried} == {"full"} and len(tried) == 3
+
+
+def test_what_is_suggested_would_be_taken():
+    """Micro-batches divide the step, and passes hold whole groups, also where halves do not."""
+    assert smaller_micro_batches(SFTFlags(batch_size=30, micro_batch_size=30)) == [30, 15, 10, 6, 5, 3, 2, 1]
+    assert smaller_micro_batches(SFTFlags(batch_size=24, micro_batch_size=8)) == [8, 6, 4, 3, 2, 1]
+    assert smaller_passes(RLFlags(train_batch_size=24, num_generations=4)) == [24, 12]
+    assert smaller_passes(RLFlags(train_batch_size=8, num_generations=16, gradient_accumulation_steps=2)) == [8]
+
+
+def test_rl_is_not_told_of_a_flag_that_it_lacks():
+    said = suggestion(RLFlags(use_qlora=True), "train_batch_size", [16], 0.0, lambda changed: 1.0)
+    assert said == "nor does anything else here: take a smaller model"
 
 
 def test_a_dry_run_estimates_the_time_on_a_card_that_is_named(files, base, sft_run, tmp_path):

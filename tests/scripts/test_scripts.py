@@ -128,12 +128,44 @@ def test_an_rl_step_has_the_same_prompts_with_any_number_of_processes(checkout):
         result = bash(checkout, script, PYTHON="echo", NPROC="3")
         assert result.returncode == 2 and "NPROC=3: does not divide the 32 prompts" in result.stderr
         assert not result.stdout
-    result = bash(checkout, "rl_lora.sh", "--train_batch_size", "40", PYTHON="echo", NPROC="3")
-    assert result.returncode == 0 and result.stdout.split().count("--train_batch_size") == 2
+    for given in (["--train_batch_size", "40"], ["--train_batch_size=40"]):
+        result = bash(checkout, "rl_lora.sh", *given, PYTHON="echo", NPROC="3")
+        assert result.returncode == 0 and result.stdout.count("--train_batch_size") == 2
+    result = bash(checkout, "sft_lora.sh", "--micro_batch_size", "3", PYTHON="echo", NPROC="3")
+    assert result.returncode == 2 and "NPROC=3: does not divide the 64 rows of an SFT step" in result.stderr
+    assert bash(checkout, "sft_lora.sh", "--batch_size", "66", PYTHON="echo", NPROC="3").returncode == 0
 
 
 @pytest.mark.parametrize(
-    ("flags", "setting"), [((), {"SEEDS": "three"}), ((), {"METHODS": "full,lora"}), (("--num_epochs", "1"), {})]
+    "given", ["--dry_run", "--dry_run=True", "--dry_run true", "--dry_run True --seed 3", "SFT_FLAGS"]
+)
+def test_a_dry_run_of_the_pipeline_ends_after_sft(checkout, given):
+    of_sft = {"SFT_FLAGS": "--dry_run True"} if given == "SFT_FLAGS" else {}
+    result = bash(checkout, "pipeline.sh", *([] if of_sft else given.split()), PYTHON="echo", **of_sft)
+    assert result.returncode == 0 and "rl.py --model_path" not in result.stdout
+    assert result.stdout.splitlines()[-1].startswith("RL starts from the checkpoint of SFT, and its dry run needs one")
+    real = bash(checkout, "pipeline.sh", "--dry_run", "False", PYTHON="echo", MODEL_PATH="out/old", OUT="output/own")
+    assert "rl.py --model_path output/own/sft/final_checkpoint" in real.stdout
+
+
+def test_files_are_found_in_folders_with_any_name(checkout, tmp_path):
+    (tmp_path / "d [1]*" / "train").mkdir(parents=True)
+    (tmp_path / "d [1]*" / "train" / "Bolts_5.csv").touch()
+    result = bash(checkout, "sft_lora.sh", PYTHON="echo", CATEGORY="Bolts", DATA=str(tmp_path / "d [1]*"))
+    assert (
+        f"--train_file {tmp_path}/d [1]*/train/Bolts_5.csv --eval_file {tmp_path}/d [1]*/valid/Bolts*" in result.stdout
+    )
+
+
+@pytest.mark.parametrize(
+    ("flags", "setting"),
+    [
+        ((), {"SEEDS": "three"}),
+        ((), {"METHODS": "full,lora"}),
+        (("--num_epochs", "1"), {}),
+        ((), {"RL_RATES_lora": "1e-4, 1e-5"}),
+        ((), {"RL_FLAGS": "--test_during_training False"}),
+    ],
 )
 def test_a_comparison_refuses_what_it_does_not_know_before_it_trains(checkout, flags, setting):
     result = bash(checkout, "compare.sh", *flags, **setting)
@@ -231,6 +263,9 @@ def test_a_comparison_chooses_rates_and_repeats_the_best_with_other_seeds(checko
     assert flags["sft_seed43"]["learning_rate"] == "1e-3" and flags["sft_seed43"]["batch_size"] == "64"
 
     assert bash(checkout, "compare.sh", **settings).returncode == 0
+    assert stages(checkout) == ran
+    other = bash(checkout, "compare.sh", **settings | {"PRESET": "best"})
+    assert other.returncode == 2 and "holds runs with PRESET='quick' and is 'best' now; name another" in other.stderr
     assert stages(checkout) == ran
 
 

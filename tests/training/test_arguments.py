@@ -24,3 +24,8 @@ def test_the_arguments_say_what_the_flags_do(tmp_path, monkeypatch, flags_of, ar
     assert not arguments.bf16 and not arguments.fp16 and arguments.save_total_limit == 2
     assert os.environ["WANDB_PROJECT"] == "bolts"
     assert os.environ["TENSORBOARD_LOGGING_DIR"] == os.path.join(output, "tensorboard")
+    shared_arguments(flags_of(output_dir=f"{output}2"))  # a second run of the process has a folder of its own
+    assert os.environ["TENSORBOARD_LOGGING_DIR"] == os.path.join(f"{output}2", "tensorboard")
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", "mine")
+    shared_arguments(flags)
+    assert os.environ["TENSORBOARD_LOGGING_DIR"] == "mine"

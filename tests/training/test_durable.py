@@ -72,7 +72,7 @@ def test_a_folder_that_cannot_be_written(files, base, tmp_path, monkeypatch):
     refused("sft.py", f"--output_dir {output}: {tmp_path}/file cannot be written to", **sft_flags(files, base, output))
     monkeypatch.setattr(os, "access", lambda path, mode: path != str(tmp_path))  # read-only, which a superuser ignores
     problems = Problems()
-    check_output_dir(problems, str(tmp_path / "new" / "run"), resume=False)
+    check_output_dir(problems, str(tmp_path / "new" / "run"), resume=None)
     assert problems == [f"--output_dir {tmp_path}/new/run: {tmp_path} cannot be written to"]
 
 
@@ -83,8 +83,24 @@ def test_an_output_that_is_a_link_to_nowhere_is_refused_or_made(files, base, tmp
     refused("sft.py", f"{tmp_path}/file cannot be written to", **sft_flags(files, base, tmp_path / "bad"))
     (tmp_path / "good").symlink_to(tmp_path / "disk" / "run")
     problems = Problems()
-    check_output_dir(problems, str(tmp_path / "good"), resume=False)
+    check_output_dir(problems, str(tmp_path / "good"), resume=None)
     assert not problems
+
+
+def test_resuming_never_overwrites_another_run(tmp_path):
+    for name in ("own/checkpoint-4", "own/final_checkpoint", "other/checkpoint-6", "finished/final_checkpoint"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "own")
+    allowed = {("own", "True"), ("own", "own/checkpoint-4"), ("link", "own/checkpoint-4"), ("own", "link/checkpoint-4")}
+    allowed |= {("other", "True"), ("new", "True"), ("new", "own/checkpoint-4")}
+    for name in ("own", "link", "other", "finished", "new"):
+        for resume in (None, "True", "own/checkpoint-4", "link/checkpoint-4"):
+            problems, given = Problems(), resume if resume in (None, "True") else str(tmp_path / resume)
+            check_output_dir(problems, str(tmp_path / name), given)
+            good = (name, resume) in allowed or name == "new" or {name, (resume or "")[:4]} == {"link"}
+            good = good or (name == "link" and resume == "True")
+            assert bool(problems) != good, (name, resume, problems)
+            assert all("holds another run" in line or "holds a run" in line for line in problems)
 
 
 def test_a_loss_that_is_no_number_stops_the_run(files, base, tmp_path):

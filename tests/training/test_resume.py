@@ -166,7 +166,9 @@ RUN = {
     "base_fingerprint": "f",
     "flags": {"lora_r": 8, "seed": 1, "use_dora": False},
 }
-RUN["flags"] |= {"lora_alpha": 16, "lora_target_modules": "all", "use_rslora": False, "load_in_8bit": False}
+RUN |= {"sid_tokens": "48 tokens, ab", "data": {"train_file": "a file of 5 bytes, ef"}}
+RUN["flags"] |= {"train_file": "train.csv", "lora_alpha": 16, "lora_target_modules": "all", "use_rslora": False}
+RUN["flags"]["load_in_8bit"] = False
 
 
 @pytest.mark.parametrize(
@@ -176,6 +178,7 @@ RUN["flags"] |= {"lora_alpha": 16, "lora_target_modules": "all", "use_rslora": F
         ({"method": "full"}, "the method is lora there, full here"),
         ({"base_fingerprint": "g"}, "the base is f there, g here"),
         ({"flags": {**RUN["flags"], "lora_r": 4}}, "--lora_r is 8 there, 4 here"),
+        ({"sid_tokens": "51 tokens, cd"}, "the list of SID tokens is 48 tokens, ab there, 51 tokens, cd here"),
         ({"flags": {**RUN["flags"], "best_by": "hr"}}, "--best_by is ndcg there, hr here"),  # of an older release
     ],
 )
@@ -190,6 +193,8 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path, changed, message):
     assert said[-1].startswith("warning: --seed is 2 here and was 1 up to ")
     assert resume_point(flags, {**RUN, "flags": {**RUN["flags"], "pack_rows": 16}}, said.append)
     assert said[-1].endswith("does not record it") and "--pack_rows is 16 here" in said[-1]
+    assert resume_point(flags, {**RUN, "data": {"train_file": "a file of 5 bytes, f0"}}, said.append)
+    assert said[-1].startswith("warning: --train_file train.csv: its content is not what it was up to ")
     with pytest.raises(InputError, match=message):
         resume_point(flags, {**RUN, **changed}, said.append)
 

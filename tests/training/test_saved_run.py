@@ -52,6 +52,23 @@ def test_a_resumed_run_meets_the_same_steps(tmp_path, strategy, optim):
     assert all(torch.equal(weights[name], weight) for name, weight in trained_weights(whole).items())
 
 
+def test_a_resumed_run_takes_the_rate_and_the_evaluations_of_its_flags(tmp_path):
+    """A third of the rate, and the schedule of twice the epochs; the run is evaluated by its own flag."""
+    settings = {**GROWING, "lr_scheduler_type": "linear", "eval_strategy": "steps", "eval_steps": 0.25}
+    stopped = trainer_of(tmp_path, 2, count=16, **settings)
+    stopped.add_callback(Interrupted(8))
+    with pytest.raises(KeyboardInterrupt):
+        stopped.train()
+    changed = {**settings, "learning_rate": 3e-3, "num_train_epochs": 6, "eval_steps": 0.5}
+    resumed = trainer_of(tmp_path, 2, count=16, **changed)
+    resumed.train(Checkpoint.read(newest_checkpoint(resumed.args.output_dir)))
+    log = resumed.state.log_history
+    rates = {entry["step"]: entry["learning_rate"] for entry in log if "learning_rate" in entry}
+    expected = {step: (1e-2 * (13 - step) / 12 if step < 7 else 3e-3 * (25 - step) / 24) for step in range(1, 25)}
+    assert rates == pytest.approx(expected)
+    assert [entry["step"] for entry in log if "eval_loss" in entry] == [3, 6, 12, 24]
+
+
 def test_the_log_of_a_resumed_run_is_that_of_the_whole_one(tmp_path):
     """Its checkpoint is of step 6, and its log has entries at 5 and 10: the losses of step 6 count in the second."""
     logs = []
