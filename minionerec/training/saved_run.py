@@ -43,6 +43,7 @@ class SavedRun(AnyEngine):
     def __init__(self, *args: object, **kwargs: object):
         super().__init__(*args, **kwargs)
         self._failures, self._grace = Failures(self.args.output_dir), Grace(self.accelerator.print)
+        self._rates = []
 
     @property
     def seconds(self) -> float:
@@ -114,7 +115,7 @@ class SavedRun(AnyEngine):
 
     def create_scheduler(self, *args: object, **kwargs: object) -> torch.optim.lr_scheduler.LRScheduler:
         scheduler = super().create_scheduler(*args, **kwargs)
-        self._rates = list(scheduler.base_lrs)
+        self._rates[:] = scheduler.base_lrs  # in place: DeepSpeed has a copy of the trainer make the scheduler
         return scheduler
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
