@@ -309,7 +309,8 @@ def evaluate(flags: EvaluateFlags) -> dict[str, float]:
             print(f"items instead of SIDs, {sharing}")
             print(format_metrics(by_item))
         if bought:
-            top = popularity(bought.elements(), length)
+            known = set(inputs.sids)
+            top = popularity((sid for sid in bought.elements() if sid in known), length)
             print("popularity, for comparison:")
             print(format_metrics(ranking_metrics([rank_of(row.sid, top) for row in inputs.examples], length, flags.K)))
         for name, of_groups in groups.items():

@@ -90,7 +90,8 @@ class RLInput:
     def train_rows(self, kind: str) -> Iterable[Interaction | Item]:
         """Starts a pass over the interactions or items to train on."""
         if kind == "item":
-            return self.catalogue.items_with_text()
+            known = set(self.sids)
+            return [item for item in self.catalogue.items_with_text() if item.sid in known]
         return read_interactions(self.flags.train_file, "train_file", self.sids, self.prompts.need_titles)
 
     def eval_rows(self, _kind: str) -> Iterable[Interaction]:
@@ -165,6 +166,9 @@ def read_input(flags: RLFlags) -> RLInput:
         flags.eval_file, sids, validation, eval_checked.num_usable, flags.eval_sample, flags.seed
     )
     notes += eval_sample.notes
+    outside = len(catalogue.sids.difference(sids))
+    if outside and any(task.rows == "item" for task in prompts.tasks.values()):
+        notes.append(f"{outside:,} SIDs of the index are not in {flags.info_file}; tasks on items leave them out")
 
     # What differs from the checkpoint. The shape of an adapter stays what it was.
     if flags.prompt_file:

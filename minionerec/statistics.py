@@ -40,7 +40,9 @@ class Bootstrap:
     rows. A metric is given as its values of every row, [N] for each seed."""
 
     def __init__(self, num_rows: int):
-        self._resampled = np.random.default_rng(0).integers(0, num_rows, (RESAMPLES, num_rows))
+        random = np.random.default_rng(0)
+        resamples = (random.integers(0, num_rows, num_rows).astype(np.int32) for _ in range(RESAMPLES))
+        self._resampled = list(resamples)  # four bytes each: a test file may have 500,000 rows
 
     def mean(self, seeds: Sequence[np.ndarray]) -> Estimate:
         """The mean of a metric."""
@@ -48,15 +50,17 @@ class Bootstrap:
         return _estimate(values.mean(), self._means(values), _seed_means(seeds))
 
     def ratio(self, seeds: Sequence[np.ndarray], others: Sequence[np.ndarray]) -> Estimate:
-        """The mean of a metric as a fraction of that of another run. Its deviation is that of the ratios seed by seed,
-        where both runs have as many."""
+        """The mean of a metric as a fraction of that of another run, which is not 0. Its deviation is that of the
+        ratios seed by seed, where both runs have as many."""
         values, theirs = np.mean(seeds, axis=0), np.mean(others, axis=0)
         by_seed = _seed_means(seeds) / _seed_means(others) if len(seeds) == len(others) else np.array([])
-        return _estimate(values.mean() / theirs.mean(), self._means(values) / self._means(theirs), by_seed)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            ratios = self._means(values) / self._means(theirs)
+        return _estimate(values.mean() / theirs.mean(), ratios, by_seed)
 
     def _means(self, values: np.ndarray) -> np.ndarray:
         """The mean of each resample, [RESAMPLES]."""
-        return values[self._resampled].mean(axis=1)
+        return np.array([values[rows].mean() for rows in self._resampled])
 
 
 def _seed_means(seeds: Sequence[np.ndarray]) -> np.ndarray:
@@ -65,5 +69,5 @@ def _seed_means(seeds: Sequence[np.ndarray]) -> np.ndarray:
 
 
 def _estimate(value: float, samples: np.ndarray, by_seed: np.ndarray) -> Estimate:
-    low, high = np.percentile(samples, (2.5, 97.5))
+    low, high = np.percentile(samples[np.isfinite(samples)], (2.5, 97.5))  # a resample without hits has no ratio
     return Estimate(float(value), float(low), float(high), float(np.std(by_seed, ddof=1)) if len(by_seed) > 1 else None)

@@ -43,10 +43,11 @@ COSTS = {
 
 @dataclass(frozen=True)
 class Targets:
-    """What the test rows ask for: the SID of each target, and where items share SIDs, the items and the number of each
-    target."""
+    """What the test rows ask for: the SID of each target, the SIDs of the catalogue if that is given, and where items
+    share SIDs, the items and the number of each target."""
 
     sids: list[str]
+    catalogue: frozenset[str]
     items: Items | None
     numbers: list[int | None]
 
@@ -108,8 +109,8 @@ def table(
 
     # Compute. MRR grows with the length of a ranking, so all are cut to the shortest.
     length = min(len(ranked[0]) for ranked in rankings.values())
-    top = popularity((row.sid for row in read_interactions(train_file, "train_file", titles=False)), length)
-    top = [sid for sid in top if targets.items is None or sid in targets.items.of_sid]
+    bought = (row.sid for row in read_interactions(train_file, "train_file", titles=False))
+    top = popularity((sid for sid in bought if not targets.catalogue or sid in targets.catalogue), length)
     found = {"popularity": [targets.metrics([top] * len(targets.sids), length)]}
     found |= {name: [targets.metrics(rankings[path], length) for path in seeds] for name, seeds in results.items()}
 
@@ -133,9 +134,10 @@ def read_test_targets(test_data_path: str, info_file: str, train_file: str) -> T
     """What the rows of the test file ask for, also as items where the catalogue is given and items share SIDs."""
     sids = [row.sid for row in read_interactions(test_data_path, "test_data_path", titles=False)]
     listed = read_info_items(info_file) if info_file else []
-    if len(listed) == len({item.sid for item in listed}):
-        return Targets(sids, None, [])
-    return Targets(sids, *read_targets(listed, info_file, train_file, test_data_path))
+    catalogue = frozenset(item.sid for item in listed)
+    if len(listed) == len(catalogue):
+        return Targets(sids, catalogue, None, [])
+    return Targets(sids, catalogue, *read_targets(listed, info_file, train_file, test_data_path))
 
 
 def folders_of(problems: Problems, runs: str) -> dict[str, list[str]]:
@@ -217,6 +219,8 @@ def _ratio_cell(
     if other not in order[: order.index(name)] or metric not in found[name][0]:
         return ""
     ours, theirs = ([seed[metric] for seed in found[run]] for run in (name, other))
+    if not any(values.any() for values in theirs):  # no hit to compare with
+        return ""
     return _cell(bootstrap.ratio(ours, theirs), 3, intervals)
 
 

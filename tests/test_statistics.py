@@ -34,3 +34,12 @@ def test_a_ratio_compares_equal_rows_and_seeds():
     assert (ratio.low, ratio.value, ratio.high) == pytest.approx((3, 3, 3))
     assert ratio.deviation == pytest.approx(2**0.5)
     assert Bootstrap(50).ratio([values * 2], [values, values]).deviation is None
+
+
+def test_resamples_without_a_hit_have_no_ratio():
+    few, more = np.zeros(100), np.zeros(100)
+    few[:2], more[:3] = 1, 1
+    bootstrap = Bootstrap(100)
+    assert (few[np.stack(bootstrap._resampled)].mean(axis=1) == 0).any()
+    ratio = bootstrap.ratio([more], [few])
+    assert ratio.value == 1.5 and 1 <= ratio.low <= 1.5 <= ratio.high < 10

@@ -149,7 +149,8 @@ def unpack(rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 def _split(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Codes [..., H] (int8) and scales [..., 1] (float32) of rows of bytes."""
-    return rows[..., :-SCALE], rows[..., -SCALE:].contiguous().view(torch.float32)
+    scales = rows[..., -SCALE:].clone(memory_format=torch.contiguous_format)  # at an address that float32 takes
+    return rows[..., :-SCALE], scales.view(torch.float32)
 
 
 def _chunks(rows: torch.Tensor) -> Iterator[slice]:

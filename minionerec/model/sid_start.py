@@ -83,5 +83,5 @@ def _title_rows(
         ]
         tokens, places = torch.tensor(pairs, dtype=torch.long).reshape(-1, 2).T
         total.index_add_(0, tokens, titles[places])
-        count.index_add_(0, tokens, torch.ones(len(tokens)))
+        count.index_add_(0, tokens, (lengths[places] > 0).float())  # a title may be nothing to a tokenizer
     return total, count

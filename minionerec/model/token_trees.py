@@ -174,7 +174,7 @@ class TreeCollator:
         shared[starts[:-1]] = 0
         cuts = [slice(start, end) for start, end in pairwise(starts)]
         trees = [merge(tokens[cut], size[cut] - 1, shared[cut]) for cut in cuts]
-        widest = max([len(tree.token) for tree in trees], default=1)
+        widest = max([len(tree.token) for tree in trees] + [1])
         shape = max(len(trees), 1), math.ceil(widest / self.multiple) * self.multiple
         input_ids = np.full(shape, self.pad_token_id)
         position_ids = np.zeros(shape, dtype=np.int64)

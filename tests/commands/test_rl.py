@@ -55,6 +55,19 @@ def test_no_pass_probes_a_model(files, sft, tmp_path, monkeypatch):
     assert "share a row with their prompt" in result.stdout and first_logged(metrics, "kl") == 0.0
 
 
+def test_items_that_the_catalogue_lacks_are_not_asked_for(files, sft, tmp_path):
+    """An item of the index that is not sold has no place in the info file, and no completions."""
+    sids = [json.loads(Path(files[name]).read_text()) for name in ("index", "item")]
+    sids[0]["40"], sids[1]["40"] = ["<a_0>", "<b_1>", "<c_0>"], {"title": "Bolt forty", "description": "A bolt."}
+    assert list(sids[0].values()).count(sids[0]["40"]) == 1
+    own = {**files, "index": str(tmp_path / "index.json"), "item": str(tmp_path / "item.json")}
+    for name, content in zip(("index", "item"), sids, strict=True):
+        Path(own[name]).write_text(json.dumps(content))
+    flags = {"use_lora": True, "test_during_training": False, "num_train_epochs": 1}
+    _, result = run_rl(own, sft["lora"], tmp_path / "run", **flags, tasks="title_to_sid")
+    assert "1 SIDs of the index are not in" in result.stdout
+
+
 def test_a_lora_run_continues_its_own_adapter(files, sft, base, tmp_path):
     metrics, result = run_rl(files, sft["lora"], tmp_path / "run", use_lora=True, tasks="all")
     assert "continuing the adapter" in result.stdout and "warning" not in result.stdout

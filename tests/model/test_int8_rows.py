@@ -80,6 +80,13 @@ def test_a_value_is_off_by_half_a_scale_at_most(dtype, monkeypatch):
     assert torch.equal(int8_rows.unpack(packed[[5, 3]], dtype), int8_rows.unpack(packed, dtype)[[5, 3]])
 
 
+def test_one_row_of_a_width_that_four_does_not_divide():
+    weight = torch.randn(3, 30)
+    packed = int8_rows.pack(weight)
+    for one in (packed[1], packed[1:2], packed[[1]]):
+        assert torch.equal(int8_rows.unpack(one, torch.float32).view(-1), int8_rows.unpack(packed, torch.float32)[1])
+
+
 def test_a_damaged_row_stays_visible():
     weight = torch.randn(4, 8)
     weight[1, 2], weight[2, 3] = float("nan"), float("inf")

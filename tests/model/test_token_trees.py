@@ -281,6 +281,11 @@ def test_a_batch_without_rows_computes_one_node_and_moves_nothing():
     assert all((grad == 0).all() for grad in grads.values())
 
 
+def test_rows_of_one_token_predict_nothing():
+    rows = [{"input_ids": [5], "prompt_length": 1}] * 2
+    assert TreeCollator(0, 64)(rows)["input_ids"].shape == (1, 1)
+
+
 def way_of(model, rows: list[dict]) -> str:
     """What keeps `plan_trees` from merging rows, or nothing."""
     said, dataset = [], Dataset.from_list(rows)

@@ -48,6 +48,25 @@ def test_the_table_by_hand(tmp_path, make_run, capsys):
     assert (tmp_path / "figure.png").stat().st_size > 1000
 
 
+@pytest.mark.parametrize("info", ["c\tx\t1\nd\tx\t2\n", "c\tx\t1\nd\tx\t2\nd\ty\t3\n", ""])
+def test_popularity_ranks_the_catalogue(tmp_path, make_run, capsys, info):
+    """What is sold no more does not take the places of what is; with a hit in no row there is no ratio."""
+    header = "history_item_sid,item_sid,history_item_title,item_title,item_id\n"
+    for name, sids in (("train", "aaabbbccd"), ("test", "cc")):
+        (tmp_path / f"{name}.csv").write_text(header + "".join(f"\"['c']\",{sid},\"['x']\",x,1\n" for sid in sids))
+    (tmp_path / "info.txt").write_text(info)
+    for name in ("full", "lora"):
+        make_run(name, [0, 0])
+        rows = [{"output": "c", "predict": ["d"]}] * 2
+        (tmp_path / name / "result.json").write_text(json.dumps(rows))
+    runs = f"full={tmp_path}/full,lora={tmp_path}/lora"
+    files = {"train_file": f"{tmp_path}/train.csv", "test_data_path": f"{tmp_path}/test.csv"}
+    table(**files, info_file=f"{tmp_path}/info.txt" if info else "", runs=runs, intervals=True, against="full")
+    _, _, popular, _, lora = capsys.readouterr().out.splitlines()
+    assert popular.startswith(f"| popularity | {1 if info else 0:.4f} ")
+    assert "nan" not in lora and "inf" not in lora
+
+
 def test_items_that_share_a_sid_are_ranked_apart(tmp_path, make_run, capsys):
     """Items 1 and 2 are <a>, and 2 is bought more often, so it comes first; both rows rank <a>, then <b>."""
     (tmp_path / "info.txt").write_text("<a>\tx\t1\n<a>\tx\t2\n<b>\tx\t3\n")
