@@ -146,7 +146,7 @@ def read_input(flags: EvaluateFlags) -> EvaluateInput:
     flags.check(problems)
     checkpoint, base = read_model(problems, "base_model", flags.base_model, flags.adapter)
     prompts = None
-    if checkpoint:
+    if checkpoint and not problems:  # a wrong path is no reason to ask for --category
         prompts = problems.attempt(checkpoint.prompts, flags.category, flags.prompt_file, RECOMMENDATION)
     listed = problems.attempt(read_info_items, flags.info_file) or []
     sids = list(dict.fromkeys(item.sid for item in listed))

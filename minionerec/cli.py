@@ -8,7 +8,6 @@ and its annotation before the command starts, and Fire receives values that can 
 
 import difflib
 import inspect
-import logging
 import math
 import os
 import re
@@ -16,12 +15,11 @@ import sys
 import threading
 import traceback
 import typing
-import warnings
 from collections.abc import Callable
 
 from minionerec import world
 from minionerec.errors import InputError, RunError
-from minionerec.output import why_not_written
+from minionerec.output import hide_noise, why_not_written
 
 # On a CPU, PyTorch and oneDNN each keep 1024 compiled kernels, one for every width a batch has had: 1.2 GB of a QLoRA
 # run on a small base, and the older ones save no time. Read when torch is imported.
@@ -156,17 +154,7 @@ def run(command: Callable[..., object]) -> None:
 
     set_environment()
     threading.excepthook = _in_thread
-    # Warnings of four packages that a user can do nothing about: bitsandbytes lacks an optional kernel of a hub and
-    # names its types in every 8-bit matmul, PEFT reads a deprecated property while it wraps a model, TRL calls
-    # deprecated methods around generation, DeepSpeed deprecated collectives.
-    for module in ("backends.cpu.ops", "autograd._functions"):
-        logging.getLogger(f"bitsandbytes.{module}").setLevel(logging.ERROR)
-    # Checkpoints saved within a second of each other; the Trainer then orders them by their numbers, as is right.
-    logging.getLogger("transformers.trainer_utils").addFilter(lambda r: not r.getMessage().startswith("mtime may not"))
-    warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
-    warnings.filterwarnings("ignore", "Model has `tie_word_embeddings=True`", UserWarning)  # SID rows are tied by PEFT
-    warnings.filterwarnings("ignore", "`gradient_checkpointing_(en|dis)able` is deprecated", FutureWarning)
-    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
+    hide_noise()
     script = os.path.basename(sys.argv[0])
     parameters = dict(inspect.signature(command).parameters)
     argv = sys.argv[1:]

@@ -4,10 +4,12 @@ Only the standard library is imported.
 """
 
 import errno
+import logging
 import os
 import re
 import shutil
 import uuid
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
@@ -16,6 +18,24 @@ from minionerec.errors import RunError
 # No room (on the disk, in a quota, below a limit on files), no permission, too long a name, a broken device.
 CANNOT_WRITE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
 CANNOT_WRITE |= {errno.ENAMETOOLONG, errno.EIO}
+
+
+def hide_noise() -> None:
+    """Hides warnings of four packages that a user can do nothing about. Bitsandbytes lacks an optional kernel of a hub,
+    which it says when it is imported, and names its types in every 8-bit matmul; PEFT reads a deprecated property while
+    it wraps a model; TRL calls deprecated methods around generation, DeepSpeed deprecated collectives."""
+    for module in ("backends.cpu.ops", "autograd._functions"):
+        logging.getLogger(f"bitsandbytes.{module}").setLevel(logging.ERROR)
+    # Checkpoints saved within a second of each other; the Trainer then orders them by their numbers, as is right.
+    logging.getLogger("transformers.trainer_utils").addFilter(_not_of_times)
+    warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+    warnings.filterwarnings("ignore", "Model has `tie_word_embeddings=True`", UserWarning)  # SID rows are tied by PEFT
+    warnings.filterwarnings("ignore", "`gradient_checkpointing_(en|dis)able` is deprecated", FutureWarning)
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
+
+
+def _not_of_times(record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith("mtime may not")
 
 
 def why_not_written(error: BaseException) -> str | None:

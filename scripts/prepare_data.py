@@ -19,6 +19,8 @@ from minionerec.errors import Problems
 from minionerec.flags import command
 from minionerec.prepare.settings import PrepareFlags
 
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
 
 @command(PrepareFlags)
 def prepare_data(flags: PrepareFlags) -> None:
@@ -37,8 +39,11 @@ def prepare_data(flags: PrepareFlags) -> None:
     from minionerec.prepare.build import build
 
     build(problems, flags)
-    settings = f"DATA={shlex.quote(flags.output_dir)} CATEGORY={shlex.quote(flags.category)}"
-    print(f"\nwrote {flags.output_dir}; train on it with: {settings} bash scripts/pipeline.sh")
+    folder, script = flags.output_dir, "scripts/pipeline.sh"
+    if os.path.realpath(os.curdir) != os.path.realpath(ROOT):  # where the script's relative paths start
+        folder, script = os.path.abspath(folder), os.path.join(ROOT, script)
+    settings = f"DATA={shlex.quote(folder)} CATEGORY={shlex.quote(flags.category)}"
+    print(f"\nwrote {flags.output_dir}; train on it with: {settings} bash {shlex.quote(script)}")
 
 
 if __name__ == "__main__":

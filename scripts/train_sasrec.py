@@ -13,7 +13,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from minionerec import cli, locks, sasrec_files
 from minionerec.data.files import count_rows, read_info_items, read_interactions
 from minionerec.errors import Problems, RunError
-from minionerec.flags import check_new_folder, check_positive, seed_range
+from minionerec.flags import check_new_folder, check_positive, same_rows, seed_range
 from minionerec.metrics import format_metrics, rank_of, ranking_metrics, watched_cutoff
 from minionerec.output import whole_folder, writing
 
@@ -68,6 +68,8 @@ def train_sasrec(
         problems.add(f"--seed {seed}: {wrong}")
     problems.check()
     assert sids  # nothing was wrong
+    for note in same_rows(train_file, eval_file):
+        print(note)
     locks.hold("output_dir", output_dir, locks.lock_of_new)
 
     import random

@@ -134,6 +134,8 @@ class Items:
         found = self.of_sid.get(text) or self.of_title.get(text)
         if not found:
             hint = "; items are named by their original_id" if text in self.number_of else ""
+            if len(parts := text.split()) > 1 and all(part in self.named for part in parts):
+                hint = "; separate items by commas"
             raise InputError(f"{shorten(text)} is no item id, SID or title of the info file{hint}")
         if len({self.all[number].sid for number in found}) > 1:
             ids = ", ".join(map(self.id_of, found[:5]))

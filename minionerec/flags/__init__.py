@@ -445,6 +445,17 @@ class DeviceFlags(Flags):
 class TrainingFlags(DataFlags, RunFlags, AdapterFlags, DeviceFlags):
     """What sft.py and rl.py share."""
 
+    @property
+    def notes(self) -> list[str]:
+        return super().notes + same_rows(self.train_file, self.eval_file)
+
+
+def same_rows(train_file: str, eval_file: str) -> list[str]:
+    """A warning, or none, about a run that validates on the file it trains on."""
+    if not (os.path.isfile(train_file) and os.path.isfile(eval_file) and os.path.samefile(train_file, eval_file)):
+        return []
+    return [f"warning: --eval_file {eval_file} is the training file, so the best checkpoint is the one that repeats it"]
+
 
 def engine() -> str:
     """The engine that accelerate was told to train with: ZeRO-1, ZeRO-2 or ZeRO-3 of DeepSpeed, FSDP, or empty."""
@@ -546,8 +557,12 @@ def check_new_file(problems: Problems, name: str, path: str, what: str) -> None:
     elif os.path.dirname(os.path.abspath(path)) == "/dev" or (os.path.exists(path) and not os.path.isfile(path)):
         # A finished file takes the place of what has its name, and /dev/null is needed.
         problems.add(f"--{name} {path}: is a device or a pipe, not a file; give the path of a file for {what}")
-    elif _fits(problems, name, path) and locks.check_free(problems, name, path, locks.lock_of_new):
-        check_writable(problems, name, os.path.dirname(os.path.abspath(path)))
+    elif (
+        _fits(problems, name, path)
+        and locks.check_free(problems, name, path, locks.lock_of_new)
+        and (wrong := not_writable(os.path.dirname(os.path.abspath(path))))
+    ):
+        problems.add(f"--{name} {path}: {wrong}")
 
 
 def _fits(problems: Problems, name: str, path: str) -> bool:

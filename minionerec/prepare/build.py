@@ -240,7 +240,7 @@ def _give_ids(
     before, after = (semantic_ids.explained(vectors, codebooks, codes, trust) for codes in (assigned, final))
     print_levels(report, flags.codes, num_items, flags.collisions, resolved)
     print(f"the codes explain {before:.1%} of the variance of the items, {after:.1%} after collisions are resolved")
-    _print_advice(flags.codes, num_items, resolved)
+    _print_advice(flags.levels, flags.codes, num_items, resolved)
     explained = {"before_collisions": before, "after_collisions": after}
     return codebooks, final, {"levels": report, **resolved, "explained": explained, "co_purchases": used}
 
@@ -356,11 +356,13 @@ def print_levels(
         )
 
 
-def _print_advice(codes: int, num_items: int, resolved: dict[str, int]) -> None:
+def _print_advice(levels: int, codes: int, num_items: int, resolved: dict[str, int]) -> None:
     """Prints which flags might give better IDs."""
-    if resolved.get("moved", 0) > MOST_MOVED * num_items:
+    if resolved.get("moved", 0) + resolved.get("extended", 0) > MOST_MOVED * num_items:
         print("note: more --text_columns, --codes or --levels give fewer items the same ID")
     better = max(2, 1 << max(1, num_items // 8).bit_length() - 1)  # the power of 2 with 8 to 16 items per code
+    while better**levels < 2 * num_items:  # room for all of them
+        better *= 2
     if num_items < 4 * codes and better < codes:
         print(
             f"note: {num_items:,} items are few for {codes} codes per level: a model learns from codes that items "

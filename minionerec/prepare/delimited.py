@@ -55,7 +55,12 @@ def undecodable(text: str) -> str | None:
     found = None if text.isascii() else _UNDECODABLE.search(text)
     if not found:
         return None
-    return f"is not UTF-8 (byte 0x{ord(found.group()) - 0xDC00:02x}); name the file's --encoding, such as latin-1"
+    try:  # Chinese in GBK is also some text in latin-1
+        text.encode("utf-8", "surrogateescape").decode("gb18030")
+        names = "gb18030 or cp1252"
+    except UnicodeDecodeError:
+        names = "cp1252 or latin-1"
+    return f"is not UTF-8 (byte 0x{ord(found.group()) - 0xDC00:02x}); name the file's --encoding, such as {names}"
 
 
 def read_records(

@@ -183,9 +183,10 @@ def _has_header(source: Source, first: list[str], layout: Layout) -> bool:
     if layout.no_header:
         return False
     cells = ", ".join(shorten(cell.strip(), 30) for cell in first[:6])
+    columns = "--user_column 1" if source.flag == "interactions" else "--item_column 1 --title_column 2"
     raise source.error(
         f"line 1 looks like a row, not like the names of columns: {cells}; give --no_header True, and name columns by "
-        "number, such as --user_column 1"
+        f"number, such as {columns}"
     )
 
 

@@ -97,6 +97,7 @@ def make_app(
         lifespan=lifespan,
         docs_url=None,
         redoc_url=None,
+        redirect_slashes=False,  # a redirect has no body, and a client that does not follow it sees nothing
     )
     app.state.metrics, app.state.keys = metrics, [key.encode() for key in keys]
     app.add_middleware(Guard, metrics=metrics, allowed_hosts=list(allowed_hosts))

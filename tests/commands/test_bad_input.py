@@ -7,6 +7,7 @@ from helpers import COLUMNS, refused, rl_flags, run_command, sft_flags
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import lora_utils
+from minionerec import SFTFlags
 
 SFT = [
     ({"use_lroa": True}, "unknown flag --use_lroa; did you mean --use_lora?"),
@@ -110,6 +111,22 @@ def test_evaluate_refuses(files, base, tmp_path, flags, message):
     }
     refused("evaluate.py", message, **{**good, **flags})
     assert not (tmp_path / "r.json").exists()
+
+
+def test_a_wrong_path_is_the_only_problem(files, tmp_path):
+    """Nobody is asked for the category of a checkpoint that is not there."""
+    for script, name in (("evaluate.py", "base_model"), ("recommend.py", "model")):
+        flags = {name: tmp_path, "info_file": files["info"]}
+        flags |= {"history": "1"} if name == "model" else {"test_data_path": files["test"]}
+        flags |= {} if name == "model" else {"result_json_data": tmp_path / "r.json"}
+        done = run_command(script, **flags)
+        assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and f"--{name} {tmp_path}" in done.stderr
+
+
+def test_validating_on_the_training_file_is_warned_of(files):
+    flags = SFTFlags(train_file=files["train"], eval_file=files["train"])
+    assert flags.notes[-1].startswith(f"warning: --eval_file {files['train']} is the training file")
+    assert not SFTFlags(train_file=files["train"], eval_file=files["valid"]).notes
 
 
 def test_an_info_file_of_another_catalogue_is_refused(files, base, tmp_path):

@@ -95,6 +95,16 @@ def test_targets_that_are_no_items_are_refused(tmp_path):
             data_items.read_targets(listed, "info", "", str(test))
 
 
+def test_ids_that_are_not_separated_by_commas():
+    listed = [InfoItem(str(i), "Bolt M4", f"<a_{i}>") for i in range(3)]
+    with pytest.raises(
+        InputError, match=r"'0 2' is no item id, SID or title of the info file; separate items by commas$"
+    ):
+        Items(listed, "info").find("0 2")
+    with pytest.raises(InputError, match=r"info file$"):
+        Items(listed, "info").find("0 Bolt")
+
+
 def with_originals(*originals: object, only: bool = False) -> Items:
     """Items 0, 1 and so on, with these original ids."""
     listed = [InfoItem(str(i), "Bolt", f"<a_{i}>") for i in range(len(originals))]

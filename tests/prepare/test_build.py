@@ -17,6 +17,7 @@ from raw_files import T0, problems_of, written
 import sft
 from minionerec.data import files as data_files
 from minionerec.errors import InputError
+from minionerec.prepare import build
 from minionerec.prepare.settings import COLLISIONS
 from minionerec.training.rewards import read_embeddings
 from scripts.prepare_data import prepare_data
@@ -160,6 +161,19 @@ def test_many_items_that_share_an_id_are_warned_of(raw, tmp_path, capsys):
     assert "warning" not in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("levels", [1, 2, 3, 4])
+def test_fewer_codes_are_advised_only_where_all_items_have_room(capsys, levels):
+    for num_items in (5, 30, 60, 100, 300, 1000):
+        for codes in (4, 8, 32, 256):
+            build._print_advice(levels, codes, num_items, {})
+            said = capsys.readouterr().out
+            if said:
+                better = int(said.split()[-1])
+                assert better < codes and better**levels >= 2 * num_items
+    build._print_advice(3, 8, 30, {"extended": 22})
+    assert capsys.readouterr().out.startswith("note: more --text_columns, --codes or --levels")
+
+
 def test_files_that_do_not_belong_together(raw, tmp_path):
     (tmp_path / "items").write_text("item,title\nX1,Something\n")
     refused(
@@ -184,6 +198,13 @@ def test_the_command_line(raw, tmp_path):
     again = run_command("scripts/prepare_data.py", **flags_of(raw, tmp_path / "d", levels=0))
     assert again.returncode == 2 and len(again.stderr.splitlines()) == 2
     assert all(line.startswith("prepare_data.py: error: ") for line in again.stderr.splitlines())
+    # Elsewhere the line that trains has absolute paths, because relative ones start at the root.
+    argv = [f"--{name}={value}" for name, value in flags_of(raw, "own data").items()]
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "scripts/prepare_data.py"), *argv], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert f"DATA='{tmp_path}/own data' CATEGORY='{CATEGORY}' bash {ROOT}/scripts/pipeline.sh" in done.stdout
     # Neither torch nor transformers are needed for the default.
     code = (
         f"import sys; from scripts.prepare_data import prepare_data; prepare_data(**{flags_of(raw, tmp_path / 'e')!r})"

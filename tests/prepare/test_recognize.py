@@ -70,6 +70,13 @@ def test_layouts_are_recognized_or_named(tmp_path, content, layout, given):
     assert sorted((u, i, t) for u, i, t in found) == sorted(ROWS) and raw.num_rows == 3 and not raw.refused
 
 
+def test_a_chinese_file_is_not_called_latin_1(tmp_path):
+    found = problems_of(read_seconds, written(tmp_path / "file", "user,item,time\n1,螺丝刀,3\n".encode("gbk")))
+    assert "is not UTF-8 (byte 0xc2); name the file's --encoding, such as gb18030 or cp1252" in found
+    found = problems_of(read_seconds, written(tmp_path / "file", "user,item,time\n1,é,3\n".encode("latin-1")))
+    assert "--encoding, such as cp1252 or latin-1" in found
+
+
 def test_a_pipe_is_refused(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     assert "is a pipe or a device, and has to be read more than once" in problems_of(read, tmp_path / "pipe")
