@@ -3,7 +3,7 @@
 # variables; the arguments of a function come after its own flags, so they override them.
 #
 #   METHOD=lora|qlora|full   PRESET=quick|balanced|best|low_memory (low_memory: QLoRA, unless METHOD is set)
-#   NPROC=number of processes, one per GPU: 1, 2, 4, 8, 16 or 32; an optimizer step has as many rows and prompts with any
+#   NPROC=1, 2, 4, 8, 16 or 32 processes, one per GPU; an optimizer step has as many rows and prompts with any of them
 #   CONFIG=configs/zero2.yaml (or zero3, fsdp) to train with that engine instead of plain data parallelism
 #   BASE_MODEL, CATEGORY, DATA (folder with train, valid, test, info, index), OUT (folder for results)
 #   TRAIN_FILE, EVAL_FILE, TEST_FILE, INFO_FILE, INDEX_FILE, ITEM_FILE instead of the files in DATA
@@ -73,9 +73,9 @@ launch_training() {
 sft() {
     [ $((64 % NPROC)) = 0 ] || [[ " $*" =~ " --batch_size"[=\ ] ]] ||
         fail "NPROC=$NPROC: does not divide the 64 rows of an SFT step; take 1, 2, 4, 8, 16, 32 or 64, or --batch_size"
-    launch_training sft.py --base_model "$BASE_MODEL" --output_dir "$OUT/sft" "${FILES[@]}" --batch_size 512 \
-        --micro_batch_size auto --learning_rate "$SFT_RATE" --sid_learning_rate 3e-3 "${METHOD_FLAGS[@]}" \
-        "${PRESET_FLAGS[@]}" "$@"
+    launch_training sft.py --base_model "$BASE_MODEL" --output_dir "$OUT/sft" "${FILES[@]}" \
+        --tasks sid_history_to_sid,title_to_sid --batch_size 64 --micro_batch_size auto --num_epochs 3 \
+        --learning_rate "$SFT_RATE" --sid_learning_rate 3e-3 "${METHOD_FLAGS[@]}" "${PRESET_FLAGS[@]}" "$@"
 }
 rl_batch() { # rl_batch flags...: sets RL_BATCH; an RL step has 32 prompts with 4 completions, rl.py counts per process
     local share=$((128 / NPROC)) pass
@@ -87,7 +87,7 @@ rl_batch() { # rl_batch flags...: sets RL_BATCH; an RL step has 32 prompts with 
 rl() {
     rl_batch "$@"
     launch_training rl.py --model_path "${MODEL_PATH:-$OUT/sft/final_checkpoint}" --output_dir "$OUT/rl" "${FILES[@]}" \
-        --info_file "$INFO_FILE" "${RL_BATCH[@]}" --num_generations 4 \
+        --info_file "$INFO_FILE" "${RL_BATCH[@]}" --tasks sid_history_to_sid --num_generations 4 \
         --num_train_epochs 3 --eval_batch_size 128 --reward_type rule,prefix --add_gt True --sft_weight 1 --beta 0 \
         --learning_rate "$RL_RATE" --average_weights True "${METHOD_FLAGS[@]}" "${PRESET_FLAGS[@]}" "$@"
 }

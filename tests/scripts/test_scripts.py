@@ -256,7 +256,7 @@ def test_a_comparison_chooses_rates_and_repeats_the_best_with_other_seeds(checko
     assert all(flags["K"] == "9" for command, _, flags in ran if command == "evaluate.py")
     assert not any("use_lora" in flags for _, _, flags in ran[:-11])
     flags = {name: flags for command, name, flags in lora if command != "evaluate.py"}
-    assert [flags[name].get("num_epochs") for name in ("sft_try_1e-3", "sft_1e-3", "sft_seed43")] == ["1", None, None]
+    assert [flags[name].get("num_epochs") for name in ("sft_try_1e-3", "sft_1e-3", "sft_seed43")] == ["1", "3", "3"]
     for name, seed, start in (("rl_from_1e-3_1e-5", "42", "sft_1e-3"), ("rl_seed43", "43", "sft_seed43")):
         assert flags[name]["seed"] == seed and flags[name]["test_beam"] == "7"
         assert flags[name]["model_path"] == f"output/compared/lora/{start}/final_checkpoint"
