@@ -144,9 +144,10 @@ def read_input(flags: EvaluateFlags) -> EvaluateInput:
     """Checks the flags, the checkpoint and every row of the files. Raises InputError with everything that is wrong."""
     problems = Problems()
     flags.check(problems)
+    before = len(problems)
     checkpoint, base = read_model(problems, "base_model", flags.base_model, flags.adapter)
     prompts = None
-    if checkpoint and not problems:  # a wrong path is no reason to ask for --category
+    if checkpoint and len(problems) == before:  # a wrong path is no reason to ask for --category
         prompts = problems.attempt(checkpoint.prompts, flags.category, flags.prompt_file, RECOMMENDATION)
     listed = problems.attempt(read_info_items, flags.info_file) or []
     sids = list(dict.fromkeys(item.sid for item in listed))

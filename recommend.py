@@ -187,9 +187,10 @@ def read_input(flags: RecommendFlags) -> RecommendInput:
 
 def read_files(problems: Problems, flags: RecommendFlags) -> RecommendInput:
     """`read_input` after the flags were checked: a server reads its files again when it takes a new checkpoint."""
+    before = len(problems)
     checkpoint, base = read_model(problems, "model", flags.model, flags.adapter)
     prompts = None
-    if checkpoint and not problems:  # a wrong path is no reason to ask for --category
+    if checkpoint and len(problems) == before:  # a wrong path is no reason to ask for --category
         prompts = problems.attempt(checkpoint.prompts, flags.category, flags.prompt_file, RECOMMENDATION)
     purchases = problems.attempt(read_item_ids, flags.train_file, "train_file") if flags.train_file else None
     listed = problems.attempt(read_info_items, flags.info_file)

@@ -151,11 +151,12 @@ def test_index_that_is_no_json(files, base, tmp_path):
     )
 
 
-def test_evaluate_reports_all_problems_together(tmp_path):
-    result = run_command("evaluate.py", base_model="", info_file="nowhere.txt", test_data_path="", num_beams=0)
-    assert result.returncode == 2
-    # base_model, num_beams, result_json_data, category, info_file, test_data_path
-    assert len(result.stderr.strip().splitlines()) == 6
+def test_evaluate_reports_all_problems_together(base):
+    for model, wrong in (("", "--base_model is missing"), (base, "--category is missing")):
+        result = run_command("evaluate.py", base_model=model, info_file="nowhere.txt", test_data_path="", num_beams=0)
+        assert result.returncode == 2 and wrong in result.stderr
+        # that, num_beams, result_json_data, info_file, test_data_path
+        assert len(result.stderr.strip().splitlines()) == 5
 
 
 def test_evaluate_refuses_an_adapter_of_another_base(files, base, tmp_path):
@@ -290,11 +291,13 @@ def test_recommend_refuses_a_catalogue_that_the_checkpoint_does_not_know(files, 
     refused("recommend.py", f"info_file {tmp_path / 'info.txt'} belongs to a different catalogue", **flags)
 
 
-def test_recommend_reports_all_problems_together(tmp_path):
-    result = run_command("recommend.py", info_file="nowhere.txt", K=0, output=tmp_path / "o", where="x=y")
-    assert result.returncode == 2
-    # K, history, output, where, model, category, info_file
-    assert len(result.stderr.strip().splitlines()) == 7, result.stderr
+def test_recommend_reports_all_problems_together(base, tmp_path):
+    for model, wrong in (("", "--model is missing"), (base, "--category is missing")):
+        flags = {"model": model, "info_file": "nowhere.txt", "K": 0, "output": tmp_path / "o", "where": "x=y"}
+        result = run_command("recommend.py", **flags)
+        assert result.returncode == 2 and wrong in result.stderr
+        # that, K, history, output, where, info_file
+        assert len(result.stderr.strip().splitlines()) == 6, result.stderr
 
 
 @pytest.mark.parametrize("flag", ["info_file", "test_data_path", "train_file"])
