@@ -70,7 +70,9 @@ def not_an_id(role: str, cell: object) -> str:
 def is_shortened(cell: object) -> bool:
     """Whether a cell is a number as a spreadsheet saves a long one, such as 1.53834E+12: its last digits are lost. In
     Python and R the e is small."""
-    return isinstance(cell, str) and bool(re.fullmatch(r"-?\d(?:\.\d+)?E\+(?:0\d|1[0-5])", cell.strip()))
+    if not isinstance(cell, str) or "E+" not in cell:
+        return False
+    return bool(re.fullmatch(r"-?\d(?:\.\d+)?E\+(?:0\d|1[0-5])", cell.strip()))
 
 
 def microseconds(value: object, zone: tzinfo = UTC) -> int | None:

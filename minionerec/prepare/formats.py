@@ -238,7 +238,7 @@ def values_of(column: pa.Array) -> list:
         column, kind = column.dictionary_decode(), kind.value_type
     if pa.types.is_timestamp(kind):
         column = column.cast(pa.timestamp("us", kind.tz), safe=False)
-    if pa.types.is_float32(kind) or pa.types.is_float16(kind):
+    if pa.types.is_float32(kind):
         column = column.cast(pa.string()).cast(pa.float64())  # 19.99, not 19.989999771118164
     try:
         values = column.to_pylist()
