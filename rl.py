@@ -220,7 +220,6 @@ def train(flags: RLFlags) -> "dict | Prediction":
         import lora_utils
         from minionerec.decoding.probe import probe
         from minionerec.dryrun import report
-        from minionerec.metrics import watched_cutoff
         from minionerec.model import device, graphs, loading
         from minionerec.plots import RL_PANELS
         from minionerec.training import nodes
@@ -271,14 +270,7 @@ def train(flags: RLFlags) -> "dict | Prediction":
     nodes.check_same(flags.to_dict(), base=fingerprint)
     nodes.check_output_shared(flags.output_dir)
     resume = resume_point(flags, run, state.print)
-    cutoff = watched_cutoff(min(flags.test_beam, len(trie)))
-    if resume:
-        beams = resume.flags.get("test_beam", flags.test_beam)
-        if (before := watched_cutoff(min(beams, len(trie)))) != cutoff:
-            raise InputError(
-                f"--test_beam {flags.test_beam}: the best checkpoint is chosen by the metrics at {cutoff}, and was by "
-                f"those at {before} up to {resume.path}; resume with --test_beam {beams}"
-            )
+    cutoff = chosen_by(flags, len(trie), resume)
 
     # Load the policy. Probed before the weights are sharded, and for the longest rows that any process can have.
     model = load_policy(inputs, tokenizer, fingerprint)
@@ -340,6 +332,22 @@ def train(flags: RLFlags) -> "dict | Prediction":
     if flags.test_during_training:
         state.print(verdict)
     return metrics
+
+
+def chosen_by(flags: RLFlags, num_sids: int, resume: Checkpoint | None) -> int:
+    """The K whose metrics choose the best checkpoint. Raises InputError if the run that is resumed had another one,
+    since values at two K do not compare."""
+    from minionerec.metrics import watched_cutoff
+
+    cutoff = watched_cutoff(min(flags.test_beam, num_sids))
+    beams = resume.flags.get("test_beam", flags.test_beam) if resume else flags.test_beam
+    before = watched_cutoff(min(beams, num_sids))
+    if resume and before != cutoff:
+        raise InputError(
+            f"--test_beam {flags.test_beam}: the best checkpoint is chosen by the metrics at {cutoff}, and was by "
+            f"those at {before} up to {resume.path}; resume with --test_beam {beams}"
+        )
+    return cutoff
 
 
 def size_of_passes(

@@ -57,7 +57,7 @@ def check_settings(out: Path) -> None:
 
 
 def check_rates(method: str) -> None:
-    """Refuses rates that are no numbers, and several for an RL that is not evaluated, before anything trains."""
+    """Refuses learning rates that are not numbers, and several for RL without evaluations, which cannot choose one."""
     for stage, default in (("SFT", SFT_RATES), ("RL", RL_RATES)):
         name = f"{stage}_RATES_{method}"
         rates = setting(name, default[method]).split()

@@ -22,6 +22,7 @@ from minionerec.checkpoint import Checkpoint
 from minionerec.data.files import read_info
 from minionerec.data.prompts import RECOMMENDATION
 from minionerec.decoding import probe
+from minionerec.errors import InputError
 from minionerec.training.policy_loss import PolicyLoss
 from minionerec.training.rl_trainer import ReReTrainer
 
@@ -66,6 +67,16 @@ def test_items_that_the_catalogue_lacks_are_not_asked_for(files, sft, tmp_path):
     flags = {"use_lora": True, "test_during_training": False, "num_train_epochs": 1}
     _, result = run_rl(own, sft["lora"], tmp_path / "run", **flags, tasks="title_to_sid")
     assert "1 SIDs of the index are not in" in result.stdout
+
+
+def test_a_run_resumes_with_the_metric_that_chose_its_best(tmp_path):
+    before = Checkpoint("out/checkpoint-4", None, {"flags": {"test_beam": 20}})
+    assert rl.chosen_by(rl.RLFlags(test_beam=30), 99, before) == rl.chosen_by(rl.RLFlags(test_beam=20), 99, None) == 10
+    assert rl.chosen_by(rl.RLFlags(test_beam=5), 4, before) == 3  # of four SIDs
+    with pytest.raises(
+        InputError, match="at 5, and was by those at 10 up to out/checkpoint-4; resume with --test_beam 20"
+    ):
+        rl.chosen_by(rl.RLFlags(test_beam=5), 99, before)
 
 
 def test_a_lora_run_continues_its_own_adapter(files, sft, base, tmp_path):
