@@ -283,13 +283,14 @@ def load(flags: RecommendFlags, inputs: RecommendInput) -> "Ranker":
     ).load_model(inputs.base, fast=True)
 
 
-def serve(flags: RecommendFlags, inputs: RecommendInput) -> None:
+def serve(flags: RecommendFlags) -> None:
     """Recommends over HTTP until a signal stops it."""
+    read = [read_input(flags)]  # taken out when it is loaded: no name keeps it after a reload
+    keys = read[0].keys
+
     from minionerec.serving.connections import run
     from minionerec.serving.server import make_app
     from minionerec.serving.worker import Loaded
-
-    read = [inputs]
 
     def load_checkpoint() -> Loaded:
         """In the thread that asks the model. From the second time on, the files are read again."""
@@ -310,20 +311,20 @@ def serve(flags: RecommendFlags, inputs: RecommendInput) -> None:
             inputs.reader, lambda requests: ranker.answer(requests, tqdm(disable=True)), batch_size=ranker.batch_size
         )
 
-    app = make_app(load_checkpoint, 8, flags.max_waiting, inputs.keys, flags.hosts)
+    app = make_app(load_checkpoint, 8, flags.max_waiting, keys, flags.hosts)
     run(app, flags.host, flags.serve)
 
 
 @command(RecommendFlags)
 def recommend(flags: RecommendFlags) -> None:
     """Recommends items for one history, for a file of histories, or over HTTP."""
-    # Check the flags, the checkpoint, the catalogue and every request, before anything heavy is imported.
-    inputs = read_input(flags)
-
     # Over HTTP, until it is stopped. It says that the model is loading meanwhile.
     if flags.serve:
-        serve(flags, inputs)
+        serve(flags)
         return
+
+    # Check the flags, the checkpoint, the catalogue and every request, before anything heavy is imported.
+    inputs = read_input(flags)
 
     with importing():
         world.watch()

@@ -1,6 +1,7 @@
 """recommend.py --serve as a whole: loading, signals, searches, and the page in a real browser."""
 
 import asyncio
+import gc
 import json
 import os
 import signal
@@ -8,6 +9,8 @@ import socket
 import threading
 import time
 import urllib.request
+import weakref
+from types import SimpleNamespace
 
 import pytest
 from browser import Browser, needs_browser
@@ -15,8 +18,10 @@ from helpers import refused, run_command
 from processes import free_port, start_command
 from served import Checkpoints, Model, httpx, on_a_socket, until, with_client
 
+import recommend
 from minionerec.data.files import read_info_items, with_original_ids
 from minionerec.data.items import ItemColumns, Items
+from minionerec.serving import connections
 from minionerec.serving import server as server_module
 from minionerec.serving.requests import RequestReader
 from minionerec.serving.server import make_app
@@ -144,6 +149,35 @@ def test_a_server_of_this_machine_answers_to_its_names_only(flags, url, hosts):
 
     made = RecommendFlags(serve=80, **flags)
     assert made.url == url and made.hosts == hosts
+
+
+def test_a_reload_frees_the_catalogue_that_was_there_before(files, monkeypatch):
+    read, models = [], []
+
+    def read_files(*_):
+        items = Items(read_info_items(files["info"]), files["info"])
+        models.append(Model())
+        read.append(weakref.ref(items))
+        return SimpleNamespace(reader=RequestReader(items, None, K=5, most=20), items=items, keys=["one"], notes=[])
+
+    def run(app, *_):
+        async def steps(client):
+            key = {"Authorization": "Bearer one"}
+            before = await client.post("/recommend", json={"history": ["1"]}, headers=key)
+            return before, await client.post("/reload", headers=key)
+
+        before, after = with_client(app, steps)
+        assert before.status_code == 200 and after.json()["items"] == 40
+        gc.collect()
+        assert [catalogue() is None for catalogue in read] == [True, False]
+
+    monkeypatch.setattr(recommend, "read_files", read_files)
+    monkeypatch.setattr(recommend, "load", lambda *_: SimpleNamespace(answer=lambda r, _: models[-1](r), batch_size=4))
+    monkeypatch.setattr(connections, "run", run)
+    port = free_port()
+    recommend.serve(
+        recommend.RecommendFlags(model="here", info_file=files["info"], num_beams=20, serve=port, allowed_hosts="*")
+    )
 
 
 @pytest.fixture
