@@ -5,11 +5,11 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
-from hashlib import file_digest, sha256
+from hashlib import sha256
 from pathlib import Path
 
 from minionerec import __version__, world
-from minionerec.data.files import shorten
+from minionerec.data.files import sha256_of, shorten
 from minionerec.data.prompts import RECOMMENDATION, Prompts, load_prompts
 from minionerec.errors import InputError, Problems
 from minionerec.flags import AdapterFlags, engine
@@ -72,8 +72,7 @@ def run_record(
 
 def digest(path: str) -> str:
     """The content of a file, in words."""
-    with open(path, "rb") as file:
-        return f"a file of {os.path.getsize(path)} bytes, {file_digest(file, 'sha256').hexdigest()[:12]}"
+    return f"a file of {os.path.getsize(path)} bytes, {sha256_of(path)[:12]}"
 
 
 @dataclass(frozen=True)

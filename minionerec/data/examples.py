@@ -21,7 +21,7 @@ import tokenizers
 import torch
 
 from minionerec.data.encoding import Encoder, batches
-from minionerec.data.files import Interaction, Item
+from minionerec.data.files import Interaction, Item, sha256_of
 from minionerec.flags import examples_cache
 from minionerec.output import whole_file, writing
 from minionerec.process_memory import without_collector
@@ -75,19 +75,14 @@ def code_digest(folder: str = os.path.dirname(os.path.dirname(os.path.abspath(__
     """A digest of all source files of the package: examples of another version of the code are not reused."""
     digest = hashlib.sha256()
     for path in sorted(Path(folder).rglob("*.py")):
-        digest.update(f"{path.relative_to(folder).as_posix()}\0{_file_digest(path)}\n".encode())
+        digest.update(f"{path.relative_to(folder).as_posix()}\0{sha256_of(path)}\n".encode())
     return digest.hexdigest()
-
-
-def _file_digest(path: str | Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _is_whole(path: str) -> bool:
     """Whether a cached file has the digest that was recorded when it was written."""
     try:
-        return Path(f"{path}.sha256").read_text() == _file_digest(path)
+        return Path(f"{path}.sha256").read_text() == sha256_of(path)
     except (OSError, UnicodeDecodeError):
         return False
 
@@ -116,7 +111,7 @@ def tokenized_dataset(
     digest.update(encoder.tokenizer.backend_tokenizer.to_str().encode())
     digest.update(str(encoder.tokenizer.eos_token_id).encode())
     for source in sources:
-        digest.update(_file_digest(source).encode())
+        digest.update(sha256_of(source).encode())
     path = os.path.join(examples_cache(), f"{digest.hexdigest()[:32]}.arrow")
     if not _is_whole(path):
         with writing(f"{os.path.dirname(path)} (tokenized examples; HF_DATASETS_CACHE names another folder)"):
@@ -137,7 +132,7 @@ def _fill(path: str, encoder: Encoder, rows_of: Callable[[str], Iterable[Interac
         if not _is_whole(path):
             with whole_file(f"{path}.note") as note:
                 Path(note).write_text(encoder.control_note or "", encoding="utf-8")
-            digest.write_text(_file_digest(fresh))
+            digest.write_text(sha256_of(fresh))
             os.replace(fresh, path)
             os.replace(digest, f"{path}.sha256")
     finally:

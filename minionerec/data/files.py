@@ -13,6 +13,7 @@ command can check its input before it spends seconds on importing torch.
 
 import ast
 import csv
+import hashlib
 import io
 import json
 import os
@@ -134,6 +135,12 @@ def check_is_file(path: str, flag: str) -> None:
     """Raises InputError if a flag does not name a file."""
     if not os.path.isfile(path):
         raise InputError(f"--{flag} {path}: {'is a folder, not a file' if os.path.isdir(path) else 'no such file'}")
+
+
+def sha256_of(path: str | os.PathLike[str]) -> str:
+    """The SHA-256 of a file, in hex digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_json_object(path: str, flag: str) -> dict:

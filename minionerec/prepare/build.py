@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from minionerec import __version__
+from minionerec.data.files import sha256_of
 from minionerec.errors import InputError, Problems
 from minionerec.prepare import cleaning, item_embeddings, row_files, semantic_ids, sources, writing
 from minionerec.prepare.co_purchases import CoPurchases, joined
@@ -175,7 +176,7 @@ def build(problems: Problems, flags: PrepareFlags) -> dict[str, object]:
         texts = texts_of(catalogue, flags.text_columns)
         text_model, made_by = None, {"kind": "tfidf"}
         if vectors is not None:
-            vectors, made_by = vectors[kept], {"kind": "embeddings", "sha256": writing.digest(flags.embeddings)}
+            vectors, made_by = vectors[kept], {"kind": "embeddings", "sha256": sha256_of(flags.embeddings)}
         elif flags.encoder:
             vectors, made_by = item_embeddings.embed_with_model(flags.encoder, texts), encoder_of(flags.encoder)
         else:
@@ -373,7 +374,7 @@ def _print_advice(levels: int, codes: int, num_items: int, resolved: dict[str, i
 def input_of(source: Source, roles: tuple[str, ...], columns: list[str | None]) -> dict[str, object]:
     """What dataset.json records about a file that was read."""
     found = {role: name for role, name in zip(roles, columns, strict=True) if name is not None}
-    return {"name": os.path.basename(source.path), "sha256": writing.digest(source.path), "columns": found}
+    return {"name": os.path.basename(source.path), "sha256": sha256_of(source.path), "columns": found}
 
 
 def encoder_of(encoder: str) -> dict[str, Any]:

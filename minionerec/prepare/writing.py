@@ -11,7 +11,6 @@
 | dataset.json | how the data set was made |
 """
 
-import hashlib
 import json
 import os
 import signal
@@ -23,6 +22,7 @@ from typing import BinaryIO, TypedDict
 
 import numpy as np
 
+from minionerec.data.files import sha256_of
 from minionerec.errors import InputError
 from minionerec.output import writing
 from minionerec.prepare.cleaning import SPLITS
@@ -117,12 +117,6 @@ def publish(folder: str, output_dir: str) -> None:
         ) from None
 
 
-def digest(path: str) -> str:
-    """The SHA-256 of a file."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 class _Writer:
     """What `np.save` writes to piece by piece, because it is not a file."""
 
@@ -184,7 +178,7 @@ def write_record(folder: str, record: Mapping[str, object]) -> None:
     files = sorted(
         os.path.relpath(os.path.join(above, name), folder) for above, _, names in os.walk(folder) for name in names
     )
-    digests = {name: digest(os.path.join(folder, name)) for name in files}
+    digests = {name: sha256_of(os.path.join(folder, name)) for name in files}
     write_json(os.path.join(folder, RECORD), {**record, "files": digests})
 
 
@@ -210,7 +204,9 @@ def read_record(folder: str) -> Record:
         changed = [
             name
             for name, expected_digest in sorted(digests.items())
-            if os.path.isabs(name) or ".." in name.split("/") or digest(os.path.join(folder, name)) != expected_digest
+            if os.path.isabs(name)
+            or ".." in name.split("/")
+            or sha256_of(os.path.join(folder, name)) != expected_digest
         ]
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, InputError) as error:
         raise InputError(f"--dataset {folder}: {RECORD} is not what prepare_data.py wrote: {error!r}"[:400]) from None

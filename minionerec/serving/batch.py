@@ -5,13 +5,13 @@ settings keeps the rows that are there. Scores depend on the rows that share a f
 continued run forms the same batches: the output is that of an uninterrupted run, byte for byte.
 """
 
-import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 
 from minionerec.checkpoint import read_json
+from minionerec.data.files import sha256_of
 from minionerec.errors import InputError, RunError
 from minionerec.saving import write_json
 from minionerec.serving.requests import Request
@@ -22,13 +22,9 @@ BATCHES = 16  # that are sorted by length together
 def settings_of(flags: dict[str, object], files: Iterable[str], model: str) -> dict[str, object]:
     """What the rows of a run depend on: its flags, digests of the files it reads, and the files of the model's folder
     with their sizes and times."""
-    digests = {}
-    for path in files:
-        with open(path, "rb") as file:
-            digests[path] = hashlib.file_digest(file, "sha256").hexdigest()
     folder = sorted(os.scandir(model), key=lambda entry: entry.name) if os.path.isdir(model) else []
     stats = [[entry.name, entry.stat().st_size, entry.stat().st_mtime_ns] for entry in folder if entry.is_file()]
-    return {"flags": flags, "files": digests, "model": stats}
+    return {"flags": flags, "files": {path: sha256_of(path) for path in files}, "model": stats}
 
 
 def check_output(output: str, settings: dict[str, object]) -> int:

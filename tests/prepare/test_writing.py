@@ -8,6 +8,7 @@ import pytest
 from raw_bolts import contents, flags_of, review_rows
 from raw_files import problems_of
 
+from minionerec.data.files import sha256_of
 from minionerec.errors import RunError
 from minionerec.prepare import semantic_ids, writing
 from scripts.prepare_data import prepare_data
@@ -29,7 +30,7 @@ def test_the_record_says_what_was_done(prepared, raw):
         "item": "asin",
         "time": "unixReviewTime",
     }
-    assert record["inputs"]["items"]["sha256"] == writing.digest(raw["items"])
+    assert record["inputs"]["items"]["sha256"] == sha256_of(raw["items"])
     assert record["arguments"]["seed"] == 42 and len(record["semantic_ids"]["levels"]) == 3
     assert {*record["files"], "dataset.json"} == set(contents(prepared))
     text = json.dumps(record)
