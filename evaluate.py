@@ -178,11 +178,7 @@ def read_input(flags: EvaluateFlags) -> EvaluateInput:
     known = set(sids)
     if outside := sum(example.sid not in known for example in examples):
         notes.append(f"{outside} of {len(examples)} rows have a target that --info_file lacks; they count as misses")
-    if flags.prompt_file:
-        notes += checkpoint.differing_prompts(prompts)
-    else:
-        notes += checkpoint.differing_flags(flags.to_dict(), ("category",))
-    notes += checkpoint.not_taught
+    notes += checkpoint.notes_on_wording(prompts, flags.category, flags.prompt_file)
     return EvaluateInput(*(checkpoint, base, prompts, sids, items, targets, examples, blend, eval_file, weighed, notes))
 
 
@@ -320,18 +316,18 @@ def evaluate(flags: EvaluateFlags) -> dict[str, float]:
     return metrics
 
 
-def choose_weight(flags: EvaluateFlags, files: EvaluateInput, ranker: "Ranker", is_main: bool) -> None:
+def choose_weight(flags: EvaluateFlags, inputs: EvaluateInput, ranker: "Ranker", is_main: bool) -> None:
     """Lets SASRec count as much as is best on the validation rows, says so, and records it in its folder."""
-    found = ranker.weigh(files.weighed, flags.length_penalty)
+    found = ranker.weigh(inputs.weighed, flags.length_penalty)
     assert ranker.blend  # else there is nothing to weigh
     ranker.blend = ranker.blend.chosen(found)
     if is_main:
         metric = f"NDCG@{watched_cutoff(ranker.length)}"
-        print(f"weight of {flags.blend}, {metric} on {len(files.weighed)} rows of {files.eval_file}:")
+        print(f"weight of {flags.blend}, {metric} on {len(inputs.weighed)} rows of {inputs.eval_file}:")
         print("  ".join(f"{weight:g}: {value:.4f}" for weight, value in found.items()))
         alike = ": all weights rank these rows alike" if len(set(found.values())) == 1 else ""
         print(f"weight {ranker.blend.weight:g} is taken{alike}")
-        ranker.blend.record(files.checkpoint.path, files.eval_file, len(files.weighed), found, metric)
+        ranker.blend.record(inputs.checkpoint.path, inputs.eval_file, len(inputs.weighed), found, metric)
 
 
 def _purchases(train_file: str) -> tuple[Counter[str], set[str]]:

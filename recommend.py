@@ -224,11 +224,7 @@ def read_files(problems: Problems, flags: RecommendFlags) -> RecommendInput:
     problems.check()
     assert keys is not None
     assert checkpoint and base and prompts and items and reader  # nothing was wrong
-    if flags.prompt_file:
-        notes = checkpoint.differing_prompts(prompts)
-    else:
-        notes = checkpoint.differing_flags(flags.to_dict(), ("category",))
-    notes += checkpoint.not_taught + items.notes
+    notes = checkpoint.notes_on_wording(prompts, flags.category, flags.prompt_file) + items.notes
     return RecommendInput(checkpoint, base, prompts, items, reader, blend, request, count, settings, done, keys, notes)
 
 

@@ -171,10 +171,7 @@ def read_input(flags: RLFlags) -> RLInput:
         notes.append(f"{outside:,} SIDs of the index are not in {flags.info_file}; tasks on items leave them out")
 
     # What differs from the checkpoint. The shape of an adapter stays what it was.
-    if flags.prompt_file:
-        notes += checkpoint.differing_prompts(prompts)
-    else:
-        notes += checkpoint.differing_flags(flags.to_dict(), ("category",))
+    notes += checkpoint.notes_on_wording(prompts, flags.category, flags.prompt_file)
     if checkpoint.adapter is not None:
         notes += _how_it_continues(checkpoint, flags)
         if flags.adapted:
@@ -233,8 +230,8 @@ def train(flags: RLFlags) -> "dict | Prediction":
     state = device.process_state(flags.ddp_timeout)
     memory = device.free_memory_gb()
     config = loading.load_config(inputs.base, "model_path" if checkpoint.adapter is None else "base_model")
-    own = checkpoint.path if inputs.continues else None
-    reach = [lora_utils.check_adapter(config, flags, own)] if flags.adapted else []
+    adapter_path = checkpoint.path if inputs.continues else None
+    adapter_summary = [lora_utils.check_adapter(config, flags, adapter_path)] if flags.adapted else []
     tokenizer = loading.load_tokenizer(checkpoint.path)
     encoded = encode(inputs, tokenizer)
     train_dataset, trie = encoded.train_dataset, encoded.trie
@@ -255,7 +252,7 @@ def train(flags: RLFlags) -> "dict | Prediction":
     sid_token_ids = sorted(tokenizer.convert_tokens_to_ids(inputs.catalogue.sid_tokens))
     predictor = report.Inputs(config, tokenizer, sid_token_ids, encoded.encoder, inputs.train_rows, lora_utils.adapt)
     if flags.dry_run:
-        print(*reach, sep="\n", end="\n" if reach else "")
+        print(*adapter_summary, sep="\n", end="\n" if adapter_summary else "")
         return report.rl(flags, predictor, list(train_dataset["prompt"]), steps, trie.depth, inputs.continues)
     eval_dataset = encoded.eval_dataset
     for note in encoded.notes:
@@ -285,7 +282,7 @@ def train(flags: RLFlags) -> "dict | Prediction":
     if new_adapter:
         model = lora_utils.adapt(model, flags, sid_token_ids)
     trainable, total = lora_utils.count_parameters(model)
-    for line in [lora_utils.trainable_report(model), *reach]:
+    for line in [lora_utils.trainable_report(model), *adapter_summary]:
         state.print(line)
 
     # Train.

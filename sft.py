@@ -129,7 +129,7 @@ def train(flags: SFTFlags) -> "dict | Prediction":
     if flags.cf_path:
         sasrec.load(flags.cf_path)
     config = loading.load_config(flags.base_model)
-    reach = [lora_utils.check_adapter(config, flags)] if flags.adapted else []
+    adapter_summary = [lora_utils.check_adapter(config, flags)] if flags.adapted else []
     tokenizer = loading.load_tokenizer(flags.base_model)
     sid_tokens = inputs.catalogue.sid_tokens
     new_tokens = [token for token in sid_tokens if tokenizer.backend_tokenizer.token_to_id(token) is None]
@@ -146,7 +146,7 @@ def train(flags: SFTFlags) -> "dict | Prediction":
     ids = sorted(tokenizer.convert_tokens_to_ids(sid_tokens))
     predictor = report.Inputs(config, tokenizer, ids, encoder, inputs.train_rows, lora_utils.adapt)
     if flags.dry_run:
-        for line in [*inputs.notes, *reach]:
+        for line in [*inputs.notes, *adapter_summary]:
             print(line)
         return report.sft(flags, predictor, training_examples)
 
@@ -170,7 +170,7 @@ def train(flags: SFTFlags) -> "dict | Prediction":
     model = lora_utils.adapt(model, flags, sid_token_ids)
     model.config.use_cache = False
     trainable, total = lora_utils.count_parameters(model)
-    for line in [lora_utils.trainable_report(model), *reach]:
+    for line in [lora_utils.trainable_report(model), *adapter_summary]:
         state.print(line)
 
     # Tokenize the rows, or find them in the cache.

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
@@ -193,29 +194,29 @@ class Checkpoint:
             wordings[name] = known.tasks.get(name, task)
         return replace(known, tasks=wordings)
 
-    @property
-    def not_taught(self) -> list[str]:
-        """A warning, or none, where its run recorded tasks, but not the one that it is asked: to recommend."""
+    def notes_on_wording(self, prompts: Prompts, category: str, prompt_file: str | None) -> list[str]:
+        """A warning for each way in which `prompts`, which `category` and `prompt_file` gave, may not be what it was
+        trained with."""
         try:
             known = self.recorded_prompts
-        except InputError:  # `prompts` and `differing_prompts` say so
-            return []
-        if known is None or RECOMMENDATION in known.tasks:
-            return []
-        taught = ", ".join(known.tasks)
-        return [f"warning: {self.path} is asked for {RECOMMENDATION}, on which it was not trained, only on {taught}"]
-
-    def differing_prompts(self, prompts: Prompts) -> list[str]:
-        """A warning, or none, where it was trained with another wording of the tasks that it shares with `prompts`."""
-        try:
-            known = self.recorded_prompts or prompts
         except InputError as error:
             return [f"warning: {problem}" for problem in error.problems]
+        if known is None:
+            unknown = (
+                f"warning: {self.path} does not say in which words it was trained, and is asked in the built-in ones"
+            )
+            return [] if prompt_file else [f"{unknown}; a --prompt_file gives others"]
+        notes = [] if prompt_file else self.differing_flags({"category": category}, ("category",))
         differ = [name for name, task in prompts.tasks.items() if known.tasks.get(name, task) != task]
-        if not differ and known.template == prompts.template:
-            return []
-        what = f"tasks {', '.join(differ)}" if differ else "template"
-        return [f"warning: the wording of --prompt_file differs from the one {self.path} was trained with: {what}"]
+        if prompt_file and (differ or known.template != prompts.template):
+            what = f"tasks {', '.join(differ)}" if differ else "template"
+            trained = f"the one {self.path} was trained with"
+            notes.append(f"warning: the wording of --prompt_file differs from {trained}: {what}")
+        if RECOMMENDATION not in known.tasks:
+            taught = ", ".join(known.tasks)
+            asked = f"is asked for {RECOMMENDATION}, on which it was not trained, only on {taught}"
+            notes.append(f"warning: {self.path} {asked}")
+        return notes
 
     def differing_flags(self, flags: dict, names: tuple[str, ...]) -> list[str]:
         """A warning for each flag of these names that had another value in the run that wrote it."""
@@ -297,6 +298,10 @@ def read_json(path: str) -> dict:
 # --- Which folders are checkpoints ------------------------------------------------------------------------------------
 
 
+# A name of the hub, its owner's before a slash: ASCII letters and digits, single marks between them.
+HUB_NAME = re.compile(r"(?!.*(--|\.\.|\.git$))\w([\w.-]*\w)?(/\w([\w.-]*\w)?)?", re.ASCII)
+
+
 def check_model(problems: Problems, name: str, path: str) -> None:
     """A folder that holds a model, or something that can be the name of a hub model."""
     if not path:
@@ -306,7 +311,7 @@ def check_model(problems: Problems, name: str, path: str) -> None:
             final = os.path.join(path, "final_checkpoint")
             meant = f"did you mean {final}?" if os.path.isdir(final) else "is it a model?"
             problems.add(f"--{name} {path}: the folder has no config.json and no {ADAPTER_FILE}; {meant}")
-    elif path.startswith((".", "/", "~")) or path.count("/") > 1 or os.path.exists(path):
+    elif not HUB_NAME.fullmatch(path) or os.path.exists(path):
         problems.add(f"--{name} {path}: no such folder")
 
 

@@ -1,11 +1,13 @@
 """What a checkpoint says about itself is input, checked before torch is imported: a record, wording, an adapter."""
 
 import json
+import random
 import time
 from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub.utils import validate_repo_id
 from recorded import GOOD, evaluation, problems_of, record
 from safetensors.torch import save_file
 
@@ -13,7 +15,7 @@ import evaluate
 import merge_lora
 import rl
 from minionerec import __version__
-from minionerec.checkpoint import LACKED_IN_0_1, Checkpoint, newest_checkpoint
+from minionerec.checkpoint import HUB_NAME, LACKED_IN_0_1, Checkpoint, newest_checkpoint
 from minionerec.data.prompts import RECOMMENDATION, load_prompts
 from minionerec.errors import InputError
 
@@ -111,9 +113,18 @@ def test_tasks_that_were_not_trained_end_as_those_that_were(tmp_path):
 
 def test_a_task_that_was_not_taught_is_named(tmp_path):
     other = str(record(tmp_path / "other", load_prompts("bolts", tasks="title_to_sid").to_json()))
-    (warning,) = Checkpoint.read(other).not_taught
+    (warning,) = Checkpoint.read(other).notes_on_wording(load_prompts("bolts"), "", None)
     assert warning.endswith("is asked for sid_history_to_sid, on which it was not trained, only on title_to_sid")
-    assert not Checkpoint.read(str(record(tmp_path / "good", GOOD))).not_taught
+    good = Checkpoint.read(str(record(tmp_path / "good", GOOD)))
+    assert not good.notes_on_wording(good.prompts(""), "", None)
+
+
+def test_a_checkpoint_of_another_tool_is_asked_in_words_that_it_may_not_know(tmp_path):
+    (tmp_path / "theirs").mkdir()
+    theirs = Checkpoint.read(str(tmp_path / "theirs"))
+    (warning,) = theirs.notes_on_wording(theirs.prompts("bolts"), "bolts", None)
+    assert warning.endswith("and is asked in the built-in ones; a --prompt_file gives others")
+    assert not theirs.notes_on_wording(theirs.prompts("bolts"), "bolts", "words.json")
 
 
 @pytest.mark.parametrize("content", ["[1]", "5", "{", "[" * 100_000, "\ud800"])
@@ -201,3 +212,15 @@ def test_only_complete_checkpoints_count(tmp_path):
         (tmp_path / name / "trainer_state.json").write_text('{"global_step": 1}')
     (tmp_path / "checkpoint-11" / "trainer_state.json").write_text("{}")
     assert newest_checkpoint(str(tmp_path)).endswith("checkpoint-10")
+
+
+def test_names_of_the_hub_are_those_that_its_library_takes():
+    random.seed(0)
+    names = ["".join(random.choices("aB1-._/é git", k=random.randint(1, 8))) for _ in range(20_000)]
+    for name in ["Qwen/Qwen2.5-0.5B", "gpt2", *names]:
+        try:
+            validate_repo_id(name)
+        except ValueError:
+            assert not HUB_NAME.fullmatch(name), name
+        else:
+            assert HUB_NAME.fullmatch(name), name

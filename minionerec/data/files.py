@@ -28,7 +28,7 @@ from itertools import pairwise
 from typing import TextIO, TypeGuard, cast
 
 from minionerec.data import parallel
-from minionerec.errors import InputError
+from minionerec.errors import InputError, Problems
 
 csv.field_size_limit(sys.maxsize)
 
@@ -36,7 +36,7 @@ SID_COLUMNS = ("history_item_sid", "item_sid")
 TITLE_COLUMNS = ("history_item_title", "item_title")
 ITEM_COLUMN = "item_id"
 HISTORY_COLUMN = "history"  # of a file of requests
-REQUEST_COLUMNS = ("K", "exclude_seen", "allow", "deny", "where")  # what JSON lines say beside it
+REQUEST_COLUMNS = ("K", "exclude_seen", "allow", "deny", "where")  # what JSON lines may also have
 
 MOST_PROBLEMS = 5  # of one file that are listed; the others are only counted
 
@@ -159,8 +159,12 @@ def read_catalogue(sid_index_path: str, item_meta_path: str | None = None) -> Ca
 
     Items without an entry in the metadata have empty texts. Raises InputError naming file, item and value.
     """
-    index = read_json_object(sid_index_path, "sid_index_path")
-    metadata = read_json_object(item_meta_path, "item_meta_path") if item_meta_path is not None else {}
+    missing = Problems()
+    index = missing.attempt(read_json_object, sid_index_path, "sid_index_path") or {}
+    metadata = {}
+    if item_meta_path is not None:
+        metadata = missing.attempt(read_json_object, item_meta_path, "item_meta_path") or {}
+    missing.check()
     problems = FileProblems(sid_index_path)
     tokens_of: dict[str, list[str]] = {}
     for item, tokens in index.items():

@@ -74,7 +74,7 @@ class Tasks(NamedTuple):
     longest_response: int
 
 
-def say_tasks(encoder: Encoder, rows_of: Callable[[str], Iterable]) -> Tasks:
+def print_tasks(encoder: Encoder, rows_of: Callable[[str], Iterable]) -> Tasks:
     """Prints a line for every task; returns what they are together."""
     examples = total = longest = longest_response = 0
     print(f"\n{'task':<32}{'rows':>10}{'weight':>8}{'tokens: median':>16}{'95%':>6}{'longest':>9}{'response':>10}")
@@ -100,7 +100,7 @@ def say_tasks(encoder: Encoder, rows_of: Callable[[str], Iterable]) -> Tasks:
     return Tasks(examples, total, longest, longest_response)
 
 
-def say_flags(flags: AdapterFlags) -> None:
+def print_flags(flags: AdapterFlags) -> None:
     """Prints the resolved configuration."""
     print(json.dumps({name: value for name, value in flags.to_dict().items() if value not in ("", None)}, indent=2))
 
@@ -357,8 +357,8 @@ def largest_micro_batch(
 
 def sft(flags: SFTFlags, inputs: Inputs, training_examples: Callable[[], Dataset]) -> Prediction:
     """The dry run of sft.py, of its flags; `training_examples()` tokenizes them, or finds them in the cache."""
-    say_flags(flags)
-    tasks = say_tasks(inputs.encoder, inputs.rows_of)
+    print_flags(flags)
+    tasks = print_tasks(inputs.encoder, inputs.rows_of)
     steps = math.ceil(tasks.examples / flags.batch_size)
     print(f"\n{tasks.examples:,} examples; {steps:,} steps an epoch, at most {steps * flags.num_epochs:,} in all")
     where = detect_device(flags)
@@ -475,8 +475,8 @@ def rl(flags: RLFlags, inputs: Inputs, prompts: list[list[int]], steps: int, dep
         prompts: token ids of all training prompts.
         continues: the checkpoint's own adapter trains on.
     """
-    say_flags(flags)
-    say_tasks(inputs.encoder, inputs.rows_of)
+    print_flags(flags)
+    print_tasks(inputs.encoder, inputs.rows_of)
     lengths = sorted(map(len, prompts))
     longest = lengths[-1]
     print(f"\n{len(lengths):,} prompts of {median(lengths):.0f} tokens (median), {longest} at most; {steps:,} steps")

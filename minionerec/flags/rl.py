@@ -185,7 +185,7 @@ class RLFlags(TrainingFlags):
         if "semantic" in rewards and not embeddings:
             problems.add(
                 f"--ada_path {self.ada_path!r}: --reward_type semantic needs a file of item embeddings, .npy or "
-                ".safetensors"
+                ".safetensors, row i for item id i"
             )
 
 

@@ -263,7 +263,7 @@ class Graphs:
 
     def __call__(self, name: tuple, function: Function, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """`function(*inputs)`, recorded or replayed where that is possible. `name` stands for everything that it
-        depends on beside the inputs, the weights, and which adapter is active in which mode."""
+        depends on besides the inputs, the weights, and which adapter is active in which mode."""
         alone = not (torch.is_grad_enabled() and dist.is_available() and dist.is_initialized())
         busy = self.waits_for is not None and self.waits_for() is not None
         if not self.on or not alone or busy or _in_pass:

@@ -3,9 +3,12 @@
 import hashlib
 import json
 import os
+import sys
+from functools import cache
 from itertools import chain
 
 import torch
+from huggingface_hub import try_to_load_from_cache
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import (
@@ -22,6 +25,8 @@ from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 from transformers.utils import logging as transformers_logging
 
+from minionerec import world
+from minionerec.checkpoint import HUB_NAME
 from minionerec.data.sid_tokens import add_sid_tokens as add_to_tokenizer
 from minionerec.errors import InputError
 from minionerec.model import device
@@ -34,10 +39,11 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerFast:
     Texts keep their length: truncation and padding that the checkpoint turns on are turned off. Raises InputError if
     there is no tokenizer, or it has no end-of-sequence token or no fast implementation.
     """
+    _look_up(path)
     try:
         tokenizer = _of_tokenizer_file(AutoTokenizer.from_pretrained(path), path)
     except Exception as error:  # `tokenizers` raises a plain Exception for a damaged file
-        raise InputError(f"{path}: no tokenizer can be loaded: {_first_line(error)}") from None
+        raise InputError(f"{path}: no tokenizer can be loaded{_no_folder(path)}: {_first_line(error)}") from None
     if len(tokenizer) <= len(tokenizer.all_special_tokens):  # what transformers makes of a model's type alone
         raise InputError(f"{path}: the tokenizer has no vocabulary; is tokenizer.json missing?")
     if tokenizer.eos_token_id is None or not tokenizer.is_fast:
@@ -47,6 +53,21 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerFast:
     tokenizer.backend_tokenizer.no_truncation()
     tokenizer.backend_tokenizer.no_padding()
     return tokenizer
+
+
+@cache
+def _look_up(path: str) -> None:
+    """Says that a name is looked up on the hub, where it is not known yet: if the hub cannot be reached, transformers
+    tries for a minute, and the name may be a mistyped folder."""
+    if os.path.isdir(path) or not HUB_NAME.fullmatch(path) or world.rank():
+        return
+    if not isinstance(try_to_load_from_cache(path, "config.json"), str):
+        print(f"{path}: is no folder here; looking it up on the hub", file=sys.stderr, flush=True)
+
+
+def _no_folder(path: str) -> str:
+    """For a message that a model cannot be loaded."""
+    return "" if os.path.isdir(path) else "; there is no such folder, and no hub model of this name can be reached"
 
 
 def _of_tokenizer_file(tokenizer: PreTrainedTokenizerFast, path: str) -> PreTrainedTokenizerFast:
@@ -63,12 +84,12 @@ def _of_tokenizer_file(tokenizer: PreTrainedTokenizerFast, path: str) -> PreTrai
 def load_config(path: str, flag: str = "base_model") -> PreTrainedConfig:
     """The configuration of a base model that `flag` named. Raises InputError if it cannot be loaded, or is not that of
     a causal LM."""
+    _look_up(path)
     try:
         config = AutoConfig.from_pretrained(path)
     except (OSError, ValueError) as error:
         raise InputError(
-            f"--{flag} {path}: no model configuration can be loaded; there is no such folder with a "
-            f"config.json, and a hub model of this name cannot be reached: {_first_line(error)}"
+            f"--{flag} {path}: no model configuration can be loaded{_no_folder(path)}: {_first_line(error)}"
         ) from None
     if type(config) not in AutoModelForCausalLM._model_mapping:
         raise InputError(

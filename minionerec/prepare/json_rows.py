@@ -26,7 +26,15 @@ def read_objects(text: io.TextIOWrapper, is_array: bool, error: Error) -> Iterat
         return
     for number, line in enumerate((line for lines in blocks(text, error) for line in lines), 1):
         if line.strip():
-            yield number, undecodable(line) or _object(line)
+            row = undecodable(line) or _object(line)
+            if number == 1 and (line.strip() == "{" or _holds_objects(row)):
+                raise error("is one JSON object; give an object per row: one on each line, or an array of them")
+            yield number, row
+
+
+def _holds_objects(row: dict | str) -> bool:
+    """Whether an object is a file of its own, such as an item file: item id -> texts."""
+    return isinstance(row, dict) and len(row) > 1 and all(isinstance(value, dict) for value in row.values())
 
 
 def _object(line: str) -> dict | str:

@@ -56,6 +56,7 @@ def resume_point(flags: RunFlags, run: dict, say: Callable[[str], None]) -> Chec
     if not checkpoint.run:
         if problems:
             raise InputError(problems)
+        say(f"warning: {path} records no flags and no wording; whether they are those of this run is not known")
         return checkpoint
     here, there, recorded = run["flags"], checkpoint.flags, checkpoint.run
     shape = (*AdapterFlags.SHAPE, "load_in_8bit") if run["method"] in ("lora", "qlora") else ()

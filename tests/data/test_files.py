@@ -107,6 +107,12 @@ def test_bad_catalogues_are_named(tmp_path):
         assert message in problem(data_files.read_catalogue, str(path))
 
 
+def test_both_files_of_a_catalogue_are_missed_together():
+    with pytest.raises(InputError) as error:
+        data_files.read_catalogue("here", "there")
+    assert error.value.problems == ["--sid_index_path here: no such file", "--item_meta_path there: no such file"]
+
+
 def test_info_and_index_that_disagree(tmp_path):
     (tmp_path / "index.json").write_text(json.dumps({"1": ["<a>"], "2": ["<b>"]}))
     catalogue = data_files.read_catalogue(str(tmp_path / "index.json"))

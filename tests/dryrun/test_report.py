@@ -22,8 +22,8 @@ from sft import SFTFlags
 @pytest.mark.parametrize("architecture", ["bloom", "mamba", "gpt_neo", "mpt", "lfm2", "qwen3_5_text"])
 def test_a_dry_run_of_rl_takes_plain_rows_where_rl_does(architecture, monkeypatch, capsys):
     steps = []
-    monkeypatch.setattr(report, "say_flags", lambda flags: None)
-    monkeypatch.setattr(report, "say_tasks", lambda *_: None)
+    monkeypatch.setattr(report, "print_flags", lambda flags: None)
+    monkeypatch.setattr(report, "print_tasks", lambda *_: None)
     monkeypatch.setattr(report, "predict", lambda *a, **k: steps.append(a[3]) or predict(*a, **k))
     flags = RLFlags(beta=0.0, gpu_memory="12GB", train_batch_size=4, num_generations=2, test_during_training=False)
     inputs = report.Inputs(configuration(architecture), range(96), [], None, None, lora_utils.adapt)
@@ -42,8 +42,8 @@ def test_a_dry_run_of_rl_takes_plain_rows_where_rl_does(architecture, monkeypatc
 def test_a_target_to_learn_is_one_more_completion(architecture, step, monkeypatch):
     """4 completions of 2 prompts of 20 tokens, and SIDs of 4."""
     steps = []
-    monkeypatch.setattr(report, "say_flags", lambda flags: None)
-    monkeypatch.setattr(report, "say_tasks", lambda *_: None)
+    monkeypatch.setattr(report, "print_flags", lambda flags: None)
+    monkeypatch.setattr(report, "print_tasks", lambda *_: None)
     monkeypatch.setattr(report, "predict", lambda *a, **k: steps.append(a[3]) or predict(*a, **k))
     flags = RLFlags(gpu_memory="12GB", train_batch_size=4, num_generations=2, sft_weight=1.0)
     inputs = report.Inputs(configuration(architecture), range(96), [], None, None, lora_utils.adapt)

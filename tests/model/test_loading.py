@@ -7,6 +7,7 @@ from as_on_gpu import answer
 from models import IDS, config_of
 
 import lora_utils
+from minionerec.errors import InputError
 from minionerec.flags import AdapterFlags
 from minionerec.model import device, loading
 from minionerec.model.loading import load_base
@@ -46,3 +47,13 @@ def test_a_base_that_float16_does_not_fit_is_named(tmp_path, monkeypatch, capsys
         monkeypatch.setattr(device, "compute_dtype", answer(dtype))
         loading.load_base(str(tmp_path), from_scratch=True)
         assert ("gemma2 models often overflow float16" in capsys.readouterr().out) == warned
+
+
+def test_a_name_that_is_looked_up_on_the_hub_is_said_first(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    loading._look_up.cache_clear()
+    with pytest.raises(InputError, match="there is no such folder, and no hub model of this name can be reached"):
+        loading.load_config("owner/nowhere")
+    with pytest.raises(InputError, match="no tokenizer can be loaded; there is no such folder"):
+        loading.load_tokenizer("owner/nowhere")
+    assert capsys.readouterr().err.count("owner/nowhere: is no folder here; looking it up on the hub") == 1

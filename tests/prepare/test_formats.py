@@ -125,6 +125,8 @@ REFUSED = [
     (b'{"user": "u", "item": "i", "time": 1}\n{"user": \n', "line 2: is not JSON"),
     (b'{"user": "u", "item": "i", "time": 1}\n' + b"[" * 100_000, "line 2: is not JSON"),
     (b'{"user": "u", "item": "i", "time": 1}\n{"item": "i", "time": 1}', "row 2, user: expected a user id"),
+    (b'{\n "1": {"title": "Nut"}\n}\n', "is one JSON object; give an object per row"),
+    (b'{"1": {"title": "Nut"}, "2": {"title": "Bolt"}}', "is one JSON object; give an object per row"),
     (b'{"user": "u", "item": ["i"], "time": 1}\n', "row 1, item: expected an item id"),
     (b'{"user": "u", "item": "i", "time": NaN}\n', "row 1, time: expected a date or seconds since 1970"),
     (b"user,item,time\nu,i,-1\n", "row 1, time: expected a date or seconds since 1970, from 1970 to 2099, found '-1'"),

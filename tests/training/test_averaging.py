@@ -147,8 +147,8 @@ def same_checkpoint(one: Path, two: Path) -> None:
 
 @pytest.mark.parametrize("method", ["full", "lora"])
 def test_the_dry_run_counts_it(monkeypatch, method):
-    monkeypatch.setattr(report, "say_flags", lambda flags: None)
-    monkeypatch.setattr(report, "say_tasks", lambda *_: None)
+    monkeypatch.setattr(report, "print_flags", lambda flags: None)
+    monkeypatch.setattr(report, "print_tasks", lambda *_: None)
     inputs = report.Inputs(configuration("qwen2"), range(96), [5], None, None, lora_utils.adapt)
     flags = {**METHOD[method], "gpu_memory": "12GB", "train_batch_size": 4, "num_generations": 2}
     plain, averaged = (

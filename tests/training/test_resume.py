@@ -124,6 +124,17 @@ def test_a_record_that_lacks_values_is_of_another_run(tmp_path):
         resume.resume_point(flags, run, print)
 
 
+def test_a_checkpoint_without_a_record_is_resumed_with_a_warning(tmp_path, capsys):
+    checkpoint = record(tmp_path / "checkpoint-2")
+    (checkpoint / "minionerec.json").unlink()
+    (checkpoint / "trainer_state.json").write_text('{"global_step": 2}')
+    (checkpoint / "optimizer.pt").touch()
+    run = {"command": "sft", "method": "full", "base_fingerprint": None, "flags": {}}
+    flags = RunFlags(output_dir=str(tmp_path), resume_from_checkpoint="True")
+    assert resume.resume_point(flags, run, print).path == str(checkpoint)
+    assert f"warning: {checkpoint} records no flags and no wording" in capsys.readouterr().out
+
+
 class Attack:
     """Unpickled, it leaves a file."""
 
