@@ -37,13 +37,8 @@ def make_portable(path: str) -> None:
     file = os.path.join(path, "config.json")
     if os.path.isfile(file):
         config = read_json(file)
-        rope = config.get("rope_parameters") or {}
-        if "rope_theta" in rope:  # else there is none, or one for each kind of layer, which has no older form
-            config["rope_theta"] = rope["rope_theta"]
-            scaled = rope.get("rope_type", "default") != "default"
-            config["rope_scaling"] = {k: v for k, v in rope.items() if k != "rope_theta"} if scaled else None
-        if "dtype" in config:
-            config["torch_dtype"] = config["dtype"]
+        for part in (config, *(value for value in config.values() if isinstance(value, dict))):
+            _add_older_names(part)  # a composite model has a configuration for its text
         write_json(file, config)
     file = os.path.join(path, "tokenizer_config.json")
     if os.path.isfile(file):
@@ -55,6 +50,31 @@ def make_portable(path: str) -> None:
         for name in ("backend", "is_local", "local_files_only"):  # where it was loaded from says nothing about it
             config.pop(name, None)
         write_json(file, config)
+
+
+def _add_older_names(config: dict) -> None:
+    """Adds to a configuration what transformers 4 reads instead of `rope_parameters` and other names of 5, in place."""
+    rope = config.get("rope_parameters") or {}
+    sliding = rope.get("sliding_attention") or {}
+    if "full_attention" in rope:  # one for each kind of layer
+        rope = rope["full_attention"] or {}
+    if "rope_theta" in rope:
+        config["rope_theta"] = rope["rope_theta"]
+        own = {k: v for k, v in rope.items() if k not in ("rope_theta", "partial_rotary_factor")}
+        config["rope_scaling"] = own if rope.get("rope_type", "default") != "default" else None
+        if "partial_rotary_factor" in rope:
+            config["partial_rotary_factor"] = rope["partial_rotary_factor"]
+    if "rope_theta" in rope and "rope_theta" in sliding:
+        config["rope_local_base_freq"] = sliding["rope_theta"]  # of Gemma 3
+    if config.get("model_type", "").startswith("modernbert"):
+        config |= {"global_rope_theta": rope["rope_theta"], "local_rope_theta": sliding["rope_theta"]}
+    if config.get("model_type") == "gpt_neox":
+        config["rotary_emb_base"] = rope["rope_theta"]
+        config["rotary_pct"] = rope.get("partial_rotary_factor", 0.25)
+    if "num_local_experts" in config:
+        config.setdefault("num_experts", config["num_local_experts"])
+    if "dtype" in config:
+        config["torch_dtype"] = config["dtype"]
 
 
 def record_dtype(path: str, dtype: str) -> None:

@@ -28,7 +28,7 @@ from minionerec.dryrun.passes import Measured, Step, Work
 from minionerec.flags import OPTIMIZERS, AdapterFlags, RunFlags, TrainingFlags, memory_gb
 from minionerec.flags.rl import RLFlags
 from minionerec.flags.sft import SFTFlags
-from minionerec.model import device
+from minionerec.model import device, loading
 from minionerec.model.token_trees import TreeCollator
 from minionerec.training.sft_trainer import step_order
 from minionerec.training.tree_batches import Prefixes, TreeBatches
@@ -57,12 +57,12 @@ class Inputs:
     adapt: Adapt
 
     def predict(self, step: Step, flags: AdapterFlags, on_gpu: bool, reference_copy: bool = False) -> Prediction:
-        vocabulary = len(self.tokenizer)
+        vocabulary = loading.rows_for(self.tokenizer)
         return predict(self.config, vocabulary, self.sid_token_ids, step, flags, self.adapt, on_gpu, reference_copy)
 
     def count(self, step: Step, flags: AdapterFlags) -> Measured:
         """The work of a micro-batch on a GPU."""
-        return work.count(self.config, len(self.tokenizer), self.sid_token_ids, step, flags, self.adapt)
+        return work.count(self.config, loading.rows_for(self.tokenizer), self.sid_token_ids, step, flags, self.adapt)
 
 
 class Tasks(NamedTuple):

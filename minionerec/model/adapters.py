@@ -73,6 +73,8 @@ def prepare_quantized(model: nn.Module) -> None:
     for module in model.modules():
         # Some norms have no weight, and some blocks have "norm" in their name.
         weights = list(module.parameters(recurse=False))
+        if any(getattr(hook, "func", None) is _cast_output for hook in module._forward_hooks.values()):
+            continue  # prepared for an earlier adapter
         if "norm" in type(module).__name__.lower() and weights and not any(module.children()):
             dtype = weights[0].dtype
             module.float().register_forward_hook(partial(_cast_output, dtype))

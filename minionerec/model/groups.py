@@ -7,7 +7,8 @@ and one update, whose second factor is block-diagonal:
     out [T, O1 + O2] = x [W1; W2]^T + (dropout(x) [A1; A2]^T) diag(B1, B2)^T * scale
 
 The factors are converted to the type of the matmuls when they have changed, not in every layer, and their gradients are
-float32 sums. Parameters, names and files stay PEFT's; a layer that does not fit a group is computed by itself
+float32 sums, which the backward pass adds to `.grad` where there is one: `torch.autograd.grad` then returns None for
+them. Parameters, names and files stay PEFT's; a layer that does not fit a group is computed by itself
 (`minionerec.model.low_rank`), and so is every layer on a CPU. One dropout mask serves a group.
 
 Dimensions: `T` tokens, `I` features in, `O` out of all layers of a group, `R` the sum of their ranks.
@@ -44,7 +45,6 @@ class _Together:
 
     def __init__(self, layers: Sequence[nn.Module], sizes: list[int]):
         self.layers, self.sizes = list(layers), sizes
-        self.place = {id(layer): i for i, layer in enumerate(layers)}
         self.weight: torch.Tensor | None = None  # what the weights of the layers are parts of
         self.bias: torch.Tensor | None = None
         self.in_parts = True
@@ -53,8 +53,8 @@ class _Together:
 
     def output(self, layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
         """The output [..., O of the layer] for x [..., I]. The first layer that is called computes those of all."""
-        pending, place = self.pending, self.place[id(layer)]
-        state = x._version, torch.is_grad_enabled(), self.adapter()
+        pending, place = self.pending, self.layers.index(layer)
+        state = 0 if x.is_inference() else x._version, torch.is_grad_enabled(), self.adapter()
         if pending is None or pending[0] is not x or pending[1] != state or pending[2][place] is None:
             pending = self.pending = (x, state, list(self._outputs(x)))
         found, pending[2][place] = pending[2][place], None
@@ -78,18 +78,29 @@ class _Together:
             if base.weight.data_ptr() != at and (self.in_parts or base is bases[0]):
                 return False
             at += base.weight.numel() * base.weight.element_size() if self.in_parts else 0
+        at = 0 if self.bias is None else self.bias.data_ptr()
+        for base in bases if self.bias is not None else ():
+            if base.bias.data_ptr() != at:
+                return False
+            at += base.bias.numel() * base.bias.element_size()
         return True
 
     def _join(self, bases: list[nn.Module]) -> None:
-        """Makes the weights of the layers parts of one, which takes no more memory."""
-        self.weight = bases[0].weight.detach()
+        """Makes the weights and biases of the layers parts of one, which takes no more memory."""
+        self.weight = _in_one([base.weight for base in bases])
         if bases[0].bias is not None:
-            self.bias = torch.cat([base.bias.detach() for base in bases])
-        if len(bases) > 1:
-            weights = [base.weight for base in bases]
-            self.weight = torch.cat([weight.detach() for weight in weights])
-            for weight, part in zip(weights, self.weight.split([len(weight) for weight in weights]), strict=True):
-                weight.data = part
+            self.bias = _in_one([base.bias for base in bases])
+
+
+def _in_one(parameters: list[nn.Parameter]) -> torch.Tensor:
+    """The rows of several parameters in one tensor, of which they become parts."""
+    whole = parameters[0].detach()
+    if len(parameters) > 1:
+        whole = torch.cat([parameter.detach() for parameter in parameters])
+        parts = whole.split([len(parameter) for parameter in parameters])
+        for parameter, part in zip(parameters, parts, strict=True):
+            parameter.data = part
+    return whole
 
 
 class Group(_Together):
@@ -98,6 +109,7 @@ class Group(_Together):
     def __init__(self, owner: "Groups", layers: Sequence[nn.Module]):
         super().__init__(layers, [layer.get_base_layer().out_features for layer in layers])
         self.owner = owner
+        self._alike: dict[str, tuple[nn.Module, bool]] = {}  # by adapter, the first layer's A and whether it fits
         self.scales: torch.Tensor | None = None  # of a weight in 4 bits
 
     def adapter(self) -> str | None:
@@ -108,12 +120,31 @@ class Group(_Together):
         """Whether a call of a layer with x can be one of the group's."""
         if layer.merged or not x.numel():
             return False
+        if layer not in self.layers:  # a replica of `nn.DataParallel`
+            return False
         if not layer.disable_adapters:
-            active = layer.active_adapters
-            if len(active) != 1 or active[0] not in layer.lora_A or active != self.layers[0].active_adapters:
+            active, first = layer.active_adapters, self.layers[0]
+            if len(active) != 1 or active != first.active_adapters or not self.fits(active[0]):
+                return False
+            if layer.scaling[active[0]] != first.scaling[active[0]]:
                 return False
         dtype, stored = self.dtype(x), self.stored_in
         return dtype == stored and (dtype == x.dtype or torch.is_autocast_enabled(x.device.type))
+
+    def fits(self, adapter: str) -> bool:
+        """Whether all layers have an adapter of one rank and dropout, and nothing but its two factors."""
+        factor = self.layers[0].lora_A[adapter] if adapter in self.layers[0].lora_A else None
+        if factor is None:
+            return False
+        known = self._alike.get(adapter)
+        if known is None or known[0] is not factor:  # one that was deleted may come again with another shape
+            shapes = set()
+            for layer in self.layers:
+                plain = adapter in layer.lora_A and adapter not in layer.lora_variant
+                dropout = getattr(layer.lora_dropout[adapter], "p", 0.0) if plain else None
+                shapes.add((layer.r[adapter], dropout) if plain and layer.lora_B[adapter].bias is None else None)
+            known = self._alike[adapter] = factor, len(shapes) == 1 and None not in shapes
+        return known[1]
 
     def dtype(self, x: torch.Tensor) -> torch.dtype:
         """What the matmuls are in."""
@@ -175,7 +206,7 @@ class Group(_Together):
             return
         super()._join(bases[:1])  # each is dequantized by itself
         if bases[0].bias is not None:
-            self.bias = torch.cat([base.bias.detach() for base in bases])
+            self.bias = _in_one([base.bias for base in bases])
 
 
 def _scales(state: QuantState) -> torch.Tensor:
@@ -240,7 +271,7 @@ class Groups:
 
     def __init__(self) -> None:
         self.groups: list[Group] = []
-        self._known: dict[tuple[str, torch.dtype], tuple[list[Factors], tuple]] = {}
+        self._known: dict[tuple[str, torch.dtype], tuple[dict[Group, Factors], tuple]] = {}
 
     def factors(self, name: str, dtype: torch.dtype, group: Group) -> Factors:
         """Those of an adapter in a group, as the parameters are now.
@@ -249,23 +280,25 @@ class Groups:
         or nothing has a gradient yet; elsewhere in every pass, because code that writes into `parameter.data` leaves no
         trace. (A fused optimizer leaves none in the versions of the parameters.) A recorded pass converts them itself.
         """
-        key, number = (name, dtype), self.groups.index(group)
-        known = self._known.get(key)
-        if number == 0 or known is None:
-            every = [Factors(of, name, dtype) for of in self.groups] if known is None else known[0]
-            state = _optimizer_steps, *((p._version, p.data_ptr()) for of in every for p in (*of.first, *of.second))
-            moved = known is None or state != known[1]
-            if known is not None and any(
+        every, before = self._known.get((name, dtype), ({}, None))
+        if group not in every or group is next(iter(every)):
+            fitting = [of for of in self.groups if of.fits(name)]
+            changed = list(every) != fitting or any(
                 p is not layer.lora_A[name].weight
-                for of, group in zip(every, self.groups, strict=True)
-                for p, layer in zip(of.first, group.layers, strict=True)
-            ):
-                every, moved = [Factors(of, name, dtype) for of in self.groups], True
-            learning = torch.is_grad_enabled() and group.layers[0].training and every[0].first[0].grad is not None
-            if moved or not learning or graphs.recording():
-                self._convert(every)
-            known = self._known[key] = every, state
-        return known[0][number]
+                for of, factors in every.items()
+                for p, layer in zip(factors.first, of.layers, strict=True)
+            )
+            if changed:
+                every = {of: Factors(of, name, dtype) for of in fitting}
+            for of, factors in every.items():
+                factors.scale = float(of.layers[0].scaling[name])
+            parameters = [p for factors in every.values() for p in (*factors.first, *factors.second)]
+            state = _optimizer_steps, *((p._version, p.data_ptr()) for p in parameters)
+            learning = torch.is_grad_enabled() and group.layers[0].training and every[group].first[0].grad is not None
+            if changed or state != before or not learning or graphs.recording():
+                self._convert(list(every.values()))
+            self._known[name, dtype] = every, state
+        return every[group]
 
     @staticmethod
     @torch.no_grad()

@@ -175,8 +175,9 @@ def load_base(
     except (OSError, SafetensorError) as error:
         raise InputError(f"{path}: the weights cannot be loaded: {_first_line(error)}") from None
     architecture.freeze_non_text_modules(model)
-    if quantization is not None:
+    if getattr(model, "is_quantized", False):  # also where it is stored so
         _keep_training_layout(model)
+    if quantization is not None:
         if ends_in_8_bits:
             int8_rows.quantize_embeddings(model, device.local_device())
         else:
@@ -270,7 +271,7 @@ def add_sid_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, s
     had = model.get_input_embeddings().weight.shape[0]
     add_to_tokenizer(tokenizer, sid_tokens)
     fit_embeddings(model, tokenizer)
-    return sorted({*tokenizer.convert_tokens_to_ids(sid_tokens), *range(had, len(tokenizer))})
+    return sorted({*tokenizer.convert_tokens_to_ids(sid_tokens), *range(had, rows_for(tokenizer))})
 
 
 def fit_embeddings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -278,10 +279,25 @@ def fit_embeddings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -
     tokenizer has tokens, and new tokens use the spare rows first."""
     from minionerec.model import int8_rows
 
-    if len(tokenizer) <= model.get_input_embeddings().weight.shape[0]:
+    wanted = rows_for(tokenizer)
+    if wanted <= model.get_input_embeddings().weight.shape[0]:
         return
+    had = [len(second.weight) for second in _second_embeddings(model)]
     if int8_rows.int8_layers(model):
-        int8_rows.grow(model, len(tokenizer))
+        int8_rows.grow(model, wanted)
     else:
         # transformers' initialization from mean and covariance would take two float32 copies of the embedding.
-        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+        model.resize_token_embeddings(wanted, mean_resizing=False)
+    # No adapter holds its new rows, which must be the same whenever a checkpoint is loaded.
+    for rows, second in zip(had, _second_embeddings(model), strict=True):
+        second.weight.data[rows:] = 0
+
+
+def _second_embeddings(model: nn.Module) -> list[nn.Embedding]:
+    """The one of Gemma 3n and 4 that every layer adds a part of."""
+    return [module for name, module in model.named_modules() if name.endswith("embed_tokens_per_layer")]
+
+
+def rows_for(tokenizer: PreTrainedTokenizerFast) -> int:
+    """How many rows an embedding needs: there may be gaps between the ids of a tokenizer."""
+    return max(tokenizer.get_vocab().values()) + 1

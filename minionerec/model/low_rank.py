@@ -147,6 +147,8 @@ class _LeanForward(_Layer):
         for adapter in self.active_adapters:
             if adapter not in self.lora_A:
                 continue
+            if self.lora_B[adapter].bias is not None:
+                return super().forward(x, *args, **kwargs)
             a, b = self.lora_A[adapter].weight, self.lora_B[adapter].weight
             dropout = getattr(self.lora_dropout[adapter], "p", 0.0) if self.training else 0.0
             seed = _draw_seed() if dropout else 0

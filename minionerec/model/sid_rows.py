@@ -27,6 +27,8 @@ class SidRows(TrainableTokensLayer):
         self, x: torch.Tensor, active_adapters: Sequence[str], *args: object, **kwargs: object
     ) -> torch.Tensor:
         """The embeddings [..., H] of token ids x [...], or the logits [..., V] of hidden states x [..., H]."""
+        if self.disable_adapters and self.merged:
+            self.unmerge()
         result = self.base_layer(x, *args, **kwargs)
         if self.merged:
             return result
@@ -40,6 +42,18 @@ class SidRows(TrainableTokensLayer):
             else:
                 result = self._overwrite_logits(result, x, rows, adapter)
         return result
+
+    def update_layer(self, adapter_name: str, **kwargs: object) -> None:
+        """As PEFT's: new rows, whose ids may be others than those of an earlier adapter of this name."""
+        for cache in ("_ids_cache", "_row_of_cache"):
+            self.__dict__.pop(cache, None)
+        super().update_layer(adapter_name, **kwargs)
+
+    def merge(self, *args: object, **kwargs: object) -> None:
+        """As PEFT's. Raises RuntimeError for a matrix in 8 bits, which cannot hold the rows."""
+        if isinstance(self.base_layer, Int8Layer):
+            raise RuntimeError("the SID rows cannot be merged into a quantized base; merge_lora.py dequantizes it first")
+        super().merge(*args, **kwargs)
 
     def get_merged_weights(self, active_adapters: Sequence[str]) -> torch.Tensor:
         """As PEFT's, which models ask for its type. The matrix of an 8-bit layer is not materialized for that."""

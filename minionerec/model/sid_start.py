@@ -36,8 +36,9 @@ def start_sid_rows(
         return
     ids = torch.tensor(tokenizer.convert_tokens_to_ids(list(new_tokens)))
     embeddings = {id(layer.weight): layer for layer in (model.get_input_embeddings(), model.get_output_embeddings())}
+    known = torch.tensor(sorted(tokenizer.get_vocab().values()))
     for layer in embeddings.values():
-        rows = _mean_row(layer.weight, len(tokenizer), ids).expand(len(ids), -1).clone()
+        rows = _mean_row(layer.weight, known, ids).expand(len(ids), -1).clone()
         if way == "text":
             total, count = _title_rows(layer.weight, tokenizer, new_tokens, catalogue)
             rows[count > 0] = total[count > 0] / count[count > 0, None]
@@ -48,12 +49,11 @@ def start_sid_rows(
                 layer.weight[ids] = rows.to(layer.weight)
 
 
-def _mean_row(weight: torch.Tensor | int8_rows.Rows, num_tokens: int, new: torch.Tensor) -> torch.Tensor:
-    """The mean [H] of the rows of a weight [V, H] that belong to one of `num_tokens` tokens which is not new."""
-    old = torch.ones(num_tokens, dtype=torch.bool)
-    old[new] = False
-    total = sum(weight[part].float().sum(dim=0).cpu() for part in old.nonzero()[:, 0].split(ROWS_AT_ONCE))
-    return total / old.sum()
+def _mean_row(weight: torch.Tensor | int8_rows.Rows, known: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+    """The mean [H] of the rows of a weight [V, H] that belong to a token whose id is in `known`, and not in `new`."""
+    old = known[~torch.isin(known, new)]
+    total = sum(weight[part].float().sum(dim=0).cpu() for part in old.split(ROWS_AT_ONCE))
+    return total / len(old)
 
 
 def _title_rows(
