@@ -271,11 +271,16 @@ def check_adapter(config: PreTrainedConfig, flags: AdapterFlags, adapter_path: s
     if not (isinstance(flags, RunFlags) and (flags.gpu_memory or flags.gpu)):  # a dry run for a card that is not here
         where = f"adapter {adapter_path}" if adapter_path else "--use_dora True"
         check_dora(flags.use_dora, flags.bits, where)
-    stored_in = (getattr(config, "quantization_config", None) or {}).get("quant_method", "bitsandbytes")
+    stored = getattr(config, "quantization_config", None) or {}
+    stored_in = stored.get("quant_method", "bitsandbytes")
     if stored_in != "bitsandbytes":
         raise InputError(
             f"--base_model: its weights are stored in {stored_in}, which takes no adapter; take a bfloat16 copy"
         )
+    bits = 4 if stored.get("load_in_4bit") else 8 if stored.get("load_in_8bit") else flags.bits
+    if bits != flags.bits:
+        flag = "--use_qlora True" if bits == 4 else "--use_lora True --load_in_8bit True"
+        raise InputError(f"--base_model: its weights are stored in {bits} bits; train it with {flag}")
     model = architecture.meta_model(config)
     chosen = LoraConfig.from_pretrained(adapter_path) if adapter_path else lora_config(model, [], flags)
     report = adapter_report(model, chosen, flags.bits)
@@ -297,11 +302,11 @@ def adapter_report(model: nn.Module, config: LoraConfig, bits: int = 16) -> str:
     """
     found = architecture.matrices(model)
     modules, parameters = config.target_modules or (), config.target_parameters or ()
-    layers = [
-        name
-        for name in found.layers
-        if any(_matches(t, name) for t in modules) or any(_matches(t, f"{name}.weight") for t in parameters)
-    ]
+    if isinstance(modules, str):  # an expression for whole names
+        chosen = {name for name in found.layers if re.fullmatch(modules, name)}
+    else:
+        chosen = {name for name in found.layers if any(_matches(t, name) for t in modules)}
+    layers = [name for name in found.layers if name in chosen or any(_matches(t, f"{name}.weight") for t in parameters)]
     stacks = [name for name in found.experts if any(_matches(t, name) for t in parameters)]
     report = f"adapters on {len(layers)} of {len(found.layers)} linear layers"
     if found.experts:

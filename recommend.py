@@ -285,7 +285,7 @@ def serve(flags: RecommendFlags) -> None:
     keys = read[0].keys
 
     from minionerec.serving.connections import run
-    from minionerec.serving.server import make_app
+    from minionerec.serving.server import make_app, set_keys
     from minionerec.serving.worker import Loaded
 
     def load_checkpoint() -> Loaded:
@@ -301,6 +301,7 @@ def serve(flags: RecommendFlags) -> None:
         for line in inputs.notes:
             print(line, flush=True)
         ranker = load(flags, inputs)
+        set_keys(app, inputs.keys)  # a key that is no longer in the file opens nothing
         if not again:
             print(f"{flags.url} recommends from {len(inputs.items)} items; Ctrl-C stops", flush=True)
         return Loaded(

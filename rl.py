@@ -271,7 +271,8 @@ def train(flags: RLFlags) -> "dict | Prediction":
 
     # Load the policy. Probed before the weights are sharded, and for the longest rows that any process can have.
     model = load_policy(inputs, tokenizer, fingerprint)
-    in_a_pass = flags.train_batch_size + flags.train_batch_size // flags.num_generations  # with the targets
+    pass_size = size_of_passes(inputs, predictor, train_dataset, trie.depth, memory, state)
+    in_a_pass = pass_size + pass_size // flags.num_generations + 2  # with the targets of all groups that it touches
     beams = max(flags.test_beam, flags.num_generations * 3 // 2, in_a_pass)
     longest = inputs.cutoff_len
     support = probe(model, longest, longest + beams * trie.depth, f"--model_path {checkpoint.path}")
@@ -305,7 +306,7 @@ def train(flags: RLFlags) -> "dict | Prediction":
         mask_all_zero=flags.mask_all_zero,
         sft_weight=flags.sft_weight,
         average_weights=flags.average_weights,
-        pass_size=size_of_passes(inputs, predictor, train_dataset, trie.depth, memory, state),
+        pass_size=pass_size,
         test_beam=flags.test_beam,
         test_batch_size=math.ceil(flags.eval_batch_size / flags.test_beam),
     )
@@ -439,7 +440,7 @@ def grpo_config(
         num_train_epochs=flags.num_train_epochs,
         learning_rate=flags.learning_rate,
         lr_scheduler_type="constant_with_warmup" if flags.average_weights else "cosine",
-        warmup_steps=math.ceil(0.03 * steps),
+        warmup_steps=min(math.ceil(0.03 * steps), steps - 1),  # the first of them has a rate of 0
         max_grad_norm=0.3,
         num_generations=flags.num_generations,
         reward_weights=reward_weights,

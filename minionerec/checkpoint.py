@@ -242,7 +242,9 @@ def _read_adapter(path: str) -> dict:
     file = os.path.join(path, ADAPTER_FILE)
     config = check_values(file, read_json(file), ADAPTER, "save the adapter again with PEFT, or train it again")
     found = [shape[0] for name, shape in _shapes(path) if ".lora_A" in name and shape]
-    rank = max([config.get("r") or 0, *(config.get("rank_pattern") or {}).values()])
+    rank, pattern = config.get("r") or 0, config.get("rank_pattern") or {}
+    if pattern:  # r may be that of no layer
+        rank = max([*pattern.values(), rank if rank > 1024 else 0])
     if found and rank > max(found):
         raise InputError(f"{file}: has rank {rank}, and its weights have {max(found)} at most; correct it there")
     return config

@@ -53,9 +53,10 @@ class Bootstrap:
         """The mean of a metric as a fraction of that of another run, which is not 0. Its deviation is that of the
         ratios seed by seed, where both runs have as many."""
         values, theirs = np.mean(seeds, axis=0), np.mean(others, axis=0)
-        by_seed = _seed_means(seeds) / _seed_means(others) if len(seeds) == len(others) else np.array([])
         with np.errstate(divide="ignore", invalid="ignore"):
+            by_seed = _seed_means(seeds) / _seed_means(others) if len(seeds) == len(others) else np.array([])
             ratios = self._means(values) / self._means(theirs)
+        by_seed = by_seed if np.isfinite(by_seed).all() else np.array([])  # a seed without hits has no ratio
         return _estimate(values.mean() / theirs.mean(), ratios, by_seed)
 
     def _means(self, values: np.ndarray) -> np.ndarray:

@@ -231,10 +231,15 @@ QUIET = {
 }  # fmt: skip
 
 
+def numbers_as_words() -> PreTrainedTokenizerFast:
+    """A tokenizer of 96 words, each its own id."""
+    words = Tokenizer(WordLevel({str(number): number for number in range(96)}, unk_token="95"))
+    return PreTrainedTokenizerFast(tokenizer_object=words, eos_token="0", pad_token="0")
+
+
 def rl_trainer(model, output_dir, new_adapter=False, bits=16, rows=2, **more) -> ReReTrainer:
     """A trainer on the items of `plain.SIDS`, whose tokens are numbers: two prompts of two completions a step."""
-    words = Tokenizer(WordLevel({str(number): number for number in range(96)}, unk_token="95"))
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="0", pad_token="0")
+    tokenizer = numbers_as_words()
     sids = [" ".join(map(str, sid)) for sid in plain.SIDS]
     prompts = [[5 + i, 7, 90, 8, 9, 11 + i][: 6 - i % 2] for i in range(rows)]
     dataset = Dataset.from_dict({"prompt": prompts, "target": [sids[i % len(sids)] for i in range(rows)]})

@@ -43,3 +43,5 @@ def test_resamples_without_a_hit_have_no_ratio():
     assert (few[np.stack(bootstrap._resampled)].mean(axis=1) == 0).any()
     ratio = bootstrap.ratio([more], [few])
     assert ratio.value == 1.5 and 1 <= ratio.low <= 1.5 <= ratio.high < 10
+    seeds = bootstrap.ratio([more, more], [few, np.zeros(100)])
+    assert seeds.value == 3 and seeds.deviation is None

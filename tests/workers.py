@@ -5,7 +5,7 @@ watched FOLDER sft.py --base_model ...      a command, whose weights and counts 
 loss_is_nan FOLDER sft.py --base_model ...  sft.py with a loss that is NaN in the last process only
 disk_is_full FOLDER sft.py --base_model ... sft.py whose first process cannot write a checkpoint
 stops_in_a_step FOLDER sft.py --base_mod... sft.py whose last process gets SIGTERM in the middle of a step
-runs_out FOLDER sft.py --base_model ...     sft.py whose last process runs out of memory in the middle of a run
+runs_out FOLDER sft.py --base_model ...     sft.py or rl.py whose last process runs out of memory in a run
 finds_less FOLDER rl.py --model_path ...    rl.py whose evaluations find less from step to step
 last_steps BASE FOLDER                      an epoch whose last step has few rows, for every method
 fsdp                                        a sharded model against a whole one
@@ -187,21 +187,25 @@ def stops_in_a_step(folder: str, script: str, *flags: str) -> None:
 
 
 def runs_out(folder: str, script: str, *flags: str) -> None:
-    """Runs sft.py whose last process runs out of memory once, in the third step; leaves into how many parts each
-    process splits its micro-batches then."""
+    """Runs sft.py or rl.py whose last process runs out of memory once, in the third step; leaves into how many parts
+    each process splits its micro-batches then, or how large its passes are."""
+    from minionerec.training.rl_trainer import ReReTrainer
     from minionerec.training.sft_trainer import SFTTrainer
 
-    compute = SFTTrainer.compute_loss
+    kind = SFTTrainer if script == "sft.py" else ReReTrainer
+    compute, ran_out = kind.compute_loss, []
 
     def limited(trainer, *args, **kwargs):
         loss = compute(trainer, *args, **kwargs)
         late = trainer.state.global_step == 2 and trainer.accelerator.sync_gradients
-        if late and rank() == trainer.args.world_size - 1 and trainer.halving.parts == 1:
+        if late and rank() == trainer.args.world_size - 1 and not ran_out:
+            ran_out.append(True)
             raise torch.OutOfMemoryError
-        Path(folder, f"rank{rank()}.parts").write_text(str(trainer.halving.parts))
+        parts = trainer.halving.parts if kind is SFTTrainer else trainer.pass_size
+        Path(folder, f"rank{rank()}.parts").write_text(str(parts))
         return loss
 
-    SFTTrainer.compute_loss = limited
+    kind.compute_loss = limited
     run(folder, script, flags)
 
 

@@ -25,10 +25,11 @@ from minionerec.decoding.search_memory import SPARE, cache_gb
 from minionerec.dryrun import work
 from minionerec.dryrun.memory import GB, Adapt, Prediction, predict
 from minionerec.dryrun.passes import Measured, Step, Work
+from minionerec.errors import Problems
 from minionerec.flags import OPTIMIZERS, AdapterFlags, RunFlags, TrainingFlags, memory_gb
 from minionerec.flags.rl import RLFlags
 from minionerec.flags.sft import SFTFlags
-from minionerec.model import device, loading
+from minionerec.model import device
 from minionerec.model.token_trees import TreeCollator
 from minionerec.training.sft_trainer import step_order
 from minionerec.training.tree_batches import Prefixes, TreeBatches
@@ -57,12 +58,12 @@ class Inputs:
     adapt: Adapt
 
     def predict(self, step: Step, flags: AdapterFlags, on_gpu: bool, reference_copy: bool = False) -> Prediction:
-        vocabulary = loading.rows_for(self.tokenizer)
+        vocabulary = len(self.tokenizer)
         return predict(self.config, vocabulary, self.sid_token_ids, step, flags, self.adapt, on_gpu, reference_copy)
 
     def count(self, step: Step, flags: AdapterFlags) -> Measured:
         """The work of a micro-batch on a GPU."""
-        return work.count(self.config, loading.rows_for(self.tokenizer), self.sid_token_ids, step, flags, self.adapt)
+        return work.count(self.config, len(self.tokenizer), self.sid_token_ids, step, flags, self.adapt)
 
 
 class Tasks(NamedTuple):
@@ -228,11 +229,19 @@ def _settings_to_try(flags: AdapterFlags) -> Iterable[dict[str, bool | str]]:
         methods.append({"use_lora": True, "load_in_8bit": True, **frozen})
     if takes_adapter and not flags.use_qlora:
         methods.append({"use_qlora": True, "use_lora": False, "load_in_8bit": False, **frozen})
+    methods = [method for method in methods if _takes(flags, method)]
     for method in methods:
         for checkpointing in sorted({flags.gradient_checkpointing, True}):
             yield {**method, "gradient_checkpointing": checkpointing}
     if OPTIMIZERS[flags.optim] > OPTIMIZERS["adamw_8bit"]:
         yield {**methods[-1], "gradient_checkpointing": True, "optim": "adamw_8bit"}
+
+
+def _takes(flags: AdapterFlags, changes: dict) -> bool:
+    """Whether the other flags of an adapter go with these changes: a base in 4 bits has no orthogonal start."""
+    problems = Problems()
+    AdapterFlags.check(replace(flags, **changes), problems)
+    return not problems
 
 
 def suggestion(

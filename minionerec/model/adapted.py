@@ -6,12 +6,14 @@ from operator import methodcaller
 
 import torch
 from peft import PeftModel
+from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerFast
+from transformers.pytorch_utils import Conv1D
 
 from minionerec.checkpoint import Checkpoint
 from minionerec.errors import InputError
 from minionerec.flags import AdapterFlags
-from minionerec.model import device, loading
+from minionerec.model import architecture, device, loading
 from minionerec.model.adapters import load_adapter
 from minionerec.model.groups import join_frozen_layers
 
@@ -82,13 +84,31 @@ def load_adapted(
         model = loading.load_base(base_model, quantization, dtype=merge_in)
     else:
         published = loading.unquantized_weights(base_model, quantization, merge_in)
-        model = loading.load_base(base_model, quantization, ends_in_8_bits=False).dequantize(merge_in).to(merge_in)
+        model = _dequantized(loading.load_base(base_model, quantization, ends_in_8_bits=False), merge_in)
         for name, tensor in chain(model.named_parameters(), model.named_buffers()):
             if name in published:
                 tensor.data = published[name].to(tensor.device)
     loading.fit_embeddings(model, tokenizer)
     wrapped = load_adapter(model, checkpoint.path, trainable)
     return wrapped if merge_in is None else merge(wrapped)
+
+
+def _dequantized(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """The model with its layers in 4 or 8 bits as they would be loaded in `dtype`, with the values of these bits."""
+    model = model.dequantize(dtype).to(dtype)
+    # A base that is stored in these bits would be saved in them again, which transformers cannot.
+    model._weight_conversions = [
+        conversion
+        for conversion in model._weight_conversions or ()
+        if not any("Bnb" in type(operation).__name__ for operation in getattr(conversion, "operations", ()))
+    ]
+    for name, published in architecture.meta_model(model.config).named_modules():
+        if isinstance(published, Conv1D):  # of GPT-2, which stores [in, out]
+            linear = model.get_submodule(name)
+            layer = Conv1D(linear.out_features, linear.in_features)
+            layer.weight, layer.bias = nn.Parameter(linear.weight.data.T.contiguous()), linear.bias
+            model.set_submodule(name, layer)
+    return model
 
 
 def load_checkpoint(

@@ -133,9 +133,9 @@ class Group(_Together):
 
     def fits(self, adapter: str) -> bool:
         """Whether all layers have an adapter of one rank and dropout, and nothing but its two factors."""
-        factor = self.layers[0].lora_A[adapter] if adapter in self.layers[0].lora_A else None
-        if factor is None:
+        if adapter not in self.layers[0].lora_A:
             return False
+        factor = self.layers[0].lora_A[adapter]
         known = self._alike.get(adapter)
         if known is None or known[0] is not factor:  # one that was deleted may come again with another shape
             shapes = set()

@@ -52,7 +52,9 @@ class SidRows(TrainableTokensLayer):
     def merge(self, *args: object, **kwargs: object) -> None:
         """As PEFT's. Raises RuntimeError for a matrix in 8 bits, which cannot hold the rows."""
         if isinstance(self.base_layer, Int8Layer):
-            raise RuntimeError("the SID rows cannot be merged into a quantized base; merge_lora.py dequantizes it first")
+            raise RuntimeError(
+                "the SID rows cannot be merged into a quantized base; merge_lora.py dequantizes it first"
+            )
         super().merge(*args, **kwargs)
 
     def get_merged_weights(self, active_adapters: Sequence[str]) -> torch.Tensor:

@@ -99,13 +99,19 @@ def make_app(
         redoc_url=None,
         redirect_slashes=False,  # a redirect has no body, and a client that does not follow it sees nothing
     )
-    app.state.metrics, app.state.keys = metrics, [key.encode() for key in keys]
+    app.state.metrics = metrics
+    set_keys(app, keys)
     app.add_middleware(Guard, metrics=metrics, allowed_hosts=list(allowed_hosts))
     app.add_exception_handler(AnyHTTPException, refused)
     app.add_exception_handler(RequestValidationError, invalid)
     app.include_router(_guarded, dependencies=[Depends(check_key)] if keys else [])
     app.include_router(_open)
     return app
+
+
+def set_keys(app: fastapi.FastAPI, keys: Sequence[str]) -> None:
+    """From now on, requests must have one of these keys. Whether they must have any is for `make_app`."""
+    app.state.keys = [key.encode() for key in keys]
 
 
 def in_terminal() -> bool:

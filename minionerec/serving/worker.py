@@ -6,6 +6,7 @@ of the whole process, so no other model may compute meanwhile.
 
 import gc
 import logging
+import math
 import threading
 import time
 from collections import Counter, deque
@@ -18,6 +19,8 @@ from minionerec.serving.metrics import Metrics
 from minionerec.serving.requests import Request, RequestReader
 
 log = logging.getLogger("minionerec.serve")
+
+ENDING_SECONDS = 1  # for a request to end after it has its answer
 
 Recommended = list[dict[str, object]]
 
@@ -135,19 +138,27 @@ class Worker:
         except BaseException as error:
             self.error = error
             return
+        free_at = math.inf
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._waiting or self._closed)
+                left = None if free_at == math.inf else max(free_at - time.monotonic(), 0.0)
+                self._changed.wait_for(lambda: self._waiting or self._closed, left)
                 if self._closed:
                     return
-                first = self._waiting[0]
+                first = self._waiting[0] if self._waiting else None
                 batch = self._take() if isinstance(first, _Waiting) else []
-                if not isinstance(first, _Waiting):
+                if isinstance(first, Future):
                     self._waiting.popleft()
             if isinstance(first, _Waiting):
                 self._answer(batch)
-            else:
+            elif first:
                 self._replace(first)
+            # A model that was replaced, or that did not load, is freed now, or when its last requests have ended.
+            replaced = isinstance(first, Future) or (first is not None and first.loaded is not self.loaded)
+            del first, batch
+            if replaced or time.monotonic() >= free_at:
+                gc.collect()
+                free_at = time.monotonic() + ENDING_SECONDS if replaced else math.inf
 
     def _take(self) -> list[_Waiting]:
         """The next batch: requests to one checkpoint, without those whose clients have left."""
@@ -184,7 +195,7 @@ class Worker:
             log.exception("the model failed on %s", ", ".join(one.id for one in batch))
             for one in batch:
                 if not one.answer.done():
-                    one.answer.set_exception(error)
+                    one.answer.set_exception(_without_frames(error))
 
     def _replace(self, reload: "Future[Loaded]") -> None:
         """Loads the checkpoint again. If that fails, the one of now stays."""
@@ -192,7 +203,6 @@ class Worker:
         try:
             self.loaded = self.load()
             self.failing = False
-            gc.collect()  # the one before
             log.info("loaded the checkpoint again: %d items", len(self.loaded.reader.items))
             reload.set_result(self.loaded)
         except Exception as error:
@@ -200,4 +210,11 @@ class Worker:
                 log.error("the checkpoint stays as it was: %s", "; ".join(error.problems))
             else:
                 log.exception("the checkpoint stays as it was")
-            reload.set_exception(error)
+            reload.set_exception(_without_frames(error))
+
+
+def _without_frames(error: Exception) -> Exception:
+    """An error that can be kept: the frames of its traceback hold the tensors of what failed."""
+    if isinstance(error, InputError):
+        return InputError(error.problems)
+    return RuntimeError(f"{type(error).__name__}: {error}")

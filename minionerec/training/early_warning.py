@@ -40,7 +40,7 @@ class EarlyWarning(TrainerCallback):
                     f"{mean:.0%} of the groups up to step {step} teach nothing, because their completions have equal "
                     f"rewards. {self._remedy(args)}",
                 )
-        kl = state.log_history[-1].get("kl", 0.0)
+        kl = state.log_history[-1].get("kl") or 0.0
         if kl > MOST_KL and step <= max(LEAST_STEPS, WATCHED * state.max_steps) and not self.drifted:
             self.drifted = True
             self._say(

@@ -62,13 +62,23 @@ class RLLog:
         else:
             noted[-1] = noted[-1] + pair
 
+    def sizes(self) -> dict[str, int]:
+        """How many values of each metric there are."""
+        return {name: len(values) for name, values in self.metrics.items()}
+
+    def cut(self, sizes: dict[str, int]) -> None:
+        """Drops the values that came after `sizes`, of a step that is made again. Processes would otherwise reduce
+        different numbers of them."""
+        for name, values in self.metrics.items():
+            del values[sizes.get(name, 0) :]
+
     def read(self) -> None:
         """Reads the means that `add_mean` has left on the device, of all processes and at once."""
         kept = [(of, i) for of in self.metrics.values() for i, v in enumerate(of) if isinstance(v, torch.Tensor)]
         if kept:
             pairs = self.accelerator.reduce(torch.stack([of[i] for of, i in kept]), reduction="sum")
             for (of, i), (total, count) in zip(kept, pairs.tolist(), strict=True):
-                of[i] = total / count if count else 0.0
+                of[i] = total / count if count else math.nan  # which TRL leaves out of its mean
 
     def state(self) -> dict[str, list[float | None]]:
         """What is not logged yet, as JSON can hold it: null for NaN, which TRL leaves out of the mean. All processes

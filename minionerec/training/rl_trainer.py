@@ -248,13 +248,15 @@ class ReReTrainer(RLRun):
 
     def _attempt(self, *args: object) -> torch.Tensor | None:
         """A training step, or None where it does not fit in memory and smaller passes may. Then no gradient is left of
-        it."""
+        it, and nothing in the log."""
+        logged = self.step_log.sizes()
         try:
             return super().training_step(*args)
         except torch.OutOfMemoryError:
             if not self._goes_back() or self.pass_size <= self.num_generations:
                 raise
         self.model.zero_grad()
+        self.step_log.cut(logged)
         return None
 
     def _goes_back(self) -> bool:

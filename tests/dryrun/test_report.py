@@ -151,6 +151,13 @@ def test_an_8_bit_base_and_an_8_bit_optimizer_are_tried_too():
     ]
 
 
+def test_what_the_other_flags_refuse_is_not_tried():
+    tried = []
+    flags = SFTFlags(use_lora=True, init_lora_weights="orthogonal", micro_batch_size=1)
+    suggestion(flags, "micro_batch_size", [1], 0.0, lambda changed: tried.append(changed) or 1.0)
+    assert {way.bits for way in tried} == {16} and len(tried) == 3
+
+
 def test_random_weights_are_not_told_to_take_an_adapter():
     tried = []
     flags = SFTFlags(train_from_scratch=True)

@@ -9,7 +9,8 @@ from architectures import CHANGES, build
 from as_on_gpu import starts_kernels
 from helpers import rl_flags, run_command, sft_flags
 from models import make_model
-from peft import get_peft_model
+from peft import LoraConfig, get_peft_model
+from peft.helpers import rescale_adapter_scale
 from processes import assert_same_run, two_processes
 from transformers import AutoModelForCausalLM
 
@@ -323,3 +324,94 @@ def test_two_processes_train_as_one_does(files, base, tmp_path, monkeypatch):
     flags = rl_flags(files, start, tmp_path / "rl two", **flags)
     two_processes("torchrun", tmp_path, "rl.py", {**flags, "train_batch_size": flags["train_batch_size"] // 2})
     assert_same_run(tmp_path / "rl", tmp_path / "rl two", 1e-4)
+
+
+SECOND = [
+    {"alpha_pattern": {"k_proj": 64}},
+    {"rank_pattern": {"k_proj": 2}},
+    {"use_dora": True},
+    {"lora_bias": True},
+    {"target_modules": ["q_proj", "v_proj"]},
+    {"target_modules": ["v_proj", "up_proj", "down_proj"], "r": 2},
+    {"target_modules": ["o_proj"]},
+    {"r": 3, "lora_alpha": 5, "use_rslora": True},
+]
+
+
+@pytest.mark.parametrize("changes", SECOND, ids=[next(iter(changes)) for changes in SECOND])
+def test_a_second_adapter_may_be_of_another_kind(changes):
+    base = make_model("qwen2", scale=2.0)
+    every = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    second = LoraConfig(task_type="CAUSAL_LM", **{"r": 4, "lora_alpha": 8, "target_modules": every, **changes})
+    first = lora_utils.lora_config(base, IDS, AdapterFlags(lora_r=8, lora_dropout=0.0))
+    plain = get_peft_model(copy.deepcopy(base), copy.deepcopy(first))
+    model = lora_utils.add_lora(base, first)
+    for one in (plain, model):
+        one.add_adapter("other", second)
+        one.set_adapter("other")
+    moved(model)
+    plain.load_state_dict(model.state_dict())
+    for name in ("other", "default", "other"):
+        for one in (plain, model):
+            one.set_adapter(name)
+        assert_same(model, plain)
+    for one in (plain, model):  # an adapter of this name, but of another shape
+        one.delete_adapter("other")
+        one.add_adapter("other", LoraConfig(task_type="CAUSAL_LM", r=2, lora_alpha=9, target_modules=every))
+        one.set_adapter("other")
+    moved(model)
+    plain.load_state_dict(model.state_dict())
+    assert_same(model, plain)
+
+
+def test_a_scale_may_change():
+    model = with_adapter(make_model("llama", scale=2.0)).eval()
+    with torch.no_grad():
+        before = model(input_ids=TOKENS).logits
+        with rescale_adapter_scale(model, 0.5):
+            found, expected = model(input_ids=TOKENS).logits, alone(model)(input_ids=TOKENS).logits
+        torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-4)
+        assert (found - before).abs().max() > 0.1
+        torch.testing.assert_close(model(input_ids=TOKENS).logits, before)
+
+
+@pytest.mark.parametrize("adapted", [True, False])
+def test_biases_are_those_of_the_layers(adapted):
+    model = make_model("qwen2", scale=2.0).requires_grad_(False)
+    layer = model.model.layers[0].self_attn.k_proj
+    if adapted:
+        model = with_adapter(model)
+    else:
+        groups.join_frozen_layers(model)
+    assert sizes_of(model) == [1, 1, 1, 1, 2, 2, 3, 3] if adapted else [2, 2, 3, 3]
+    with torch.no_grad():
+        model(input_ids=TOKENS)
+        layer.bias.add_(1)  # as an optimizer does it
+        found = model(input_ids=TOKENS).logits
+        twin = copy.deepcopy(model)
+        for module in twin.modules():
+            module.__dict__.pop("group", None)
+            module.__class__ = torch.nn.Linear if type(module) is groups.JoinedLinear else type(module)
+        torch.testing.assert_close(found, twin(input_ids=TOKENS).logits, atol=2e-5, rtol=1e-4)
+        layer.bias.data = layer.bias + 1  # as loading may do it
+        for module in twin.modules():
+            if isinstance(module, torch.nn.Linear) and module.bias is not None and module.out_features == 32:
+                module.bias.add_(1)
+                break
+        torch.testing.assert_close(model(input_ids=TOKENS).logits, twin(input_ids=TOKENS).logits, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("adapted", [True, False])
+def test_models_can_be_copied_and_used_without_versions(adapted):
+    model = make_model("qwen2", scale=2.0).requires_grad_(False)
+    if adapted:
+        model = with_adapter(model).eval()
+    else:
+        groups.join_frozen_layers(model)
+    with torch.no_grad():
+        expected = model(input_ids=TOKENS).logits
+        copied = copy.deepcopy(model)
+        torch.testing.assert_close(copied(input_ids=TOKENS).logits, expected, atol=1e-6, rtol=1e-5)
+        assert sizes_of(copied) == sizes_of(model)
+    with torch.inference_mode():
+        torch.testing.assert_close(model(input_ids=TOKENS).logits, expected, atol=1e-6, rtol=1e-5)

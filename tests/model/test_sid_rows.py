@@ -40,3 +40,46 @@ def test_row_only_forward_equals_pefts_layer(architecture, tied):
     # With the adapter off, both are the base again.
     with fast.disable_adapter(), plain.disable_adapter():
         torch.testing.assert_close(fast(input_ids=ids).logits, plain(input_ids=ids).logits)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_rows_that_are_merged_leave_with_the_adapter(tied):
+    model = make_model("qwen2", scale=2.0, tie_word_embeddings=tied)
+    ids = torch.tensor([[1, 90, 5, 7, 91, 3]])
+    with torch.no_grad():
+        base = model(input_ids=ids).logits
+        model = lora_utils.add_lora(model, lora_utils.lora_config(model, IDS, AdapterFlags(lora_dropout=0.0)))
+        for name, parameter in model.named_parameters():
+            if "trainable_tokens_delta" in name:
+                parameter.add_(0.5)
+        trained = model(input_ids=ids).logits
+        model.merge_adapter()
+        torch.testing.assert_close(model(input_ids=ids).logits, trained, atol=1e-5, rtol=1e-5)
+        with model.disable_adapter():
+            torch.testing.assert_close(model(input_ids=ids).logits, base, atol=1e-5, rtol=1e-5)
+    assert (trained - base).abs().max() > 0.1
+
+
+AGAIN = [90, 91, 5], [3, 7, 91]
+
+
+def test_an_adapter_that_comes_again_has_its_own_rows():
+    base = make_model("qwen2", scale=2.0)
+    first, *others = (lora_utils.lora_config(base, rows, AdapterFlags(lora_dropout=0.0)) for rows in ([90], *AGAIN))
+    plain = get_peft_model(copy.deepcopy(base), copy.deepcopy(first))
+    model = lora_utils.add_lora(base, first)
+    ids = torch.tensor([[1, 90, 5, 7, 91, 3]])
+    for config in others:
+        for one in (plain, model):
+            if "other" in one.peft_config:
+                one.delete_adapter("other")
+            one.add_adapter("other", copy.deepcopy(config))
+            one.set_adapter("other")
+        torch.manual_seed(4)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "other" in name:
+                    parameter.add_(0.2 * torch.randn_like(parameter))
+            plain.load_state_dict(model.state_dict())
+            found = model(input_ids=ids).logits
+            torch.testing.assert_close(found, plain(input_ids=ids).logits, atol=1e-5, rtol=1e-5)

@@ -151,23 +151,25 @@ def test_a_server_of_this_machine_answers_to_its_names_only(flags, url, hosts):
     assert made.url == url and made.hosts == hosts
 
 
-def test_a_reload_frees_the_catalogue_that_was_there_before(files, monkeypatch):
+def test_a_reload_forgets_the_catalogue_and_the_keys_of_before(files, monkeypatch):
     read, models = [], []
 
     def read_files(*_):
         items = Items(read_info_items(files["info"]), files["info"])
         models.append(Model())
         read.append(weakref.ref(items))
-        return SimpleNamespace(reader=RequestReader(items, None, K=5, most=20), items=items, keys=["one"], notes=[])
+        reader, keys = RequestReader(items, None, K=5, most=20), [["one"], ["two"]][len(read) - 1]
+        return SimpleNamespace(reader=reader, items=items, keys=keys, notes=[])
 
     def run(app, *_):
         async def steps(client):
             key = {"Authorization": "Bearer one"}
             before = await client.post("/recommend", json={"history": ["1"]}, headers=key)
-            return before, await client.post("/reload", headers=key)
+            reloaded = await client.post("/reload", headers=key)
+            return before, reloaded, await client.post("/recommend", json={"history": ["1"]}, headers=key)
 
-        before, after = with_client(app, steps)
-        assert before.status_code == 200 and after.json()["items"] == 40
+        before, reloaded, revoked = with_client(app, steps)
+        assert before.status_code == 200 and reloaded.json()["items"] == 40 and revoked.status_code == 401
         gc.collect()
         assert [catalogue() is None for catalogue in read] == [True, False]
 

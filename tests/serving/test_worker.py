@@ -1,12 +1,16 @@
 """The thread of the model: batches, a bounded and fair queue, failures and reloads."""
 
 import asyncio
+import gc
 import time
+import weakref
 
 import pytest
 from served import Checkpoints, Model, until, with_client
 
 from minionerec.errors import InputError, RunError
+from minionerec.serving import worker
+from minionerec.serving.checks import check_key
 from minionerec.serving.metrics import Metrics
 from minionerec.serving.server import make_app
 from minionerec.serving.worker import Loaded, TooManyWaiting, Worker
@@ -180,3 +184,69 @@ def test_a_client_with_all_waiting_requests_does_not_keep_others_out(reader, mod
     finally:
         model.gate.set()
         worker.close(20)
+
+
+class Heavy(Model):
+    """A model that is in a cycle, as an adapter on its base is, and that fails with what it computed in its frames."""
+
+    def __init__(self):
+        super().__init__()
+        self.itself, self.fails = self, False
+
+    def __call__(self, requests):
+        activations = Model()
+        self.kept = weakref.ref(activations)
+        if self.fails:
+            raise RuntimeError("a batch")
+        return super().__call__(requests)
+
+
+def test_what_is_replaced_or_fails_is_not_kept(reader, monkeypatch):
+    """Neither while the thread waits for the next request: a card holds one model, or two while it loads."""
+    loaded = []
+
+    def load():
+        model = Heavy()
+        loaded.append(weakref.ref(model))
+        if len(loaded) == 2:
+            raise InputError("half of it")
+        return Loaded(reader, model)
+
+    async def steps(client):
+        def ask():
+            return asyncio.ensure_future(client.post("/recommend", json={"history": ["1"]}))
+
+        async def alive(*expected):
+            await until(lambda: tuple(model() is not None for model in loaded) == expected)
+
+        await alive(True)
+        failed = await client.post("/reload", headers=key)
+        await alive(True, False)
+        first = loaded[0]()
+        first.fails = True
+        broken = await ask()
+        await until(lambda: first.kept() is None)
+        first.fails = False
+        first.gate.clear()
+        asked = ask()
+        await until(lambda: app.state.worker.waiting == 0 and len(first.batches) == 1)
+        gate, first = first.gate, None
+        reloading = asyncio.ensure_future(client.post("/reload", headers=key))
+        await until(lambda: app.state.worker.waiting == 1)
+        late = ask()
+        await until(lambda: app.state.worker.waiting == 2)
+        gate.set()
+        done = [(await answer).status_code for answer in (asked, reloading, late)]
+        await alive(False, False, True)
+        return failed.status_code, broken.status_code, done
+
+    monkeypatch.setattr(worker.log, "exception", lambda *_: None)  # pytest keeps what is logged, with its frames
+    key = {"Authorization": "Bearer one"}
+    app = make_app(load, 1, 6, keys=["one"])
+    app.dependency_overrides[check_key] = lambda: None
+    gc.collect()
+    gc.disable()
+    try:
+        assert with_client(app, steps) == (422, 500, [200, 200, 200])
+    finally:
+        gc.enable()

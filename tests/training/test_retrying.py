@@ -1,9 +1,11 @@
 """Memory that runs out: steps and evaluations go on in smaller parts, and give what they would have given."""
 
+import json
+
 import pytest
 import torch
 from datasets import Dataset
-from helpers import run_command, sft_flags
+from helpers import rl_flags, run_command, sft_flags
 from models import QUIET, examples, model_of, tree_trainer
 from processes import assert_same_run, two_processes
 from transformers import TrainingArguments
@@ -91,3 +93,14 @@ def test_a_process_that_runs_out_of_memory_leaves_no_other_waiting(files, base, 
     two_processes("torchrun", tmp_path, "sft.py", {**flags, "output_dir": tmp_path / "two"}, "runs_out")
     assert_same_run(tmp_path / "one", tmp_path / "two", 1e-5)
     assert (tmp_path / "rank1.parts").read_text() == "2" and (tmp_path / "rank0.parts").read_text() == "1"
+
+
+@pytest.mark.slow
+def test_a_process_that_runs_out_of_memory_in_rl_logs_as_much_as_the_others(files, sft_run, tmp_path):
+    """What the first attempt left in the log would be reduced with nothing, and the run would end there."""
+    more = {"use_lora": True, "beta": 0.01, "train_batch_size": 8, "num_generations": 4, "sft_weight": 1}
+    flags = {**rl_flags(files, sft_run("lora") / "final_checkpoint", tmp_path / "two"), **more, "eval_sample": 20}
+    two_processes("torchrun", tmp_path, "rl.py", flags, "runs_out")
+    assert (tmp_path / "rank1.parts").read_text() == "4" and (tmp_path / "rank0.parts").read_text() == "8"
+    history = json.loads((tmp_path / "two" / "metrics.json").read_text())["history"]
+    assert all(entry["entropy"] > 0 for entry in history if "entropy" in entry)

@@ -59,13 +59,15 @@ def test_a_step_that_does_not_fit_is_made_in_smaller_passes(sft, tmp_path, monke
             raise torch.OutOfMemoryError
         return real(model, ids, *args, **kwargs)
 
-    trained = []
+    trained, logged = [], []
     for limited in (False, True):
         trainer = make_trainer(sft, "own LoRA", tmp_path, per_device_train_batch_size=16, switches={"pass_size": 8})
         if limited:
             monkeypatch.setattr(rl_trainer, "completion_logps", small)
         trainer.train()
         trained.append(adapters.adapter_parameters(trainer.model, "default"))
+        logged.append([trainer.state.log_history[0][name] for name in ("kl", "entropy")])
+    assert logged[1] == pytest.approx(logged[0], abs=1e-6, rel=1e-4)
     assert sizes[:3] == [8, 8, 8] and set(sizes[3:]) == {4} and trainer.pass_size == 4
     assert capsys.readouterr().out.count("out of memory: passes have 4 completions from here on") == 1
     for name, parameter in trained[0].items():
