@@ -1,7 +1,7 @@
 """Turns an adapter checkpoint into a standalone one: base, LoRA updates and SID rows in one model.
 
 MiniOneRec has no adapters and so no such command. The merged checkpoint needs only `transformers` (4 or 5) to load, so
-it works in an unmodified MiniOneRec checkout and in vLLM.
+an unmodified MiniOneRec checkout and vLLM load it.
 
     python merge_lora.py --adapter out/lora/final_checkpoint --output_dir out/merged
     python merge_lora.py --adapter out/qlora/final_checkpoint --output_dir out/merged --into original

@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
 # Runs SFT, RL and the evaluation of both, and of the second with SASRec, which trains next to them in minutes:
 #   METHOD=qlora PRESET=best NPROC=4 bash scripts/pipeline.sh --wandb_project recommender
-# Flags go to both trainings; SFT_FLAGS, RL_FLAGS and EVAL_FLAGS are for one stage. Settings: scripts/stages.sh.
+# RL runs at rates that are a careful guess, and may end with the model of SFT (docs/rl.md); for SFT alone there are
+# sft_lora.sh, sft_qlora.sh and evaluate.sh. Flags go to both trainings; SFT_FLAGS, RL_FLAGS and EVAL_FLAGS are for one
+# stage. Settings: scripts/stages.sh.
 source "$(dirname "$0")/stages.sh"
 unset MODEL_PATH # RL starts from the SFT of this pipeline
 rl_batch "$@" ${RL_FLAGS:-} # refuses before SFT trains

@@ -145,7 +145,9 @@ def folders_of(problems: Problems, runs: str) -> dict[str, list[str]]:
     folders: dict[str, list[str]] = {}
     for run in (run.strip() for run in runs.split(",") if run.strip()):
         name, equals, folder = run.partition("=")
-        if equals:
+        if "|" in name or name == "popularity":
+            problems.add(f"--runs: a run cannot be called {name!r}: | separates columns, popularity has its own row")
+        elif equals:
             folders.setdefault(name, []).append(folder)
         else:
             problems.add(f"--runs: {run!r} is not a name=folder pair; paths must not contain a comma")

@@ -8,7 +8,6 @@ from functools import cache
 from itertools import chain
 
 import torch
-from huggingface_hub import try_to_load_from_cache
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import (
@@ -61,7 +60,7 @@ def _look_up(path: str) -> None:
     tries for a minute, and the name may be a mistyped folder."""
     if os.path.isdir(path) or not HUB_NAME.fullmatch(path) or world.rank():
         return
-    if not isinstance(try_to_load_from_cache(path, "config.json"), str):
+    if cached_file(path, "config.json", local_files_only=True, _raise_exceptions_for_missing_entries=False) is None:
         print(f"{path}: is no folder here; looking it up on the hub", file=sys.stderr, flush=True)
 
 

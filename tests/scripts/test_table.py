@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from minionerec.errors import InputError
+from minionerec.errors import InputError, Problems
 from scripts.curves import curves
-from scripts.table import table
+from scripts.table import folders_of, table
 
 
 @pytest.fixture
@@ -184,3 +184,12 @@ def test_what_curves_refuse(tmp_path, make_run, files):
     ]  # fmt: skip
     with pytest.raises(InputError, match="give name=folder pairs"):
         curves()
+
+
+def test_names_that_a_table_cannot_hold_are_refused():
+    problems = Problems()
+    assert folders_of(problems, "a|b=x,popularity=y,c=z") == {"c": ["z"]}
+    assert [problem.split(":")[1] for problem in problems] == [
+        " a run cannot be called 'a|b'",
+        " a run cannot be called 'popularity'",
+    ]
