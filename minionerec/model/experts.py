@@ -14,7 +14,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from typing import TYPE_CHECKING
-from unittest import mock
 
 import bitsandbytes
 import torch
@@ -331,6 +330,9 @@ class _Quantizer8bit(_OurQuantizer, Bnb8BitHfQuantizer):
 def quantizers() -> Iterator[None]:
     """While open, transformers loads a base for QLoRA with its experts in 4 bits, leaves the embedding and the output
     head of a quantized base on the CPU, and does not quantize the layers of `architecture.not_to_quantize`."""
-    ours = {"bitsandbytes_4bit": _Quantizer4bit, "bitsandbytes_8bit": _Quantizer8bit}
-    with mock.patch.dict(AUTO_QUANTIZER_MAPPING, ours):
+    theirs = dict(AUTO_QUANTIZER_MAPPING)
+    AUTO_QUANTIZER_MAPPING.update(bitsandbytes_4bit=_Quantizer4bit, bitsandbytes_8bit=_Quantizer8bit)
+    try:
         yield
+    finally:
+        AUTO_QUANTIZER_MAPPING.update(theirs)
