@@ -9,6 +9,7 @@ Dimensions: `N` items of the catalogue, `S` distinct SIDs, the rows of the trie.
 """
 
 import os
+import warnings
 from collections.abc import Sequence
 from functools import cached_property
 from typing import Literal
@@ -109,6 +110,7 @@ class Ranker:
         original_ids: bool = False,
         base_model: str = "",
         category: str = "",
+        prompt_file: str | os.PathLike[str] = "",
         num_beams: int = 50,
         batch_size: int | Literal["auto"] = 8,
         blend: str | os.PathLike[str] = "",
@@ -124,6 +126,8 @@ class Ranker:
                 unless an original id is the id of another item.
             base_model: where the base of an adapter is, if not where the adapter says.
             category: what the items are, for a checkpoint that does not record its prompts.
+            prompt_file: JSON with the words it was trained in, likewise. Without it such a checkpoint is asked in the
+                built-in words, with a warning.
             blend: the folder of a SASRec model that ranks with the checkpoint.
             blend_weight: how much it counts; auto for the weight that evaluate.py chose and recorded.
 
@@ -131,7 +135,9 @@ class Ranker:
         """
         read = Checkpoint.read(os.fspath(checkpoint))
         base = base_model or read.base(NAME_BASE)
-        prompts = read.prompts(category, None, RECOMMENDATION)
+        prompts = read.prompts(category, os.fspath(prompt_file), RECOMMENDATION)
+        for note in read.notes_on_wording(prompts, category, os.fspath(prompt_file)):
+            warnings.warn(note.removeprefix("warning: "), stacklevel=2)
         listed, meta = read_info_items(os.fspath(info_file)), os.fspath(item_meta_path)
         if meta:
             listed = with_original_ids(listed, read_json_object(meta, "item_meta_path"))

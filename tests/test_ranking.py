@@ -1,8 +1,10 @@
 """`from minionerec import Ranker`: what evaluation and recommendations share, from Python."""
 
 import json
+import shutil
 import subprocess
 import sys
+import warnings
 
 import pytest
 from helpers import ROOT, run_command
@@ -40,6 +42,22 @@ def test_a_ranker_says_what_is_wrong(files, sft_run):
         ranker.recommend(["12"], k=11)
     with pytest.raises(InputError, match="no such file"):
         Ranker.load(checkpoint, info_file="nowhere.txt")
+
+
+def test_a_ranker_asks_a_checkpoint_of_another_tool_in_its_words(files, sft_run, tmp_path):
+    """It records no wording, here because the record is gone."""
+    checkpoint = shutil.copytree(sft_run("full") / "final_checkpoint", tmp_path / "theirs")
+    expected = Ranker.load(checkpoint, info_file=files["info"], num_beams=5).recommend(["12", "7"], k=3)
+    recorded = json.loads((checkpoint / "minionerec.json").read_text())["prompts"]
+    (checkpoint / "minionerec.json").unlink()
+    words = {task["name"]: {"instruction": task["instruction"]} for task in recorded["tasks"]}
+    (tmp_path / "words.json").write_text(json.dumps({"template": recorded["template"], "tasks": words}))
+    load = {"info_file": files["info"], "num_beams": 5, "category": "bolts"}
+    with warnings.catch_warnings(action="error", category=UserWarning):
+        ranker = Ranker.load(checkpoint, prompt_file=tmp_path / "words.json", **load)
+    assert ranker.recommend(["12", "7"], k=3) == expected
+    with pytest.warns(UserWarning, match="does not say in which words it was trained"):
+        Ranker.load(checkpoint, **load)
 
 
 def test_the_package_imports_torch_only_when_a_ranker_is_asked_for():
