@@ -229,7 +229,7 @@ def _settings_to_try(flags: AdapterFlags) -> Iterable[dict[str, bool | str]]:
         methods.append({"use_lora": True, "load_in_8bit": True, **frozen})
     if takes_adapter and not flags.use_qlora:
         methods.append({"use_qlora": True, "use_lora": False, "load_in_8bit": False, **frozen})
-    methods = [method for method in methods if _takes(flags, method)]
+    methods = [method for method in methods if not method or _takes(flags, method)]
     for method in methods:
         for checkpointing in sorted({flags.gradient_checkpointing, True}):
             yield {**method, "gradient_checkpointing": checkpointing}
