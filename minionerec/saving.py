@@ -54,23 +54,22 @@ def make_portable(path: str) -> None:
 
 def _add_older_names(config: dict) -> None:
     """Adds to a configuration what transformers 4 reads instead of `rope_parameters` and other names of 5, in place."""
-    rope = config.get("rope_parameters") or {}
+    rope, kind = config.get("rope_parameters") or {}, config.get("model_type", "")
     sliding = rope.get("sliding_attention") or {}
-    if "full_attention" in rope:  # one for each kind of layer
-        rope = rope["full_attention"] or {}
+    rope = rope.get("full_attention") or rope  # one for each kind of layer
     if "rope_theta" in rope:
         config["rope_theta"] = rope["rope_theta"]
         own = {k: v for k, v in rope.items() if k not in ("rope_theta", "partial_rotary_factor")}
         config["rope_scaling"] = own if rope.get("rope_type", "default") != "default" else None
         if "partial_rotary_factor" in rope:
             config["partial_rotary_factor"] = rope["partial_rotary_factor"]
-    if "rope_theta" in rope and "rope_theta" in sliding:
-        config["rope_local_base_freq"] = sliding["rope_theta"]  # of Gemma 3
-    if config.get("model_type", "").startswith("modernbert"):
-        config |= {"global_rope_theta": rope["rope_theta"], "local_rope_theta": sliding["rope_theta"]}
-    if config.get("model_type") == "gpt_neox":
-        config["rotary_emb_base"] = rope["rope_theta"]
-        config["rotary_pct"] = rope.get("partial_rotary_factor", 0.25)
+        if kind == "gpt_neox":
+            config["rotary_emb_base"] = rope["rope_theta"]
+            config["rotary_pct"] = rope.get("partial_rotary_factor", 0.25)
+        if "rope_theta" in sliding and kind.startswith("modernbert"):
+            config |= {"global_rope_theta": rope["rope_theta"], "local_rope_theta": sliding["rope_theta"]}
+        elif "rope_theta" in sliding:
+            config["rope_local_base_freq"] = sliding["rope_theta"]  # of Gemma 3
     if "num_local_experts" in config:
         config.setdefault("num_experts", config["num_local_experts"])
     if "dtype" in config:
