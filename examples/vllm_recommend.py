@@ -32,6 +32,7 @@ from minionerec.data.prompts import RECOMMENDATION
 from minionerec.data.sid_tokens import PAD
 from minionerec.errors import InputError, Problems
 from minionerec.flags import check_new_file, check_positive
+from minionerec.output import whole_file
 from minionerec.ranking import Ranker
 from minionerec.serving.requests import Request, RequestReader
 
@@ -169,7 +170,8 @@ def recommend(
         bought = [items.all[numbers[0]] for numbers in request.history[-checkpoint.cutoff_len :]]
         rows.append(Interaction([item.sid for item in bought], [item.title for item in bought], "", ""))
     rankings, seconds = beam_search(model, ranker, ranker.encode(rows))
-    with open(output, "w", encoding="utf-8") as file:
+    os.makedirs(os.path.dirname(os.path.abspath(output)), exist_ok=True)
+    with whole_file(output) as partial, open(partial, "w", encoding="utf-8") as file:
         for request, ranking in zip(requests, rankings, strict=True):
             found = [
                 {"id": items.all[n].id, "title": items.all[n].title, "sid": sid, "score": round(score, 6)}

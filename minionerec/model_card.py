@@ -33,7 +33,7 @@ def write_card(folder: str, run: dict, metrics: dict | None = None) -> None:
     if base.count("/") == 1 and not os.path.exists(base) and not base.startswith((".", "/", "~")):  # of the hub
         head["base_model"] = json.dumps(base)
     shown = {name: flags[name] for name in METHOD if flags.get(name) not in (None, "")}
-    if method == "full":
+    if method not in ("lora", "qlora"):
         shown = {name: value for name, value in shown.items() if not name.startswith(OF_ADAPTERS)}
     parts = [
         "---\n" + "".join(f"{name}: {value}\n" for name, value in head.items()) + "---",

@@ -64,8 +64,18 @@ def check_rates(method: str) -> None:
         for rate in rates:
             if not re.fullmatch(r"\d*\.?\d+(?:[eE][+-]?\d+)?", rate):
                 fail(f"{name}={' '.join(rates)}: {rate} is no learning rate; separate them by spaces")
-    if len(rates) > 1 and re.search(r"(?:^| )--test_during_training[= ](?:False|false)", setting("RL_FLAGS")):
+    if len(rates) > 1 and re.search(r"(?:^| )--test[_-]during[_-]training[= ](?i:false)", setting("RL_FLAGS")):
         fail(f"RL_FLAGS: without evaluations none of {', '.join(rates)} is the best rate; name one: {name}={rates[0]}")
+
+
+def check_flags() -> None:
+    """Refuses flags that tell the runs apart, or that leave nothing to compare."""
+    own = {"seed": "SEEDS", "learning_rate": "SFT_RATES_lora and its like", "output_dir": "OUT", "dry_run": "sft.py"}
+    for name in ("SFT_FLAGS", "TRY_SFT", "RL_FLAGS"):
+        for word in flags_in(name):
+            flag = word.partition("=")[0].removeprefix("--").replace("-", "_")
+            if word.startswith("--") and flag in own:
+                fail(f"{name}: --{flag} would be that of all runs; use {own[flag]} instead")
 
 
 class Method:
@@ -114,8 +124,8 @@ class Method:
         # Both again with the other seeds.
         sft_runs, rl_runs = [sft], [rl]
         for seed in range(FIRST_SEED + 1, FIRST_SEED + seeds):
-            sft_runs.append(self.folder / f"sft_seed{seed}")
-            rl_runs.append(self.folder / f"rl_seed{seed}")
+            sft_runs.append(self.folder / f"sft_{sft_rate}_seed{seed}")
+            rl_runs.append(self.folder / f"rl_from_{sft_rate}_{rl_rate}_seed{seed}")
             self.train("sft", sft_runs[-1], sft_rate, seed, sft_flags, None)
             self.train("rl", rl_runs[-1], rl_rate, seed, rl_flags, sft_runs[-1])
 
@@ -145,6 +155,7 @@ def main() -> None:
         if name not in SFT_RATES:
             fail(f"METHODS={' '.join(methods)}: {name} must be full, lora or qlora")
         check_rates(name)
+    check_flags()
     for name in methods:
         run(*STAGE, "check_later", METHOD=name)
     check_settings(out)

@@ -9,8 +9,8 @@ unset MODEL_PATH # RL starts from the SFT of this pipeline
 rl_batch "$@" ${RL_FLAGS:-} # refuses before SFT trains
 check_later "$@"
 sft "$@" ${SFT_FLAGS:-}
-dry_run='(^| )--dry_run(=[Tt]rue| [Tt]rue| --| *$)'
-if [[ "$* ${SFT_FLAGS:-}" =~ $dry_run ]]; then
+said="$* ${SFT_FLAGS:-}" dry_run='(^| )__dry_run(=[Tt][Rr][Uu][Ee]| [Tt][Rr][Uu][Ee]| __| *$)'
+if [[ "${said//-/_}" =~ $dry_run ]]; then
     echo "RL starts from the checkpoint of SFT, and its dry run needs one: rl.py --dry_run True"
     exit 0
 fi

@@ -17,21 +17,23 @@ CATEGORY="${CATEGORY:-Industrial_and_Scientific}" DATA="${DATA:-data/Amazon}"
 BASE_MODEL="${BASE_MODEL:-Qwen/Qwen2.5-0.5B}"
 COMPARE_OUT="${OUT:-output/${CATEGORY}_compare}" OUT="${OUT:-output/${CATEGORY}_${METHOD}}"
 
-first() { # first folder ending: the first file of the category, or the pattern, which is then reported as missing
-    local files=("$DATA/$1/$CATEGORY"*"$2")
-    echo "${files[0]}"
-}
-TRAIN_FILE="${TRAIN_FILE:-$(first train .csv)}"
-EVAL_FILE="${EVAL_FILE:-$(first valid .csv)}"
-TEST_FILE="${TEST_FILE:-$(first test .csv)}"
-INFO_FILE="${INFO_FILE:-$(first info .txt)}"
-INDEX_FILE="${INDEX_FILE:-$DATA/index/$CATEGORY.index.json}"
-ITEM_FILE="${ITEM_FILE:-$DATA/index/$CATEGORY.item.json}"
-
 fail() {
     echo "$(basename "$0"): error: $1" >&2
     exit 2
 }
+first() { # first folder ending setting: the file of the category, or the one that begins with it, or where it should be
+    local files=("$DATA/$1/$CATEGORY"*"$2")
+    [ ! -f "$DATA/$1/$CATEGORY$2" ] || files=("$DATA/$1/$CATEGORY$2")
+    [ "${#files[@]}" = 1 ] || fail "${#files[@]} files begin with $DATA/$1/$CATEGORY: ${files[*]}; name one: $3=..."
+    echo "${files[0]}"
+}
+TRAIN_FILE="${TRAIN_FILE:-$(first train .csv TRAIN_FILE)}"
+EVAL_FILE="${EVAL_FILE:-$(first valid .csv EVAL_FILE)}"
+TEST_FILE="${TEST_FILE:-$(first test .csv TEST_FILE)}"
+INFO_FILE="${INFO_FILE:-$(first info .txt INFO_FILE)}"
+INDEX_FILE="${INDEX_FILE:-$DATA/index/$CATEGORY.index.json}"
+ITEM_FILE="${ITEM_FILE:-$DATA/index/$CATEGORY.item.json}"
+
 # The flags of METHOD and PRESET, and the default learning rates.
 RL_RATE=1e-5
 case "$METHOD" in
@@ -71,7 +73,7 @@ launch_training() {
     fi
 }
 sft() {
-    [ $((64 % NPROC)) = 0 ] || [[ " $*" =~ " --batch_size"[=\ ] ]] ||
+    [ $((64 % NPROC)) = 0 ] || [[ " ${*//-/_}" =~ " __batch_size"[=\ ] ]] ||
         fail "NPROC=$NPROC: does not divide the 64 rows of an SFT step; take 1, 2, 4, 8, 16, 32 or 64, or --batch_size"
     launch_training sft.py --base_model "$BASE_MODEL" --output_dir "$OUT/sft" "${FILES[@]}" \
         --tasks sid_history_to_sid,title_to_sid --batch_size 64 --micro_batch_size auto --num_epochs 3 \
@@ -79,7 +81,7 @@ sft() {
 }
 rl_batch() { # rl_batch flags...: sets RL_BATCH; an RL step has 32 prompts with 4 completions, rl.py counts per process
     local share=$((128 / NPROC)) pass
-    [ $((32 % NPROC)) = 0 ] || [[ " $*" =~ " --train_batch_size"[=\ ] ]] ||
+    [ $((32 % NPROC)) = 0 ] || [[ " ${*//-/_}" =~ " __train_batch_size"[=\ ] ]] ||
         fail "NPROC=$NPROC: does not divide the 32 prompts of an RL step; take 1, 2, 4, 8, 16 or 32, or --train_batch_size"
     pass=$((share < 64 ? share : 64))
     RL_BATCH=(--train_batch_size "$pass" --gradient_accumulation_steps "$((share / pass))")

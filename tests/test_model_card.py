@@ -1,5 +1,7 @@
 import json
 
+from minionerec.model_card import write_card
+
 
 def test_a_checkpoint_has_a_card(sft_run):
     """Its data, its method and, for the last one, its metrics, with a head that the hub can read."""
@@ -19,3 +21,10 @@ def test_a_checkpoint_has_a_card(sft_run):
     for folder in output.glob("checkpoint-*"):
         card = (folder / "README.md").read_text(encoding="utf-8")
         assert "| learning_rate | 0.01 |" in card and "## Metrics" not in card
+
+
+def test_a_card_lists_no_adapter_where_there_is_none(tmp_path):
+    for method, listed in (("lora", True), ("freeze_LLM", False), ("full", False)):
+        write_card(str(tmp_path), {"command": "sft", "method": method, "flags": {"lora_r": 16, "learning_rate": 0.1}})
+        card = (tmp_path / "README.md").read_text(encoding="utf-8")
+        assert ("lora_r" in card) == listed and "learning_rate" in card

@@ -135,6 +135,8 @@ def check_is_file(path: str, flag: str) -> None:
     """Raises InputError if a flag does not name a file."""
     if not os.path.isfile(path):
         raise InputError(f"--{flag} {path}: {'is a folder, not a file' if os.path.isdir(path) else 'no such file'}")
+    if not os.access(path, os.R_OK):
+        raise InputError(f"--{flag} {path}: may not be read; its permissions forbid it")
 
 
 def sha256_of(path: str | os.PathLike[str]) -> str:

@@ -121,7 +121,7 @@ def _typed(values: Mapping[str, object], by_name: Mapping[str, Field]) -> dict[s
             value = os.fspath(value)
         elif type(value) is int and float in kinds:
             value = float(value)
-        elif type(None) in kinds and value in (False, "False", "false", "None"):  # --resume_from_checkpoint False
+        elif type(None) in kinds and (value is False or value in ("False", "false", "None")):  # not 0.0
             value = None
         if type(value) not in kinds and value not in words:
             named = ["None" if one is type(None) else one.__name__ for one in kinds]
@@ -251,7 +251,9 @@ class DataFlags(PromptFlags):
 def _report_to(value: str) -> str | None:
     if value not in ("none", "tensorboard", "wandb"):
         return "must be none, tensorboard or wandb"
-    return None if value == "none" or find_spec(value) else f"{value} is not installed; pip install {value}"
+    spec = None if value == "none" else find_spec(value)
+    installed = spec and spec.origin  # a folder wandb/, where it leaves its logs, is found as a package without one
+    return None if value == "none" or installed else f"{value} is not installed; pip install {value}"
 
 
 def _existing_checkpoint(value: str | None) -> str | None:

@@ -164,6 +164,8 @@ def build(problems: Problems, flags: PrepareFlags) -> dict[str, object]:
         steps = [Step(step, left) for step, left in raw.steps.items()]
         sessions = _clean(spool, raw, catalogue, flags, steps)
         alive = cleaning.k_core(spool, len(raw.items), flags.min_interactions)
+        while flags.drop_repeats and cleaning.drop_repeats(spool):  # an item between two equal ones may be gone
+            alive = cleaning.k_core(spool, len(raw.items), flags.min_interactions)
         _note_core(spool, raw, flags, steps)
         kept = [place for place, item in enumerate(catalogue) if alive[raw.items[item.original_id]]]
         catalogue = [catalogue[place] for place in kept]
@@ -280,7 +282,9 @@ def _clean(
     the user of each session, if there are any."""
     note = partial(_note, spool, raw, steps)
     if not note("in the time window"):
-        first, last = (datetime.fromtimestamp(time / 1e6, UTC).date() for time in (raw.earliest, raw.latest))
+        if raw.earliest > raw.latest:
+            raise InputError(f"--interactions {flags.interactions}: none of its {raw.num_rows} rows can be used")
+        first, last = (datetime.fromtimestamp(time / 1e6, flags.zone).date() for time in (raw.earliest, raw.latest))
         raise InputError(
             f"--interactions {flags.interactions}: none of its {raw.num_rows} rows is between --start_date and "
             f"--end_date; they are from {first} to {last}"
@@ -296,13 +300,13 @@ def _clean(
             f"as {next(iter(raw.items))!r}; do the two files belong together? Name the column of the ids with "
             "--item_column"
         )
+    sessions: np.ndarray = np.empty(0, np.int32)
+    if flags.session_gap:  # before repeats are dropped, which may bridge a gap
+        sessions = cleaning.split_sessions(spool, round(flags.session_gap * 60e6))
+        note(f"in sessions ({flags.session_gap:g} min)")
     if flags.drop_repeats:
         cleaning.drop_repeats(spool)
         note("without repeats")
-    sessions: np.ndarray = np.empty(0, np.int32)
-    if flags.session_gap:
-        sessions = cleaning.split_sessions(spool, round(flags.session_gap * 60e6))
-        note(f"in sessions ({flags.session_gap:g} min)")
     return sessions
 
 

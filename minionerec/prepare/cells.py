@@ -29,6 +29,8 @@ def whole(value: float, bits: int = 53) -> float:
 def _text_id(value: str) -> str | None:
     """An id that is text. A missing id makes pandas write whole numbers as 7.0, and large ones as 1.2e+17."""
     value = present(value)
+    if is_shortened(value):
+        return None
     if ("." in value or "+" in value) and re.fullmatch(r"-?\d(?:\.\d+)?[eE]\+\d+|-?(?:0|[1-9]\d*)\.0+", value):
         return identifier(float(value))
     return value if value and is_text(value) else None
@@ -63,7 +65,8 @@ def not_an_id(role: str, cell: object) -> str:
     text = cell.strip() if isinstance(cell, str) else ""
     is_large = isinstance(cell, float) and math.isfinite(cell) and abs(cell) >= 2**11 and cell.is_integer()
     if is_large or re.fullmatch(r"-?\d(\.\d+)?[eE]\+\d+|-?\d+\.0+", text):
-        return "lost digits when it was stored as a float; write ids as text or as whole numbers"
+        lost = "a spreadsheet shortened it" if is_shortened(text) else "it was stored as a float"
+        return f"lost digits when {lost}; write ids as text or as whole numbers"
     return f"expected {'an' if role == 'item' else 'a'} {role} id, text or a whole number"
 
 

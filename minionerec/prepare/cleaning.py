@@ -109,12 +109,16 @@ def keep_items(spool: Spool, known: np.ndarray) -> None:
         spool.replace(part, records[known[records["item"]]])
 
 
-def drop_repeats(spool: Spool) -> None:
-    """Drops the interactions with the same item as the one before, of the same user. The parts must be sorted by user
-    and time."""
+def drop_repeats(spool: Spool) -> bool:
+    """Drops the interactions with the same item as the one before, of the same user, and returns whether there were
+    any. The parts must be sorted by user and time."""
+    found = False
     for part, records in enumerate(spool):
         again = (records["user"][1:] == records["user"][:-1]) & (records["item"][1:] == records["item"][:-1])
-        spool.replace(part, records[np.r_[True, ~again][: len(records)]])
+        if again.any():
+            found = True
+            spool.replace(part, records[np.r_[True, ~again]])
+    return found
 
 
 def split_sessions(spool: Spool, gap: int) -> np.ndarray:

@@ -86,7 +86,8 @@ def scratch_folder(output_dir: str) -> Iterator[str]:
 
 @contextmanager
 def _ends_by_exception() -> Iterator[None]:
-    """SIGTERM and SIGHUP raise SystemExit, so that what should be removed is. Handlers are those of the main thread."""
+    """SIGTERM and SIGHUP raise SystemExit, so that what should be removed is, unless they are ignored, as under nohup.
+    Handlers are those of the main thread."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -96,7 +97,8 @@ def _ends_by_exception() -> Iterator[None]:
             signal.signal(one, signal.SIG_IGN)
         raise SystemExit(128 + number)
 
-    before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGHUP)}
+    heard = [one for one in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(one) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, end) for number in heard}
     try:
         yield
     finally:

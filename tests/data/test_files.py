@@ -1,5 +1,6 @@
 import csv
 import json
+import os
 
 import pytest
 from helpers import COLUMNS
@@ -111,6 +112,13 @@ def test_both_files_of_a_catalogue_are_missed_together():
     with pytest.raises(InputError) as error:
         data_files.read_catalogue("here", "there")
     assert error.value.problems == ["--sid_index_path here: no such file", "--item_meta_path there: no such file"]
+
+
+def test_a_file_that_may_not_be_read_is_named(tmp_path, monkeypatch):
+    (tmp_path / "index.json").write_text("{}")
+    monkeypatch.setattr(os, "access", lambda *_: False)  # root may read everything
+    with pytest.raises(InputError, match="may not be read; its permissions forbid it"):
+        data_files.read_json_object(str(tmp_path / "index.json"), "sid_index_path")
 
 
 def test_info_and_index_that_disagree(tmp_path):

@@ -1,7 +1,9 @@
 """Commands as functions: what a type checker and Python say of a call with flags, or with flat keywords."""
 
+import dataclasses
 import subprocess
 import sys
+from importlib.machinery import PathFinder
 
 import pytest
 from helpers import ROOT
@@ -9,7 +11,9 @@ from helpers import ROOT
 import rl
 import sft
 from minionerec import RLFlags, SFTFlags
+from minionerec import flags as flags_module
 from minionerec.errors import InputError
+from minionerec.prepare.settings import PrepareFlags
 
 # Of each line, what a type checker says; empty where it is right.
 CALLS = {
@@ -65,6 +69,19 @@ def test_flags_of_another_command_or_type_are_refused():
             call()
     with pytest.raises(InputError, match="--batch_size 'abc': must be int, not str"):
         sft.train(SFTFlags(batch_size="abc"))
+
+
+def test_a_number_of_zero_is_no_missing_one():
+    by_name = {field.name: field for field in dataclasses.fields(PrepareFlags)}
+    for given, meant in ((0.0, 0.0), (0, 0.0), (False, None), ("None", None), (None, None)):
+        assert flags_module._typed({"min_rating": given}, by_name) == {"min_rating": meant}
+
+
+def test_a_folder_of_logs_is_no_tracker(tmp_path, monkeypatch):
+    (tmp_path / "wandb").mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(flags_module, "find_spec", lambda name: PathFinder.find_spec(name, [str(tmp_path)]))
+    assert flags_module._report_to("wandb") == "wandb is not installed; pip install wandb"
 
 
 def test_the_flags_are_imported_without_torch():

@@ -1,5 +1,6 @@
 """scripts/prepare_data.py as a whole: what it writes is what training reads, twice the same, or nothing at all."""
 
+import ast
 import csv
 import json
 import os
@@ -331,6 +332,33 @@ def test_a_log_becomes_sessions_of_purchases(log, tmp_path, capsys):
     assert record["interactions"][0]["refused"] == 1 and record["arguments"]["session_gap"] == 30
     rows = [line.split(",")[0] for line in (tmp_path / "out" / "train" / "T.csv").read_text().splitlines()[1:]]
     assert {user.split("/")[1] for user in rows} == {"1", "2"}
+
+
+def test_an_item_that_follows_itself_counts_once_in_a_session(tmp_path):
+    """Also where it ended the session before, or where only an item that is too rare stood between."""
+    minute, lines = 60, ["user,item,ts"]
+    for user in range(8):
+        bought = [("A", 0), ("A", 25), ("B", 50), ("B", 500), ("C", 505), (f"rare{user}", 510), ("C", 515), ("D", 520)]
+        lines += [f"u{user},{item},{T0 + user * 10**6 + at * minute}" for item, at in bought]
+    (tmp_path / "log.csv").write_text("\n".join(lines) + "\n")
+    titled = ["A", "B", "C", "D", *(f"rare{user}" for user in range(8))]
+    (tmp_path / "items.csv").write_text("item,title\n" + "".join(f"{item},Thing {item}\n" for item in titled))
+    files = {"interactions": str(tmp_path / "log.csv"), "items": str(tmp_path / "items.csv")}
+    out = tmp_path / "out"
+    prepare_data(
+        **files, output_dir=str(out), category="T", codes=4, min_interactions=2, session_gap=30.0, drop_repeats=True
+    )
+    sessions = {}
+    for split in ("train", "valid", "test"):
+        with open(out / split / "T.csv", newline="", encoding="utf-8") as file:
+            for row in csv.DictReader(file):
+                history = [*ast.literal_eval(row["history_item_title"]), row["item_title"]]
+                user = row["user_id"]
+                sessions[user] = max(sessions.get(user, []), history, key=len)
+    assert {user.split("/")[1]: history for user, history in sessions.items()} == {
+        "1": ["Thing A", "Thing B"],
+        "2": ["Thing B", "Thing C", "Thing D"],
+    }
 
 
 def test_ids_may_be_made_of_brand_and_price(tmp_path):

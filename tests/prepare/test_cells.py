@@ -96,6 +96,14 @@ def test_times_in_common_forms(tmp_path):
     assert cells.microseconds(Decimal(T0)) == T0 * 10**6 and cells.microseconds(date(2018, 1, 1))
 
 
+@pytest.mark.parametrize("cell", ["4.00638E+12", "1.23457E+11", " 5E+12 "])
+def test_an_id_that_a_spreadsheet_shortened_is_refused(cell):
+    """Several barcodes begin with the six digits that are left."""
+    assert cells.identifier(cell) is None and cells.identifier(cell.encode()) is None
+    assert cells.not_an_id("item", cell).startswith("lost digits when a spreadsheet shortened it")
+    assert cells.identifier("1.2e+15") == "1200000000000000"  # as pandas writes a whole float
+
+
 def test_times_in_every_form_are_one_time():
     moment = datetime(2018, 10, 31, 12, 0, 0, 250_000, UTC)
     expected = round(moment.timestamp() * 1e6)

@@ -58,6 +58,18 @@ def test_a_dangling_link_and_a_lost_race_are_refused(log, tmp_path, monkeypatch)
     )
 
 
+def test_a_signal_that_is_ignored_stays_so(tmp_path):
+    """nohup ignores SIGHUP, and the terminal may be closed."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with writing.scratch_folder(str(tmp_path / "out")) as folder:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert os.path.isdir(folder)
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_a_process_that_is_ended_leaves_no_scratch_folder(tmp_path, number):
     before = signal.getsignal(number)

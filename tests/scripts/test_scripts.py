@@ -128,16 +128,16 @@ def test_an_rl_step_has_the_same_prompts_with_any_number_of_processes(checkout):
         result = bash(checkout, script, PYTHON="echo", NPROC="3")
         assert result.returncode == 2 and "NPROC=3: does not divide the 32 prompts" in result.stderr
         assert not result.stdout
-    for given in (["--train_batch_size", "40"], ["--train_batch_size=40"]):
+    for given in (["--train_batch_size", "40"], ["--train_batch_size=40"], ["--train-batch-size", "40"]):
         result = bash(checkout, "rl_lora.sh", *given, PYTHON="echo", NPROC="3")
-        assert result.returncode == 0 and result.stdout.count("--train_batch_size") == 2
+        assert result.returncode == 0 and result.stdout.replace("-", "_").count("__train_batch_size") == 2
     result = bash(checkout, "sft_lora.sh", "--micro_batch_size", "3", PYTHON="echo", NPROC="3")
     assert result.returncode == 2 and "NPROC=3: does not divide the 64 rows of an SFT step" in result.stderr
     assert bash(checkout, "sft_lora.sh", "--batch_size", "66", PYTHON="echo", NPROC="3").returncode == 0
 
 
 @pytest.mark.parametrize(
-    "given", ["--dry_run", "--dry_run=True", "--dry_run true", "--dry_run True --seed 3", "SFT_FLAGS"]
+    "given", ["--dry_run", "--dry-run TRUE", "--dry_run=True", "--dry_run true", "--dry_run True --seed 3", "SFT_FLAGS"]
 )
 def test_a_dry_run_of_the_pipeline_ends_after_sft(checkout, given):
     of_sft = {"SFT_FLAGS": "--dry_run True"} if given == "SFT_FLAGS" else {}
@@ -157,6 +157,17 @@ def test_files_are_found_in_folders_with_any_name(checkout, tmp_path):
     )
 
 
+def test_a_file_of_a_category_is_not_another_that_begins_with_it(checkout, tmp_path):
+    (tmp_path / "train").mkdir()
+    for name in ("Tools", "Tools-old", "Tools & Home", "Bolts_5", "Bolts_6"):
+        (tmp_path / "train" / f"{name}.csv").touch()
+    result = bash(checkout, "sft_lora.sh", PYTHON="echo", CATEGORY="Tools", DATA=str(tmp_path))
+    assert f"--train_file {tmp_path}/train/Tools.csv --eval_file" in result.stdout
+    result = bash(checkout, "sft_lora.sh", PYTHON="echo", CATEGORY="Bolts", DATA=str(tmp_path))
+    assert result.returncode == 2 and not result.stdout
+    assert "2 files begin with" in result.stderr and "name one: TRAIN_FILE=..." in result.stderr
+
+
 @pytest.mark.parametrize(
     ("flags", "setting"),
     [
@@ -165,6 +176,9 @@ def test_files_are_found_in_folders_with_any_name(checkout, tmp_path):
         (("--num_epochs", "1"), {}),
         ((), {"RL_RATES_lora": "1e-4, 1e-5"}),
         ((), {"RL_FLAGS": "--test_during_training False"}),
+        ((), {"SFT_FLAGS": "--batch_size 32 --seed 7"}),
+        ((), {"RL_FLAGS": "--learning-rate=1e-5"}),
+        ((), {"TRY_SFT": "--dry_run True"}),
     ],
 )
 def test_a_comparison_refuses_what_it_does_not_know_before_it_trains(checkout, flags, setting):
@@ -250,17 +264,27 @@ def test_a_comparison_chooses_rates_and_repeats_the_best_with_other_seeds(checko
     assert [(command, name) for command, name, _ in lora] == [
         *[("sft.py", f"sft_{name}") for name in ("try_1e-2", "try_1e-3", "1e-3")],
         *[("rl.py", f"rl_from_1e-3_{rate}") for rate in ("1e-5", "1e-3")],
-        *[("sft.py", "sft_seed43"), ("rl.py", "rl_seed43")],
-        *[("evaluate.py", name) for name in ("sft_1e-3", "sft_seed43", "rl_from_1e-3_1e-3", "rl_seed43")],
+        *[("sft.py", "sft_1e-3_seed43"), ("rl.py", "rl_from_1e-3_1e-3_seed43")],
+        *[
+            ("evaluate.py", name)
+            for name in ("sft_1e-3", "sft_1e-3_seed43", "rl_from_1e-3_1e-3", "rl_from_1e-3_1e-3_seed43")
+        ],
     ]
     assert all(flags["K"] == "9" for command, _, flags in ran if command == "evaluate.py")
     assert not any("use_lora" in flags for _, _, flags in ran[:-11])
     flags = {name: flags for command, name, flags in lora if command != "evaluate.py"}
-    assert [flags[name].get("num_epochs") for name in ("sft_try_1e-3", "sft_1e-3", "sft_seed43")] == ["1", "3", "3"]
-    for name, seed, start in (("rl_from_1e-3_1e-5", "42", "sft_1e-3"), ("rl_seed43", "43", "sft_seed43")):
+    assert [flags[name].get("num_epochs") for name in ("sft_try_1e-3", "sft_1e-3", "sft_1e-3_seed43")] == [
+        "1",
+        "3",
+        "3",
+    ]
+    for name, seed, start in (
+        ("rl_from_1e-3_1e-5", "42", "sft_1e-3"),
+        ("rl_from_1e-3_1e-3_seed43", "43", "sft_1e-3_seed43"),
+    ):
         assert flags[name]["seed"] == seed and flags[name]["test_beam"] == "7"
         assert flags[name]["model_path"] == f"output/compared/lora/{start}/final_checkpoint"
-    assert flags["sft_seed43"]["learning_rate"] == "1e-3" and flags["sft_seed43"]["batch_size"] == "64"
+    assert flags["sft_1e-3_seed43"]["learning_rate"] == "1e-3" and flags["sft_1e-3_seed43"]["batch_size"] == "64"
 
     assert bash(checkout, "compare.sh", **settings).returncode == 0
     assert stages(checkout) == ran
