@@ -188,7 +188,7 @@ def train(flags: SFTFlags) -> "dict | Prediction":
     if trees and flags.group_by_length:
         state.print("--group_by_length changes nothing for token trees; with --pack_rows 0 it sorts steps by length")
     accumulation = trees.accumulation if trees else flags.batch_size // (flags.micro_rows * state.num_processes)
-    graphs.record(model, flags.compile and bool(trees), state.print)
+    graphs.record(model, flags.compile and bool(trees) and not flags.gradient_checkpointing, state.print)
 
     # Train.
     steps = math.ceil(len(train_dataset) / flags.batch_size) * flags.num_epochs

@@ -73,6 +73,11 @@ def free_memory_gb() -> float:
     return (torch.cuda.mem_get_info(where)[0] + kept) / 1e9
 
 
+def unreserved_gb() -> float:
+    """As `free_memory_gb`, without what PyTorch keeps."""
+    return torch.cuda.mem_get_info(local_device())[0] / 1e9 if torch.cuda.is_available() else 0.0
+
+
 def weights_are_sharded() -> bool:
     """Whether `accelerate launch` runs this process under FSDP or DeepSpeed ZeRO-3."""
     return engine() in ("FSDP", "ZeRO-3")

@@ -58,11 +58,20 @@ def _fused_norm(norm: nn.Module, x: torch.Tensor, shift: float, eps: float) -> t
     if not weight.requires_grad:
         key = weight.data_ptr(), weight._version, x.dtype
         if norm.__dict__.get("_of_weight") != key:
-            norm.__dict__.update(_of_weight=key, _prepared=(weight.detach() + shift).to(x.dtype))
+            norm.__dict__.update(_of_weight=key, _shift=shift, _prepared=(weight.detach() + shift).to(x.dtype))
         weight = norm.__dict__["_prepared"]
     else:
         weight = (weight + shift if shift else weight).to(x.dtype)
     return _Norm.apply(x, weight, eps)
+
+
+@torch.no_grad()
+def refresh_frozen_norms(model: nn.Module) -> None:
+    """Converts the weights of norms again, in place, after code that wrote into `parameter.data`, which leaves no
+    trace."""
+    for norm in model.modules():
+        if "_prepared" in vars(norm):
+            norm._prepared.copy_(norm.weight + norm._shift)
 
 
 @cache

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
 
+import bitsandbytes
 import torch
 import torch.distributed as dist
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -107,6 +108,7 @@ class _Pass:
             self.given = [torch.zeros_like(tensor) for tensor in outputs if tensor.requires_grad]
             expected = [tensor.detach() for tensor in outputs]
             norms = self._gradient_norms(lambda: self._compute_gradients(outputs))
+            outputs = ()  # its graph would hold nodes of this stream, which no recording may enter
         torch.clear_autocast_cache()  # a recording converts weights itself
         with owner.same_random_numbers(), _within(True):
             with self.forward.record():
@@ -240,6 +242,7 @@ class Graphs:
         self._gradients: dict[nn.Parameter, torch.Tensor] = {}
         self._adapted = next((module for module in model.modules() if isinstance(module, BaseTunerLayer)), None)
         self._pool: tuple[int, int] | None = None
+        self._grown = 0.0  # GB that recordings have taken
 
     def __deepcopy__(self, memo: dict) -> "Graphs":
         return self  # `of` makes those of the copy
@@ -261,15 +264,23 @@ class Graphs:
             self._gradients[parameter] = torch.zeros_like(parameter)
         return self._gradients[parameter]
 
+    def possible(self) -> bool:
+        """Whether passes are recorded here, with gradients or without as torch is set: not with those that other
+        processes add to."""
+        return self.on and not (torch.is_grad_enabled() and dist.is_available() and dist.is_initialized())
+
     def __call__(self, name: tuple, function: Function, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """`function(*inputs)`, recorded or replayed where that is possible. `name` stands for everything that it
         depends on besides the inputs, the weights, and which adapter is active in which mode."""
-        alone = not (torch.is_grad_enabled() and dist.is_available() and dist.is_initialized())
         busy = self.waits_for is not None and self.waits_for() is not None
-        if not self.on or not alone or busy or _in_pass:
+        if not self.possible() or busy or _in_pass:
             return function(*inputs)
         key = (*name, self._mode(), *((tensor.shape, tensor.dtype) for tensor in inputs))
         known = self.passes.get(key)
+        # Before the first pass: one that is recomputed outside of it would not keep the same tensors.
+        if key not in self.passes and any(getattr(m, "gradient_checkpointing", False) for m in self.model.modules()):
+            self.give_up("activations are recomputed")
+            return function(*inputs)
         if known is None or known.moved():
             again = key in self.passes and sum(of is not None for of in self.passes.values()) < MOST_PASSES
             known = self._recorded(key, function, inputs) if again else None
@@ -289,12 +300,12 @@ class Graphs:
         torch.cuda.empty_cache()
         before = torch.cuda.memory_reserved()
         try:
-            if any(getattr(module, "gradient_checkpointing", False) for module in self.model.modules()):
-                raise RuntimeError("activations are recomputed")
             self.passes[key] = _Pass(self, function, inputs)
-            grown = (torch.cuda.memory_reserved() - before) / 1e9
-            if grown > device.free_memory_gb():  # what is computed as ever must fit as well
-                raise RuntimeError(f"a recording takes {grown:.1f} GB, and less is left")
+            torch.cuda.empty_cache()
+            self._grown += (torch.cuda.memory_reserved() - before) / 1e9
+            # What is computed as ever must fit, too, and may not use the memory of recordings.
+            if self._grown > device.unreserved_gb():
+                raise RuntimeError(f"recordings take {self._grown:.1f} GB, and less is left")
         except Exception as error:  # whatever a kernel or an architecture raises
             self.give_up(f"{type(error).__name__}: {error}".splitlines()[0][:200])
         return self.passes.get(key)
@@ -303,17 +314,26 @@ class Graphs:
         self.on = False
         self.passes.clear()
         self._gradients.clear()
+        self._grown = 0.0
         torch.cuda.empty_cache()
         self.say(f"passes are not recorded as CUDA graphs, but computed kernel by kernel: {why}")
 
 
 def record(model: nn.Module, on: bool, say: Callable[[str], None] = print) -> None:
     """Lets passes of a model be recorded, if `on`, on a device that has recordings. Weights that are sharded, or are
-    not on one device, exclude it."""
+    not on one device, exclude it, and layers that read values on the host: those of LLM.int8."""
     base = _base_of(model)
     where = base.device
+    if any(isinstance(m, bitsandbytes.nn.Linear8bitLt) or _is_elsewhere(m, where) for m in model.modules()):
+        return
     if on and where.type in RECORDINGS and device.starts_kernels(where) and not device.weights_are_sharded():
         vars(base)["_graphs"] = Graphs(model, say)
+
+
+def _is_elsewhere(module: nn.Module, where: torch.device) -> bool:
+    """Whether a module looks up rows that are kept on another device, such as an untied embedding in 8 bits."""
+    packed = getattr(module, "packed", None)
+    return isinstance(packed, torch.Tensor) and packed.device.type != where.type
 
 
 def of(model: nn.Module) -> Graphs | None:

@@ -29,6 +29,8 @@ from itertools import pairwise
 import torch
 from torch import nn
 
+from minionerec.model import device
+
 # The inputs of the model, the positions [N] in the flattened rows whose logits are wanted, and for every completion
 # token [B, C] which of them predicts it.
 Packed = tuple[dict[str, torch.Tensor | dict[str, torch.Tensor]], torch.Tensor, torch.Tensor]
@@ -46,14 +48,16 @@ def attention_masks(
         positions: [B, L], of the keys.
         dtype: what attention computes in; None for that of autocast, or the model's without it.
     """
-    config, device = model.config.get_text_config(), visible.device
+    config, target = model.config.get_text_config(), visible.device
+    # `model.dtype` of a quantized model is that of its adapter. A GPU's kernels take masks in the type of the queries.
+    quantized = getattr(model, "is_quantized", False)
+    own = device.compute_dtype(quantized=True) if quantized else model.dtype
     if config._attn_implementation == "eager":
-        dtype = model.dtype
+        dtype = own
     elif dtype is None:
-        kind = device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else model.dtype
+        dtype = torch.get_autocast_dtype(target.type) if torch.is_autocast_enabled(target.type) else own
     # On the device: from the CPU, `where` would copy it, and the host wait.
-    hidden = torch.full((), torch.finfo(dtype).min, dtype=dtype, device=device)
+    hidden = torch.full((), torch.finfo(dtype).min, dtype=dtype, device=target)
     window, chunk = getattr(config, "sliding_window", None), getattr(config, "attention_chunk_size", None)
     kinds = set(getattr(config, "layer_types", None) or ())
     if not kinds:

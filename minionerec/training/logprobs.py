@@ -72,7 +72,7 @@ def completion_logps(
         return token_logps(logits, row, completion_ids, completion_mask)
 
     rows = prompt_ids, prompt_mask, completion_ids, completion_mask
-    if recorded and shared and groups and len(set(groups)) == 1:
+    if recorded and recorded.possible() and shared and groups and len(set(groups)) == 1:
         return _recorded(recorded, logps_of, temperature, groups, *rows)
     return logps_of(groups, *rows)
 

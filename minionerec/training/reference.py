@@ -17,6 +17,7 @@ from trl.trainer.utils import use_adapter
 
 from minionerec.flags import engine
 from minionerec.model import adapters, device
+from minionerec.model.fewer_kernels import refresh_frozen_norms
 from minionerec.model.sharding import gathered, overwrite, whole_tensors
 from minionerec.training.resume import load_tensors
 
@@ -112,6 +113,7 @@ class Reference(TrainerCallback):
             return
         if self.whole is not None:
             SyncRefModelCallback.sync_target_model(self.policy, self.whole, args.ref_model_mixup_alpha)
+            refresh_frozen_norms(self.accelerator.unwrap_model(self.whole))
             return
         reference, policy = self._moving(), adapters.adapter_parameters(self.policy, "default")
         with gathered(policy.values()), gathered(reference.values(), write=True):

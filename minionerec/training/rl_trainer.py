@@ -283,6 +283,7 @@ class ReReTrainer(RLRun):
                     self.accelerator.backward(loss)
             torch.clear_autocast_cache()  # its copies of weights belong to the pass
             before = before + loss.detach()
+            del loss  # its graph, which the recording of the next pass may not find
             self.stop_between_passes()
         return self.loss.of_pass(model, last, count, accumulation, first=not earlier) + before
 

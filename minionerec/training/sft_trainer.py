@@ -251,7 +251,8 @@ class SFTTrainer(DurableRun, RetriesMicroBatches, Trainer):
         """The collator of training, which pads token trees to few shapes as long as passes of the model are recorded:
         each is for one shape."""
         model, trees = self.unwrapped(self.model), self.train_batches
-        if trees is None or graphs.of(model) is None or self.args.world_size > 1:
+        recorded = graphs.of(model)
+        if trees is None or recorded is None or not recorded.possible():
             return self.data_collator
         assert isinstance(self.collate, TreeCollator)
         collate = copy.copy(self.collate)  # evaluations are not padded

@@ -2,6 +2,7 @@
 computed as ever: values, gradients, whole runs; and that nothing in them waits for a GPU."""
 
 import copy
+import weakref
 from contextlib import nullcontext
 
 import pytest
@@ -409,3 +410,56 @@ def test_a_recording_with_other_gradients_is_not_used(monkeypatch):
         (loss,) = of(("pass",), lambda x: (model(x),), torch.ones(2, 3))
         loss.sum().backward()
     assert said and "other gradients" in said[0]
+
+
+def test_no_graph_of_autograd_is_alive_while_a_pass_is_recorded(monkeypatch):
+    """A GPU refuses a recorded backward pass that meets nodes which were made outside of it."""
+    made, recordings = [], []
+
+    class Strict(Tape):
+        def record(self):
+            if not made[-1].recorded:
+                recordings.append([one() for one in made])
+            return super().record()
+
+    class Made(weakref.ref):
+        recorded = False
+
+    monkeypatch.setitem(graphs.RECORDINGS, "cpu", Strict)
+    model = torch.nn.Linear(3, 1)
+    model.device = torch.device("cpu")
+    of = graphs.Graphs(model, print)
+
+    def compute(x):
+        out = model(x)
+        made.append(Made(out))
+        made[-1].recorded = graphs.recording()
+        return (out,)
+
+    for _ in range(3):
+        of(("pass",), compute, torch.ones(2, 3))[0].sum().backward()
+    assert replays(of) == 1 and recordings == [[None, None]]  # the first pass, and the eager twin of the recording
+
+
+def test_recomputed_activations_draw_the_masks_that_they_had(tmp_path, monkeypatch):
+    """Where masks of a pass that may be recorded are kept, and others are made again, from the first pass on."""
+    monkeypatch.setattr(groups, "KEPT_MASK", 0)
+    said = []
+    model, of = recorded(prepared(make_model(scale=2.0), "lora", dropout=0.5).train(), said)
+    model.enable_input_require_grads()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    losses, _ = train(model, of_trees)
+    assert (
+        losses.isfinite().all()
+        and not of.on
+        and said
+        == ["passes are not recorded as CUDA graphs, but computed kernel by kernel: activations are recomputed"]
+    )
+
+
+def test_layers_that_read_on_the_host_are_not_recorded(tmp_path):
+    make_model(scale=2.0).save_pretrained(tmp_path)
+    flags = AdapterFlags(use_lora=True, load_in_8bit=True)
+    model = loading.load_base(str(tmp_path), lora_utils.quantization_config(flags))
+    graphs.record(model, True)
+    assert graphs.of(model) is None

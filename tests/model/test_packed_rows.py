@@ -3,14 +3,17 @@
 from types import SimpleNamespace
 
 import numpy as np
+import pytest
 import torch
 from helpers import line_of
 from models import adapted, make_model
 from plain import batch
 
+import lora_utils
 from minionerec.decoding.probe import probe
-from minionerec.model import packed_rows
-from minionerec.model.packed_rows import plain_rows, shared_rows
+from minionerec.flags import AdapterFlags
+from minionerec.model import loading, packed_rows
+from minionerec.model.packed_rows import attention_masks, plain_rows, shared_rows
 from minionerec.training.logprobs import completion_logps
 from minionerec.training.rollouts import Known, Rollouts
 
@@ -61,3 +64,20 @@ def test_the_packed_row_of_two_completions():
         assert [cell == "x" for cell in cells[:6]] == (inputs["attention_mask"][0, 0, query] == 0).tolist(), name
         assert cells[6:] == [token for token, source in predicted.items() if source == query], name
         assert (query in wanted) == bool(cells[6:])
+
+
+@pytest.mark.parametrize("flags", [{"use_qlora": True}, {"use_lora": True, "load_in_8bit": True}], ids=["4", "8"])
+def test_masks_have_the_type_of_queries_on_a_quantized_base(tmp_path, flags):
+    """Its adapter is in float32, and attention on a GPU takes no mask of another type."""
+    make_model().save_pretrained(tmp_path)
+    flags = AdapterFlags(**flags)
+    model = loading.load_base(str(tmp_path), lora_utils.quantization_config(flags))
+    model = lora_utils.add_lora(model, lora_utils.lora_config(model, [90], flags)).eval()
+    seen = []
+    layer = model.get_base_model().model.layers[0].self_attn.q_proj
+    layer.register_forward_hook(lambda _m, _a, out: seen.append(out.dtype))
+    visible, positions = torch.ones(1, 3, 3, dtype=torch.bool).tril(), torch.arange(3)[None]
+    mask = attention_masks(model, visible, positions)
+    with torch.no_grad():
+        model(input_ids=positions + 5, attention_mask=mask, position_ids=positions, use_cache=False)
+    assert seen == [mask.dtype] and mask.dtype != torch.float32
