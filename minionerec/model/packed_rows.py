@@ -29,8 +29,6 @@ from itertools import pairwise
 import torch
 from torch import nn
 
-from minionerec.model import device
-
 # The inputs of the model, the positions [N] in the flattened rows whose logits are wanted, and for every completion
 # token [B, C] which of them predicts it.
 Packed = tuple[dict[str, torch.Tensor | dict[str, torch.Tensor]], torch.Tensor, torch.Tensor]
@@ -50,8 +48,7 @@ def attention_masks(
     """
     config, target = model.config.get_text_config(), visible.device
     # `model.dtype` of a quantized model is that of its adapter. A GPU's kernels take masks in the type of the queries.
-    quantized = getattr(model, "is_quantized", False)
-    own = device.compute_dtype(quantized=True) if quantized else model.dtype
+    own = (getattr(model, "is_quantized", False) and model.config.dtype) or model.dtype
     if config._attn_implementation == "eager":
         dtype = own
     elif dtype is None:

@@ -72,6 +72,7 @@ def test_a_signal_that_is_ignored_stays_so(tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_a_process_that_is_ended_leaves_no_scratch_folder(tmp_path, number):
+    under_nohup = signal.signal(number, signal.SIG_DFL)
     before = signal.getsignal(number)
     with pytest.raises(SystemExit) as end, writing.scratch_folder(str(tmp_path / "out")) as folder:
         assert os.path.isdir(folder)
@@ -80,3 +81,4 @@ def test_a_process_that_is_ended_leaves_no_scratch_folder(tmp_path, number):
         finally:
             os.kill(os.getpid(), signal.SIGTERM)  # again, while it is removed
     assert end.value.code == 128 + number and os.listdir(tmp_path) == [] and signal.getsignal(number) == before
+    signal.signal(number, under_nohup)
