@@ -11,7 +11,8 @@ fi
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 if [ -z "${PYTHON:-}" ]; then
     PYTHON=.venv/bin/python
-    if [ ! -x "$PYTHON" ] || ! "$PYTHON" -m pip --version >/dev/null 2>&1; then # missing, or made in part
+    # Missing, or made in part and never installed into.
+    if [ ! -x "$PYTHON" ] || { [ ! -f .venv/requirements.txt ] && ! "$PYTHON" -m pip --version >/dev/null 2>&1; }; then
         BASE_PYTHON="${BASE_PYTHON:-python3}"
         "$BASE_PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
             echo "setup.sh: error: $BASE_PYTHON is older than Python 3.11; name a newer one: BASE_PYTHON=python3.12" >&2

@@ -96,9 +96,8 @@ def _shared_beginning(input_ids: torch.Tensor, length: torch.Tensor) -> int:
     """
     if len(input_ids) == 1 or device.starts_kernels(input_ids.device) or weights_are_sharded():
         return 0
-    place = torch.arange(
-        int(length.min()) - 1, device=length.device
-    )  # every prompt keeps a token, whose logits are wanted
+    # Every prompt keeps a token, whose logits are wanted.
+    place = torch.arange(int(length.min()) - 1, device=length.device)
     beginning = input_ids.gather(1, input_ids.shape[1] - length + place)
     shared = int((beginning == beginning[:1]).all(dim=0).cumprod(dim=0).sum())
     return shared if shared >= SHARED else 0
