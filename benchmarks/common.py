@@ -5,7 +5,9 @@ import multiprocessing
 import sys
 import time
 from collections.abc import Callable
+from functools import cache
 from multiprocessing.connection import Connection
+from multiprocessing.context import BaseContext
 from statistics import median
 from typing import Any
 
@@ -30,13 +32,26 @@ def in_fresh_process(function: Callable[..., Any], *args: Any) -> Any:
         return pool.apply(function, args)
 
 
+@cache
+def forks() -> BaseContext:
+    """Starts processes: forks of one that has imported the libraries, which takes seconds; new ones where there is a
+    GPU, which a fork may not be able to use."""
+    import torch
+
+    if torch.cuda.is_available():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["bitsandbytes", "lora_utils", "minionerec.training.sft_trainer"])
+    return context
+
+
 def in_turn(worker: Callable[..., None], ways: list[str], repeats: int, *settings: Any) -> dict[str, dict[str, Any]]:
     """Runs each way in its own process, with the steps in turn, so that other load on the machine slows all of them.
     `worker(connection, way, *settings)` ends with a call of `answer`.
 
     Returns for every way `steps`, the results of its `repeats` steps, and the results of its process at the end.
     """
-    context = multiprocessing.get_context("spawn")
+    context = forks()
     connections: dict[str, Connection] = {}
     processes = []
     for way in ways:

@@ -3,8 +3,6 @@
 import glob
 import os
 import random
-import subprocess
-import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -113,10 +111,10 @@ def save_base(
 
 
 def make_base(item_file: str, folder: str, **flags: int) -> None:
-    """Runs scripts/make_base.py: a small base whose tokenizer is trained on the text of `item_file`."""
-    words = [f"--{name}={value}" for name, value in flags.items()]
-    script = [sys.executable, os.path.join(ROOT, "scripts", "make_base.py")]
-    subprocess.run([*script, f"--item_meta_path={item_file}", f"--output_dir={folder}", *words], check=True)
+    """Writes what scripts/make_base.py does: a small base whose tokenizer is trained on the text of `item_file`."""
+    from scripts import make_base as script
+
+    script.make_base(item_meta_path=item_file, output_dir=folder, **flags)
 
 
 def random_sids(count: int) -> list[str]:

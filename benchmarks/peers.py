@@ -37,6 +37,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import redirect_stdout
 from functools import partial
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
@@ -303,20 +304,20 @@ def in_steps(folder: str, ways: list[str], llamafactory: str) -> dict[str, dict[
     return results
 
 
-def ranked(folder: str, way: str, flags: dict[str, Any]) -> dict[str, float]:
-    """The metrics that evaluate.py computes with the adapter of a way."""
-    adapter, base = os.path.join(folder, way, "final_checkpoint"), os.path.join(folder, "base")
-    if not way.startswith("ours"):
-        for file in glob.glob(os.path.join(glob.escape(base), "tokenizer*")):
-            shutil.copy(file, adapter)  # as it was; other versions of transformers write it differently
-    result = os.path.join(folder, f"{way}.json")
-    argv = [f"--{name}={value}" for name, value in flags.items()]
-    command = [sys.executable, "evaluate.py", f"--base_model={adapter}", f"--result_json_data={result}", *argv]
-    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    if run.returncode:
-        raise RunError(f"evaluate.py failed on the adapter of {way}:\n{run.stderr[-2000:]}")
-    with open(result.removesuffix(".json") + ".metrics.json", encoding="utf-8") as file:
-        return json.load(file)
+def ranked(folder: str, ways: list[str], flags: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """The metrics that evaluate.py computes with the adapter of every way."""
+    import evaluate
+
+    base, metrics = os.path.join(folder, "base"), {}
+    for way in ways:
+        adapter = os.path.join(folder, way, "final_checkpoint")
+        if not way.startswith("ours"):
+            for file in glob.glob(os.path.join(glob.escape(base), "tokenizer*")):
+                shutil.copy(file, adapter)  # as it was; other versions of transformers write it differently
+        result = os.path.join(folder, f"{way}.json")
+        with redirect_stdout(sys.stderr):  # the table comes last
+            metrics[way] = evaluate.evaluate(**flags, base_model=adapter, result_json_data=result)
+    return metrics
 
 
 def peers(
@@ -403,7 +404,7 @@ def peers(
         metrics: dict[str, dict[str, float]] = {way: {} for way in chosen}
         if test_rows:
             of_test = {"test_data_path": ranked_file, "info_file": info_file, "category": category}
-            metrics = {way: ranked(folder, way, {**of_test, "num_beams": num_beams}) for way in chosen}
+            metrics = in_fresh_process(ranked, folder, chosen, {**of_test, "num_beams": num_beams})
 
     table = []
     for way, run in runs.items():
