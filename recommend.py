@@ -69,7 +69,8 @@ class RecommendFlags(PromptFlags, BlendFlags, DeviceFlags):
     deny: str = flag("", "file of item ids, one per line, that are not recommended.")
     where: str = flag(
         "",
-        "column=value of the item file, such as brand=3M; only items with it are recommended (needs item_meta_path).",
+        "a condition on a column of item_meta_path, such as brand=3M or price<20 (also <=, > and >=); only items that "
+        "meet it are recommended.",
     )
     item_meta_path: str = flag(
         "", "JSON of item id to title, description and other columns, for where; and original_id, the shop's own id."

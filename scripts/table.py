@@ -79,9 +79,9 @@ def table(
         test_data_path: CSV of the test interactions that the runs were evaluated on.
         info_file: the catalogue; given, and where items share SIDs, the metrics of items are printed too. Items that
             share a SID follow each other in a ranking, the most bought in train_file first.
-        runs: name=folder of every run, separated by commas; a folder contains metrics.json and result.json, or the name
-            of another result in it follows: name=folder/blended.json. Folders with the same name are the seeds of one
-            run, in the same order for all runs, and their mean is printed.
+        runs: name=folder of every run, separated by commas. The folder contains metrics.json and result.json;
+            name=folder/blended.json takes the rankings from another file in it. Folders with the same name are the
+            seeds of one run, in the same order for all runs, and their mean is printed.
         intervals: print 95% bootstrap intervals over the test rows, and the standard deviation over seeds (for a ratio,
             that of the ratios seed by seed).
         against: methods to compare with, separated by commas: with full, the HR@10, NDCG@10 and MRR of "lora SFT" are

@@ -1,3 +1,4 @@
+import ast
 import inspect
 import os
 import re
@@ -5,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+from fire import docstrings
 from helpers import ROOT
 
 import evaluate
@@ -203,6 +205,20 @@ def test_help_lists_the_flags_and_imports_nothing_heavy(script):
     assert not {"torch", "transformers", "peft", "datasets", "numpy"} & modules
     shown = result.stdout + "".join(line for line in result.stderr.splitlines() if line not in imports)
     assert ("--model" if script == "recommend.py" else "--base_model") in shown and "category" in shown
+
+
+def test_help_shows_every_word_about_a_flag():
+    """Fire takes a line such as `other in it follows: a file` for another flag, and leaves it out."""
+    files = [*ROOT.glob("*.py"), *ROOT.glob("scripts/*.py"), *ROOT.glob("benchmarks/*.py")]
+    nodes = [node for file in files for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))]
+    texts = [ast.get_docstring(node) or "" for node in nodes if isinstance(node, ast.FunctionDef)]
+    texts += [command.__doc__ for command in (sft.train, rl.train, evaluate.evaluate, merge_lora.merge)]
+    texts = [text for text in texts if "Args:" in text]
+    assert len(texts) > 4
+    for text in texts:
+        written = text.partition("Args:")[2].split("\n\n")[0]
+        shown = " ".join(f"{flag.name}: {flag.description}" for flag in docstrings.parse(text).args)
+        assert not set(written.split()) - set(shown.split())
 
 
 def test_few_compiled_products_are_kept(tmp_path):
