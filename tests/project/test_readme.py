@@ -8,7 +8,7 @@ import pytest
 from helpers import ROOT, run_command
 
 # What is tested elsewhere: test_scripts.py runs the scripts.
-ELSEWHERE = ("bash scripts/quickstart.sh", "source .venv", "DATA=data/tools CATEGORY=Tools METHOD=lora")
+ELSEWHERE = ("bash scripts/quickstart.sh", "source .venv", "DATA=out/tools CATEGORY=Tools METHOD=lora")
 
 
 def commands(document: str) -> list[str]:
