@@ -48,44 +48,44 @@ if TYPE_CHECKING:
 class EvaluateFlags(PromptFlags, BlendFlags, DeviceFlags):
     """The flags of evaluate.py."""
 
-    base_model: str = flag("", "a whole checkpoint, or an adapter one, whose base is then found from the adapter.")
-    adapter: str = flag("", "an adapter checkpoint to load on base_model, instead of on the base it names.")
+    base_model: str = flag("", "a whole checkpoint, or an adapter, which names its base.")
+    adapter: str = flag("", "an adapter to load on base_model, instead of on the base that it names.")
     train_file: str = flag(
         "",
-        "CSV of training interactions; given, the popularity baseline is printed too, and metrics by how often a "
+        "CSV of training interactions; with it, the popularity baseline is printed too, and metrics by how often a "
         "target was bought there.",
     )
     eval_file: str = flag(
         "",
-        "CSV of validation interactions on which the weight of blend is chosen; without it the recorded weight is "
-        "taken, and where there is none, the file that the checkpoint's run validated on.",
+        "CSV of validation interactions on which the weight of blend is chosen. Without it the recorded weight is "
+        "used; if there is none, the weight is chosen on the validation file of the checkpoint's run.",
     )
-    info_file: str = flag("", "the catalogue, one SID, title and item id a line, separated by tabs.")
+    info_file: str = flag("", "the catalogue: a line per item with SID, title and item id, separated by tabs.")
     test_data_path: str = flag("", "CSV of test interactions.")
     result_json_data: str = flag(
         "",
         "file for the rankings; the metrics go next to it, as .metrics.json, or as .metrics if its name is a number, "
-        "as that of a part in MiniOneRec's evaluate.sh.",
+        "like the parts of MiniOneRec's evaluate.sh.",
     )
     batch_size: int | Literal["auto"] = flag(
         4,
-        "prompts of a forward pass; auto for as many as the memory of the GPU is predicted to hold (8 on a CPU). It is "
+        "prompts per forward pass; auto for as many as the memory of the GPU is predicted to hold (8 on a CPU). It is "
         "halved when memory runs out.",
         number_or_auto,
     )
     K: int = flag(0, "an additional cut-off next to 1, 3, 5, 10, 20, 50; 0 for none (the original ignores the flag).")
-    seed: int = flag(42, "of the validation rows that the weight of blend is chosen on; nothing else is random.")
+    seed: int = flag(42, "seed of the choice of validation rows for the weight of blend; nothing else is random.")
     length_penalty: float = flag(
         0.0,
-        "beam scores are divided by their length to this power; without effect if all SIDs have the same length.",
+        "beam scores are divided by their length to this power; no effect if all SIDs have the same length.",
         lambda value: None if abs(value) <= 10 else "must be from -10 to 10",
     )
     max_new_tokens: int = flag(256, "the most tokens a SID may have.", above_zero)
     num_beams: int = flag(50, "items ranked per row.", above_zero)
     temperature: float = flag(
-        1.0, "kept for MiniOneRec's argument lists; without effect, because beams are not sampled.", above_zero
+        1.0, "accepted for MiniOneRec's argument lists; no effect, because beams are not sampled.", above_zero
     )
-    guidance_scale: float = flag(1.0, "kept for MiniOneRec's argument lists, which ignore it too.")
+    guidance_scale: float = flag(1.0, "accepted for MiniOneRec's argument lists; no effect, as in MiniOneRec.")
 
     @property
     def notes(self) -> list[str]:
@@ -325,8 +325,8 @@ def choose_weight(flags: EvaluateFlags, inputs: EvaluateInput, ranker: "Ranker",
         metric = f"NDCG@{watched_cutoff(ranker.length)}"
         print(f"weight of {flags.blend}, {metric} on {len(inputs.weighed)} rows of {inputs.eval_file}:")
         print("  ".join(f"{weight:g}: {value:.4f}" for weight, value in found.items()))
-        alike = ": all weights rank these rows alike" if len(set(found.values())) == 1 else ""
-        print(f"weight {ranker.blend.weight:g} is taken{alike}")
+        alike = ": all weights give the same ranking of these rows" if len(set(found.values())) == 1 else ""
+        print(f"weight {ranker.blend.weight:g} is used{alike}")
         ranker.blend.record(inputs.checkpoint.path, inputs.eval_file, len(inputs.weighed), found, metric)
 
 

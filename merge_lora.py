@@ -33,29 +33,31 @@ class MergeFlags(Flags):
 
     adapter: str = flag("", "folder of an adapter checkpoint.")
     output_dir: str = flag("", "folder for the standalone checkpoint; it must not exist, and is written atomically.")
-    base_model: str = flag("", "where the base is, if not where the adapter says.")
+    base_model: str = flag("", "where the base is, if it is not where the adapter says.")
     into: str = flag(
         "trained",
-        "trained (the weights that the adapter was trained on; for a quantized base those are what its 4 or 8 bits "
-        "stand for) or original (the base as published, which an adapter of a quantized base fits a little less).",
+        "what to merge into: trained (the weights that the adapter was trained on; of a quantized base, its "
+        "dequantized 4-bit or 8-bit weights) or original (the base as published, which an adapter of a quantized base "
+        "fits slightly less well).",
         one_of("trained", "original"),
     )
     dtype: str = flag(
         "auto",
-        "of the saved weights: auto (as the base was saved), float32, bfloat16 or float16.",
+        "precision of the saved weights: auto (that of the saved base), float32, bfloat16 or float16.",
         one_of("auto", "float32", "bfloat16", "float16"),
     )
     max_shard_size: str = flag(
         "5GB",
-        "the largest file of weights.",
+        "largest size of a weight file.",
         lambda value: None if re.fullmatch(r"[1-9]\d*[KMG]B", value) else "must be a size such as 5GB",
     )
     eval_file: str = flag(
         "",
-        "rows to compare the rankings of adapter and merged checkpoint on; the adapter's recorded file if not given.",
+        "rows on which the rankings of adapter and merged checkpoint are compared; by default the file that the "
+        "adapter records.",
     )
-    sid_index_path: str = flag("", "the catalogue to rank; the adapter's recorded file if not given.")
-    sample: int = flag(100, "rows to compare on.", above_zero)
+    sid_index_path: str = flag("", "the catalogue to rank; by default the file that the adapter records.")
+    sample: int = flag(100, "number of rows to compare on.", above_zero)
 
     def check(self, problems: Problems) -> None:
         super().check(problems)
@@ -194,7 +196,7 @@ def merge(flags: MergeFlags) -> dict:
     if updated:
         print(f"of {updated:,} weights that the adapter updates, {changed / updated:.1%} changed in {precision}")
     if changed < updated / 2 and dtype != torch.float32:
-        print(f"the other updates are lost, smaller than a step of {precision}; recommended: --dtype float32")
+        print(f"the other updates are smaller than a step of {precision} and are lost; recommended: --dtype float32")
     print(f"saved {flags.output_dir}")
     return report
 

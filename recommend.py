@@ -42,9 +42,9 @@ def _port(value: int) -> str | None:
 class RecommendFlags(PromptFlags, BlendFlags, DeviceFlags):
     """The flags of recommend.py."""
 
-    model: str = flag("", "a whole checkpoint, or an adapter one, whose base is then found from the adapter.")
-    adapter: str = flag("", "an adapter checkpoint to load on model, instead of on the base it names.")
-    info_file: str = flag("", "the catalogue, one SID, title and item id a line, separated by tabs.")
+    model: str = flag("", "a whole checkpoint, or an adapter, which names its base.")
+    adapter: str = flag("", "an adapter to load on model, instead of on the base that it names.")
+    info_file: str = flag("", "the catalogue: a line per item with SID, title and item id, separated by tabs.")
     history: str = flag(
         "",
         "one history, oldest first: item ids or SIDs separated by commas, one title, or a JSON list of any of them.",
@@ -56,15 +56,15 @@ class RecommendFlags(PromptFlags, BlendFlags, DeviceFlags):
     )
     output: str = flag("", "file for the recommendations for histories, as JSON lines.")
     K: int = flag(10, "items to recommend.", above_zero)
-    num_beams: int = flag(50, "SIDs that are ranked; more find better items.", above_zero)
+    num_beams: int = flag(50, "SIDs to rank; more beams find better items.", above_zero)
     batch_size: int | Literal["auto"] = flag(
         8,
-        "histories of a forward pass; auto for as many as the memory of the GPU is predicted to hold (8 on a CPU). It "
+        "histories per forward pass; auto for as many as the memory of the GPU is predicted to hold (8 on a CPU). It "
         "is halved when memory runs out.",
         number_or_auto,
     )
     train_file: str = flag("", "CSV of training interactions; items that share a SID are ordered by popularity there.")
-    exclude_seen: bool = flag(False, "do not recommend what is in the history.")
+    exclude_seen: bool = flag(False, "do not recommend items of the history.")
     allow: str = flag("", "file of item ids, one per line; no others are recommended.")
     deny: str = flag("", "file of item ids, one per line, that are not recommended.")
     where: str = flag(
@@ -78,9 +78,9 @@ class RecommendFlags(PromptFlags, BlendFlags, DeviceFlags):
     original_ids: bool = flag(
         False,
         "requests, allow and deny name items by the original_id of item_meta_path only. Without it they may use both "
-        "ids, unless some mean two items; answers have both.",
+        "ids, unless one could mean two items; answers have both.",
     )
-    serve: int = flag(0, "a port: recommends over HTTP, with a page at /.", _port)
+    serve: int = flag(0, "port to recommend on over HTTP, with a page at /.", _port)
     host: str = flag(
         "127.0.0.1",
         "the address to listen on with serve; 0.0.0.0 for every network.",
@@ -89,8 +89,8 @@ class RecommendFlags(PromptFlags, BlendFlags, DeviceFlags):
     api_key_file: str = flag("", "file of keys for serve, one per line; each request must then have one.")
     allowed_hosts: str = flag(
         "",
-        "names that requests may call the server, separated by commas, such as shop.example,*.shop.example; * for any. "
-        "Without it any, or localhost if it listens to this machine only.",
+        "host names that requests may use for the server, separated by commas, such as shop.example,*.shop.example; * "
+        "for any. By default any, or only localhost if the server listens to this machine only.",
     )
     max_waiting: int = flag(256, "requests that may wait with serve; further ones are refused (503).", above_zero)
 

@@ -202,10 +202,8 @@ class Checkpoint:
         except InputError as error:
             return [f"warning: {problem}" for problem in error.problems]
         if known is None:
-            unknown = (
-                f"warning: {self.path} does not say in which words it was trained, and is asked in the built-in ones"
-            )
-            return [] if prompt_file else [f"{unknown}; a --prompt_file gives others"]
+            unknown = f"warning: {self.path} does not record the wording it was trained with; the built-in one is used"
+            return [] if prompt_file else [f"{unknown}, unless --prompt_file gives another"]
         notes = [] if prompt_file else self.differing_flags({"category": category}, ("category",))
         differ = [name for name, task in prompts.tasks.items() if known.tasks.get(name, task) != task]
         if prompt_file and (differ or known.template != prompts.template):
@@ -214,7 +212,7 @@ class Checkpoint:
             notes.append(f"warning: the wording of --prompt_file differs from {trained}: {what}")
         if RECOMMENDATION not in known.tasks:
             taught = ", ".join(known.tasks)
-            asked = f"is asked for {RECOMMENDATION}, on which it was not trained, only on {taught}"
+            asked = f"was trained on {taught} only, and is asked for {RECOMMENDATION}"
             notes.append(f"warning: {self.path} {asked}")
         return notes
 

@@ -134,7 +134,7 @@ def _what_saves_memory(parameters: dict, values: dict[str, str]) -> str:
         names.remove("batch_size")  # there the size of an optimizer step, which accumulates
     advice = ", ".join(SAVES_MEMORY[name] for name in names)
     if not advice:  # the command only loads a model
-        return "out of memory. On a GPU, CUDA_VISIBLE_DEVICES= before the command runs it on the CPU"
+        return "out of memory. To run it on the CPU instead of a GPU, put CUDA_VISIBLE_DEVICES= before the command"
     return f"out of memory. What helps, in this order: {advice}"
 
 

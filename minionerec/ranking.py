@@ -50,10 +50,10 @@ class Ranker:
         sids: the SIDs that are ranked.
         trie: of `sids`, in their order.
         items: the items of the catalogue; None where only SIDs are ranked.
-        model: in evaluation mode; given to, or loaded by `load_model`.
+        model: in evaluation mode; given to `use`, or loaded by `load_model`.
         num_beams: SIDs that are ranked for a row.
-        batch_size: rows of a forward pass; given as auto, known once there is a model: as many as the memory of the GPU
-            is predicted to hold, or 8 on a CPU.
+        batch_size: rows per forward pass. For auto it is set when there is a model: as many as the memory of the GPU is
+            predicted to hold, or 8 on a CPU.
         blend: a SASRec model that ranks with the model; None for none.
     """
 
@@ -80,8 +80,8 @@ class Ranker:
 
         Args:
             prompts: the wording; its task RECOMMENDATION is asked.
-            where, remedy: for messages, the flag that named the tokenizer, and what to do.
-            catalogue: the tokens of the SIDs, where the index is at hand.
+            where, remedy: for messages: the flag that named the tokenizer, and what to do.
+            catalogue: the tokens of the SIDs, if the index is known.
             also: SIDs that occur in histories and are not ranked.
             compile: whether a GPU may record searches as CUDA graphs.
 
@@ -120,16 +120,19 @@ class Ranker:
 
         Args:
             checkpoint: the folder of a whole model or of an adapter.
-            info_file: the catalogue, one SID, title and item id a line, separated by tabs.
-            item_meta_path: the metadata that prepare_data.py wrote, with the original ids of the items.
-            original_ids: histories name items by those, never by the ids of the info file. Else they may use both,
-                unless an original id is the id of another item.
-            base_model: where the base of an adapter is, if not where the adapter says.
+            info_file: the catalogue: a line per item with SID, title and item id, separated by tabs.
+            item_meta_path: the item file that prepare_data.py wrote, with the original ids of the items.
+            original_ids: histories use original ids only. Otherwise they may use both kinds, unless an original id is
+                also the id of another item.
+            base_model: where the base of an adapter is, if it is not where the adapter says.
             category: what the items are, for a checkpoint that does not record its prompts.
-            prompt_file: JSON with the words it was trained in, likewise. Without it such a checkpoint is asked in the
-                built-in words, with a warning.
+            prompt_file: JSON with the wording that such a checkpoint was trained with. Without it the built-in wording
+                is used, with a warning.
+            num_beams: SIDs that are ranked for a history, the largest k.
+            batch_size: histories per forward pass; auto for as many as the memory of the GPU is predicted to hold.
             blend: the folder of a SASRec model that ranks with the checkpoint.
-            blend_weight: how much it counts; auto for the weight that evaluate.py chose and recorded.
+            blend_weight: what its log-probabilities are multiplied by; auto for the weight that evaluate.py chose and
+                recorded.
 
         Raises InputError for files that cannot be used or do not belong together.
         """
@@ -159,7 +162,7 @@ class Ranker:
         return ranker.load_model(base, fast=True)
 
     def load_model(self, base: str, fast: bool = False) -> "Ranker":
-        """Loads the weights, their base stored as in training. `fast` and errors as in `load_checkpoint`."""
+        """Loads the weights, with the base stored as in training. `fast` and errors as in `load_checkpoint`."""
         return self.use(load_checkpoint(self.checkpoint, self.tokenizer, base, fast))
 
     def use(self, model: PreTrainedModel | PeftModel) -> "Ranker":
@@ -189,8 +192,8 @@ class Ranker:
     def rank(
         self, prompts: Sequence[list[int]], length_penalty: float = 0.0, rows: Sequence[Interaction] = ()
     ) -> list[list[str]]:
-        """The `num_beams` best SIDs of every prompt of `encode`, best first. SASRec asks for the `rows` that the
-        prompts were made of. Raises RunError if a score is NaN."""
+        """The `num_beams` best SIDs of every prompt of `encode`, best first. With `blend`, SASRec needs the `rows` that
+        the prompts were made from. Raises RunError if a score is NaN."""
         second = self._second(rows, self.blend.weight or 0.0) if self.blend else None
         sizes = self.num_beams, self.batch_size, length_penalty
         pad, halving = self.tokenizer.pad_token_id, self.halving

@@ -63,6 +63,6 @@ def check_items(folder: str, flag: str, model: Known, sid_of_item: Iterable[tupl
     same = set(model.sids) == {sid for _, sid in pairs}
     if same and model.catalogue is not None and model.catalogue != fingerprint(pairs):
         raise InputError(
-            f"--{flag} {folder}: was trained on a different catalogue: the SIDs of {of} are the same, and stand for "
+            f"--{flag} {folder}: was trained on a different catalogue: the SIDs of {of} are the same, but stand for "
             "other items; train it on this one"
         )

@@ -90,7 +90,7 @@ def check_world(problems: Problems) -> None:
     names = [name for name in (*PROCESSES, *NODES) if _number(name) > 1 and not (told and name == "SLURM_NTASKS")]
     for name in names[:1]:
         alone = f"for one process, or for runs that are independent, unset {name}"
-        problems.add(f"{name} is {os.environ[name]}, but this process knows of no other one; {remedy}; {alone}")
+        problems.add(f"{name} is {os.environ[name]}, but this process does not know the others; {remedy}; {alone}")
     if not names and "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ:
         problems.add(
             f"MASTER_ADDR is {os.environ['MASTER_ADDR']}, but WORLD_SIZE is not set: accelerate launch on several "

@@ -17,7 +17,7 @@ from scripts.table import folders_of
 
 
 def curves(runs: str = "", figure: str = "") -> None:
-    """Prints the table.
+    """Prints the validation losses of SFT runs over epochs.
 
     Args:
         runs: name=folder of every run, separated by commas; a folder contains metrics.json. Folders with the same name

@@ -39,7 +39,7 @@ def make_base(
     Args:
         item_meta_path: JSON of item id to title and description; the tokenizer is trained on their text.
         output_dir: folder to write; it must not contain a model yet.
-        vocab_size: the most entries of the tokenizer.
+        vocab_size: largest size of the vocabulary.
         hidden_size: width of the model.
         num_hidden_layers: decoder layers.
         num_attention_heads: query heads.

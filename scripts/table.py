@@ -72,7 +72,7 @@ def table(
     against: str = "",
     figure: str = "",
 ) -> None:
-    """Prints the table.
+    """Prints a table of evaluated runs and the popularity baseline.
 
     Args:
         train_file: CSV of training interactions, for the popularity baseline.

@@ -35,19 +35,19 @@ def train_sasrec(
     dropout: float = 0.3,
     seed: int = 42,
 ) -> dict[str, float]:
-    """Trains on the training file, and keeps the epoch with the best NDCG@10 on the validation file.
+    """Trains SASRec on the training file, and keeps the epoch with the best NDCG@10 on the validation file.
 
     Args:
         train_file: CSV of training interactions.
         eval_file: CSV of validation interactions.
-        info_file: the catalogue, with SID, title and item id per line, separated by tabs.
+        info_file: the catalogue: a line per item with SID, title and item id, separated by tabs.
         output_dir: folder for the model, metrics.json, result.json and result.metrics.json.
         test_data_path: CSV of test interactions; if given, the model is evaluated on it.
         hidden_size: width of the model.
-        num_epochs: the most passes over the training file.
-        batch_size: histories of an optimizer step.
-        learning_rate: of Adam.
-        dropout: between the layers.
+        num_epochs: passes over the training file at most.
+        batch_size: histories per optimizer step.
+        learning_rate: learning rate of Adam.
+        dropout: dropout between the layers.
         seed: seed of every random choice.
     """
     problems = Problems()

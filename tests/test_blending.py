@@ -113,12 +113,12 @@ def test_the_weight_is_chosen_once_and_recorded(files, checkpoint, plain, other,
     record = json.loads(path.read_text())
     assert record["weight"] == best and record["eval_file"] == files["valid"] and record["rows"] == 10
     assert {float(weight): value for weight, value in record["tried"].items()} == pytest.approx(by_hand)
-    assert f"weight {best:g} is taken" in first.stdout
+    assert f"weight {best:g} is used" in first.stdout
 
-    record["weight"] = 2.5  # what stands there is taken
+    record["weight"] = 2.5  # what stands there is used
     path.write_text(json.dumps(record))
     again = run_command("evaluate.py", **{**flags, "num_beams": 39})
-    assert again.returncode == 0 and "is taken" not in again.stdout
+    assert again.returncode == 0 and "is used" not in again.stdout
     assert f"weight of {other}: 2.5, as recorded in {path}" in again.stdout
     assert json.loads((tmp_path / "r.metrics.json").read_text())["blend"]["weight"] == 2.5
     done = run_command("recommend.py", **request)

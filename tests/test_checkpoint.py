@@ -114,7 +114,7 @@ def test_tasks_that_were_not_trained_end_as_those_that_were(tmp_path):
 def test_a_task_that_was_not_taught_is_named(tmp_path):
     other = str(record(tmp_path / "other", load_prompts("bolts", tasks="title_to_sid").to_json()))
     (warning,) = Checkpoint.read(other).notes_on_wording(load_prompts("bolts"), "", None)
-    assert warning.endswith("is asked for sid_history_to_sid, on which it was not trained, only on title_to_sid")
+    assert warning.endswith("was trained on title_to_sid only, and is asked for sid_history_to_sid")
     good = Checkpoint.read(str(record(tmp_path / "good", GOOD)))
     assert not good.notes_on_wording(good.prompts(""), "", None)
 
@@ -123,7 +123,7 @@ def test_a_checkpoint_of_another_tool_is_asked_in_words_that_it_may_not_know(tmp
     (tmp_path / "theirs").mkdir()
     theirs = Checkpoint.read(str(tmp_path / "theirs"))
     (warning,) = theirs.notes_on_wording(theirs.prompts("bolts"), "bolts", None)
-    assert warning.endswith("and is asked in the built-in ones; a --prompt_file gives others")
+    assert warning.endswith("the built-in one is used, unless --prompt_file gives another")
     assert not theirs.notes_on_wording(theirs.prompts("bolts"), "bolts", "words.json")
 
 

@@ -56,7 +56,7 @@ def test_a_ranker_asks_a_checkpoint_of_another_tool_in_its_words(files, sft_run,
     with warnings.catch_warnings(action="error", category=UserWarning):
         ranker = Ranker.load(checkpoint, prompt_file=tmp_path / "words.json", **load)
     assert ranker.recommend(["12", "7"], k=3) == expected
-    with pytest.warns(UserWarning, match="does not say in which words it was trained"):
+    with pytest.warns(UserWarning, match="does not record the wording it was trained with"):
         Ranker.load(checkpoint, **load)
 
 

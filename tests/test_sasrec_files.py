@@ -28,7 +28,7 @@ def test_sids_that_stand_for_other_items_are_a_different_catalogue(folder):
     sasrec.save(sasrec.SASRec(["<a_1>", "<a_0>"], hidden_size=4), folder, fingerprint(pairs))
     check_within(folder, "cf_path", pairs[::-1], "the index")
     line = (
-        f"--cf_path {folder}: was trained on a different catalogue: the SIDs of the index are the same, and stand for"
+        f"--cf_path {folder}: was trained on a different catalogue: the SIDs of the index are the same, but stand for"
     )
     for swapped in ([("0", "<a_1>"), ("1", "<a_0>")], [*pairs, ("2", "<a_0>")]):
         with pytest.raises(InputError, match=line):

@@ -39,7 +39,7 @@ TORCHRUN = {"WORLD_SIZE": 2, "RANK": 0, "LOCAL_RANK": 0, "MASTER_ADDR": "a", "MA
 @pytest.mark.parametrize(
     ("told", "message"),
     [
-        (SLURM, "SLURM_NTASKS is 2, but this process knows of no other one; start the command with torchrun"),
+        (SLURM, "SLURM_NTASKS is 2, but this process does not know the others; start the command with torchrun"),
         ({**SLURM, "WORLD_SIZE": 1}, "SLURM_NTASKS is 2, but"),
         ({"SLURM_STEP_NUM_TASKS": 4, "SLURM_NTASKS": 4}, "SLURM_STEP_NUM_TASKS is 4, but"),
         ({"OMPI_COMM_WORLD_SIZE": 2}, "OMPI_COMM_WORLD_SIZE is 2, but"),

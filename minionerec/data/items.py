@@ -88,7 +88,9 @@ class Items:
                     f"{shorten(without[0])}; prepare_data.py writes them"
                 )
             if other:
-                raise InputError(f"--original_ids: {len(other):,} are of several items, such as {shorten(min(other))}")
+                raise InputError(
+                    f"--original_ids: {len(other):,} belong to several items, such as {shorten(min(other))}"
+                )
             return originals
         other |= {
             text: self.all[self.number_of[text]]
@@ -98,7 +100,7 @@ class Items:
         if other:
             self.notes.append(
                 f"note: requests name items by the ids of the info file: {len(other):,} original ids could mean two "
-                f"items, such as {shorten(min(other))}; --original_ids True takes those, and no others"
+                f"items, such as {shorten(min(other))}; --original_ids True takes original ids only"
             )
             return self.number_of
         return {**self.number_of, **originals}

@@ -172,7 +172,7 @@ def print_time(
     if not where.on_gpu:
         print(
             f"about {said(of_step.flops / speed)}, or more: a step has {work_in_words} of matmuls, "
-            f"which reach {speed / 1e12:.2g} TFLOP/s here now"
+            f"which now reach {speed / 1e12:.2g} TFLOP/s here"
         )
         return
     card = where.card
@@ -258,9 +258,9 @@ def suggestion(
         if fits(sizes[-1]):
             rows = sizes[bisect_left(sizes, True, hi=len(sizes) - 1, key=fits)]
             said = {name: value for name, value in {**changes, batch: rows}.items() if value != getattr(flags, name)}
-            return "this does: " + " ".join(f"--{name} {value}" for name, value in said.items())
+            return "this fits: " + " ".join(f"--{name} {value}" for name, value in said.items())
     shorter = ", or a smaller --cutoff_len" if isinstance(flags, SFTFlags) else ""
-    return f"nor does anything else here: take a smaller model{shorter}"
+    return f"no other setting tried here fits: take a smaller model{shorter}"
 
 
 def _divisors(number: int) -> list[int]:

@@ -194,10 +194,12 @@ class PromptFlags(Flags):
 
     category: str = flag(
         "",
-        "what the items are, for the prompts; known Amazon categories are spelled out, other text is kept. With a "
-        "checkpoint that recorded its prompts it can be left out.",
+        "what the items are, for the prompts; known Amazon categories are spelled out, other text is used as given. It "
+        "can be left out with a checkpoint that records its prompts.",
     )
-    prompt_file: str | None = flag(None, "JSON that replaces the wording of the prompts, also that of a checkpoint.")
+    prompt_file: str | None = flag(
+        None, "JSON that replaces the wording of the prompts, including the wording that a checkpoint records."
+    )
 
 
 HEAVIEST = 1000  # weight of a second recommender; its scores alone would decide long before
@@ -215,8 +217,8 @@ class BlendFlags(Flags):
     blend: str = flag("", "folder of a SASRec model (scripts/train_sasrec.py) that ranks with the model.")
     blend_weight: float | Literal["auto"] = flag(
         "auto",
-        "how much blend counts: what its log-probabilities are multiplied by. auto takes the weight that evaluate.py "
-        "chose and recorded.",
+        "weight of blend: its log-probabilities are multiplied by this. auto takes the weight that evaluate.py chose "
+        "and recorded.",
         lambda value: None if value == "auto" else weight_of_blend(value),
     )
 
@@ -234,8 +236,8 @@ class DataFlags(PromptFlags):
     eval_file: str = flag("", "CSV of validation interactions; the best checkpoint on them is kept.")
     eval_sample: int = flag(
         -1,
-        "how many rows of eval_file to validate on, chosen at random by seed; -1 for all. Each evaluation takes them "
-        "all.",
+        "how many rows of eval_file to validate on, chosen at random by seed; -1 for all. Every evaluation uses the "
+        "same rows.",
         all_or_above_zero,
     )
     sid_index_path: str = flag("", "JSON of item id to SID tokens.")
@@ -284,22 +286,24 @@ class RunFlags(Flags):
     resume_from_checkpoint: str | None = flag(
         None, "a checkpoint folder, or True for the newest one in output_dir.", _existing_checkpoint
     )
-    wandb_project: str = flag("", "Weights & Biases project; given, the run reports there, if wandb is installed.")
+    wandb_project: str = flag("", "Weights & Biases project to report to, if wandb is installed.")
     wandb_run_name: str = flag("", "name of the run in the trackers.")
-    report_to: str = flag("none", "none, tensorboard or wandb.", _report_to)
+    report_to: str = flag("none", "where to report: none, tensorboard or wandb.", _report_to)
     ddp_timeout: int = flag(
-        1800, "seconds that a process waits for the others, such as for the first one to tokenize.", above_zero
+        1800, "seconds that a process waits for the others, such as while the first one tokenizes.", above_zero
     )
-    dry_run: bool = flag(False, "check the input, print examples, steps and the predicted peak memory, and stop.")
+    dry_run: bool = flag(
+        False, "check the input, print examples, steps, the predicted peak memory and the estimated time, and stop."
+    )
     gpu_memory: str = flag(
         "",
-        "with dry_run, the memory of the card in question, such as 12GB or 12GiB; otherwise of the one found.",
+        "with dry_run: memory of the card to check, such as 12GB or 12GiB; by default that of the device found.",
         _memory_size,
     )
     gpu: str = flag(
         "",
-        "with dry_run, the card in question by name, such as 'RTX 4090', instead of its memory: the dry run then "
-        "estimates the time of a step and an epoch there, too.",
+        "with dry_run: name of the card to check, such as 'RTX 4090', instead of its memory; the time of a step and an "
+        "epoch is then estimated for it, too.",
         unknown_card,
     )
 
@@ -320,7 +324,7 @@ class RunFlags(Flags):
             if getattr(self, name) and not self.dry_run:
                 problems.add(f"--{name} {getattr(self, name)} has no effect without --dry_run True")
         if self.gpu and self.gpu_memory:
-            problems.add(f"--gpu {self.gpu} has a memory of its own; drop --gpu_memory {self.gpu_memory}, or --gpu")
+            problems.add(f"--gpu {self.gpu} includes its memory; drop --gpu_memory {self.gpu_memory}, or --gpu")
         if not self.dry_run:  # which writes nothing
             world.check_world(problems)
             check_output_dir(problems, self.output_dir, self.resume_from_checkpoint)
@@ -347,11 +351,11 @@ class AdapterFlags(Flags):
 
     use_lora: bool = flag(False, "train a LoRA adapter and the SID rows; the base stays frozen.")
     use_qlora: bool = flag(False, "LoRA on a base stored in 4 bits (NF4).")
-    lora_r: int = flag(16, "rank of a new adapter; in an expert, lora_r / experts per token.", one_or_more)
+    lora_r: int = flag(16, "rank of a new adapter; that of an expert is lora_r / experts per token.", one_or_more)
     lora_alpha: int = flag(32, "scale of a new adapter; its output is multiplied by lora_alpha / lora_r.", one_or_more)
     lora_dropout: float = flag(
         0.05,
-        "dropout on the input of a new adapter in SFT; RL runs without dropout and only records it.",
+        "dropout on the input of a new adapter in SFT; RL runs without dropout and only records the value.",
         lambda value: None if 0 <= value < 1 else "must be at least 0 and below 1",
     )
     lora_target_modules: str = flag(
@@ -359,17 +363,17 @@ class AdapterFlags(Flags):
         "all (linear layers and experts), qkv (attention projections q, k, v, o), or names separated by commas.",
         lambda value: None if value.strip() else "give all, qkv, or layer names separated by commas",
     )
-    use_rslora: bool = flag(False, "scale by lora_alpha / sqrt(lora_r) instead.")
+    use_rslora: bool = flag(False, "scale the adapter by lora_alpha / sqrt(lora_r) instead.")
     use_dora: bool = flag(False, "weight-decomposed adapter (DoRA).")
     init_lora_weights: str = flag(
         "True",
-        "True (zero B), gaussian or orthogonal.",
+        "start of a new adapter: True (B is zero), gaussian or orthogonal.",
         one_of(
             *("True", "gaussian", "orthogonal"),
-            why="; the others of PEFT change the base weights, and the adapter would no longer fit the published base",
+            why="; PEFT's other starts change the base weights, and the adapter would no longer fit the published base",
         ),
     )
-    load_in_8bit: bool = flag(False, "store the base of use_lora in 8 bits.")
+    load_in_8bit: bool = flag(False, "with use_lora: store the base in 8 bits.")
     gradient_checkpointing: bool = flag(False, "recompute activations in the backward pass: less memory, more time.")
     optim: str = flag(
         "adamw_torch_fused",
@@ -438,8 +442,8 @@ class DeviceFlags(Flags):
 
     compile: bool = flag(
         True,
-        "on a GPU, record passes whose shapes come again as CUDA graphs, which takes the time to start kernels away; a "
-        "pass that cannot be recorded is computed as ever. Changes nothing on a CPU.",
+        "on a GPU, record passes whose shapes recur as CUDA graphs, which saves the time to start kernels; a pass that "
+        "cannot be recorded runs eagerly. No effect on a CPU.",
     )
 
 

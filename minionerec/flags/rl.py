@@ -39,24 +39,25 @@ class RLFlags(TrainingFlags):
         "folder of an SFT checkpoint: a full model or an adapter. An adapter is continued with use_lora or "
         "use_qlora and merged into its base without them.",
     )
-    base_model: str = flag("", "where the base of an adapter checkpoint is, if not where the adapter says.")
+    base_model: str = flag("", "where the base of an adapter checkpoint is, if it is not where the adapter says.")
     info_file: str = flag(
-        "", "the catalogue that completions come from, one SID, title and item id a line, separated by tabs."
+        "",
+        "the catalogue that completions come from: a line per item with SID, title and item id, separated by tabs.",
     )
     train_batch_size: int = flag(
         32,
-        "completions of a forward pass on one process. An optimizer step has this times gradient_accumulation_steps "
-        "times the number of processes. A GPU takes as many of a step in a pass as its memory holds.",
+        "completions per forward pass on one process. An optimizer step has this times gradient_accumulation_steps "
+        "times the number of processes. A GPU computes as many of them in one pass as its memory holds.",
         above_zero,
     )
-    eval_batch_size: int = flag(32, "beams of a forward pass in evaluations during training.", above_zero)
-    gradient_accumulation_steps: int = flag(1, "forward passes of an optimizer step.", above_zero)
+    eval_batch_size: int = flag(32, "beams per forward pass in evaluations during training.", above_zero)
+    gradient_accumulation_steps: int = flag(1, "forward passes per optimizer step.", above_zero)
     temperature: float = flag(
         1.0,
-        "of sampling, and what the logits in the loss are divided by (in the original: of drawing only).",
+        "sampling temperature; the logits in the loss are divided by it, too (the original only samples with it).",
         above_zero,
     )
-    add_gt: bool = flag(False, "put the target in the place of the last completion of every group.")
+    add_gt: bool = flag(False, "replace the last completion of every group by the target.")
     eval_step: float = flag(0.199, "how often to evaluate, as a fraction of the training.", fraction_of_training)
     num_generations: int = flag(
         16,
@@ -66,11 +67,13 @@ class RLFlags(TrainingFlags):
     num_train_epochs: int = flag(1, "passes over the prompts.", above_zero)
     learning_rate: float = flag(
         1e-6,
-        "peak of the cosine schedule, after 3% of the steps; gradients are clipped at 0.3. 1e-6 suits full "
-        "fine-tuning; an adapter needs 10 to 100 times as much.",
+        "peak of the cosine schedule, after a warm-up of 3% of the steps; gradients are clipped at 0.3. 1e-6 suits "
+        "full fine-tuning; an adapter needs 10 to 100 times as much.",
         above_zero,
     )
-    beta: float = flag(0.04, "weight of the KL divergence from the start; 0 drops the reference pass.", zero_or_more)
+    beta: float = flag(
+        0.04, "weight of the KL divergence from the starting model; 0 drops the reference pass.", zero_or_more
+    )
     beam_search: bool = flag(
         False,
         "complete prompts with the best items by beam search (the original samples its beams); otherwise items "
@@ -83,22 +86,22 @@ class RLFlags(TrainingFlags):
     )
     best_by: str = flag(
         "mean",
-        "what makes a checkpoint the best: ndcg (NDCG@10), hr (HR@10) or mean (their geometric mean).",
+        "metric that chooses the best checkpoint: ndcg (NDCG@10), hr (HR@10) or mean (their geometric mean).",
         one_of(*BEST_BY),
     )
     dynamic_sampling: bool = flag(
         False,
-        "sample 1.5 times as many completions, keep the target, if among them, and the most frequent (the original "
-        "keeps the target as often as it was sampled, and ignores the flag under beam_search).",
+        "sample 1.5 times as many completions, and keep the target, if it is among them, and the most frequent others "
+        "(the original keeps the target as often as it was sampled, and ignores the flag under beam_search).",
     )
     mask_all_zero: bool = flag(
         False,
-        "leave groups whose rewards are all equal out of the loss, KL included; they then cost no pass. They still "
-        "count in its average, with dapo and gspo too, so the other groups weigh as much as without the flag (the "
+        "leave groups whose rewards are all equal out of the loss and its KL term; they then cost no pass. The loss is "
+        "still averaged over all groups, with dapo and gspo too, so the others weigh as much as without the flag (the "
         "original ignores the flag).",
     )
-    sync_ref_model: bool = flag(False, "let the reference follow the policy slowly.")
-    test_beam: int = flag(20, "beams of an evaluation.", above_zero)
+    sync_ref_model: bool = flag(False, "let the reference model slowly follow the policy.")
+    test_beam: int = flag(20, "beams per prompt in evaluations.", above_zero)
     reward_type: str = flag(
         "rule",
         "a reward, or several separated by commas, which add up: rule (1 for the target), ranking (rule, and a penalty "
@@ -113,31 +116,33 @@ class RLFlags(TrainingFlags):
     sft_weight: float = flag(
         0.0,
         "weight of a supervised loss on the targets next to the rewards: their mean negative log-probability per "
-        "token. It keeps what SFT has learned (the original has none).",
+        "token. It keeps what SFT has learned (not in the original).",
         zero_or_more,
     )
     average_weights: bool = flag(
         False,
-        "evaluate and save an average of the weights after every step, in which later steps count more; the learning "
-        "rate stays constant after its warm-up (the original has none).",
+        "evaluate and save an average of the weights after all steps, in which later steps count more; the learning "
+        "rate stays constant after its warm-up (not in the original).",
     )
     sample_train: bool = flag(
-        False, "leave out a random fifth of the prompts (the original: if model_path contains sft)."
+        False, "leave out a random fifth of the prompts (the original does so only if model_path contains sft)."
     )
     ada_path: str = flag(
         "",
-        "item embeddings for semantic, .npy or .safetensors, row i for item id i (the original: a pickle, row i for "
-        "line i of info_file).",
+        "item embeddings for the semantic reward, .npy or .safetensors, row i for item id i (the original: a pickle, "
+        "row i for line i of info_file).",
     )
     cf_path: str = flag(
-        "", "folder of a model of scripts/train_sasrec.py, for sasrec (the original: a file of its own sasrec.py)."
+        "",
+        "folder of a SASRec model (scripts/train_sasrec.py) for the sasrec reward (the original: a file of its own "
+        "sasrec.py).",
     )
     dapo: bool = flag(False, "average the loss over all tokens of a batch instead of over sequences first.")
-    gspo: bool = flag(False, "importance ratios of sequences instead of tokens.")
+    gspo: bool = flag(False, "importance ratios per sequence instead of per token.")
     save_steps: float = flag(
         0.0,
-        "how often to save a checkpoint, as a fraction of the training: a multiple of eval_step, because the best is "
-        "one of the saved models. 0: after every evaluation; without test_during_training, 0.199 (the original: 0.1).",
+        "how often to save a checkpoint, as a fraction of the training: a multiple of eval_step, because only a saved "
+        "model can be the best. 0: after every evaluation; without test_during_training, 0.199 (the original: 0.1).",
         lambda value: None if value == 0 else fraction_of_training(value),
     )
 

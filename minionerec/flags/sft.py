@@ -26,63 +26,66 @@ class SFTFlags(TrainingFlags):
     base_model: str = flag("", "folder or hub name of the model to start from.")
     sample: int = flag(
         -1,
-        "how many rows of each source to train on, chosen at random; -1 for all. The rows of validation are those of "
-        "eval_sample (the original samples them by this flag too).",
+        "how many rows of each source to train on, chosen at random; -1 for all. eval_sample limits the validation "
+        "rows (the original limits them by this flag too).",
         all_or_above_zero,
     )
     batch_size: int = flag(128, "rows of an optimizer step, over all processes.", above_zero)
     micro_batch_size: int | Literal["auto"] = flag(
         4,
-        "rows of a forward pass on one process; auto for as many as the memory of the GPU is predicted to hold (on a "
-        "CPU 8 at most, 16 with use_qlora). The gradient does not depend on it. It is halved when memory runs out.",
+        "rows per forward pass on one process; auto for as many as the memory of the GPU is predicted to hold (on a "
+        "CPU at most 8, or 16 with use_qlora). The gradient does not depend on it. It is halved when memory runs out.",
         number_or_auto,
     )
     num_epochs: int = flag(
-        10, "passes over the training rows at most; three evaluations without a gain end the run.", above_zero
+        10,
+        "passes over the training rows at most; the run stops after three evaluations without improvement.",
+        above_zero,
     )
     learning_rate: float = flag(
         3e-4,
-        "peak of the schedule, which rises over 20 steps, or a tenth of a short run, and falls linearly.",
+        "peak learning rate, reached after a warm-up of 20 steps (at most a tenth of the run); it then falls linearly.",
         above_zero,
     )
     sid_learning_rate: float = flag(
         0.0,
-        "learning rate of the rows of SID tokens, which know nothing at the start; 0 for learning_rate. Full "
-        "fine-tuning of a pre-trained model needs it: what suits its weights is too slow for new rows.",
+        "learning rate of the embedding rows of SID tokens, which start untrained; 0 for learning_rate. Full "
+        "fine-tuning of a pre-trained model needs it: the rate that suits its weights is too small for new rows.",
         zero_or_more,
     )
     cutoff_len: int = flag(
         512,
-        "tokens of a row at most; the oldest items of a history go first (the original cuts the beginning of the "
-        "prompt).",
+        "tokens of a row at most; the oldest items of a history are dropped first (the original cuts the beginning of "
+        "the prompt).",
         lambda value: "must be 32 or more to hold a prompt" if value < 32 else None,
     )
     group_by_length: bool = flag(
-        False, "put rows of similar length into the same optimizer step; those of a step always go by length."
+        False, "put rows of similar length into the same optimizer step; rows of a step are always sorted by length."
     )
     pack_rows: int = flag(
         -1,
-        "compute the common beginnings of the rows of an optimizer step once (token trees), and put up to this many "
-        "rows that share much, such as a user's, into the same step. -1: a 32nd of batch_size. 1: steps stay random. 0 "
-        "computes every row by itself, as is done for models whose attention takes no tree mask, and only then "
-        "group_by_length has an effect.",
+        "compute the prefixes that rows of an optimizer step share only once (token trees), and put up to this many "
+        "rows with much in common, such as those of one user, into the same step. -1: a 32nd of batch_size. 1: steps "
+        "stay random. 0: every row is computed separately, as it also is for models whose attention takes no tree "
+        "mask; only then does group_by_length have an effect.",
         lambda value: "must be 0 or more, or -1 for a 32nd of --batch_size" if value < -1 else None,
     )
     freeze_LLM: bool = flag(
         False,
-        "train only the SID rows of the embedding matrices (the original leaves an output head of its own frozen).",
+        "train only the SID rows of the embedding matrices (the original keeps an untied output head frozen).",
     )
-    train_from_scratch: bool = flag(False, "random weights from base_model's configuration.")
+    train_from_scratch: bool = flag(False, "start from random weights, with base_model's configuration.")
     sid_init: str = flag(
         "text",
-        "what the rows of new SID tokens start with: text (the mean of the title tokens of their items), mean (of all "
+        "how the rows of new SID tokens start: text (the mean of the title tokens of their items), mean (of all "
         "tokens of the base), or random, as in the original.",
         one_of("text", "mean", "random"),
     )
     cf_path: str = flag(
         "",
-        "folder of a model of scripts/train_sasrec.py, which teaches what it knows: each row is followed by one with "
-        "the same history, whose item is sampled from the 20 that SASRec finds most likely (the original has none).",
+        "folder of a SASRec model (scripts/train_sasrec.py) to learn from: each training row is followed by one with "
+        "the same history, whose target is sampled from the 20 items that SASRec finds most likely (not in the "
+        "original).",
     )
     eval_step: float = flag(
         0.05, "how often to evaluate and save, as a fraction of the training.", fraction_of_training

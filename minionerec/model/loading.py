@@ -61,7 +61,7 @@ def _look_up(path: str) -> None:
     if os.path.isdir(path) or not HUB_NAME.fullmatch(path) or world.rank():
         return
     if cached_file(path, "config.json", local_files_only=True, _raise_exceptions_for_missing_entries=False) is None:
-        print(f"{path}: is no folder here; looking it up on the hub", file=sys.stderr, flush=True)
+        print(f"{path}: is not a folder here; looking it up on the hub", file=sys.stderr, flush=True)
 
 
 def _no_folder(path: str) -> str:

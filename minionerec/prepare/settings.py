@@ -52,7 +52,7 @@ class PrepareFlags(Flags):
     category: str = flag("", "what the items are, for file names and prompts, such as Industrial_and_Scientific.")
     user_column: str = flag("", "name of the column with the user, if it is not recognized.")
     item_column: str = flag(
-        "", "name of the column with the item's id, in both files or one of them, or two names: of interactions,items."
+        "", "name of the column with the item id, in both files or in one; or two names, for interactions,items."
     )
     time_column: str = flag("", "name of the column with the time: seconds or milliseconds since 1970, or a date.")
     title_column: str = flag("", "name of the column with the title.")
@@ -65,18 +65,19 @@ class PrepareFlags(Flags):
     time_format: str = flag(
         "", "how times are written, such as '%m/%d/%Y %H:%M' (as in datetime.strptime), or s, ms, us or ns since 1970."
     )
-    time_zone: str = flag("UTC", "zone of times that name none, and of start_date and end_date.", _zone)
+    time_zone: str = flag("UTC", "time zone of times that name none, and of start_date and end_date.", _zone)
     skip_bad_rows: bool = flag(
         False, "leave out rows that cannot be used, and say how many; they are refused otherwise."
     )
     events: str = flag("", "only these kinds of events, separated by commas, such as buy,cart.")
     event_column: str = flag("", "name of the column with the kind of event.")
-    min_rating: float | None = flag(None, "only interactions rated as high as this.")
+    min_rating: float | None = flag(None, "only interactions with at least this rating.")
     rating_column: str = flag("", "name of the column with the rating.")
-    drop_repeats: bool = flag(False, "an item that follows itself in a history counts once.")
+    drop_repeats: bool = flag(False, "count an item that is bought several times in a row only once.")
     session_gap: float = flag(
         0.0,
-        "minutes without an interaction that end a session; each session then has its own history. 0: a user has one.",
+        "minutes without an interaction that end a session; each session then has its own history. 0: one history "
+        "per user.",
         lambda value: None if value >= 0 else "must be 0 or more",
     )
     min_interactions: int = flag(
@@ -95,16 +96,16 @@ class PrepareFlags(Flags):
     )
     text_columns: str = flag(
         "title,description",
-        "what the IDs are made of, separated by commas: title, description, brand, categories, price.",
+        "columns that the IDs are made from, separated by commas: title, description, brand, categories, price.",
         lambda value: None if set(value.split(",")) <= {*TEXTS} else f"must be some of {', '.join(TEXTS)}",
     )
     encoder: str = flag(
-        "", "folder or hub name of a model that embeds titles and descriptions; default is TF-IDF with SVD."
+        "", "folder or hub name of a model that embeds titles and descriptions; by default TF-IDF with SVD."
     )
     embeddings: str = flag("", ".npy file with a row for every row of items (or add_items), in the same order.")
     purchase_share: float = flag(
         0.5,
-        "how much of the IDs comes from what was bought together in the training rows; the rest comes from the texts. "
+        "how much of the IDs comes from items bought together in the training rows; the rest comes from the texts. "
         "0 for texts only.",
         lambda value: None if 0 <= value < 1 else "must be at least 0 and below 1",
     )

@@ -115,7 +115,7 @@ def publish(folder: str, output_dir: str) -> None:
         if not os.path.lexists(output_dir):
             raise
         raise InputError(
-            f"--output_dir {output_dir}: came into being in the meantime ({error.strerror}); name another folder"
+            f"--output_dir {output_dir}: was created in the meantime ({error.strerror}); name another folder"
         ) from None
 
 

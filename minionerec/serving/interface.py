@@ -19,7 +19,9 @@ class RecommendRequest(BaseModel):
     exclude_seen: bool | None = Field(None, description="leave out the items of the history")
     allow: list[str | int] | None = Field(None, description="recommend only these", max_length=MOST_LISTED)
     deny: list[str | int] | None = Field(None, description="do not recommend these", max_length=MOST_LISTED)
-    where: str | None = Field(None, description="column=value of the item file", examples=["brand=3M"])
+    where: str | None = Field(
+        None, description="a condition on a column of the item file", examples=["brand=3M", "price<20"]
+    )
 
 
 class FoundItem(BaseModel):

@@ -143,5 +143,5 @@ def test_original_ids_alone_can_be_asked_for():
         items.find("Bolt")
     with pytest.raises(InputError, match="1 items have no original_id in --item_meta_path, such as '1'"):
         with_originals("7", None, only=True)
-    with pytest.raises(InputError, match="1 are of several items, such as 'B'"):
+    with pytest.raises(InputError, match="1 belong to several items, such as 'B'"):
         with_originals("B", "B", only=True)

@@ -104,5 +104,7 @@ def test_a_search_on_a_deep_model_takes_few_passes_through_few_layers():
 
     counting = register_module_forward_pre_hook(lambda module, _: ran.append(module) if type(module) is layer else None)
     with counting:
-        assert suggestion(flags, "micro_batch_size", [64, 32, 1], 0.0, total_of).startswith("nor does anything else")
+        assert suggestion(flags, "micro_batch_size", [64, 32, 1], 0.0, total_of).startswith(
+            "no other setting tried here fits"
+        )
     assert len(tried) == 9 and len(ran) == 9 * 2 * 3  # 2 micro-batches through 3 layers

@@ -103,7 +103,7 @@ def test_a_dry_run_of_sft(files, base, tmp_path):
     done = run_command("sft.py", **{**flags, "output_dir": tmp_path / "other"}, gpu_memory=f"{total - 0.003}GB")
     assert done.returncode == 0 and not (tmp_path / "other").exists()
     assert "does not fit a GPU" in done.stdout and " s a step" not in done.stdout
-    assert "this does: --micro_batch_size " in done.stdout or "nor does anything else" in done.stdout
+    assert "this fits: --micro_batch_size " in done.stdout or "no other setting tried here fits" in done.stdout
     refused("sft.py", "--gpu_memory 'big'", **{**flags, "output_dir": tmp_path / "other"}, gpu_memory="big")
 
 
@@ -135,7 +135,7 @@ def test_a_search_halves_what_is_left():
             lambda changed, tried=tried: tried.append(changed) or changed.micro_batch_size,
         )
         fits = max(2**power for power in range(8) if 2**power <= largest)
-        assert said == f"this does: --micro_batch_size {fits}"
+        assert said == f"this fits: --micro_batch_size {fits}"
         assert len(tried) <= 4
 
 
@@ -143,7 +143,7 @@ def test_an_8_bit_base_and_an_8_bit_optimizer_are_tried_too():
     flags = SFTFlags(use_lora=True, micro_batch_size=1)
     tried = []
     said = suggestion(flags, "micro_batch_size", [1], 0.0, lambda changed: tried.append(changed) or 1.0)
-    assert said == "nor does anything else here: take a smaller model, or a smaller --cutoff_len"
+    assert said == "no other setting tried here fits: take a smaller model, or a smaller --cutoff_len"
     ways = [(way.bits, way.gradient_checkpointing, way.optim) for way in tried]
     assert ways == [
         *((bits, checkpointing, flags.optim) for bits in (16, 8, 4) for checkpointing in (False, True)),
@@ -175,7 +175,7 @@ def test_what_is_suggested_would_be_taken():
 
 def test_rl_is_not_told_of_a_flag_that_it_lacks():
     said = suggestion(RLFlags(use_qlora=True), "train_batch_size", [16], 0.0, lambda changed: 1.0)
-    assert said == "nor does anything else here: take a smaller model"
+    assert said == "no other setting tried here fits: take a smaller model"
 
 
 def test_a_dry_run_estimates_the_time_on_a_card_that_is_named(files, base, sft_run, tmp_path):
@@ -196,6 +196,6 @@ def test_a_card_is_named_once_and_only_in_a_dry_run(files, base, tmp_path):
     flags = sft_flags(files, base, tmp_path / "run")
     refused("sft.py", "--gpu T4 has no effect without --dry_run True", **flags, gpu="T4")
     both = {"gpu": "T4", "gpu_memory": "12GB", "dry_run": True}
-    refused("sft.py", "--gpu T4 has a memory of its own; drop --gpu_memory 12GB, or --gpu", **flags, **both)
+    refused("sft.py", "--gpu T4 includes its memory; drop --gpu_memory 12GB, or --gpu", **flags, **both)
     unknown = {"gpu": "RTX 4091", "dry_run": True}
     refused("sft.py", "--gpu 'RTX 4091': is not in the table of cards; did you mean RTX 4090", **flags, **unknown)

@@ -56,4 +56,4 @@ def test_a_name_that_is_looked_up_on_the_hub_is_said_first(tmp_path, monkeypatch
         loading.load_config("owner/nowhere")
     with pytest.raises(InputError, match="no tokenizer can be loaded; there is no such folder"):
         loading.load_tokenizer("owner/nowhere")
-    assert capsys.readouterr().err.count("owner/nowhere: is no folder here; looking it up on the hub") == 1
+    assert capsys.readouterr().err.count("owner/nowhere: is not a folder here; looking it up on the hub") == 1

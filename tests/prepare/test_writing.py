@@ -53,7 +53,7 @@ def test_a_dangling_link_and_a_lost_race_are_refused(log, tmp_path, monkeypatch)
     (tmp_path / "made").mkdir()
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "file").touch()
-    assert "came into being in the meantime" in problems_of(
+    assert "was created in the meantime" in problems_of(
         writing.publish, str(tmp_path / "made"), str(tmp_path / "other")
     )
 
