@@ -137,8 +137,12 @@ class RLFlags(TrainingFlags):
         "folder of a SASRec model (scripts/train_sasrec.py) for the sasrec reward (the original: a file of its own "
         "sasrec.py).",
     )
-    dapo: bool = flag(False, "average the loss over all tokens of a batch instead of over sequences first.")
-    gspo: bool = flag(False, "importance ratios per sequence instead of per token.")
+    dapo: bool = flag(
+        False,
+        "average the loss over all tokens of a batch instead of over sequences first. Not with gspo (in the original, "
+        "dapo then wins).",
+    )
+    gspo: bool = flag(False, "importance ratios per sequence instead of per token. Not with dapo.")
     save_steps: float = flag(
         0.0,
         "how often to save a checkpoint, as a fraction of the training: a multiple of eval_step, because only a saved "

@@ -44,7 +44,8 @@ class SFTFlags(TrainingFlags):
     )
     learning_rate: float = flag(
         3e-4,
-        "peak learning rate, reached after a warm-up of 20 steps (at most a tenth of the run); it then falls linearly.",
+        "peak learning rate, reached after a warm-up of 20 steps, or of a tenth of a run below 200 steps (the "
+        "original: always 20); it then falls linearly.",
         above_zero,
     )
     sid_learning_rate: float = flag(
@@ -60,7 +61,9 @@ class SFTFlags(TrainingFlags):
         lambda value: "must be 32 or more to hold a prompt" if value < 32 else None,
     )
     group_by_length: bool = flag(
-        False, "put rows of similar length into the same optimizer step; rows of a step are always sorted by length."
+        False,
+        "put rows of similar length into the same optimizer step; rows of a step are always sorted by length. No "
+        "effect on token trees (pack_rows), which the original does not have.",
     )
     pack_rows: int = flag(
         -1,
