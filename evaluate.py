@@ -17,7 +17,16 @@ from typing import TYPE_CHECKING, Literal
 
 from minionerec import blending, cli, world
 from minionerec.checkpoint import Checkpoint, read_model
-from minionerec.data.files import Interaction, count_rows, read_info_items, read_interactions, sample_rows, shorten
+from minionerec.data.files import (
+    Interaction,
+    count_rows,
+    read_info_items,
+    read_interactions,
+    read_item_histories,
+    read_item_ids,
+    sample_rows,
+    shorten,
+)
 from minionerec.data.items import Items, read_targets
 from minionerec.data.prompts import RECOMMENDATION, Prompts, Task
 from minionerec.errors import InputError, Problems
@@ -25,6 +34,7 @@ from minionerec.flags import BlendFlags, DeviceFlags, PromptFlags, above_zero, c
 from minionerec.locks import hold, lock_of_new
 from minionerec.metrics import (
     HISTORIES,
+    OF_ITEMS,
     TARGETS,
     bought_group,
     format_groups,
@@ -294,8 +304,8 @@ def evaluate(flags: EvaluateFlags) -> dict[str, float]:
             write_json(flags.result_json_data, results)
         seconds = {"decode_seconds": decode_seconds, "seconds": time.perf_counter() - started}
         blend = {"blend": {"folder": flags.blend, "weight": ranker.blend.weight}} if ranker.blend else {}
-        bought, seen = _purchases(flags.train_file) if flags.train_file else (Counter[str](), set[str]())
-        groups = groups_of(inputs.examples, ranks, of_items, bought, seen, length)
+        purchases = read_purchases(flags.train_file, inputs.items) if flags.train_file else None
+        groups = groups_of(inputs, ranks, of_items, purchases, length)
         summary = {**metrics, **({"items": by_item} if by_item else {}), **groups, **blend}
         with writing(flags.metrics_path):
             write_json(flags.metrics_path, {**summary, "rows": len(results), **seconds})
@@ -305,9 +315,9 @@ def evaluate(flags: EvaluateFlags) -> dict[str, float]:
             sharing = f"{inputs.items.num_sharing} of {len(inputs.items)} share theirs and follow each other, {order}:"
             print(f"items instead of SIDs, {sharing}")
             print(format_metrics(by_item))
-        if bought:
+        if purchases:
             known = set(inputs.sids)
-            top = popularity((sid for sid in bought.elements() if sid in known), length)
+            top = popularity((sid for sid in purchases.sids.elements() if sid in known), length)
             print("popularity, for comparison:")
             print(format_metrics(ranking_metrics([rank_of(row.sid, top) for row in inputs.examples], length, flags.K)))
         for name, of_groups in groups.items():
@@ -330,31 +340,86 @@ def choose_weight(flags: EvaluateFlags, inputs: EvaluateInput, ranker: "Ranker",
         ranker.blend.record(inputs.checkpoint.path, inputs.eval_file, len(inputs.weighed), found, metric)
 
 
-def _purchases(train_file: str) -> tuple[Counter[str], set[str]]:
-    """How often each SID is the target of a row of the training file, in order of first appearance, and the SIDs of its
-    histories."""
-    bought, seen = Counter[str](), set[str]()
+@dataclass(frozen=True)
+class Purchases:
+    """What was bought in a training file.
+
+    Attributes:
+        sids: how often each SID is the target of a row, in order of first appearance.
+        seen: the SIDs of histories.
+        items, seen_items: the same of item ids, where items share SIDs.
+    """
+
+    sids: Counter[str]
+    seen: set[str]
+    items: Counter[str]
+    seen_items: set[str]
+
+    def of_sid(self, sid: str) -> int:
+        """How often a SID was bought: at least once where it is in a history."""
+        return self.sids[sid] or int(sid in self.seen)
+
+    def of_item(self, item: str) -> int:
+        """As `of_sid`."""
+        return self.items[item] or int(item in self.seen_items)
+
+
+def read_purchases(train_file: str, items: Items | None) -> Purchases:
+    """The purchases of a training file, those of `items` too. Where it does not say which item of a SID a history
+    means (no column history_item_id), each of them counts as seen."""
+    found = Purchases(Counter(), set(), Counter(), set())
     for row in read_interactions(train_file, "train_file", titles=False):
-        bought[row.sid] += 1
-        seen.update(row.sid_history)
-    return bought, seen
+        found.sids[row.sid] += 1
+        found.seen.update(row.sid_history)
+    if items:
+        found.items.update(read_item_ids(train_file, "train_file"))
+        try:
+            for history in read_item_histories(train_file, "train_file"):
+                found.seen_items.update(history)
+        except InputError:
+            shared = (number for sid in found.seen for number in items.of_sid.get(sid, ()))
+            found.seen_items.update(items.all[number].id for number in shared)
+    return found
 
 
 def groups_of(
-    examples: Sequence[Interaction],
+    inputs: EvaluateInput,
     ranks: Sequence[int | None],
     of_items: Sequence[int | None] | None,
-    bought: Counter[str],
-    seen: set[str],
+    purchases: Purchases | None,
     length: int,
 ) -> dict[str, dict[str, dict[str, float]]]:
     """Where a model is weak: metrics by the length of the history, and where the training file is known by how often
-    the target was `bought` there, at least once where it is `seen` in a history. Others as in `metrics_of_groups`."""
-    by = {"histories": ([history_group(len(row.sid_history)) for row in examples], HISTORIES)}
-    if bought:
-        groups = [bought_group(bought[row.sid] or int(row.sid in seen)) for row in examples]
-        by = {"targets": (groups, TARGETS), **by}
-    return {name: metrics_of_groups(*which, ranks, of_items, length) for name, which in by.items()}
+    the target was bought there. Those of items go by the purchases of the item, not of its SID. Arguments as in
+    `metrics_of_groups`."""
+    histories = [history_group(len(row.sid_history)) for row in inputs.examples]
+    by = {"histories": (HISTORIES, histories, histories)}
+    if purchases:
+        times = [purchases.of_sid(row.sid) for row in inputs.examples]
+        times_of_items = times  # a target that is not in the catalogue is known by its SID
+        if inputs.items and inputs.targets:
+            pairs = zip(inputs.targets, times, strict=True)
+            times_of_items = [t if n is None else purchases.of_item(inputs.items.all[n].id) for n, t in pairs]
+        by = {"targets": (TARGETS, [*map(bought_group, times)], [*map(bought_group, times_of_items)]), **by}
+    return {name: _metrics_of_both(*groups, ranks, of_items, length) for name, groups in by.items()}
+
+
+def _metrics_of_both(
+    order: Sequence[str],
+    groups: Sequence[str],
+    groups_of_items: Sequence[str],
+    ranks: Sequence[int | None],
+    of_items: Sequence[int | None] | None,
+    length: int,
+) -> dict[str, dict[str, float]]:
+    """The metrics of SIDs by `groups`, and those of items, where there are any, by groups of their own."""
+    found = metrics_of_groups(groups, order, ranks, length)
+    if of_items is None:
+        return found
+    more = metrics_of_groups(groups_of_items, order, of_items, length, OF_ITEMS)
+    lacking = {"rows": 0}, {f"{OF_ITEMS}rows": 0}
+    both = (group for group in order if group in found or group in more)
+    return {group: {**found.get(group, lacking[0]), **more.get(group, lacking[1])} for group in both}
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 CUTOFFS = (1, 3, 5, 10, 20, 50)
 TARGETS = ("never", "1 to 5 times", "more often")  # bought in the training file
 HISTORIES = ("1 item", "2 or 3 items", "4 or more items")
+OF_ITEMS = "items "  # starts the names of metrics of items, where several share a SID
 
 
 def watched_cutoff(length: int) -> int:
@@ -57,11 +58,7 @@ def history_group(length: int) -> str:
 
 
 def metrics_of_groups(
-    groups: Sequence[str],
-    order: Sequence[str],
-    ranks: Sequence[int | None],
-    of_items: Sequence[int | None] | None,
-    length: int,
+    groups: Sequence[str], order: Sequence[str], ranks: Sequence[int | None], length: int, prefix: str = ""
 ) -> dict[str, dict[str, float]]:
     """The number of rows in each group that has any, and their HR and NDCG at the watched cutoff.
 
@@ -69,27 +66,30 @@ def metrics_of_groups(
         groups: the group of every row.
         order: of the groups in the result.
         ranks, length: as in `ranking_metrics`.
-        of_items: as `ranks`, the positions of items where several share a SID; None where none do.
+        prefix: of the names in the result.
     """
     k, found = watched_cutoff(length), dict[str, dict[str, float]]()
     for group in (group for group in order if group in groups):
-        rows = [i for i, name in enumerate(groups) if name == group]
-        found[group] = {"rows": len(rows)}
-        for prefix, positions in (("", ranks), ("items ", of_items)):
-            if positions is not None:
-                metrics = ranking_metrics([positions[i] for i in rows], k)
-                found[group] |= {prefix + name: metrics[name] for name in (f"HR@{k}", f"NDCG@{k}")}
+        of_group = [rank for rank, name in zip(ranks, groups, strict=True) if name == group]
+        metrics = ranking_metrics(of_group, k)
+        found[group] = {f"{prefix}rows": len(of_group)}
+        found[group] |= {f"{prefix}{name}": metrics[name] for name in (f"HR@{k}", f"NDCG@{k}")}
     return found
 
 
 def format_groups(title: str, groups: dict[str, dict[str, float]]) -> str:
-    """A small table: one line per group."""
-    names = list(next(iter(groups.values())))
+    """A small table: one line per group, metrics of items last. What a group lacks is blank."""
+    found = dict.fromkeys(name for values in groups.values() for name in values)
+    names = sorted(found, key=lambda name: name.startswith(OF_ITEMS))
     lines = [f"{title:<22}" + "".join(f"  {name:>13}" for name in names)]
     for group, values in groups.items():
-        cells = (f"{value}" if name == "rows" else f"{value:.4f}" for name, value in values.items())
-        lines.append(f"  {group:<20}" + "".join(f"  {cell:>13}" for cell in cells))
+        cells = (_cell(values[name]) if name in values else "" for name in names)
+        lines.append((f"  {group:<20}" + "".join(f"  {cell:>13}" for cell in cells)).rstrip())
     return "\n".join(lines)
+
+
+def _cell(value: float) -> str:
+    return f"{value}" if isinstance(value, int) else f"{value:.4f}"
 
 
 def popularity(targets: Iterable[str], length: int) -> list[str]:

@@ -35,6 +35,7 @@ csv.field_size_limit(sys.maxsize)
 SID_COLUMNS = ("history_item_sid", "item_sid")
 TITLE_COLUMNS = ("history_item_title", "item_title")
 ITEM_COLUMN = "item_id"
+ITEM_HISTORY_COLUMN = "history_item_id"
 HISTORY_COLUMN = "history"  # of a file of requests
 REQUEST_COLUMNS = ("K", "exclude_seen", "allow", "deny", "where")  # what JSON lines may also have
 
@@ -321,6 +322,7 @@ def with_original_ids(items: Iterable[InfoItem], metadata: dict) -> list[InfoIte
 _TEXT = r"""(?:'[^'\\\n\r\0]*(?:\\['"\\][^'\\\n\r\0]*)*'|"[^"\\\n\r\0]*(?:\\['"\\][^"\\\n\r\0]*)*")"""
 _PLAIN_TEXT = re.compile(_TEXT)
 _PLAIN_LIST = re.compile(rf"\[{_TEXT}(?:, {_TEXT})*\]")
+_PLAIN_NUMBERS = re.compile(r"\[\d+(?:, \d+)*\]", re.ASCII)
 _ESCAPE = re.compile(r"\\(.)")
 
 
@@ -484,6 +486,19 @@ def read_item_ids(path: str, flag: str) -> list[str]:
     """The item id of the target of every row of an interactions file, its column ITEM_COLUMN. Raises InputError where
     there is no such column, or the file cannot be read."""
     return [(cell or "").strip() for _, (cell,) in _csv_rows(path, flag, (ITEM_COLUMN,))]
+
+
+def read_item_histories(path: str, flag: str) -> Iterator[list[str]]:
+    """The item ids of the history of every row of an interactions file, its column ITEM_HISTORY_COLUMN. Raises
+    InputError where there is no such column, a cell is not a list, or the file cannot be read."""
+    for line, (cell,) in _csv_rows(path, flag, (ITEM_HISTORY_COLUMN,)):
+        if cell and _PLAIN_NUMBERS.fullmatch(cell):
+            yield cell[1:-1].split(", ")
+            continue
+        history = _history(cell or "", ITEM_HISTORY_COLUMN)
+        if isinstance(history, str):
+            raise InputError(f"--{flag} {path}, line {line}: {history}")
+        yield [str(item).strip() for item in history]
 
 
 def _csv_rows(path: str, flag: str, needed: tuple[str, ...]) -> Iterator[tuple[int, Sequence[str | None]]]:
