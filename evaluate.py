@@ -27,7 +27,7 @@ from minionerec.data.files import (
     sample_rows,
     shorten,
 )
-from minionerec.data.items import Items, read_targets
+from minionerec.data.items import Items, read_targets, share_sids
 from minionerec.data.prompts import RECOMMENDATION, Prompts, Task
 from minionerec.errors import InputError, Problems
 from minionerec.flags import BlendFlags, DeviceFlags, PromptFlags, above_zero, command, flag, number_or_auto
@@ -177,7 +177,7 @@ def read_input(flags: EvaluateFlags) -> EvaluateInput:
     problems.check()
     assert checkpoint and base and prompts and sids and examples  # nothing was wrong
     items, targets, notes = None, None, flags.notes
-    if len(listed) > len(sids):
+    if share_sids(listed):
         try:
             items, targets = read_targets(listed, flags.info_file, flags.train_file, flags.test_data_path)
         except InputError as error:

@@ -16,7 +16,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from minionerec import cli
 from minionerec.checkpoint import read_json
 from minionerec.data.files import count_rows, read_info_items, read_interactions, shorten
-from minionerec.data.items import Items, read_targets
+from minionerec.data.items import Items, read_targets, share_sids
 from minionerec.errors import InputError, Problems
 from minionerec.flags import check_new_file
 from minionerec.metrics import popularity, rank_of
@@ -77,8 +77,9 @@ def table(
     Args:
         train_file: CSV of training interactions, for the popularity baseline.
         test_data_path: CSV of the test interactions that the runs were evaluated on.
-        info_file: the catalogue; given, and where items share SIDs, the metrics of items are printed too. Items that
-            share a SID follow each other in a ranking, the most bought in train_file first.
+        info_file: the catalogue; given, popularity ranks its SIDs only, and where items share SIDs, the metrics of
+            items are printed too. Items that share a SID follow each other in a ranking, the most bought in train_file
+            first.
         runs: name=folder of every run, separated by commas. The folder contains metrics.json and result.json;
             name=folder/blended.json takes the rankings from another file in it. Folders with the same name are the
             seeds of one run, in the same order for all runs, and their mean is printed.
@@ -131,13 +132,18 @@ def table(
 
 
 def read_test_targets(test_data_path: str, info_file: str, train_file: str) -> Targets:
-    """What the rows of the test file ask for, also as items where the catalogue is given and items share SIDs."""
+    """What the rows of the test file ask for, also as items where the catalogue is given and items share SIDs; where
+    they cannot be told apart, a line says so, as in evaluate.py."""
     sids = [row.sid for row in read_interactions(test_data_path, "test_data_path", titles=False)]
     listed = read_info_items(info_file) if info_file else []
     catalogue = frozenset(item.sid for item in listed)
-    if len(listed) == len(catalogue):
-        return Targets(sids, catalogue, None, [])
-    return Targets(sids, catalogue, *read_targets(listed, info_file, train_file, test_data_path))
+    if share_sids(listed):
+        try:
+            return Targets(sids, catalogue, *read_targets(listed, info_file, train_file, test_data_path))
+        except InputError as error:
+            reason = f"items share SIDs, and metrics are those of SIDs only: {error.problems[0]}"
+            print(f"table.py: {reason}", file=sys.stderr)
+    return Targets(sids, catalogue, None, [])
 
 
 def folders_of(problems: Problems, runs: str) -> dict[str, list[str]]:
@@ -182,8 +188,8 @@ def read_rankings(path: str, targets: Targets | None, test_data_path: str) -> li
         if row["output"].strip(' \n"') != sid:  # MiniOneRec quotes it
             other = f"{path} has the target {shorten(row['output'])} in row {number}, {test_data_path} has {sid}"
             raise InputError(f"--runs: {other}; evaluate the run on this file")
-    lacking = {sid for row in rankings for sid in row}.difference(targets.items.of_sid if targets.items else ())
-    if targets.items and lacking:
+    lacking = {sid for row in rankings for sid in row}.difference(targets.catalogue)
+    if targets.catalogue and lacking:
         raise InputError(f"--runs: {path} ranks {min(lacking)}, which --info_file lacks")
     return rankings
 

@@ -177,6 +177,11 @@ class Items:
         return numbers[:most]
 
 
+def share_sids(listed: Sequence[InfoItem]) -> bool:
+    """Whether some items of an info file share a SID. A repeated line is one item."""
+    return len(set(listed)) > len({item.sid for item in listed})
+
+
 def read_targets(
     listed: Sequence[InfoItem], info_file: str, train_file: str, test_file: str
 ) -> tuple[Items, list[int | None]]:

@@ -92,6 +92,24 @@ def test_items_that_share_a_sid_are_ranked_apart(tmp_path, make_run, capsys):
         table(**arguments, info_file=f"{tmp_path}/info.txt", runs=f"x={run}/blended.json")
 
 
+@pytest.mark.parametrize("repeated", [True, False])
+def test_items_that_cannot_be_told_apart_leave_the_metrics_of_sids(tmp_path, make_run, capsys, repeated):
+    """The files have no item ids. A line that the catalogue repeats is no item that shares a SID."""
+    for name in ("train", "test"):
+        (tmp_path / f"{name}.csv").write_text("history_item_sid,item_sid\n\"['a']\",a\n\"['a']\",b\n")
+    (tmp_path / "info.txt").write_text(f"a\tx\t1\nb\tx\t2\nb\tx\t{2 if repeated else 3}\n<x>\tx\t4\n")
+    arguments = {"train_file": f"{tmp_path}/train.csv", "test_data_path": f"{tmp_path}/test.csv"}
+    arguments["info_file"] = f"{tmp_path}/info.txt"
+    table(**arguments, runs=f"x={make_run('r', [1, 0])}")
+    printed, errors = capsys.readouterr()
+    assert printed.splitlines()[-1].startswith("| x | 0.5000 |") and "items" not in printed
+    assert repeated == (not errors)
+    assert repeated or ("metrics are those of SIDs only: --train_file" in errors and "item_id is missing" in errors)
+    (tmp_path / "info.txt").write_text("a\tx\t1\nb\tx\t2\n")
+    with pytest.raises(InputError, match="ranks <x>, which --info_file lacks"):
+        table(**arguments, runs=f"x={tmp_path}/r")
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
