@@ -67,11 +67,12 @@ class SASRec(nn.Module):
         return ids.to(self.items.weight.device)
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        """Scores [B, S] of all items after histories [B, L]."""
+        """Scores [B, S] of all items after histories [B, L]; after one of padding only, all score alike."""
         hidden = self.dropout(self.items(ids) + self.positions.weight[: ids.shape[1]])
         mask = nn.Transformer.generate_square_subsequent_mask(ids.shape[1], device=ids.device)
-        last = (ids > 0).sum(dim=1).clamp(min=1) - 1
-        return self.blocks(hidden, mask=mask, is_causal=True)[torch.arange(len(ids)), last] @ self.items.weight[1:].T
+        items = (ids > 0).sum(dim=1)
+        last = self.blocks(hidden, mask=mask, is_causal=True)[torch.arange(len(ids)), items.clamp(min=1) - 1]
+        return last @ self.items.weight[1:].T * (items > 0).unsqueeze(1)
 
     @torch.inference_mode()
     def scores(self, histories: Sequence[Sequence[str]], items: Sequence[str]) -> list[float]:

@@ -34,4 +34,5 @@ def with_sampled(rows: Iterable[Interaction], folder: str, seed: int) -> Iterato
         places = (logps.numpy() + chance.gumbel(size=logps.shape)).argmax(axis=1)
         for row, items, place in zip(batch, best.tolist(), places.tolist(), strict=True):
             yield row
-            yield replace(row, sid=model.sids[items[place]], title="")
+            if not model.number.keys().isdisjoint(row.sid_history):
+                yield replace(row, sid=model.sids[items[place]], title="")

@@ -41,6 +41,16 @@ def test_padding_and_unknown_items_change_nothing():
     torch.testing.assert_close(together[:1], alone)
 
 
+def test_a_history_of_unknown_items_says_nothing():
+    """It is no item that was never trained: SASRec then adds nothing to a ranking, and rewards all items alike."""
+    torch.manual_seed(0)
+    model = sasrec.SASRec(SIDS, hidden_size=16, length=8)
+    logps = model.logps([["<new>"], ["<new>", SIDS[2]], [SIDS[2]]])
+    assert logps[0].unique().numel() == 1 and logps[1].unique().numel() > 1
+    torch.testing.assert_close(logps[1], logps[2])
+    assert model.scores([["<new>"]] * 2, SIDS[:2]) == [0, 0]
+
+
 def test_a_folder_without_a_model_is_refused(tmp_path):
     with pytest.raises(InputError, match="no SASRec model"):
         sasrec.load(str(tmp_path))

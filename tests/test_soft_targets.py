@@ -41,6 +41,14 @@ def test_targets_are_sampled_from_the_best_items_by_their_probabilities(tmp_path
     assert [row.sid for row in with_sampled(rows[:50], str(tmp_path), seed=6)] != [row.sid for row in found[:100]]
 
 
+def test_a_history_of_items_that_sasrec_does_not_know_gets_no_target(tmp_path):
+    """The catalogue may have grown since; what a model makes of nothing is not to be learned."""
+    save_sasrec(tmp_path, ["<a_0>", "<a_1>"])
+    rows = [Interaction(history, [""] * len(history), "<new>", "") for history in (["<new>"], ["<new>", "<a_1>"])]
+    found = list(with_sampled(rows, str(tmp_path), seed=5))
+    assert found[:2] == rows and len(found) == 3 and found[2].sid in ("<a_0>", "<a_1>")
+
+
 def test_sft_learns_them_next_to_the_purchases(files, base, tmp_path):
     save_sasrec(tmp_path / "sasrec", read_info(files["info"]))
     counts = {}
