@@ -12,7 +12,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 from minionerec import blending, cli, world
@@ -238,6 +238,10 @@ def evaluate(flags: EvaluateFlags) -> dict[str, float]:
     started = time.perf_counter()
     state = device.process_state()
     nodes.check_same(flags.to_dict())
+    if inputs.blend:  # another evaluation may have recorded a weight since the first process looked for one
+        known = inputs.blend.weight, inputs.weighed
+        weight, weighed = nodes.first_decides(lambda: known)
+        inputs = replace(inputs, blend=replace(inputs.blend, weight=weight), weighed=weighed)
     for line in inputs.notes:
         state.print(line)
     rows_of = {
@@ -328,7 +332,10 @@ def evaluate(flags: EvaluateFlags) -> dict[str, float]:
 
 def choose_weight(flags: EvaluateFlags, inputs: EvaluateInput, ranker: "Ranker", is_main: bool) -> None:
     """Lets SASRec count as much as is best on the validation rows, says so, and records it in its folder."""
-    found = ranker.weigh(inputs.weighed, flags.length_penalty)
+    from minionerec.training import nodes
+
+    weighed = ranker.weigh(inputs.weighed, flags.length_penalty)
+    found = nodes.first_decides(lambda: weighed)  # their devices may round differently
     assert ranker.blend  # else there is nothing to weigh
     ranker.blend = ranker.blend.chosen(found)
     if is_main:

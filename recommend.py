@@ -11,7 +11,7 @@ is in minionerec/serving/requests.py.
 import os
 import re
 import socket
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Literal
 
@@ -334,6 +334,9 @@ def recommend(flags: RecommendFlags) -> None:
 
     state = device.process_state()
     nodes.check_same(flags.to_dict())
+    if inputs.blend:  # an evaluation may have recorded another weight since the first process read it
+        weight = inputs.blend.weight
+        inputs = replace(inputs, blend=replace(inputs.blend, weight=nodes.first_decides(lambda: weight)))
     for line in inputs.notes:
         state.print(line)
     ranker = load(flags, inputs)

@@ -9,12 +9,15 @@ import pytest
 import torch
 from helpers import evaluate_flags, refused, run_command
 
+import evaluate
+import recommend
 from minionerec import InputError, Ranker, sasrec
 from minionerec.blending import BEST, WEIGHTS
 from minionerec.data.files import read_info_items, read_interactions
 from minionerec.metrics import rank_of, ranking_metrics
 from minionerec.sasrec_files import fingerprint
 from minionerec.serving.requests import RequestReader
+from minionerec.training import nodes
 
 
 def save_sasrec(folder, info_file: str) -> str:
@@ -136,6 +139,36 @@ def test_the_weight_is_chosen_once_and_recorded(files, checkpoint, plain, other,
     assert Ranker.load(tmp_path / "copy", files["info"], blend=other).blend.weight == 2.5
     run_command("evaluate.py", **{**flags, "num_beams": 39, "eval_file": files["valid"]})  # chosen again
     assert json.loads(path.read_text())["weight"] == best
+
+
+def test_the_first_process_decides_how_much_sasrec_counts(files, checkpoint, other, tmp_path, monkeypatch, capsys):
+    """The others may have found another weight, and must rank what it ranks."""
+
+    def first_has(weight):
+        known = {tuple: (weight, []), float: weight}  # of an evaluation, and of recommendations
+        monkeypatch.setattr(nodes, "first_decides", lambda decide: known.get(type(found := decide()), found))
+
+    first_has(3.0)
+    flags = evaluate_flags(files, str(tmp_path / "r.json"), base_model=checkpoint, blend=other)
+    evaluate.evaluate(**flags)
+    assert json.loads((tmp_path / "r.metrics.json").read_text())["blend"]["weight"] == 3
+    model = {"model": checkpoint, "info_file": files["info"], "blend": other, "history": "12, 30"}
+    recommend.recommend(**model, blend_weight=0.1)
+    told = capsys.readouterr().out.splitlines()[-10:]
+    assert [line.split()[2] for line in told] == [
+        item["id"]
+        for item in Ranker.load(checkpoint, files["info"], blend=other, blend_weight=3).recommend(["12", "30"])
+    ]
+
+
+def test_a_model_that_differs_between_nodes_is_told_by_its_weights(tmp_path):
+    folders = [str(tmp_path / name) for name in ("one", "copy", "two")]
+    for seed, folder in zip((0, 0, 1), folders, strict=True):
+        torch.manual_seed(seed)
+        sasrec.save(sasrec.SASRec(["<a>", "<b>"], hidden_size=4), folder)
+    for flag in ("blend", "cf_path"):
+        one, copy, two = (nodes._content(flag, folder) for folder in folders)
+        assert one == copy != two
 
 
 def test_a_file_of_requests_is_blended_too(files, checkpoint, other, tmp_path):

@@ -13,6 +13,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 from minionerec import world
 from minionerec.checkpoint import RUN_FILE, digest
 from minionerec.errors import InputError
+from minionerec.sasrec_files import WEIGHTS_FILE
 
 T = TypeVar("T")
 OF_A_NODE = ("output_dir", "output", "result_json_data", "resume_from_checkpoint")  # paths that only the first one uses
@@ -49,16 +50,17 @@ def check_same(flags: Mapping[str, object], **more: object) -> None:
 
 
 def _content(name: str, value: object) -> object:
-    """What a flag stands for: a digest of the file that it names, or its value. A checkpoint is told by its record."""
+    """What a flag stands for: a digest of the file that it names, or its value. A checkpoint is told by its record, a
+    SASRec model by its weights."""
     if not isinstance(value, str) or not name.endswith(
-        ("_file", "_path", "model", "adapter", "histories", "allow", "deny")
+        ("_file", "_path", "model", "adapter", "histories", "allow", "deny", "blend")
     ):
         return value
     if os.path.isdir(value):
-        record = os.path.join(value, RUN_FILE)
-        if not os.path.isfile(record):
+        known = (os.path.join(value, file) for file in (RUN_FILE, WEIGHTS_FILE))
+        value = next(filter(os.path.isfile, known), "")
+        if not value:
             return "a folder"
-        value = record
     return digest(value) if os.path.isfile(value) else value
 
 
