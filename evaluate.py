@@ -12,6 +12,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
@@ -185,6 +186,12 @@ def read_input(flags: EvaluateFlags) -> EvaluateInput:
     if blend and not weighed:
         of_record = f", as recorded in {blend.path}" if flags.blend_weight == "auto" else ""
         notes.append(f"weight of {flags.blend}: {blend.weight:g}{of_record}")
+    if weighed and (learned := _num_learned(weighed, checkpoint)) > len(weighed) / 2:
+        rows = f"{learned} of {len(weighed)} rows of --eval_file {eval_file}"
+        notes.append(
+            f"warning: {checkpoint.path} was trained on {rows}, so SASRec counts for too little; give --blend_weight, "
+            "the weight of a run that has not learned them"
+        )
     known = set(sids)
     if outside := sum(example.sid not in known for example in examples):
         notes.append(f"{outside} of {len(examples)} rows have a target that --info_file lacks; they count as misses")
@@ -217,6 +224,18 @@ def _validation_rows(
         rows = problems.attempt(list, read_interactions(path, "eval_file", titles=titles)) or []
         return path, list(sample_rows(rows, len(rows), blending.ROWS, flags.seed))
     return path, []
+
+
+def _num_learned(rows: Sequence[Interaction], checkpoint: Checkpoint) -> int:
+    """How many rows are in the training file of the run that wrote the checkpoint, if that file is still there."""
+    path = checkpoint.flags.get("train_file", "")
+    wanted = Counter((tuple(row.sid_history), row.sid) for row in rows)
+    found = set[tuple[tuple[str, ...], str]]()
+    if os.path.isfile(path):
+        with suppress(InputError):  # it has changed since
+            trained = read_interactions(path, "train_file", titles=False)
+            found.update(key for row in trained if (key := (tuple(row.sid_history), row.sid)) in wanted)
+    return sum(wanted[row] for row in found)
 
 
 @command(EvaluateFlags)

@@ -59,7 +59,7 @@ FLAGS = {
     "cutoff_len": (_is_whole(32), "a whole number from 32"),
     **dict.fromkeys(("use_lora", "use_qlora", "load_in_8bit", "use_rslora", "use_dora"), TRUE_OR_FALSE),
     **dict.fromkeys(("lora_r", "lora_alpha", "test_beam"), (_is_whole(1), "a whole number from 1")),
-    **dict.fromkeys(("category", "sid_index_path", "eval_file", "lora_target_modules"), TEXT),
+    **dict.fromkeys(("category", "sid_index_path", "train_file", "eval_file", "lora_target_modules"), TEXT),
 }
 ADAPTER = {
     "base_model_name_or_path": TEXT_OR_NULL,

@@ -141,6 +141,19 @@ def test_the_weight_is_chosen_once_and_recorded(files, checkpoint, plain, other,
     assert json.loads(path.read_text())["weight"] == best
 
 
+def test_a_weight_that_is_chosen_on_learned_rows_is_warned_of(files, checkpoint, other, tmp_path):
+    """The validation rows of the tests are among those of training, as after a training for good."""
+    copy = shutil.copytree(checkpoint, tmp_path / "copy")
+    record = json.loads((copy / "minionerec.json").read_text())
+    warning = f"warning: {copy} was trained on 10 of 10 rows of --eval_file {files['valid']}, so SASRec counts for too"
+    for train_file, warned in ((files["train"], True), (files["test"], False), ("gone.csv", False)):
+        record["flags"]["train_file"] = train_file
+        (copy / "minionerec.json").write_text(json.dumps(record))
+        flags = evaluate_flags(files, str(tmp_path / "r.json"), base_model=str(copy), blend=other)
+        notes = evaluate.read_input(evaluate.EvaluateFlags(**flags)).notes
+        assert any(note.startswith(warning) for note in notes) == warned
+
+
 def test_the_first_process_decides_how_much_sasrec_counts(files, checkpoint, other, tmp_path, monkeypatch, capsys):
     """The others may have found another weight, and must rank what it ranks."""
 
