@@ -31,7 +31,16 @@ from minionerec.data.files import (
 from minionerec.data.items import Items, read_targets, share_sids
 from minionerec.data.prompts import RECOMMENDATION, Prompts, Task
 from minionerec.errors import InputError, Problems
-from minionerec.flags import BlendFlags, DeviceFlags, PromptFlags, above_zero, command, flag, number_or_auto
+from minionerec.flags import (
+    BlendFlags,
+    DeviceFlags,
+    PromptFlags,
+    above_zero,
+    command,
+    flag,
+    not_writable,
+    number_or_auto,
+)
 from minionerec.locks import hold, lock_of_new
 from minionerec.metrics import (
     HISTORIES,
@@ -220,6 +229,8 @@ def _validation_rows(
         problems.add(f"--blend_weight auto: {where}; give --eval_file, or a number such as --blend_weight 0.5")
     elif os.path.isfile(flags.test_data_path) and os.path.samefile(path, flags.test_data_path):
         problems.add(f"--eval_file {path}: is --test_data_path; a weight that is chosen on the test rows says nothing")
+    elif wrong := not_writable(flags.blend):
+        problems.add(f"--blend {flags.blend}: {wrong}, where the weight is to be recorded; or give --blend_weight 0.5")
     else:
         rows = problems.attempt(list, read_interactions(path, "eval_file", titles=titles)) or []
         return path, list(sample_rows(rows, len(rows), blending.ROWS, flags.seed))

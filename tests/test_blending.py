@@ -1,6 +1,7 @@
 """SASRec ranks with the model: against brute force over the catalogue, under constraints, and through the commands."""
 
 import json
+import os
 import random
 import shutil
 from pathlib import Path
@@ -234,12 +235,15 @@ def test_what_does_not_fit_is_refused_in_one_line(files, checkpoint, tmp_path, c
         assert message in line
 
 
-def test_a_weight_is_not_chosen_on_the_test_rows(files, base, checkpoint, other, tmp_path):
+def test_a_weight_is_not_chosen_on_the_test_rows(files, base, checkpoint, other, tmp_path, monkeypatch):
     flags = evaluate_flags(files, tmp_path / "r.json", base_model=checkpoint, blend=other)
     refused("evaluate.py", "a weight that is chosen on the test rows says nothing", **flags, eval_file=files["test"])
     refused("evaluate.py", "--eval_file nowhere: no such file", **flags, eval_file="nowhere")
     lines = Path(files["valid"]).read_text(encoding="utf-8").replace("<a_", "<z_")
     (tmp_path / "valid.csv").write_text(lines, encoding="utf-8")
     refused("evaluate.py", "has the target of no row of --eval_file", **flags, eval_file=tmp_path / "valid.csv")
+    with monkeypatch.context() as patch:  # nothing is ranked before the weight cannot be recorded
+        patch.setattr(os, "access", lambda path, mode: path != os.path.realpath(other) or not mode & os.W_OK)
+        refused("evaluate.py", f"--blend {other}: {other} cannot be written to, where the weight is to be", **flags)
     flags = evaluate_flags(files, tmp_path / "r.json", base_model=base, category="bolts", blend=other)
     refused("evaluate.py", f"{base} recorded no validation file; give --eval_file", **flags)
