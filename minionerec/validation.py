@@ -3,8 +3,8 @@
 Each table has the values that later commands read, by name: a check, and what the value must be, for messages.
 """
 
-import math
 import re
+import sys
 
 from minionerec.data.files import shorten
 from minionerec.errors import InputError
@@ -15,8 +15,8 @@ def _is_whole(least: int):
 
 
 def is_number(value: object) -> bool:
-    """Whether a value is a finite number."""
-    return isinstance(value, int | float) and type(value) is not bool and math.isfinite(value)
+    """Whether a value is a finite number, and no whole number that is too large for a float."""
+    return isinstance(value, int | float) and type(value) is not bool and abs(value) <= sys.float_info.max
 
 
 def _is(*kinds: type):

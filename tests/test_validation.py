@@ -1,9 +1,12 @@
 """Values of a record have types and ranges, checked before torch is imported."""
 
+import math
+
 import pytest
 from recorded import evaluation, problems_of, record
 
 import evaluate
+from minionerec.validation import is_number
 
 FLAGS = [
     ({"flags": {"cutoff_len": 10**9, "use_qlora": "no"}}, "use_qlora is 'no' and must be true or false"),
@@ -21,6 +24,12 @@ FLAGS = [
     ({"method": {}}, "method is {} and must be text"),
     ({"prompts": "x"}, "prompts is 'x' and must be an object"),
 ]
+
+
+def test_numbers_are_finite():
+    """JSON may write one with 400 digits, which no float holds."""
+    good = [0, -3, 1.5, 10**300]
+    assert all(map(is_number, good)) and not any(map(is_number, [10**400, -(10**400), math.inf, math.nan, True, "1"]))
 
 
 @pytest.mark.parametrize(("changes", "message"), FLAGS)
