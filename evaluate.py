@@ -201,6 +201,8 @@ def read_input(flags: EvaluateFlags) -> EvaluateInput:
             f"warning: {checkpoint.path} was trained on {rows}, so SASRec counts for too little; give --blend_weight, "
             "the weight of a run that has not learned them"
         )
+    if len(sids) < flags.K:
+        notes.append(f"--K {flags.K} has no metrics: {flags.info_file} has {len(sids)} SIDs to rank")
     known = set(sids)
     if outside := sum(example.sid not in known for example in examples):
         notes.append(f"{outside} of {len(examples)} rows have a target that --info_file lacks; they count as misses")

@@ -45,6 +45,9 @@ def curves(runs: str = "", figure: str = "") -> None:
         name: {epoch: sum(seed[epoch] for seed in seeds) / len(seeds) for epoch in set.intersection(*map(set, seeds))}
         for name, seeds in losses.items()
     }
+    for name in (name for name, curve in means.items() if not curve):
+        problems.add(f"--runs: the seeds of {name!r} were evaluated at no epoch together; name them apart")
+    problems.check()
     epochs = sorted({epoch for curve in means.values() for epoch in curve})
     print("| after epochs | " + " | ".join(f"{epoch:g}" for epoch in epochs) + " |")
     print("|---" * (1 + len(epochs)) + "|")

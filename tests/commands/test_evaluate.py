@@ -72,7 +72,8 @@ def test_a_catalogue_with_fewer_items_than_the_histories_hold(files, checkpoint,
     kept = [line for line in lines if line.split("\t")[0] in targets]
     (tmp_path / "info.txt").write_text("\n".join(kept) + "\n", encoding="utf-8")
     flags = {"base_model": checkpoint, "info_file": tmp_path / "info.txt"}
-    found, metrics, printed = evaluated(files, tmp_path / "r.json", **flags)
+    found, metrics, printed = evaluated(files, tmp_path / "r.json", **flags, K=15)
+    assert f"--K 15 has no metrics: {tmp_path}/info.txt has {len(targets)} SIDs to rank" in printed
     missing = sum(row.sid not in targets for row in rows)
     assert missing and f"{missing} of 10 rows have a target that --info_file lacks; they count as misses" in printed
     assert not {sid for row in rows for sid in row.sid_history} <= targets

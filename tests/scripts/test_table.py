@@ -184,6 +184,15 @@ def test_curves_keep_the_evaluations_of_a_run_apart(tmp_path, capsys):
     assert capsys.readouterr().out.splitlines()[0] == "| after epochs | 0.05 | 0.1 |"
 
 
+def test_seeds_without_an_epoch_together_have_no_mean(tmp_path):
+    for name, epoch in (("a", 0.25), ("b", 0.5)):
+        (tmp_path / name).mkdir()
+        history = [{"eval_loss": 3.0, "epoch": epoch}]
+        (tmp_path / name / "metrics.json").write_text(json.dumps({"history": history}))
+    with pytest.raises(InputError, match="the seeds of 'x' were evaluated at no epoch together; name them apart"):
+        curves(runs=f"x={tmp_path}/a,x={tmp_path}/b")
+
+
 @pytest.mark.parametrize(
     "metrics",
     ["[]", '{"history": 3}', '{"history": [3, {"eval_loss": "x", "epoch": 1}, {"eval_loss": NaN, "epoch": 2}]}'],
