@@ -271,8 +271,8 @@ def evaluate(flags: EvaluateFlags) -> dict[str, float]:
     state = device.process_state()
     nodes.check_same(flags.to_dict())
     if inputs.blend:  # another evaluation may have recorded a weight since the first process looked for one
-        known = inputs.blend.weight, inputs.weighed
-        weight, weighed = nodes.first_decides(lambda: known)
+        found = inputs.blend.weight, inputs.weighed
+        weight, weighed = nodes.first_decides(lambda: found)
         inputs = replace(inputs, blend=replace(inputs.blend, weight=weight), weighed=weighed)
     for line in inputs.notes:
         state.print(line)
