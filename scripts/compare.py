@@ -147,7 +147,7 @@ def main() -> None:
         return
     if "TRAIN_FILE" not in os.environ:
         fail("has no settings here; start it with: bash scripts/compare.sh")
-    methods, seeds = setting("METHODS", "full lora qlora").split(), setting("SEEDS", "1")
+    methods, seeds = [*dict.fromkeys(setting("METHODS", "full lora qlora").split())], setting("SEEDS", "1")
     out, train_file, test_file = Path(os.environ["OUT"]), os.environ["TRAIN_FILE"], os.environ["TEST_FILE"]
     if not re.fullmatch(r"[1-9][0-9]*", seeds):
         fail(f"SEEDS={seeds}: must be a number from 1")
