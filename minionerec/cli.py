@@ -128,11 +128,18 @@ def _out_of_memory(error: BaseException) -> bool:
 
 
 def _what_saves_memory(parameters: dict, values: dict[str, str]) -> str:
-    """The advice of a command without memory: flags that it has and that are not set to that already."""
-    names = [name for name in SAVES_MEMORY if name in parameters and values.get(name, "").lower() != "true"]
-    if "micro_batch_size" in names:
-        names.remove("batch_size")  # there the size of an optimizer step, which accumulates
-    advice = ", ".join(SAVES_MEMORY[name] for name in names)
+    """The advice of a command without memory: flags that it has, that are not set to that already, and that the others
+    do not refuse."""
+    given = {name for name, text in values.items() if text.lower() == "true"}
+    says = {name: text for name, text in SAVES_MEMORY.items() if name in parameters and name not in given}
+    if "micro_batch_size" in says:
+        del says["batch_size"]  # there the size of an optimizer step, which accumulates
+    if given & {"freeze_LLM", "train_from_scratch"}:  # which take no adapter
+        says.pop("use_qlora", None)
+    replaced = [f"--{name}" for name in ("use_lora", "load_in_8bit") if name in given]
+    if replaced and "use_qlora" in says:
+        says["use_qlora"] += f" instead of {' and '.join(replaced)}"
+    advice = ", ".join(says.values())
     if not advice:  # the command only loads a model
         return "out of memory. To run it on the CPU instead of a GPU, put CUDA_VISIBLE_DEVICES= before the command"
     return f"out of memory. What helps, in this order: {advice}"

@@ -182,6 +182,11 @@ def test_running_out_of_memory_ends_with_what_to_try(tmp_path, error):
     [
         (sft.train, {}, "micro_batch_size gradient_checkpointing cutoff_len use_qlora"),
         (sft.train, {"use_qlora": "True", "batch_size": "8"}, "micro_batch_size gradient_checkpointing cutoff_len"),
+        (
+            *(sft.train, {"use_lora": "True", "load_in_8bit": "true"}),
+            "micro_batch_size gradient_checkpointing cutoff_len use_qlora use_lora load_in_8bit",
+        ),
+        (sft.train, {"freeze_LLM": "True"}, "micro_batch_size gradient_checkpointing cutoff_len"),
         (rl.train, {}, "train_batch_size eval_batch_size num_generations gradient_checkpointing use_qlora"),
         (evaluate.evaluate, {}, "batch_size num_beams"),
         (train_sasrec, {}, "batch_size hidden_size"),
