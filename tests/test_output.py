@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from transformers import AutoTokenizer
 
 from minionerec.errors import Problems, RunError
-from minionerec.flags import check_new_file, check_new_folder
+from minionerec.flags import LONGEST_NAME, check_new_file, check_new_folder
 from minionerec.output import whole_file, whole_folder, writing
 from minionerec.plots import SFT_PANELS, plot_curves
 from minionerec.prepare.cleaning import INTERACTION, Spool
@@ -226,3 +226,13 @@ def test_names_that_no_file_system_takes(tmp_path):
         "is too long for a file system; give a shorter path"
     ] * 3
     assert not os.listdir(tmp_path)
+
+
+@pytest.mark.parametrize("ending", [".partial.json", ".metrics.json"])
+def test_what_is_written_next_to_the_longest_name_fits(tmp_path, ending):
+    """It is written last, after hours."""
+    problems, path = Problems(), str(tmp_path / ("x" * LONGEST_NAME))
+    check_new_file(problems, "output", path, "the rankings")
+    check_new_file(problems, "output", f"{path}x", "the rankings")
+    write_json(path + ending, {})
+    assert len(problems) == 1 and os.path.exists(path + ending)
