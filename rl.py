@@ -427,7 +427,8 @@ def grpo_config(
     evaluate_every = math.ceil(flags.eval_step * steps)
     save_every = math.ceil(flags.save_fraction * steps)
     if flags.test_during_training:
-        save_every = evaluate_every * round(flags.save_fraction / flags.eval_step)
+        # Rounding up must not put it behind the last evaluation, or no model but the first could be the best.
+        save_every = evaluate_every * min(round(flags.save_fraction / flags.eval_step), steps // evaluate_every)
     # All completions of a step are one micro-batch, which the trainer makes in passes; an engine counts micro-batches.
     batch, accumulation = flags.train_batch_size, flags.gradient_accumulation_steps
     if not engine():

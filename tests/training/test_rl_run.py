@@ -15,6 +15,7 @@ from rl_trainers import make_trainer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lora_utils
+import rl
 from minionerec.checkpoint import Checkpoint
 from minionerec.decoding import beam_search
 from minionerec.training import rl_run
@@ -215,3 +216,11 @@ def test_evaluation_ranks_the_validation_prompts(sft, tmp_path):
         best.append(trainer.sids[trainer.trie.source[rows[0, 0]]])
     dataset = Dataset.from_dict({"prompt": list(trainer.eval_dataset["prompt"]), "target": best})
     assert set(trainer.evaluate(dataset).values()) == {1.0}
+
+
+def test_a_model_is_saved_where_one_was_evaluated(tmp_path):
+    """Rounded up, a save may come after the last evaluation: then the starting model would always be the best."""
+    flags = rl.RLFlags(output_dir=str(tmp_path), eval_step=0.1, save_steps=0.9)
+    for steps in (1, 2, 35, 71, 100):
+        settings = rl.grpo_config(flags, steps, 4, "mean@10", [1.0], resumes=False)
+        assert settings.save_steps <= steps and settings.save_steps % settings.eval_steps == 0
