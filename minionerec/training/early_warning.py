@@ -55,7 +55,9 @@ class EarlyWarning(TrainerCallback):
         idle = _idle(state)
         if idle and min(idle) == 1:
             self._say(
-                state, f"no group had completions with different rewards: nothing was learned. {self._remedy(args)}"
+                state,
+                "no group had completions with different rewards: nothing was learned from rewards. "
+                f"{self._remedy(args)}",
             )
 
     def _remedy(self, args: TrainingArguments) -> str:

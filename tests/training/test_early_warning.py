@@ -64,6 +64,7 @@ def test_a_run_without_any_signal_does_not_end_without_a_word(capsys):
     lines = said(capsys, idle(*[1.0] * 20), 20, ends=True)
     assert not said(capsys, [*idle(*[1.0] * 20), {"kl": 9.0}], 20, ends=True, first=False)  # another process does
     assert len(lines) == 2 and lines[1].startswith("warning: no group had completions with different rewards: nothing")
+    assert "learned from rewards. " in lines[1]  # from targets, with --sft_weight, maybe
     assert len(said(capsys, idle(*[1.0] * 19, 0.98), 20, ends=True)) == 1
 
 
