@@ -21,7 +21,7 @@ from minionerec.cards import Card, find_card
 from minionerec.data.encoding import Encoder, batches
 from minionerec.data.examples import BATCH_ROWS
 from minionerec.decoding.probe import may_share_rows
-from minionerec.decoding.search_memory import SPARE, cache_gb
+from minionerec.decoding.search_memory import SPARE, feed_forward_width, search_gb
 from minionerec.dryrun import work
 from minionerec.dryrun.memory import GB, Adapt, Prediction, predict
 from minionerec.dryrun.passes import Measured, Step, Work
@@ -194,7 +194,7 @@ def _two_digits(value: float) -> str:
 def _matmul_speed(positions: int, config: PreTrainedConfig, dtype: torch.dtype) -> float:
     """FLOP/s on this device: `positions` hidden states times a feed-forward weight of the model, median of five."""
     text, where = config.get_text_config(), device.local_device()
-    inner = getattr(text, "intermediate_size", None) or 4 * text.hidden_size
+    inner = feed_forward_width(config)
     hidden = torch.ones(positions, text.hidden_size, device=where, dtype=dtype)
     weight = torch.ones(text.hidden_size, inner, device=where, dtype=dtype)
     return 2 * hidden.numel() * weight.shape[1] / _seconds(lambda: hidden @ weight)
@@ -464,10 +464,10 @@ def predict_rl(flags: RLFlags, inputs: Inputs, tokens: int, depth: int, continue
         parts["average"] = parts["gradients"]  # as many float32 values
     # Completions are sampled before a step, in the place of its activations.
     asked = min(completions, completions * flags.gradient_accumulation_steps // group)
-    cache = cache_gb(config, asked, tokens, _beams(flags), depth, on_gpu)
+    cache = search_gb(config, asked, tokens, _beams(flags), depth, on_gpu)
     if flags.test_during_training:
         asked = math.ceil(flags.eval_batch_size / flags.test_beam)
-        cache = max(cache, cache_gb(config, asked, tokens, flags.test_beam, depth, on_gpu))
+        cache = max(cache, search_gb(config, asked, tokens, flags.test_beam, depth, on_gpu))
     parts["cache"] = max(cache - parts["activations"] - parts["logits"], 0.0)
     return replace(result, parts=parts)
 
