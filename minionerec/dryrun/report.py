@@ -25,7 +25,7 @@ from minionerec.decoding.search_memory import SPARE, feed_forward_width, search_
 from minionerec.dryrun import work
 from minionerec.dryrun.memory import GB, Adapt, Prediction, predict
 from minionerec.dryrun.passes import Measured, Step, Work
-from minionerec.errors import Problems
+from minionerec.errors import InputError, Problems
 from minionerec.flags import OPTIMIZERS, AdapterFlags, RunFlags, TrainingFlags, memory_gb
 from minionerec.flags.rl import RLFlags
 from minionerec.flags.sft import SFTFlags
@@ -342,7 +342,7 @@ def largest_micro_batch(
     predicted: Callable[[SFTFlags], float] | None = None,
 ) -> int:
     """How many rows of sft.py to compute in one forward pass: the most that divide the rows of a step on one process
-    and are predicted to fit `memory` (GB) on a GPU, but 1 at least.
+    and are predicted to fit `memory` (GB) on a GPU, but 1 at least; as on a CPU where nothing can be predicted.
 
     Args:
         predicted: of flags, the memory in GB; None for the prediction of the dry run.
@@ -361,7 +361,10 @@ def largest_micro_batch(
     def fits(rows: int) -> bool:
         return total_of(replace(flags, micro_batch_size=rows)) <= (1 - SPARE) * memory
 
-    return sizes[bisect_left(sizes, True, hi=len(sizes) - 1, key=fits)]
+    try:
+        return sizes[bisect_left(sizes, True, hi=len(sizes) - 1, key=fits)]
+    except InputError:  # of an architecture that cannot be predicted, but trained
+        return flags.micro_rows
 
 
 def sft(flags: SFTFlags, inputs: Inputs, training_examples: Callable[[], Dataset]) -> Prediction:
@@ -420,12 +423,19 @@ def largest_pass(flags: RLFlags, inputs: Inputs, tokens: int, depth: int, contin
 
     Args:
         tokens: of the longest prompt.
-        depth, continues: as in `rl`.
+        depth: of completions at most.
+        continues: the checkpoint's own adapter trains on.
     """
-    group, size = flags.num_generations, flags.train_batch_size * flags.gradient_accumulation_steps
+    group, step = flags.num_generations, flags.train_batch_size * flags.gradient_accumulation_steps
+    size = step
     while size > max(flags.train_batch_size, group):
-        of_pass = replace(flags, train_batch_size=size, gradient_accumulation_steps=1)
-        if predict_rl(of_pass, inputs, tokens, depth, continues, on_gpu=True).total <= (1 - SPARE) * memory:
+        # All passes of a step but the first are made while the gradients of earlier ones are there.
+        of_pass = replace(flags, train_batch_size=size, gradient_accumulation_steps=math.ceil(step / size))
+        try:
+            total = predict_rl(of_pass, inputs, tokens, depth, continues, on_gpu=True).total
+        except InputError:  # of an architecture that cannot be predicted, but trained
+            break
+        if total <= (1 - SPARE) * memory:
             return size
         size = math.ceil(size / 2 / group) * group
     return flags.train_batch_size
@@ -458,7 +468,7 @@ def predict_rl(flags: RLFlags, inputs: Inputs, tokens: int, depth: int, continue
     step = _rl_step(flags, config, tokens, depth)
     result = inputs.predict(step, flags, on_gpu, reference_copy=flags.method == "full" and flags.beta > 0)
     parts = dict(result.parts)
-    if continues and flags.beta:
+    if flags.beta and (continues or flags.sync_ref_model):
         parts["adapter"] *= 2  # the reference's
     if flags.average_weights:
         parts["average"] = parts["gradients"]  # as many float32 values
@@ -472,6 +482,7 @@ def predict_rl(flags: RLFlags, inputs: Inputs, tokens: int, depth: int, continue
     return replace(result, parts=parts)
 
 
+    flags = _without_dropout(flags)
 def _beams(flags: RLFlags) -> int:
     """How many completions of a prompt are sampled."""
     return flags.num_generations * 3 // 2 if flags.dynamic_sampling else flags.num_generations
@@ -490,6 +501,11 @@ def rl(flags: RLFlags, inputs: Inputs, prompts: list[list[int]], steps: int, dep
     longest = lengths[-1]
     print(f"\n{len(lengths):,} prompts of {median(lengths):.0f} tokens (median), {longest} at most; {steps:,} steps")
     where = detect_device(flags)
+def _without_dropout(flags: RLFlags) -> RLFlags:
+    """The flags as RL trains by them."""
+    return replace(flags, lora_dropout=0.0) if flags.adapted else flags
+
+
     if not may_share_rows(inputs.config):
         print(f"predicted for completions that each repeat their prompt: {inputs.config.model_type} ignores 4-D masks")
 
@@ -508,8 +524,7 @@ def rl(flags: RLFlags, inputs: Inputs, prompts: list[list[int]], steps: int, dep
     if where.here or where.card:
         of_pass = replace(flags, train_batch_size=size)
         step = _rl_step(of_pass, inputs.config, longest, depth)
-        still = replace(flags, lora_dropout=0.0) if flags.adapted else flags  # RL runs without dropout
-        counted = inputs.count(step, still) if where.on_gpu else found
+        counted = inputs.count(step, _without_dropout(flags)) if where.on_gpu else found
         passes = flags.train_batch_size * flags.gradient_accumulation_steps / size
         of_step = _rl_work(flags, counted, step, passes, median(lengths), depth, found.parts["weights"] * GB)
         of_step += work.update(found.trainable)

@@ -3,6 +3,7 @@
 import json
 import re
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 from architectures import configuration
@@ -14,6 +15,7 @@ from minionerec.dryrun import report
 from minionerec.dryrun.memory import predict
 from minionerec.dryrun.passes import Step
 from minionerec.dryrun.report import smaller_micro_batches, smaller_passes, suggestion
+from minionerec.errors import InputError
 from minionerec.process_memory import rss_gb
 from rl import RLFlags
 from sft import SFTFlags
@@ -56,11 +58,57 @@ def test_a_pass_of_rl_is_as_large_as_the_memory():
     inputs = report.Inputs(config_of("qwen2"), range(96), IDS, None, None, lora_utils.adapt)
     sizes = []
     for completions in (24, 12, 8, 4):  # the next smaller size does not fit in what the one before it needs
-        exact = replace(flags, train_batch_size=completions, gradient_accumulation_steps=1)
+        exact = replace(flags, train_batch_size=completions, gradient_accumulation_steps=24 // completions)
         needed = report.predict_rl(exact, inputs, 200, 4, False, on_gpu=True).total / (1 - report.SPARE)
         sizes.append(report.largest_pass(flags, inputs, 200, 4, False, needed * 1.00001))
     assert sizes == [24, 12, 8, 4]
     assert report.largest_pass(flags, inputs, 200, 4, False, 0.0) == 4
+
+
+def test_passes_of_a_part_of_a_step_come_next_to_gradients(monkeypatch):
+    steps = []
+    monkeypatch.setattr(report, "predict_rl", lambda flags, *_, **__: steps.append(flags) or SimpleNamespace(total=9.0))
+    flags = RLFlags(train_batch_size=4, gradient_accumulation_steps=4, num_generations=4)
+    inputs = report.Inputs(config_of("qwen2"), range(96), IDS, None, None, lora_utils.adapt)
+    assert report.largest_pass(flags, inputs, 200, 4, False, 1.0) == 4
+    sized = [(of.train_batch_size, report._rl_step(of, inputs.config, 200, 4).accumulate) for of in steps]
+    assert sized == [(16, False), (8, True)]
+
+
+def test_what_cannot_be_predicted_trains_as_its_flags_say(monkeypatch):
+    """The message of a dry run would end a run that is none."""
+
+    def refuse(*_: object, **__: object):
+        raise InputError("--dry_run True: the memory cannot be predicted")
+
+    monkeypatch.setattr(report, "predict_rl", refuse)
+    flags = RLFlags(train_batch_size=4, gradient_accumulation_steps=6, num_generations=4)
+    inputs = report.Inputs(config_of("qwen2"), range(96), IDS, None, None, lora_utils.adapt)
+    assert report.largest_pass(flags, inputs, 200, 4, False, 80.0) == 4
+    auto = SFTFlags(batch_size=24, micro_batch_size="auto")
+    assert report.largest_micro_batch(auto, None, None, 80.0, refuse) == auto.micro_rows
+
+
+def parts_of_rl(**flags) -> dict[str, float]:
+    inputs = report.Inputs(config_of("qwen2"), range(96), IDS, None, None, lora_utils.adapt)
+    continues = flags.pop("continues", False)
+    flags = RLFlags(train_batch_size=4, num_generations=2, use_lora=True, **flags)
+    return report.predict_rl(flags, inputs, 20, 4, continues, on_gpu=True).parts
+
+
+def test_rl_is_predicted_without_dropout():
+    assert parts_of_rl(use_dora=True, lora_dropout=0.5) == parts_of_rl(use_dora=True, lora_dropout=0.0)
+
+
+def test_a_reference_that_follows_is_a_second_adapter():
+    one, off = parts_of_rl()["adapter"], {"sync_ref_model": False, "continues": True}
+    two = [parts_of_rl(**way)["adapter"] for way in ({"sync_ref_model": True}, off)]
+    assert two == [2 * one, 2 * one] and parts_of_rl(beta=0.0, continues=True)["adapter"] == one
+
+
+def test_the_logits_of_an_evaluation_count():
+    few, many = (parts_of_rl(eval_batch_size=size)["cache"] for size in (20, 200_000))
+    assert few == 0 and many > 3 * 4 * 200_000 * 96 / report.GB
 
 
 def test_a_micro_batch_of_sft_is_as_large_as_the_memory():
