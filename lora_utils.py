@@ -284,11 +284,8 @@ def check_adapter(config: PreTrainedConfig, flags: AdapterFlags, adapter_path: s
     model = architecture.meta_model(config)
     chosen = LoraConfig.from_pretrained(adapter_path) if adapter_path else lora_config(model, [], flags)
     report = adapter_report(model, chosen, flags.bits)
-    if flags.bits < 16 and not architecture.quantized_weights(model, flags.bits):
-        flag = "--use_qlora True" if flags.bits == 4 else "--load_in_8bit True"
-        raise InputError(
-            f"{flag}: bitsandbytes has no layer for any of {type(model).__name__}; use --use_lora True only"
-        )
+    if flags.bits < 16:
+        architecture.check_quantized(model, flags.bits)
     return report
 
 

@@ -253,7 +253,8 @@ def train(flags: RLFlags) -> "dict | Prediction":
     predictor = report.Inputs(config, tokenizer, sid_token_ids, encoded.encoder, inputs.train_rows, lora_utils.adapt)
     if flags.dry_run:
         print(*adapter_summary, sep="\n", end="\n" if adapter_summary else "")
-        return report.rl(flags, predictor, list(train_dataset["prompt"]), steps, trie.depth, inputs.continues)
+        shape = checkpoint.adapter_shape if checkpoint.adapter is not None else None
+        return report.rl(flags, predictor, list(train_dataset["prompt"]), steps, trie.depth, shape)
     eval_dataset = encoded.eval_dataset
     for note in encoded.notes:
         state.print(note)

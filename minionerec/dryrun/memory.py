@@ -134,7 +134,7 @@ def plan(
     prepare: Callable[[nn.Module], None] | None = None,
 ) -> Planned:
     """The model that would train, and what its weights take; arguments as in `predict`. `prepare` changes the base
-    before the adapter comes."""
+    before the adapter comes. Raises InputError for a base that cannot have the bits."""
     bits, full = flags.bits, flags.method == "full"
     dtype = torch.bfloat16 if on_gpu or bits < 16 else torch.float32
     model = architecture.meta_model(copy.deepcopy(config), torch.float32 if full else dtype)
@@ -144,7 +144,7 @@ def plan(
         with torch.device("meta"):
             model.resize_token_embeddings(vocabulary, mean_resizing=False)
     rounded = {id(layer.weight) for layer in architecture.matrices(model).layers.values()}
-    quantized = list(architecture.quantized_weights(model, bits).values()) if bits < 16 else []
+    quantized = list(architecture.check_quantized(model, bits).values()) if bits < 16 else []
     elsewhere = _quantize_embeddings(model, on_gpu) if bits < 16 else None
 
     # What the base takes, for all layers.

@@ -30,6 +30,7 @@ from minionerec.flags import OPTIMIZERS, AdapterFlags, RunFlags, TrainingFlags, 
 from minionerec.flags.rl import RLFlags
 from minionerec.flags.sft import SFTFlags
 from minionerec.model import device
+from minionerec.model.adapted import check_dora
 from minionerec.model.token_trees import TreeCollator
 from minionerec.training.sft_trainer import step_order
 from minionerec.training.tree_batches import Prefixes, TreeBatches
@@ -58,6 +59,9 @@ class Inputs:
     adapt: Adapt
 
     def predict(self, step: Step, flags: AdapterFlags, on_gpu: bool, reference_copy: bool = False) -> Prediction:
+        """Raises InputError for what the run itself would refuse."""
+        if not on_gpu:
+            check_dora(flags.use_dora, flags.bits, "--use_dora True")
         vocabulary = len(self.tokenizer)
         return predict(self.config, vocabulary, self.sid_token_ids, step, flags, self.adapt, on_gpu, reference_copy)
 
@@ -248,19 +252,32 @@ def suggestion(
     flags: Flags, batch: str, sizes: Sequence[int], memory: float, total_of: Callable[[Flags], float]
 ) -> str:
     """The first settings that fit `memory` GB, as flags, each with the largest of the `sizes` of the flag `batch` that
-    does; they fall. `total_of(flags)` is the predicted total, in GB, which grows with the size."""
+    does; they fall. `total_of(flags)` is the predicted total, in GB, which grows with the size; it may raise
+    InputError."""
     for changes in _settings_to_try(flags):
 
         def fits(rows: int, changes: dict = changes) -> bool:
-            changed: dict = {**changes, batch: rows}
-            return total_of(replace(flags, **changed)) <= memory
+            changed: dict = {**changes, **_of_size(flags, batch, rows)}
+            try:
+                return total_of(replace(flags, **changed)) <= memory
+            except InputError:  # the run would refuse them
+                return False
 
         if fits(sizes[-1]):
             rows = sizes[bisect_left(sizes, True, hi=len(sizes) - 1, key=fits)]
-            said = {name: value for name, value in {**changes, batch: rows}.items() if value != getattr(flags, name)}
+            changed = {**changes, **_of_size(flags, batch, rows)}
+            said = {name: value for name, value in changed.items() if value != getattr(flags, name)}
             return "this fits: " + " ".join(f"--{name} {value}" for name, value in said.items())
     shorter = ", or a smaller --cutoff_len" if isinstance(flags, SFTFlags) else ""
     return f"no other setting tried here fits: take a smaller model{shorter}"
+
+
+def _of_size(flags: TrainingFlags, batch: str, rows: int) -> dict[str, int]:
+    """The flags of a smaller batch in the same optimizer step."""
+    if isinstance(flags, RLFlags):
+        step = flags.train_batch_size * flags.gradient_accumulation_steps
+        return {batch: rows, "gradient_accumulation_steps": step // rows}
+    return {batch: rows}
 
 
 def _divisors(number: int) -> list[int]:
@@ -274,10 +291,12 @@ def smaller_micro_batches(flags: SFTFlags) -> list[int]:
 
 
 def smaller_passes(flags: RLFlags) -> list[int]:
-    """The completions of a pass of rl.py, a half of them and so on, as long as these are whole groups."""
+    """The completions of a pass of rl.py, a half of them and so on, as long as these are whole groups and divide the
+    step."""
     most = flags.train_batch_size
     halves = (most >> times for times in range(most.bit_length()))
-    return [size for size in halves if size % flags.num_generations == 0] or [most]
+    step = most * flags.gradient_accumulation_steps
+    return [size for size in halves if size % flags.num_generations == 0 and step % size == 0] or [most]
 
 
 # --- SFT --------------------------------------------------------------------------------------------------------------
@@ -390,9 +409,8 @@ def sft(flags: SFTFlags, inputs: Inputs, training_examples: Callable[[], Dataset
         return inputs.predict(micro_batches.largest(flags), flags, where.on_gpu)
 
     def suggest() -> str:
-        numbered = replace(flags, micro_batch_size=flags.micro_rows)
         sizes = smaller_micro_batches(flags)
-        return suggestion(numbered, "micro_batch_size", sizes, where.memory, lambda flags: predicted(flags).total)
+        return suggestion(flags, "micro_batch_size", sizes, where.memory, lambda flags: predicted(flags).total)
 
     found = print_memory(predicted(flags), where, suggest)
     if where.here or where.card:
@@ -464,6 +482,7 @@ def _rl_step(flags: RLFlags, config: PreTrainedConfig, tokens: int, depth: int) 
 def predict_rl(flags: RLFlags, inputs: Inputs, tokens: int, depth: int, continues: bool, on_gpu: bool) -> Prediction:
     """The memory of rl.py with passes of `train_batch_size` completions; the other arguments as in `largest_pass`."""
     group, config, completions = flags.num_generations, inputs.config, flags.train_batch_size
+    flags = _without_dropout(flags)
     # The training step.
     step = _rl_step(flags, config, tokens, depth)
     result = inputs.predict(step, flags, on_gpu, reference_copy=flags.method == "full" and flags.beta > 0)
@@ -482,18 +501,24 @@ def predict_rl(flags: RLFlags, inputs: Inputs, tokens: int, depth: int, continue
     return replace(result, parts=parts)
 
 
-    flags = _without_dropout(flags)
+def _without_dropout(flags: RLFlags) -> RLFlags:
+    """The flags as RL trains by them."""
+    return replace(flags, lora_dropout=0.0) if flags.adapted else flags
+
+
 def _beams(flags: RLFlags) -> int:
     """How many completions of a prompt are sampled."""
     return flags.num_generations * 3 // 2 if flags.dynamic_sampling else flags.num_generations
 
 
-def rl(flags: RLFlags, inputs: Inputs, prompts: list[list[int]], steps: int, depth: int, continues: bool) -> Prediction:
+def rl(
+    flags: RLFlags, inputs: Inputs, prompts: list[list[int]], steps: int, depth: int, shape: dict | None
+) -> Prediction:
     """The dry run of rl.py, of its flags, for completions of at most `depth` tokens.
 
     Args:
         prompts: token ids of all training prompts.
-        continues: the checkpoint's own adapter trains on.
+        shape: flags of the checkpoint's own adapter, which an adapter run trains on; None for a whole model.
     """
     print_flags(flags)
     print_tasks(inputs.encoder, inputs.rows_of)
@@ -501,15 +526,12 @@ def rl(flags: RLFlags, inputs: Inputs, prompts: list[list[int]], steps: int, dep
     longest = lengths[-1]
     print(f"\n{len(lengths):,} prompts of {median(lengths):.0f} tokens (median), {longest} at most; {steps:,} steps")
     where = detect_device(flags)
-def _without_dropout(flags: RLFlags) -> RLFlags:
-    """The flags as RL trains by them."""
-    return replace(flags, lora_dropout=0.0) if flags.adapted else flags
-
-
     if not may_share_rows(inputs.config):
         print(f"predicted for completions that each repeat their prompt: {inputs.config.model_type} ignores 4-D masks")
 
     def predicted(flags: RLFlags) -> Prediction:
+        continues = shape is not None and flags.adapted
+        flags = replace(flags, **shape) if shape and flags.adapted else flags  # of settings that are suggested
         return predict_rl(flags, inputs, longest, depth, continues, where.on_gpu)
 
     def suggest() -> str:
@@ -519,6 +541,7 @@ def _without_dropout(flags: RLFlags) -> RLFlags:
     found = print_memory(predicted(flags), where, suggest)
     size = flags.train_batch_size
     if where.on_gpu and found.total <= where.memory:
+        continues = shape is not None and flags.adapted
         size = largest_pass(flags, inputs, longest, depth, continues, where.memory)
         print(f"a run takes passes of up to {size} completions, as many as the memory is predicted to hold")
     if where.here or where.card:

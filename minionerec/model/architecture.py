@@ -17,6 +17,8 @@ from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
 
+from minionerec.errors import InputError
+
 ROUTERS = {"gate", "router", "router_gate", "shared_expert_gate"}  # in the dotted name of a router of experts
 
 
@@ -163,6 +165,17 @@ def quantized_weights(model: PreTrainedModel, bits: int) -> dict[str, nn.Paramet
         if type(module) in (nn.Linear, Conv1D) and should_convert_module(name, skipped)
     }
     return {**layers, **(matrices(model).experts if bits == 4 else {})}
+
+
+def check_quantized(model: PreTrainedModel, bits: int) -> dict[str, nn.Parameter]:
+    """`quantized_weights`. Raises InputError where there are none."""
+    weights = quantized_weights(model, bits)
+    if not weights:
+        flag = "--use_qlora True" if bits == 4 else "--load_in_8bit True"
+        raise InputError(
+            f"{flag}: bitsandbytes has no layer for any of {type(model).__name__}; use --use_lora True only"
+        )
+    return weights
 
 
 def meta_model(config: PreTrainedConfig, dtype: torch.dtype | None = None) -> PreTrainedModel:

@@ -6,14 +6,15 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
+import torch
 from architectures import configuration
 from helpers import refused, rl_flags, run_command, sft_flags
 from models import IDS, config_of
 
 import lora_utils
-from minionerec.dryrun import report
-from minionerec.dryrun.memory import predict
-from minionerec.dryrun.passes import Step
+from minionerec.dryrun import memory, report
+from minionerec.dryrun.memory import Prediction, predict
+from minionerec.dryrun.passes import Measured, Step, Work
 from minionerec.dryrun.report import smaller_micro_batches, smaller_passes, suggestion
 from minionerec.errors import InputError
 from minionerec.process_memory import rss_gb
@@ -29,7 +30,7 @@ def test_a_dry_run_of_rl_takes_plain_rows_where_rl_does(architecture, monkeypatc
     monkeypatch.setattr(report, "predict", lambda *a, **k: steps.append(a[3]) or predict(*a, **k))
     flags = RLFlags(beta=0.0, gpu_memory="12GB", train_batch_size=4, num_generations=2, test_during_training=False)
     inputs = report.Inputs(configuration(architecture), range(96), [], None, None, lora_utils.adapt)
-    found = report.rl(flags, inputs, [[1] * 20], 1, 4, continues=False)
+    found = report.rl(flags, inputs, [[1] * 20], 1, 4, shape=None)
     assert steps[0] == Step(4, 24, 16, False, False, rewarded=True) and found.total > 0
     assert "each repeat their prompt" in capsys.readouterr().out
 
@@ -49,7 +50,7 @@ def test_a_target_to_learn_is_one_more_completion(architecture, step, monkeypatc
     monkeypatch.setattr(report, "predict", lambda *a, **k: steps.append(a[3]) or predict(*a, **k))
     flags = RLFlags(gpu_memory="12GB", train_batch_size=4, num_generations=2, sft_weight=1.0)
     inputs = report.Inputs(configuration(architecture), range(96), [], None, None, lora_utils.adapt)
-    report.rl(flags, inputs, [[1] * 20], 1, 4, continues=False)
+    report.rl(flags, inputs, [[1] * 20], 1, 4, shape=None)
     assert steps[0] == step
 
 
@@ -206,6 +207,62 @@ def test_what_the_other_flags_refuse_is_not_tried():
     assert {way.bits for way in tried} == {16} and len(tried) == 3
 
 
+def test_rows_are_said_where_auto_would_take_more(monkeypatch, capsys):
+    """On a CPU auto takes 16 rows with 4 bits, and 8 without."""
+    monkeypatch.setattr(report, "print_flags", lambda flags: None)
+    monkeypatch.setattr(report, "print_tasks", lambda *_: report.Tasks(32, 320, 10, 4))
+    monkeypatch.setattr(report, "detect_device", lambda _: report.Device("a CPU", 1.0, on_gpu=False))
+
+    def predict(_: object, step: Step, flags: SFTFlags, on_gpu: bool) -> Prediction:
+        return Prediction({"weights": step.rows / (8 if flags.use_qlora else 0.5)}, 1, Work(), Work(), Work())
+
+    monkeypatch.setattr(report.Inputs, "predict", predict)
+    inputs = report.Inputs(config_of("qwen2"), range(96), IDS, None, None, lora_utils.adapt)
+    report.sft(SFTFlags(use_lora=True, micro_batch_size="auto", batch_size=32, pack_rows=0), inputs, list)
+    printed = capsys.readouterr().out
+    assert "this does: --use_qlora True --use_lora False --micro_batch_size 8\n" in printed
+
+
+def test_bits_that_an_architecture_refuses_are_not_suggested(monkeypatch):
+    """Of Falcon bitsandbytes takes no layer, and DoRA on a CPU no base in 8 bits."""
+    monkeypatch.setattr(memory, "run", lambda *_: Measured(0, 0, 0, Work(), Work(), Work()))
+    monkeypatch.setattr(report.device, "local_device", lambda: torch.device("cpu"))
+
+    def suggested(architecture: str, on_gpu: bool, **flags) -> list[int]:
+        inputs = report.Inputs(configuration(architecture), range(96), IDS, None, None, lora_utils.adapt)
+        tried = []
+
+        def total(flags: SFTFlags) -> float:
+            inputs.predict(Step(1, 8, 2), flags, on_gpu)
+            tried.append(flags.bits)
+            return 1.0
+
+        suggestion(SFTFlags(micro_batch_size=1, **flags), "micro_batch_size", [1], 0.0, total)
+        return sorted(set(tried))
+
+    assert suggested("falcon", True) == [16]
+    assert suggested("qwen2", False, use_lora=True, use_dora=True) == [4, 16]
+
+
+def test_an_adapter_that_is_suggested_has_the_shape_of_the_checkpoint(monkeypatch, capsys):
+    monkeypatch.setattr(report, "print_flags", lambda flags: None)
+    monkeypatch.setattr(report, "print_tasks", lambda *_: None)
+    seen, flags = [], RLFlags(train_batch_size=4, num_generations=2, gpu_memory="0.001GB")
+    inputs = report.Inputs(config_of("qwen2"), range(96), IDS, None, None, lora_utils.adapt)
+    whole = Prediction({"weights": 1.0}, 1, Work(), Work(), Work())
+
+    def predict_rl(flags: RLFlags, *arguments: object):
+        seen.append((flags.method, flags.lora_r, arguments[3]))
+        return whole
+
+    monkeypatch.setattr(report, "predict_rl", predict_rl)
+    report.rl(flags, inputs, [[1] * 20], 1, 4, shape={"lora_r": 64})
+    assert set(seen) == {("full", 16, False), ("lora", 64, True), ("qlora", 64, True)}
+    seen.clear()
+    report.rl(flags, inputs, [[1] * 20], 1, 4, shape=None)
+    assert set(seen) == {("full", 16, False), ("lora", 16, False), ("qlora", 16, False)}
+
+
 def test_random_weights_are_not_told_to_take_an_adapter():
     tried = []
     flags = SFTFlags(train_from_scratch=True)
@@ -218,7 +275,19 @@ def test_what_is_suggested_would_be_taken():
     assert smaller_micro_batches(SFTFlags(batch_size=30, micro_batch_size=30)) == [30, 15, 10, 6, 5, 3, 2, 1]
     assert smaller_micro_batches(SFTFlags(batch_size=24, micro_batch_size=8)) == [8, 6, 4, 3, 2, 1]
     assert smaller_passes(RLFlags(train_batch_size=24, num_generations=4)) == [24, 12]
+    assert smaller_passes(RLFlags(train_batch_size=68, num_generations=4)) == [68, 4]  # not 8
     assert smaller_passes(RLFlags(train_batch_size=8, num_generations=16, gradient_accumulation_steps=2)) == [8]
+
+
+def test_a_smaller_pass_leaves_the_step_of_rl_as_large():
+    flags, tried = RLFlags(use_qlora=True, train_batch_size=24, num_generations=4, gradient_accumulation_steps=2), []
+
+    def total(changed: RLFlags) -> float:
+        tried.append(changed.train_batch_size * changed.gradient_accumulation_steps)
+        return float(changed.train_batch_size)
+
+    said = suggestion(flags, "train_batch_size", smaller_passes(flags), 12.0, total)
+    assert said == "this does: --train_batch_size 12 --gradient_accumulation_steps 4" and set(tried) == {48}
 
 
 def test_rl_is_not_told_of_a_flag_that_it_lacks():

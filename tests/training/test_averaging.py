@@ -152,8 +152,7 @@ def test_the_dry_run_counts_it(monkeypatch, method):
     inputs = report.Inputs(configuration("qwen2"), range(96), [5], None, None, lora_utils.adapt)
     flags = {**METHOD[method], "gpu_memory": "12GB", "train_batch_size": 4, "num_generations": 2}
     plain, averaged = (
-        report.rl(rl.RLFlags(**flags, average_weights=on), inputs, [[1] * 20], 1, 4, continues=False)
-        for on in (False, True)
+        report.rl(rl.RLFlags(**flags, average_weights=on), inputs, [[1] * 20], 1, 4, shape=None) for on in (False, True)
     )
     trained = averaged.trainable * 4 / 1e9
     assert averaged.total - plain.total == pytest.approx(trained)
