@@ -220,7 +220,7 @@ def test_rows_are_said_where_auto_would_take_more(monkeypatch, capsys):
     inputs = report.Inputs(config_of("qwen2"), range(96), IDS, None, None, lora_utils.adapt)
     report.sft(SFTFlags(use_lora=True, micro_batch_size="auto", batch_size=32, pack_rows=0), inputs, list)
     printed = capsys.readouterr().out
-    assert "this does: --use_qlora True --use_lora False --micro_batch_size 8\n" in printed
+    assert "this fits: --use_qlora True --use_lora False --micro_batch_size 8\n" in printed
 
 
 def test_bits_that_an_architecture_refuses_are_not_suggested(monkeypatch):
@@ -287,7 +287,7 @@ def test_a_smaller_pass_leaves_the_step_of_rl_as_large():
         return float(changed.train_batch_size)
 
     said = suggestion(flags, "train_batch_size", smaller_passes(flags), 12.0, total)
-    assert said == "this does: --train_batch_size 12 --gradient_accumulation_steps 4" and set(tried) == {48}
+    assert said == "this fits: --train_batch_size 12 --gradient_accumulation_steps 4" and set(tried) == {48}
 
 
 def test_rl_is_not_told_of_a_flag_that_it_lacks():
