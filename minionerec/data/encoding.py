@@ -2,7 +2,7 @@
 
 import math
 import re
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from itertools import chain, islice, product, takewhile
@@ -178,6 +178,9 @@ class Encoder:
         def ids_of(fields: dict[str, str]) -> list[int]:
             return self._prompts(task, [fields], self._with_control_tokens(task, [fields]))[0]
 
+        def tokens_of(fields: dict[str, str], name: str, kept: int) -> int:
+            return len(ids_of({**fields, name: fields[name][:kept]}))
+
         # The oldest items go first, as few as will do; their number is searched by halves.
         if isinstance(row, Interaction):
             without_oldest, numbers = row.without_oldest, range(1, len(row.sid_history))
@@ -191,8 +194,9 @@ class Encoder:
             longest = max(names, key=lambda name: len(fields[name]), default=None)
             if longest is None or not fields[longest]:
                 return ids[:budget]  # the instruction by itself is too long
-            # A token covers at least one character, so each pass removes at most as many tokens as needed.
-            fields[longest] = fields[longest][: -(len(ids) - budget)]
+            # A character may be several tokens, so how many characters stay is searched by halves.
+            kept = bisect_right(range(len(fields[longest])), budget, key=partial(tokens_of, fields, longest)) - 1
+            fields[longest] = fields[longest][: max(kept, 0)]
             ids = ids_of(fields)
         return ids
 

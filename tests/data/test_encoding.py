@@ -71,6 +71,15 @@ def test_nothing_is_longer_than_the_cutoff(tokenizer):
         assert tokenizer.decode(prompt).startswith(("A customer", "Give the"))
 
 
+@pytest.mark.parametrize("text", ["中文商品描述" * 60, "🔩 " * 150, "Bolt M8, " * 90])
+def test_a_long_text_keeps_all_that_fits_also_where_a_character_is_several_tokens(tokenizer, text):
+    prompts = load_prompts("bolts", tasks="description_to_sid")
+    encoder = Encoder(tokenizer, prompts, 512)
+    (ids,) = encoder.encode_prompts(prompts.tasks["description_to_sid"], [Item("<a_0>", "", text)], [200])
+    assert 200 - 4 < len(ids) <= 200
+    assert tokenizer.decode(ids).split("Description: ")[1].startswith(text[:20])
+
+
 def test_prompts_are_padded_on_the_left():
     for prompts in ([[1, 2], [3]], [np.array([1, 2], dtype=np.int32), np.array([3])]):
         ids, mask = left_padded(prompts, 9)
