@@ -70,7 +70,10 @@ class Pieces:
         """Whether split texts give the ids of whole ones, tried with many kinds of text around each split."""
         if self.tokenizer.pre_tokenizer is None:
             return False
-        added = [token.content for token in self.tokenizer.get_added_tokens_decoder().values()][-2:]  # SID tokens
+        added = [token.content for token in self.tokenizer.get_added_tokens_decoder().values()]
+        if any(len(self.split(f"{content}x")[0]) < len(content) for content in added):  # such as `<type: drill>`
+            return False
+        added = added[-2:]  # SID tokens
         around = [*added, *["word", "7", "3/4", "(x)", "'s", '"', ",", "é", "漢字", "®", "<", "-", "A1", "..", "́", "_"]]
         texts = [f"{before}{mark}{after}" for before, mark, after in product(around, (", ", ": ", "\n"), around)]
         split = [self.split(text) for text in texts]

@@ -134,3 +134,14 @@ def test_pieces_give_the_tokens_of_the_whole_text(pre_tokenizer):
     expected = [tokenizer.encode(text, add_special_tokens=False).ids for text in TEXTS]
     assert pieces.encode(TEXTS) == expected
     assert pieces.encode(TEXTS) == expected  # from memory
+
+
+@pytest.mark.parametrize("content", ["<type: drill>", "<drill, small>", "<drill>, "])
+def test_a_token_that_a_split_would_cut_turns_splitting_off(content):
+    tokenizer = Tokenizer(models.BPE(dict(zip(pre_tokenizers.ByteLevel.alphabet(), range(256), strict=True)), []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.add_tokens([AddedToken(token, normalized=False) for token in ("\n\n", "<a_1>", "<b_2>")])
+    assert Pieces(tokenizer).splits
+    tokenizer.add_tokens([AddedToken(token, normalized=False) for token in (content, "<c_3>", "<c_4>")])
+    text = f"Purchases: <a_1>{content}<b_2>, <a_1><b_2>"
+    assert Pieces(tokenizer).encode([text]) == [tokenizer.encode(text, add_special_tokens=False).ids]
