@@ -17,7 +17,7 @@ from minionerec import cli, sasrec_files, soft_targets, world
 from minionerec.checkpoint import check_base, run_record
 from minionerec.data.files import Catalogue, Interaction, Item, read_catalogue, read_interactions, sample_rows
 from minionerec.data.prompts import Prompts, load_prompts
-from minionerec.data.texts import ValidationRows, check_interactions, items_left_out
+from minionerec.data.texts import ValidationRows, check_interactions, items_left_out, usable
 from minionerec.errors import Problems
 from minionerec.flags import command, engine
 from minionerec.flags.sft import SFTFlags
@@ -35,8 +35,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SFTInput:
-    """The files of a run, checked: wording of training and validation, catalogue, how many rows there are to train on,
-    and lines about rows that are left out."""
+    """The files of a run, checked: wording of training and validation, catalogue, how many rows of the training file
+    have the texts of a task, and lines about rows that are left out."""
 
     flags: SFTFlags
     prompts: Prompts
@@ -50,10 +50,10 @@ class SFTInput:
         """Starts a pass over the interactions or items to train on."""
         flags = self.flags
         if kind == "item":
-            items = self.catalogue.items_with_text()
+            items = list(usable(self.catalogue.items_with_text(), self.prompts, kind))
             return sample_rows(items, len(items), flags.sample, flags.seed)
-        rows = read_interactions(flags.train_file, "train_file", self.catalogue.sids, self.prompts.need_titles)
-        rows = sample_rows(rows, self.num_rows, flags.sample, flags.seed)
+        read = read_interactions(flags.train_file, "train_file", self.catalogue.sids, self.prompts.need_titles)
+        rows = sample_rows(usable(read, self.prompts, kind), self.num_rows, flags.sample, flags.seed)
         return soft_targets.with_sampled(rows, flags.cf_path, flags.seed) if flags.cf_path else rows
 
     def eval_rows(self, _kind: str) -> Iterable[Interaction]:
@@ -86,7 +86,7 @@ def read_input(flags: SFTFlags) -> SFTInput:
         flags.eval_file, catalogue.sids, eval_prompts, eval_checked.num_usable, flags.eval_sample, flags.seed
     )
     notes += validation.notes
-    return SFTInput(flags, prompts, eval_prompts, catalogue, checked.num_rows, validation, notes)
+    return SFTInput(flags, prompts, eval_prompts, catalogue, checked.num_usable, validation, notes)
 
 
 def next_smaller(rows: int, batch_size: int) -> int:

@@ -2,10 +2,13 @@
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import TypeVar
 
-from minionerec.data.files import Catalogue, Interaction, check_rows, read_interactions, sample_rows
+from minionerec.data.files import Catalogue, Interaction, Item, check_rows, read_interactions, sample_rows
 from minionerec.data.prompts import Prompts
 from minionerec.errors import Problems
+
+R = TypeVar("R", Interaction, Item)
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,12 @@ def _row_with(target: bool, history: bool) -> Interaction:
     return Interaction(["sid"], ["title" * history], "sid", "title" * target)
 
 
+def usable(rows: Iterable[R], prompts: Prompts, kind: str) -> Iterator[R]:
+    """The rows, each an "interaction" or an "item" as `kind` says, that have the texts of at least one task."""
+    tasks = [task for task in prompts.tasks.values() if task.rows == kind]
+    return (row for row in rows if any(task.suits(row) for task in tasks))
+
+
 @dataclass(frozen=True)
 class ValidationRows:
     """The rows of --eval_file that a training validates on: `sample` of the `count` that have the texts of at least one
@@ -54,10 +63,8 @@ class ValidationRows:
     seed: int
 
     def __iter__(self) -> Iterator[Interaction]:
-        tasks = [task for task in self.prompts.tasks.values() if task.rows == "interaction"]
         rows = read_interactions(self.path, "eval_file", self.sids, self.prompts.need_titles)
-        usable = (row for row in rows if any(task.suits(row) for task in tasks))
-        return sample_rows(usable, self.count, self.sample, self.seed)
+        return sample_rows(usable(rows, self.prompts, "interaction"), self.count, self.sample, self.seed)
 
     @property
     def notes(self) -> list[str]:

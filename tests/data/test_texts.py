@@ -1,4 +1,6 @@
 import csv
+import json
+from pathlib import Path
 
 import pytest
 from helpers import COLUMNS, rl_flags, run_command, sft_flags
@@ -7,6 +9,8 @@ from minionerec.data.files import read_interactions
 from minionerec.data.prompts import load_prompts
 from minionerec.data.texts import ValidationRows, check_interactions
 from minionerec.errors import Problems
+from minionerec.flags.sft import SFTFlags
+from sft import read_input
 
 
 @pytest.fixture
@@ -59,3 +63,23 @@ def test_both_trainings_sample_their_validation_and_say_so(files, base, checkpoi
     result = run_command(command, **flags)
     assert result.returncode == 0, result.stderr[-2000:]
     assert f"{files['valid']}: validating on 3 of 10 rows (--eval_sample)" in result.stdout and said in result.stdout
+
+
+def test_training_takes_a_sample_of_the_rows_and_items_that_it_can_use(files, base, tmp_path):
+    """One of a few that have a title, and not one of the many that have none."""
+    with open(files["train"], encoding="utf-8", newline="") as file:
+        head, *rows = csv.reader(file)
+    place = head.index("item_title")
+    for row in rows[1:]:
+        row[place] = ""
+    with open(tmp_path / "train.csv", "w", encoding="utf-8", newline="") as file:
+        csv.writer(file).writerows([head, *rows])
+    items = json.loads(Path(files["item"]).read_text(encoding="utf-8"))
+    for item in list(items)[1:]:
+        del items[item]["title"]
+    (tmp_path / "item.json").write_text(json.dumps(items), encoding="utf-8")
+    flags = sft_flags(files, base, tmp_path / "run", sample=1, tasks="sid_history_to_title,title_to_sid")
+    flags |= {"train_file": str(tmp_path / "train.csv"), "item_meta_path": str(tmp_path / "item.json")}
+    inputs = read_input(SFTFlags(**{**flags, "output_dir": str(tmp_path / "run")}))
+    (row,), (item,) = inputs.train_rows("interaction"), inputs.train_rows("item")
+    assert row.title == rows[0][place] and item == next(iter(inputs.catalogue.items.values()))
