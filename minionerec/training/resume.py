@@ -85,6 +85,9 @@ def resume_point(flags: RunFlags, run: dict, say: Callable[[str], None]) -> Chec
             say(f"warning: --{name} is {here[name]} here, and {path} does not record it")
         elif here[name] != there[name]:
             say(f"warning: --{name} is {here[name]} here and was {there[name]} up to {path}")
+    same = all(here.get(name) == there.get(name) for name in ("category", "prompt_file", "tasks"))  # else said above
+    if same and recorded.get("prompts") not in (None, run.get("prompts")):
+        say(f"warning: the wording of the prompts is not what it was up to {path}")
     for name, content in run.get("data", {}).items():
         if recorded.get("data", {}).get(name, content) != content:
             say(f"warning: --{name} {here[name]}: its content is not what it was up to {path}")

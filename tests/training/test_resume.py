@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from minionerec import __version__
 from minionerec.checkpoint import Checkpoint
+from minionerec.data.prompts import load_prompts
 from minionerec.errors import InputError
 from minionerec.flags import RunFlags
 from minionerec.training import resume
@@ -208,6 +209,21 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path, changed, message):
     assert said[-1].startswith("warning: --train_file train.csv: its content is not what it was up to ")
     with pytest.raises(InputError, match=message):
         resume_point(flags, {**RUN, **changed}, said.append)
+
+
+def test_another_wording_in_the_same_prompt_file_is_said(tmp_path):
+    folder = tmp_path / "checkpoint-5"
+    folder.mkdir()
+    run = {**RUN, "prompts": load_prompts("bolts").to_json()}
+    run["flags"] = {**RUN["flags"], "prompt_file": "prompts.json"}
+    (folder / "trainer_state.json").write_text('{"global_step": 5}')
+    (folder / "minionerec.json").write_text(json.dumps(run))
+    (folder / "optimizer.pt").touch()
+    said, flags = [], RunFlags(output_dir=str(tmp_path), resume_from_checkpoint="True")
+    assert resume_point(flags, run, said.append) and not said[1:]
+    other = {**run, "prompts": {**run["prompts"], "template": "{instruction} {input}\n"}}
+    assert resume_point(flags, other, said.append)
+    assert said[-1] == f"warning: the wording of the prompts is not what it was up to {folder}"
 
 
 def test_a_truncated_checkpoint_is_never_resumed(tmp_path):
