@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
 
 from minionerec.checkpoint import RUN_FILE, is_complete
 from minionerec.errors import InputError
@@ -119,10 +120,11 @@ class SavedRun(AnyEngine):
         return scheduler
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """As the Trainer's, but the learning rates are those of this run's flags: a checkpoint brings its own back."""
+        """As the Trainer's, but the learning rates are those of this run's flags and of its steps: a checkpoint brings
+        its own back."""
         super()._load_optimizer_and_scheduler(checkpoint)
-        scheduler: Any = getattr(self.lr_scheduler, "scheduler", self.lr_scheduler)  # accelerate wraps it
-        if checkpoint is None or scheduler.base_lrs == self._rates:
+        scheduler = getattr(self.lr_scheduler, "scheduler", self.lr_scheduler)  # accelerate wraps it
+        if checkpoint is None or not isinstance(scheduler, LambdaLR):
             return
         scheduler.base_lrs = self._rates
         shares = [share(scheduler.last_epoch) for share in scheduler.lr_lambdas]

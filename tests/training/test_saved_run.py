@@ -69,6 +69,16 @@ def test_a_resumed_run_takes_the_rate_and_the_evaluations_of_its_flags(tmp_path)
     assert [entry["step"] for entry in log if "eval_loss" in entry] == [3, 6, 12, 24]
 
 
+def test_a_finished_run_that_goes_on_takes_the_rate_of_its_longer_schedule_at_once(tmp_path):
+    """The schedule of one epoch ended at 0."""
+    settings = {"max_steps": -1, "num_train_epochs": 1, "save_strategy": "steps", "lr_scheduler_type": "linear"}
+    trainer_of(tmp_path, 2, count=2, **settings).train()
+    resumed = trainer_of(tmp_path, 2, count=2, **{**settings, "num_train_epochs": 2})
+    resumed.train(Checkpoint.read(newest_checkpoint(resumed.args.output_dir)))
+    rates = [entry["learning_rate"] for entry in resumed.state.log_history if "learning_rate" in entry]
+    assert rates == pytest.approx([1e-2, 5e-3])
+
+
 def test_the_log_of_a_resumed_run_is_that_of_the_whole_one(tmp_path):
     """Its checkpoint is of step 6, and its log has entries at 5 and 10: the losses of step 6 count in the second."""
     logs = []
