@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from transformers import TrainerState
 
 from minionerec import world
-from minionerec.checkpoint import Checkpoint, digest, is_complete, newest_checkpoint
+from minionerec.checkpoint import Checkpoint, digest, is_complete, newest_checkpoint, read_json
 from minionerec.errors import InputError
 from minionerec.flags import AdapterFlags, RunFlags, engine
 from minionerec.training import nodes
@@ -38,8 +38,9 @@ def resume_point(flags: RunFlags, run: dict, say: Callable[[str], None]) -> Chec
         run: what this run will record, see `checkpoint.run_record`.
         say: prints a line in the first process.
 
-    Raises InputError for a checkpoint that was not written to its end, that belongs to a different run (of another
-    command, method, adapter or base), or whose optimizer state does not fit the engine of this run.
+    Raises InputError for a checkpoint that was not written to its end, that is not the last one in the output folder,
+    that belongs to a different run (of another command, method, adapter or base), or whose optimizer state does not fit
+    the engine of this run.
     """
     path = nodes.first_decides(lambda: _path_of(flags, say))
     if path is None:
@@ -47,6 +48,13 @@ def resume_point(flags: RunFlags, run: dict, say: Callable[[str], None]) -> Chec
     checkpoint = Checkpoint.read(path)
     nodes.check_same({}, **{f"--resume_from_checkpoint {path}": digest(os.path.join(path, "trainer_state.json"))})
     checkpoint.check_trainer_state({field.name for field in fields(TrainerState)})
+    step = read_json(os.path.join(path, "trainer_state.json"))["global_step"]
+    newest = newest_checkpoint(flags.output_dir)
+    if newest and int(newest.rpartition("-")[2]) > step:  # from which True would go on after a stop
+        raise InputError(
+            f"--resume_from_checkpoint {path}: {flags.output_dir} holds a later checkpoint, {newest}, which this run "
+            "would leave behind; remove the later ones, or name another --output_dir"
+        )
     # An optimizer that starts anew would silently train other weights. DeepSpeed keeps its own in global_step*.
     if not any(name.startswith(("optimizer", "global_step")) for name in os.listdir(path)):
         raise InputError(

@@ -236,3 +236,20 @@ def test_a_truncated_checkpoint_is_never_resumed(tmp_path):
     with pytest.raises(InputError, match="is not a complete checkpoint"):
         resume_point(replace(flags, resume_from_checkpoint=str(tmp_path / "checkpoint-10")), RUN, said.append)
     assert json.loads((tmp_path / "checkpoint-5" / "trainer_state.json").read_text())["global_step"] == 5
+
+
+def test_no_later_checkpoint_is_left_behind(tmp_path):
+    """A stop would name it, and True would take it, instead of what was trained since."""
+    for step in (5, 10):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(f'{{"global_step": {step}}}')
+        (tmp_path / f"checkpoint-{step}" / "minionerec.json").write_text(json.dumps(RUN))
+        (tmp_path / f"checkpoint-{step}" / "optimizer.pt").touch()
+    flags = RunFlags(output_dir=str(tmp_path), resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
+    (problem,) = problems_of(resume_point, flags=flags, run=RUN, say=print)
+    assert f"{tmp_path} holds a later checkpoint, {tmp_path}/checkpoint-10, which" in problem
+    for good in (
+        replace(flags, output_dir=str(tmp_path / "new")),
+        replace(flags, resume_from_checkpoint=str(tmp_path / "checkpoint-10")),
+    ):
+        assert resume_point(good, RUN, print).path == good.resume_from_checkpoint
