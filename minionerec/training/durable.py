@@ -82,6 +82,10 @@ class DurableRun(SavedRun):
         """As the Trainer's, but trains nothing if the run it resumes had already stopped early."""
         stops = (c for c in self.callback_handler.callbacks if isinstance(c, EarlyStoppingCallback))
         if any(stop.early_stopping_patience_counter >= stop.early_stopping_patience for stop in stops):
+            self.accelerator.print(
+                f"nothing is left to train: {self._failures.resumed} is of a run that stopped early; its best "
+                "checkpoint becomes final_checkpoint"
+            )
             self.control.should_training_stop = True
         else:
             super()._run_epoch(*args, **kwargs)

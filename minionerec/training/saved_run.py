@@ -92,7 +92,7 @@ class SavedRun(AnyEngine):
         self, max_steps: int, steps_per_epoch: int, epochs: int, resume_from_checkpoint: str | None, trial: None
     ) -> tuple[int, int]:
         """As the Trainer's, which looks for the best checkpoint at its recorded path. Here it is looked for next to the
-        checkpoint that the run resumes from, because the run's folder may have been moved."""
+        checkpoint that the run resumes from first, because the run's folder may have been moved."""
         with _without_log("The best checkpoint", "Warning: The following arguments do not match"):
             trained = super()._init_training_state(max_steps, steps_per_epoch, epochs, resume_from_checkpoint, trial)
         self.state.compute_steps(self.args, max_steps)  # else evaluations and saves are those of the earlier run
@@ -103,7 +103,9 @@ class SavedRun(AnyEngine):
             if os.path.isdir(self.args.output_dir) and os.path.samefile(folder, self.args.output_dir):
                 # The Trainer keeps the best checkpoint by comparing paths as text, so they must be spelled alike.
                 folder = self.args.output_dir
-            best = os.path.join(folder, f"checkpoint-{step}")
+            best, recorded = os.path.join(folder, f"checkpoint-{step}"), self.state.best_model_checkpoint
+            if recorded and is_complete(recorded) and not is_complete(best):  # the run resumed from another folder
+                best = recorded
             self.state.best_model_checkpoint = best if is_complete(best) else None
             if not is_complete(best):
                 self.accelerator.print(f"warning: the best checkpoint, {best}, no longer exists")

@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 from models import make_model, trainer_of
-from transformers import EarlyStoppingCallback, TrainerCallback
+from transformers import EarlyStoppingCallback, TrainerCallback, TrainerState
 
 from minionerec.checkpoint import Checkpoint
 from minionerec.errors import InputError
@@ -164,7 +164,20 @@ def test_a_best_checkpoint_that_is_gone_is_named(tmp_path, capfd):
     assert "checkpoint-2, no longer exists" in capfd.readouterr().out
 
 
-def test_a_run_that_stopped_early_has_nothing_left_to_train(tmp_path):
+def test_a_best_checkpoint_is_found_in_the_folder_that_the_run_came_from(tmp_path, capfd):
+    """It resumed from there into a new one, and has been stopped since."""
+    trainer = trainer_of(tmp_path, 2)
+    best, newest = tmp_path / "old" / "checkpoint-2", os.path.join(trainer.args.output_dir, "checkpoint-4")
+    for folder, step in ((str(best), 2), (newest, 4)):
+        os.makedirs(folder)
+        state = TrainerState(global_step=step, best_global_step=2, best_model_checkpoint=str(best), train_batch_size=2)
+        state.save_to_json(os.path.join(folder, "trainer_state.json"))
+    trainer._init_training_state(12, 4, 3, newest, None)
+    assert trainer.state.best_model_checkpoint == str(best)
+    assert "no longer exists" not in capfd.readouterr().out
+
+
+def test_a_run_that_stopped_early_has_nothing_left_to_train(tmp_path, capfd):
     runs = []
     for resume in (False, True):
         trainer = watched(tmp_path, [1.0, 2.0, 3.0, 0.5])
@@ -172,6 +185,7 @@ def test_a_run_that_stopped_early_has_nothing_left_to_train(tmp_path):
         trainer.train(Checkpoint.read(newest_checkpoint(trainer.args.output_dir)) if resume else None)
         assert (trainer.state.global_step, trainer.best_checkpoint) == (6, "checkpoint-2")
         runs.append(trained_weights(trainer))
+        assert ("/checkpoint-6 is of a run that stopped early" in capfd.readouterr().out) == resume
     assert all(torch.equal(runs[1][name], weight) for name, weight in runs[0].items())
 
 
