@@ -28,7 +28,7 @@ from minionerec.data.files import (
     sample_rows,
     shorten,
 )
-from minionerec.data.items import Items, read_targets, share_sids
+from minionerec.data.items import ExcludeSeen, Items, left_out, read_targets, share_sids
 from minionerec.data.prompts import RECOMMENDATION, Prompts, Task
 from minionerec.errors import InputError, Problems
 from minionerec.flags import (
@@ -53,6 +53,7 @@ from minionerec.metrics import (
     metrics_of_groups,
     popularity,
     rank_of,
+    rank_without,
     ranking_metrics,
     watched_cutoff,
 )
@@ -102,6 +103,11 @@ class EvaluateFlags(PromptFlags, BlendFlags, DeviceFlags):
     )
     max_new_tokens: int = flag(256, "the most tokens a SID may have.", above_zero)
     num_beams: int = flag(50, "items ranked per row.", above_zero)
+    exclude_seen: bool | Literal["earlier"] = flag(
+        False,
+        "do not rank the SIDs of the history; earlier: all but the last one. For metrics of what recommend.py gives "
+        "with this flag.",
+    )
     temperature: float = flag(
         1.0, "accepted for MiniOneRec's argument lists; no effect, because beams are not sampled.", above_zero
     )
@@ -206,8 +212,15 @@ def read_input(flags: EvaluateFlags) -> EvaluateInput:
     known = set(sids)
     if outside := sum(example.sid not in known for example in examples):
         notes.append(f"{outside} of {len(examples)} rows have a target that --info_file lacks; they count as misses")
+    if lost := sum(row.sid in seen_of(row, flags.exclude_seen) for row in examples):
+        notes.append(f"{lost} of {len(examples)} rows have a target that --exclude_seen leaves out")
     notes += checkpoint.notes_on_wording(prompts, flags.category, flags.prompt_file)
     return EvaluateInput(*(checkpoint, base, prompts, sids, items, targets, examples, blend, eval_file, weighed, notes))
+
+
+def seen_of(row: Interaction, exclude_seen: ExcludeSeen) -> set[str]:
+    """The SIDs of a row's history that are not ranked."""
+    return left_out([[sid] for sid in row.sid_history], exclude_seen)
 
 
 def _check_targets(
@@ -316,7 +329,7 @@ def evaluate(flags: EvaluateFlags) -> dict[str, float]:
     if inputs.weighed:
         choose_weight(flags, inputs, ranker, state.is_main_process)
     decoding = time.perf_counter()
-    rankings = ranker.rank(prompts, flags.length_penalty, inputs.examples)
+    rankings = ranker.rank(prompts, flags.length_penalty, inputs.examples, flags.exclude_seen)
     decode_seconds = time.perf_counter() - decoding
     ranks = [rank_of(example.sid, ranking) for example, ranking in zip(inputs.examples, rankings, strict=True)]
     metrics = ranking_metrics(ranks, length, flags.K)
@@ -342,7 +355,8 @@ def evaluate(flags: EvaluateFlags) -> dict[str, float]:
         blend = {"blend": {"folder": flags.blend, "weight": ranker.blend.weight}} if ranker.blend else {}
         purchases = read_purchases(flags.train_file, inputs.items) if flags.train_file else None
         groups = groups_of(inputs, ranks, of_items, purchases, length)
-        summary = {**metrics, **({"items": by_item} if by_item else {}), **groups, **blend}
+        excluded = {"exclude_seen": flags.exclude_seen} if flags.exclude_seen else {}
+        summary = {**metrics, **({"items": by_item} if by_item else {}), **groups, **blend, **excluded}
         with writing(flags.metrics_path):
             write_json(flags.metrics_path, {**summary, "rows": len(results), **seconds})
         print(format_metrics(metrics))
@@ -352,10 +366,9 @@ def evaluate(flags: EvaluateFlags) -> dict[str, float]:
             print(f"items instead of SIDs, {sharing}")
             print(format_metrics(by_item))
         if purchases:
-            known = set(inputs.sids)
-            top = popularity((sid for sid in purchases.sids.elements() if sid in known), length)
+            of_popularity = ranks_of_popularity(inputs, purchases, flags.exclude_seen, length)
             print("popularity, for comparison:")
-            print(format_metrics(ranking_metrics([rank_of(row.sid, top) for row in inputs.examples], length, flags.K)))
+            print(format_metrics(ranking_metrics(of_popularity, length, flags.K)))
         for name, of_groups in groups.items():
             print(format_groups({"targets": "targets, bought", "histories": "histories"}[name], of_groups))
         print(f"{len(results)} rows, {len(results) / decode_seconds:.1f} rows/s; rankings in {flags.result_json_data}")
@@ -366,7 +379,7 @@ def choose_weight(flags: EvaluateFlags, inputs: EvaluateInput, ranker: "Ranker",
     """Lets SASRec count as much as is best on the validation rows, says so, and records it in its folder."""
     from minionerec.training import nodes
 
-    weighed = ranker.weigh(inputs.weighed, flags.length_penalty)
+    weighed = ranker.weigh(inputs.weighed, flags.length_penalty, flags.exclude_seen)
     found = nodes.first_decides(lambda: weighed)  # their devices may round differently
     assert ranker.blend  # else there is nothing to weigh
     ranker.blend = ranker.blend.chosen(found)
@@ -419,6 +432,16 @@ def read_purchases(train_file: str, items: Items | None) -> Purchases:
             shared = (number for sid in found.seen for number in items.of_sid.get(sid, ()))
             found.seen_items.update(items.all[number].id for number in shared)
     return found
+
+
+def ranks_of_popularity(
+    inputs: EvaluateInput, purchases: Purchases, exclude_seen: ExcludeSeen, length: int
+) -> list[int | None]:
+    """As the ranks of the model, those of a ranking of SIDs by purchases, which leaves out the same of histories."""
+    known = set(inputs.sids)
+    top = popularity((sid for sid in purchases.sids.elements() if sid in known), len(known))
+    places = {sid: place for place, sid in enumerate(top)}
+    return [rank_without(row.sid, places, seen_of(row, exclude_seen), length) for row in inputs.examples]
 
 
 def groups_of(

@@ -64,7 +64,9 @@ class RecommendFlags(PromptFlags, BlendFlags, DeviceFlags):
         number_or_auto,
     )
     train_file: str = flag("", "CSV of training interactions; items that share a SID are ordered by popularity there.")
-    exclude_seen: bool = flag(False, "do not recommend items of the history.")
+    exclude_seen: bool | Literal["earlier"] = flag(
+        False, "do not recommend items of the history; earlier: all but the last one."
+    )
     allow: str = flag("", "file of item ids, one per line; no others are recommended.")
     deny: str = flag("", "file of item ids, one per line, that are not recommended.")
     where: str = flag(

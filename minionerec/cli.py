@@ -58,7 +58,7 @@ def parse_value(text: str, annotation: object) -> object:
     kind = next(choice for choice in choices if choice is not type(None))
     if kind is bool:
         if text.lower() not in ("true", "false"):
-            raise ValueError("True or False")
+            raise ValueError(" or ".join(["True or False", *words]))
         return text.lower() == "true"
     if kind is int:
         try:

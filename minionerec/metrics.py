@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 CUTOFFS = (1, 3, 5, 10, 20, 50)
 TARGETS = ("never", "1 to 5 times", "more often")  # bought in the training file
@@ -95,6 +95,15 @@ def _cell(value: float) -> str:
 def popularity(targets: Iterable[str], length: int) -> list[str]:
     """The `length` most frequent targets, most frequent first, ties in order of first appearance."""
     return [sid for sid, _ in Counter(targets).most_common(length)]
+
+
+def rank_without(target: str, places: Mapping[str, int], left_out: Collection[str], length: int) -> int | None:
+    """The position of `target`, from 0, among the first `length` of a ranking that some are taken out of; None if it is
+    not there. `places` are those in the whole ranking."""
+    if target in left_out or target not in places:
+        return None
+    rank = places[target] - sum(places.get(other, len(places)) < places[target] for other in left_out)
+    return rank if rank < length else None
 
 
 def format_metrics(metrics: dict[str, float]) -> str:

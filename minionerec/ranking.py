@@ -10,7 +10,7 @@ Dimensions: `N` items of the catalogue, `S` distinct SIDs, the rows of the trie.
 
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Literal
 
@@ -26,7 +26,7 @@ from minionerec.blending import BEST, Blend, is_weight, metrics_by_weight
 from minionerec.checkpoint import NAME_BASE, Checkpoint
 from minionerec.data.encoding import Encoder
 from minionerec.data.files import Catalogue, Interaction, read_info_items, read_json_object, with_original_ids
-from minionerec.data.items import Items
+from minionerec.data.items import ExcludeSeen, Items, left_out
 from minionerec.data.prompts import RECOMMENDATION, Prompts
 from minionerec.data.sid_tokens import PAD, sid_responses
 from minionerec.decoding.ranking import Second, score_prompts
@@ -190,31 +190,56 @@ class Ranker:
         return self.encoder.encode_prompts(self.task, rows, [self.encoder.cutoff_len - self.trie.depth] * len(rows))
 
     def rank(
-        self, prompts: Sequence[list[int]], length_penalty: float = 0.0, rows: Sequence[Interaction] = ()
+        self,
+        prompts: Sequence[list[int]],
+        length_penalty: float = 0.0,
+        rows: Sequence[Interaction] = (),
+        exclude_seen: ExcludeSeen = False,
     ) -> list[list[str]]:
-        """The `num_beams` best SIDs of every prompt of `encode`, best first. With `blend`, SASRec needs the `rows` that
-        the prompts were made from. Raises RunError if a score is NaN."""
+        """The `num_beams` best SIDs of every prompt of `encode`, best first. What `exclude_seen` leaves out of the
+        history comes last, where the catalogue has too few others. `blend` and `exclude_seen` need the `rows` that the
+        prompts were made from. Raises RunError if a score is NaN."""
         second = self._second(rows, self.blend.weight or 0.0) if self.blend else None
+        allowed = self._unseen(rows, exclude_seen) if exclude_seen else None
         sizes = self.num_beams, self.batch_size, length_penalty
         pad, halving = self.tokenizer.pad_token_id, self.halving
-        ranked = score_prompts(self.model, self.trie, prompts, pad, *sizes, second=second, halving=halving)
-        return [[self.sids[index] for index, _ in ranking[: self.num_beams]] for ranking in ranked]
+        ranked = score_prompts(
+            self.model, self.trie, prompts, pad, *sizes, allowed=allowed, halving=halving, second=second
+        )
+        rankings = [[self.sids[index] for index, _ in ranking[: self.num_beams]] for ranking in ranked]
+        for ranking, row in zip(rankings, rows, strict=True) if exclude_seen else ():
+            others = (sid for sid in dict.fromkeys(row.sid_history) if sid in self._number and sid not in ranking)
+            ranking += [*others][: self.length - len(ranking)]
+        return rankings
 
-    def weigh(self, rows: Sequence[Interaction], length_penalty: float = 0.0) -> dict[float, float]:
+    def weigh(
+        self, rows: Sequence[Interaction], length_penalty: float = 0.0, exclude_seen: ExcludeSeen = False
+    ) -> dict[float, float]:
         """For each weight that SASRec may have, the NDCG of validation rows at the watched cutoff. Rows are ranked
         once: the SIDs that compete are the same with any weight. Raises RunError if a score is NaN."""
         sizes = self.num_beams, self.batch_size, length_penalty
         model, trie, prompts = self.model, self.trie, self.encode(rows)
         alone = self._second(rows, weight=0.0)
+        allowed = self._unseen(rows, exclude_seen) if exclude_seen else None
         pad, halving = self.tokenizer.pad_token_id, self.halving
-        found = score_prompts(model, trie, prompts, pad, *sizes, second=alone, halving=halving)
+        found = score_prompts(model, trie, prompts, pad, *sizes, allowed=allowed, halving=halving, second=alone)
         others = []
         for start in range(0, len(rows), self.batch_size):
             part = range(start, min(start + self.batch_size, len(rows)))
             table = alone.logps(part).cpu()
             others += [table[i - start, self._row_of_sid[[n for n, _ in found[i]]]].tolist() for i in part]
-        number = {sid: i for i, sid in enumerate(self.sids)}
-        return metrics_by_weight(found, others, [number.get(row.sid) for row in rows], self.length)
+        return metrics_by_weight(found, others, [self._number.get(row.sid) for row in rows], self.length)
+
+    def _unseen(self, rows: Sequence[Interaction], exclude_seen: ExcludeSeen) -> Callable[[int], np.ndarray]:
+        """For the number of a row the mask [S] of the trie that leaves SIDs of its history out."""
+
+        def mask(number: int) -> np.ndarray:
+            seen = left_out([[sid] for sid in rows[number].sid_history], exclude_seen)
+            allowed: np.ndarray = np.ones(len(self.trie), dtype=bool)
+            allowed[self._row_of_sid[[self._number[sid] for sid in seen if sid in self._number]]] = False
+            return allowed
+
+        return mask
 
     def _second(self, rows: Sequence[Interaction], weight: float) -> Second:
         """SASRec, asked for the histories of rows by their numbers."""
@@ -229,6 +254,11 @@ class Ranker:
         return torch.tensor(numbers, device=self.model.device)
 
     @cached_property
+    def _number(self) -> dict[str, int]:
+        """The number of each of `sids`."""
+        return {sid: number for number, sid in enumerate(self.sids)}
+
+    @cached_property
     def _row_of_sid(self) -> np.ndarray:
         """[S], the row of the trie of each of `sids`."""
         rows: np.ndarray = np.zeros(len(self.sids), np.int64)
@@ -237,13 +267,15 @@ class Ranker:
 
     # --- Items --------------------------------------------------------------------------------------------------------
 
-    def recommend(self, history: Sequence[str], k: int = 10, exclude_seen: bool = False) -> list[dict[str, object]]:
+    def recommend(
+        self, history: Sequence[str], k: int = 10, exclude_seen: ExcludeSeen = False
+    ) -> list[dict[str, object]]:
         """The k best items for a history, best first, each with id, title, SID and score (nats), and its original id if
         that is known.
 
         Args:
             history: item ids, SIDs or titles, oldest first.
-            exclude_seen: leave out the items of the history.
+            exclude_seen: leave out the items of the history; "earlier": all but the last.
 
         Raises InputError for an item that the catalogue does not have, and for a k above `num_beams`.
         """

@@ -4,6 +4,7 @@ import json
 import os
 import random
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ import recommend
 from minionerec import InputError, Ranker, sasrec
 from minionerec.blending import BEST, WEIGHTS
 from minionerec.data.files import read_info_items, read_interactions
+from minionerec.data.items import left_out
 from minionerec.metrics import rank_of, ranking_metrics
 from minionerec.sasrec_files import fingerprint
 from minionerec.serving.requests import RequestReader
@@ -140,6 +142,23 @@ def test_the_weight_is_chosen_once_and_recorded(files, checkpoint, plain, other,
     assert Ranker.load(tmp_path / "copy", files["info"], blend=other).blend.weight == 2.5
     run_command("evaluate.py", **{**flags, "num_beams": 39, "eval_file": files["valid"]})  # chosen again
     assert json.loads(path.read_text())["weight"] == best
+
+
+@pytest.mark.parametrize("exclude_seen", [False, True, "earlier"])
+def test_weights_are_tried_on_the_rankings_that_they_give(files, checkpoint, other, exclude_seen):
+    ranker = Ranker.load(checkpoint, files["info"], num_beams=39, blend=other, blend_weight=0)
+    rows = [row for file in ("valid", "test") for row in read_interactions(files[file], "eval_file")]
+    tried = ranker.weigh(rows, exclude_seen=exclude_seen)
+    for weight in (0.0, 0.5, 3.0):
+        ranker.blend = replace(ranker.blend, weight=weight)
+        rankings = ranker.rank(ranker.encode(rows), rows=rows, exclude_seen=exclude_seen)
+        seen = [left_out([[sid] for sid in row.sid_history], exclude_seen) for row in rows]
+        ranks = [
+            None if row.sid in of_row else rank_of(row.sid, ranking)
+            for row, ranking, of_row in zip(rows, rankings, seen, strict=True)
+        ]
+        assert tried[weight] == pytest.approx(ranking_metrics(ranks, 39)["NDCG@10"])
+    assert len(set(tried.values())) > 1
 
 
 def test_a_weight_that_is_chosen_on_learned_rows_is_warned_of(files, checkpoint, other, tmp_path):

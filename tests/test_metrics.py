@@ -1,8 +1,9 @@
 import math
+import random
 
 import pytest
 
-from minionerec.metrics import format_metrics, popularity, rank_of, ranking_metrics
+from minionerec.metrics import format_metrics, popularity, rank_of, rank_without, ranking_metrics
 
 
 def test_metrics_by_hand():
@@ -24,6 +25,17 @@ def test_rank_and_popularity():
     assert rank_of("b", ["a", "b"]) == 1
     assert rank_of("c", ["a", "b"]) is None
     assert popularity("abcbcc", 2) == ["c", "b"]
+
+
+def test_a_rank_without_some_is_that_of_the_ranking_that_is_left():
+    chance = random.Random(0)
+    for _ in range(300):
+        ranking = chance.sample("abcdefgh", chance.randint(1, 8))
+        others = set(chance.choices("abcdefghxy", k=chance.randint(0, 5)))
+        length, target = chance.randint(1, 8), chance.choice("abcdefghx")
+        left = [one for one in ranking if one not in others][:length]
+        places = {one: place for place, one in enumerate(ranking)}
+        assert rank_without(target, places, others, length) == rank_of(target, left)
 
 
 def test_the_table_shows_every_metric():

@@ -8,8 +8,9 @@ import itertools
 import operator
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Hashable, Iterable, Iterator, Sequence
 from functools import cached_property
+from typing import Literal, TypeVar
 
 from minionerec.data.files import (
     ITEM_COLUMN,
@@ -23,6 +24,9 @@ from minionerec.data.files import (
     shorten,
 )
 from minionerec.errors import InputError
+
+ExcludeSeen = bool | Literal["earlier"]  # what of a history is not recommended again: see `left_out`
+T = TypeVar("T", bound=Hashable)
 
 
 class Items:
@@ -175,6 +179,13 @@ class Items:
             if len(numbers) >= most:
                 break
         return numbers[:most]
+
+
+def left_out(history: Sequence[Collection[T]], exclude_seen: ExcludeSeen) -> set[T]:
+    """What is not recommended again after a history, whose entries each stand for one thing or several: all of it, with
+    "earlier" all but what the last entry stands for, or nothing."""
+    seen = {one for entry in history for one in entry} if exclude_seen else set[T]()
+    return seen.difference(*history[-1:]) if exclude_seen == "earlier" else seen
 
 
 def share_sids(listed: Sequence[InfoItem]) -> bool:

@@ -2,6 +2,7 @@
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from minionerec.data.items import ExcludeSeen
 from minionerec.serving.requests import MOST_HISTORY
 
 MOST_LISTED = 20_000  # items of "allow" and of "deny"
@@ -16,7 +17,9 @@ class RecommendRequest(BaseModel):
         description="what was bought, oldest first", examples=[["12", "40"]], min_length=1, max_length=MOST_HISTORY
     )
     K: int | None = Field(None, description="how many items to recommend, at most --num_beams", ge=1)
-    exclude_seen: bool | None = Field(None, description="leave out the items of the history")
+    exclude_seen: ExcludeSeen | None = Field(
+        None, description='leave out the items of the history; "earlier": all but the last'
+    )
     allow: list[str | int] | None = Field(None, description="recommend only these", max_length=MOST_LISTED)
     deny: list[str | int] | None = Field(None, description="do not recommend these", max_length=MOST_LISTED)
     where: str | None = Field(
@@ -59,7 +62,7 @@ class Options(BaseModel):
 
     K: int
     most: int
-    exclude_seen: bool
+    exclude_seen: ExcludeSeen
     original_ids: bool
     columns: list[Column]
 

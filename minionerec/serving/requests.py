@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from minionerec.data.files import MOST_PROBLEMS, FileProblems, is_text, open_text, read_histories, shorten
-from minionerec.data.items import ItemColumns, Items
+from minionerec.data.items import ExcludeSeen, ItemColumns, Items, left_out
 from minionerec.errors import InputError, Problems
 
 MOST_HISTORY = 1_000  # items of a history; longer ones are refused, since a model reads a few dozen
@@ -70,7 +70,7 @@ class RequestReader:
         columns: ItemColumns | None,
         K: int,
         most: int,
-        exclude_seen: bool = False,
+        exclude_seen: ExcludeSeen = False,
         only: tuple[frozenset[int], ...] = (),
     ):
         """
@@ -99,8 +99,8 @@ class RequestReader:
         K, exclude_seen, where = data.get("K", self.K), data.get("exclude_seen", self.exclude_seen), data.get("where")
         if type(K) is not int or not 1 <= K <= self.most:
             problems.add(f'"K" must be a whole number from 1 to {self.most} (--num_beams), found {shorten(K)}')
-        if not isinstance(exclude_seen, bool):
-            problems.add(f'"exclude_seen" must be true or false, found {shorten(exclude_seen)}')
+        if not isinstance(exclude_seen, bool) and exclude_seen != "earlier":
+            problems.add(f'"exclude_seen" must be true, false or "earlier", found {shorten(exclude_seen)}')
         found = {name: self._find(problems, name, texts) for name, texts in given.items()}
         only = list(self.only)
         if "allow" in data:
@@ -109,10 +109,9 @@ class RequestReader:
             chosen = problems.attempt(self._where, where)
             only += [chosen] if chosen else []
         problems.check()
-        without = {number for numbers in found["deny"] for number in numbers}
-        if exclude_seen:
-            without |= {number for numbers in found["history"] for number in numbers}
-        return Request(given["history"], found["history"], K, frozenset(without), tuple(only))
+        denied = {number for numbers in found["deny"] for number in numbers}
+        without = frozenset(denied | left_out(found["history"], exclude_seen))
+        return Request(given["history"], found["history"], K, without, tuple(only))
 
     def _find(self, problems: Problems, name: str, texts: list[str]) -> list[list[int]]:
         found = [problems.attempt(self._find_one, name, text) for text in texts]

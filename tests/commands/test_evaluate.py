@@ -9,7 +9,7 @@ from processes import start_command
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from minionerec.data.files import read_info, read_interactions
-from minionerec.metrics import format_metrics, rank_of, ranking_metrics
+from minionerec.metrics import format_metrics, popularity, rank_of, ranking_metrics
 
 
 def evaluated(files, result, **more) -> tuple[list, dict, str]:
@@ -45,6 +45,31 @@ def test_rankings_and_metrics_of_an_adapter(files, base, checkpoint, tmp_path):
     lost = run_command("evaluate.py", **evaluate_flags(files, tmp_path / "l.json", base_model=moved))
     assert lost.returncode == 2
     assert "its base /nowhere/base was not found; give the folder of the base as --base_model" in lost.stderr
+
+
+@pytest.mark.parametrize("exclude_seen", [True, "earlier"])
+def test_what_was_seen_is_not_ranked_before_anything_else(files, checkpoint, tmp_path, exclude_seen):
+    """Here all SIDs are ranked, so that what is left out stands at the end."""
+    flags = {"base_model": checkpoint, "train_file": files["train"], "num_beams": 39}
+    plain, _, _ = evaluated(files, tmp_path / "p.json", **flags)
+    found, metrics, printed = evaluated(files, tmp_path / "r.json", **flags, exclude_seen=exclude_seen)
+    rows, lost = list(read_interactions(files["test"], "test_data_path")), 0
+    for row, of_all, ranked in zip(rows, plain, found, strict=True):
+        seen = list(dict.fromkeys(row.sid_history))
+        if exclude_seen == "earlier":
+            seen.remove(row.sid_history[-1])
+        assert ranked["predict"] == [sid for sid in of_all["predict"] if sid not in seen] + seen
+        lost += row.sid in seen
+    assert metrics["exclude_seen"] == exclude_seen
+    assert (f"{lost} of 10 rows have a target that --exclude_seen leaves out" in printed) == bool(lost)
+    # Popularity leaves the same out.
+    bought = popularity((row.sid for row in read_interactions(files["train"], "train_file")), 39)
+    ranks = []
+    for row in rows:
+        seen = set(row.sid_history) - ({row.sid_history[-1]} if exclude_seen == "earlier" else set())
+        ranks.append(None if row.sid in seen else rank_of(row.sid, [sid for sid in bought if sid not in seen]))
+    shown = printed.partition("popularity, for comparison:\n")[2]
+    assert shown.startswith(format_metrics(ranking_metrics(ranks, 39)))
 
 
 @pytest.mark.slow

@@ -118,6 +118,9 @@ def test_constraints_hold_and_leave_the_best(files, checkpoint, tmp_path):
         {"history": ["12"], "where": "categories=Nuts"},
         {"history": ["12"], "where": "categories= bolts "},
         {"history": ["39"], "allow": []},
+        {"history": ["15", "20", "15", "30"], "exclude_seen": "earlier"},
+        {"history": ["30", "20", "30"], "exclude_seen": "earlier"},
+        {"history": ["0", "<a_0><b_0><c_0>"], "exclude_seen": "earlier"},  # the last one may be item 0
     ]
     everything = [{"history": row["history"]} for row in rows]
     shared = {"K": 40, "num_beams": 40, "item_meta_path": tmp_path / "meta.json"}
@@ -132,7 +135,7 @@ def test_constraints_hold_and_leave_the_best(files, checkpoint, tmp_path):
     allowed = [
         *(numbers, numbers - {0, 20}, numbers - {0, 1, 20}, {7, 1}, set(range(20, 40))),
         *({i for i in numbers if i % 3 == 2 and i < 30} - {12}, {i for i in numbers if not i % 2}),
-        *({i for i in numbers if i % 2}, set()),
+        *({i for i in numbers if i % 2}, set(), numbers - {15, 20}, numbers - {20}, numbers),
     ]
     assert all(len(row["items"]) == 40 for row in plain)
     for row, all_items, result, ids in zip(rows, plain, found, allowed, strict=True):

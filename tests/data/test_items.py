@@ -6,7 +6,7 @@ import pytest
 
 from minionerec.data import items as data_items
 from minionerec.data.files import InfoItem, with_original_ids
-from minionerec.data.items import ItemColumns, Items, read_item_list
+from minionerec.data.items import ItemColumns, Items, left_out, read_item_list
 from minionerec.errors import InputError
 
 PRICES = ["$3.40", "1,299.00 USD", "3,50 €", 20, 19.99, "$5 - $8.50", "free", None, ["", "7"], "-2", True, "1,234,567"]
@@ -81,6 +81,16 @@ def test_a_mistyped_value_is_not_compared_with_every_value(columns):
     columns._numbers["brand"] = {str(i): {i} for i in range(data_items.MOST_COMPARED + 1)}
     with pytest.raises(InputError, match=r"no item has this value$"):
         columns.where("brand=1000x")
+
+
+@pytest.mark.parametrize(
+    ("history", "earlier"),
+    [("", ""), ("a", ""), ("ab", "a"), ("aba", "b"), ("abb", "a"), ("abac", "ab"), (["ab", "bc"], "a")],
+)
+def test_what_is_not_recommended_again(history, earlier):
+    assert left_out(history, False) == set()
+    assert left_out(history, True) == set("".join(history))
+    assert left_out(history, "earlier") == set(earlier)
 
 
 def test_targets_that_are_no_items_are_refused(tmp_path):

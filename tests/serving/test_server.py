@@ -357,7 +357,11 @@ def test_the_pages_can_be_used_by_touch_keyboard_and_reader(server):
             browser.wait_for("document.querySelectorAll('section').length === 7")
             assert browser.run(CONTRAST) > 4.5 and browser.run("document.documentElement.scrollWidth") <= width
             text = browser.run("document.body.innerText")
-            for part in ("POST /recommend", "exclude_seen true or false or null", "Answer: list of FoundItem"):
+            for part in (
+                "POST /recommend",
+                'exclude_seen true or false or "earlier" or null',
+                "Answer: list of FoundItem",
+            ):
                 assert part in text, text
 
 
