@@ -46,8 +46,9 @@ def feed_forward_width(config: "PreTrainedConfig") -> int:
 
 
 def _layers(text: "PreTrainedConfig") -> list["PreTrainedConfig"]:
-    """The configuration of every layer: they may differ in their heads and widths, as those of Gemma 4 do."""
-    return list(text.per_layer_config)
+    """The configuration of every layer: they may differ in their heads and widths, as those of Gemma 4 do. Older
+    releases of transformers have one for all."""
+    return list(getattr(text, "per_layer_config", None) or [text] * text.num_hidden_layers)
 
 
 def _keys_and_values(layer: "PreTrainedConfig") -> int:
