@@ -32,6 +32,12 @@ def in_fresh_process(function: Callable[..., Any], *args: Any) -> Any:
         return pool.apply(function, args)
 
 
+def in_fork(function: Callable[..., Any], *args: Any) -> Any:
+    """`function(*args)` in a process that `forks` starts: sooner than in a fresh one, where memory does not count."""
+    with forks().Pool(1, quiet) as pool:
+        return pool.apply(function, args)
+
+
 @cache
 def forks() -> BaseContext:
     """Starts processes: forks of one that has imported the libraries, which takes seconds; new ones where there is a

@@ -82,8 +82,9 @@ part() {
     sft) measure sft_step --rows 8 --tokens 512 --repeats 10 --methods full_response,peft,lora,qlora ;;
     rl) measure rl_step $shape_0_5B --repeats 3 ;;
     decode)
-        measure decode $shape_0_5B --prompts 1 --large_catalogue 100000
-        [ -n "$TINY" ] || { echo && measure decode $shape_0_5B --prompts 32 --large_catalogue 100000; } ;;
+        # `if` turns off errexit: without && only the last command would count.
+        measure decode $shape_0_5B --prompts 1 --large_catalogue 100000 &&
+            { [ -n "$TINY" ] || { echo && measure decode $shape_0_5B --prompts 32 --large_catalogue 100000; }; } ;;
     sft_1.5B) measure memory --sizes 1.5B --methods full_response,lora,qlora --rows 8 ;;
     rl_1.5B) measure rl_step $shape_1_5B --repeats 2 ;;
     sft_7B) measure memory --sizes 7B --methods lora,qlora --rows 4 ;;

@@ -16,7 +16,7 @@ import tempfile
 from statistics import median
 from typing import Any
 
-from benchmarks.common import in_fresh_process, in_turn, print_json, print_table
+from benchmarks.common import in_fork, in_fresh_process, in_turn, print_json, print_table
 from benchmarks.fixtures import SPARE_ROWS, save_base
 from benchmarks.sft_step import METHODS, train
 from minionerec import cli
@@ -142,7 +142,7 @@ def memory(
         with tempfile.TemporaryDirectory() as folder:
             if not predict_only:
                 shape = dict(zip(NAMES, numbers, strict=True))
-                in_fresh_process(save_base, folder, shape, tied, "bfloat16" if on_gpu else "float32")
+                in_fork(save_base, folder, shape, tied, "bfloat16" if on_gpu else "float32")
             for method in chosen_methods:
                 settings = (size, method, rows, tokens, response_tokens, sids, repeats, on_gpu, predict_only, folder)
                 row = _measured(*settings, gradient_checkpointing, adapter_flags)

@@ -43,7 +43,7 @@ from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from typing import Any
 
-from benchmarks.common import in_fresh_process, peak_memory_gb, print_json, print_table, quiet, reset_peak_memory
+from benchmarks.common import in_fork, peak_memory_gb, print_json, print_table, quiet, reset_peak_memory
 from benchmarks.fixtures import ROOT, find_files
 from minionerec import cli
 from minionerec.checkpoint import check_base
@@ -394,7 +394,7 @@ def peers(
             "cutoff_len": cutoff_len,
             "eval_step": 0.9999,
         }
-        job = in_fresh_process(prepare, folder, {**flags, "output_dir": folder})
+        job = in_fork(prepare, folder, {**flags, "output_dir": folder})
         del job["flags"]["output_dir"]
         with open(os.path.join(folder, "job.json"), "w", encoding="utf-8") as file:
             json.dump(job, file)
@@ -404,7 +404,7 @@ def peers(
         metrics: dict[str, dict[str, float]] = {way: {} for way in chosen}
         if test_rows:
             of_test = {"test_data_path": ranked_file, "info_file": info_file, "category": category}
-            metrics = in_fresh_process(ranked, folder, chosen, {**of_test, "num_beams": num_beams})
+            metrics = in_fork(ranked, folder, chosen, {**of_test, "num_beams": num_beams})
 
     table = []
     for way, run in runs.items():

@@ -19,7 +19,7 @@ from typing import Any
 
 from benchmarks.common import (
     answer,
-    in_fresh_process,
+    in_fork,
     in_turn,
     peak_memory_gb,
     print_json,
@@ -147,7 +147,7 @@ def sft_step(flags: StepFlags) -> None:
     groups = [chosen] if torch.cuda.is_available() else [[method] for method in chosen]
     table, results = [], {}
     with tempfile.TemporaryDirectory() as folder:
-        in_fresh_process(save_base, folder, flags.shape, True, "float32")
+        in_fork(save_base, folder, flags.shape, True, "float32")
         for group in groups:
             sizes = (rows, flags.tokens, flags.response_tokens, flags.sids)
             runs = in_turn(train, ["full", *group], flags.repeats, folder, *sizes)

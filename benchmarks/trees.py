@@ -20,7 +20,7 @@ from statistics import median
 
 from benchmarks.common import (
     answer,
-    in_fresh_process,
+    in_fork,
     in_turn,
     peak_memory_gb,
     print_json,
@@ -144,7 +144,7 @@ def trees(flags: TreesFlags) -> None:
     files = find_files(problems, flags.data, "train.csv", "*.index.json", "*.item.json")
     ways, table, record = flags.ways.split(","), [], {}
     with tempfile.TemporaryDirectory() as folder:
-        in_fresh_process(save_base, folder, flags.shape, True, None, files[2])
+        in_fork(save_base, folder, flags.shape, True, None, files[2])
         for method in flags.methods.split(","):
             runs = in_turn(train, ways, flags.repeats, method, folder, files, flags)
             first = runs[ways[0]]

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 from benchmarks.common import (
     answer,
-    in_fresh_process,
+    in_fork,
     in_turn,
     peak_memory_gb,
     print_json,
@@ -169,7 +169,7 @@ def whole_sft(flags: WholeFlags) -> None:
     files = find_files(problems, flags.data, *FILES)
     ways = ["full, all logits", "LoRA, token trees"]
     with tempfile.TemporaryDirectory() as folder:
-        in_fresh_process(save_base, folder, flags.shape, True, None, files[3])
+        in_fork(save_base, folder, flags.shape, True, None, files[3])
         runs = in_turn(train, ways, flags.repeats, folder, files, flags)
     table, totals, num_epochs, evaluations = [], [], flags.num_epochs, round(1 / flags.eval_step)
     for way, run in runs.items():
