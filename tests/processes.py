@@ -11,10 +11,12 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
+from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from unittest import mock
@@ -122,17 +124,65 @@ def _start(mode: str, argv: list[list[str]], environments: list[dict[str, str]])
         _forks().Process(target=workers.fork, args=(environment, str(log), mode, words), daemon=True)
         for environment, words in zip(environments, argv, strict=True)
     ]
+    for process in processes:
+        _run(process)
+    return Started(processes, log)
+
+
+def _run(process: BaseProcess) -> None:
     path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     one_thread = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "DS_ACCELERATOR": "cpu"}
     with mock.patch.dict(os.environ, PYTHONPATH=path, **one_thread):
-        for process in processes:
-            process.start()
-    return Started(processes, log)
+        process.start()
 
 
 def start_command(script: str, flags: dict[str, object], **more) -> Started:
     """Starts a command line of the project in a process of its own."""
     return start("command", script, *flag_words(flags), **more)
+
+
+# Stands in for a Python: asks quick_python for a process, lends it its own streams, and ends as that does.
+CLIENT = """#!{python} -S
+import json, os, socket, sys
+
+with socket.socket(socket.AF_UNIX) as server:
+    server.connect({address!r})
+    socket.send_fds(server, [b"3"], [0, 1, 2])
+    server.sendall(json.dumps([dict(os.environ), os.getcwd(), sys.argv[1:]]).encode())
+    server.shutdown(socket.SHUT_WR)
+    sys.exit(int(server.recv(8)))
+"""
+
+
+@cache
+def quick_python() -> str:
+    """A command that shell scripts may take for Python: `COMMAND script.py --flags` runs in a fork."""
+    folder = Path(_logs().name)
+    address, command = str(folder / "python.socket"), folder / "python"
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(address)
+    listener.listen()
+    command.write_text(CLIENT.format(python=sys.executable, address=address))
+    command.chmod(0o755)
+
+    def answer(client: socket.socket) -> None:
+        _, descriptors, *_ = socket.recv_fds(client, 1, 3)
+        streams = [Connection(descriptor) for descriptor in descriptors]
+        asked = json.loads(b"".join(iter(lambda: client.recv(1 << 16), b"")))
+        process = _forks().Process(target=workers.as_python, args=(streams, *asked), daemon=True)
+        _run(process)
+        for stream in streams:
+            stream.close()
+        process.join()
+        client.sendall(str(process.exitcode % 256).encode())
+        client.close()
+
+    def listen() -> None:
+        while True:
+            threading.Thread(target=answer, args=(listener.accept()[0],), daemon=True).start()
+
+    threading.Thread(target=listen, daemon=True).start()
+    return str(command)
 
 
 def free_port() -> int:

@@ -327,5 +327,22 @@ def fork(environment: dict[str, str], log: str, mode: str, argv: list[str]) -> N
     main(mode, *argv)
 
 
+def as_python(streams: list, environment: dict[str, str], folder: str, words: list[str]) -> None:
+    """Makes this fork what `python WORDS` starts in a folder, but for the libraries, which are imported: a script with
+    its flags, on the code of its own checkout."""
+    gc.freeze()
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(folder)
+    for number, stream in enumerate(streams):
+        os.dup2(stream.fileno(), number)
+    for name in list(sys.modules):
+        if name.partition(".")[0] in ("minionerec", "lora_utils"):
+            del sys.modules[name]
+    sys.argv = words
+    sys.path.insert(0, str(Path(words[0]).absolute().parent))
+    runpy.run_path(words[0], run_name="__main__")
+
+
 if __name__ == "__main__":
     main(*sys.argv[1:])

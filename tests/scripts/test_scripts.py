@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from helpers import ROOT, run_command
+from processes import quick_python
 
 import evaluate
 import rl
@@ -69,7 +70,7 @@ def bash(checkout, script: str, *flags: str, **settings: str) -> subprocess.Comp
 @pytest.mark.slow
 def test_the_pipeline_runs_from_the_default_paths(checkout, base):
     result = bash(
-        checkout, "pipeline.sh", "--seed", "7",
+        checkout, "pipeline.sh", "--seed", "7", PYTHON=quick_python(),
         METHOD="lora", PRESET="quick", BASE_MODEL=base,
         SFT_FLAGS="--num_epochs 1 --batch_size 32 --eval_step 0.5 --learning_rate 0.01",
         RL_FLAGS="--train_batch_size 16 --num_generations 8 --gradient_accumulation_steps 1 --tasks sid_history_to_sid "
@@ -83,7 +84,7 @@ def test_the_pipeline_runs_from_the_default_paths(checkout, base):
     assert flags["seed"] == 7 and flags["add_gt"] and flags["sft_weight"] == 1 and flags["num_generations"] == 8
     adapter = json.loads((out / "rl" / "final_checkpoint" / "adapter_config.json").read_text())
     assert adapter["r"] == 8 and len(adapter["target_modules"]) == 4
-    again = bash(checkout, "evaluate.sh", "rl", "--num_beams", "5", METHOD="lora")
+    again = bash(checkout, "evaluate.sh", "rl", "--num_beams", "5", METHOD="lora", PYTHON=quick_python())
     assert again.returncode == 0, again.stderr
     metrics = json.loads((out / "rl" / "result.metrics.json").read_text())
     assert "HR@5" in metrics and "HR@10" not in metrics
@@ -331,7 +332,9 @@ def test_the_preset_for_little_memory(checkout, method):
 
 
 def test_a_dry_run_of_the_pipeline_stops_where_rl_needs_a_checkpoint(checkout, base, tmp_path):
-    result = bash(checkout, "pipeline.sh", "--dry_run", "True", BASE_MODEL=base, OUT=str(tmp_path / "none"))
+    result = bash(
+        checkout, "pipeline.sh", "--dry_run", "True", BASE_MODEL=base, OUT=str(tmp_path / "none"), PYTHON=quick_python()
+    )
     assert result.returncode == 0, result.stderr
     assert "peak memory" in result.stdout and "RL starts from the checkpoint of SFT" in result.stdout
     assert not (tmp_path / "none").exists()
