@@ -58,7 +58,8 @@ async def read_body(http: fastapi.Request) -> bytes:
     kind = http.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind not in JSON_TYPES and not kind.endswith("+json"):
         raise HTTPException(415, f"the body must be JSON, with Content-Type: application/json, not {kind[:80]}")
-    large = HTTPException(413, f"the body has more than {MOST_BYTES:,} bytes", {"Connection": "close"})
+    # The connection stays open: a client that sends its whole body before it reads the answer would find it reset.
+    large = HTTPException(413, f"the body has more than {MOST_BYTES:,} bytes")
     length = http.headers.get("content-length", "")
     if length.isdecimal() and int(length) > MOST_BYTES:
         raise large

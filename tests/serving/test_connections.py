@@ -112,3 +112,17 @@ def test_a_head_request_gets_the_head_of_the_answer(listening):
         client.close()
     status, length, size = answers["GET"]
     assert status == 200 and int(length) == size and answers["HEAD"] == (200, length, 0)
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+def test_a_client_that_sends_too_much_is_told_so(listening, chunked):
+    """Also one that reads the answer only when it has sent all; what it sends meanwhile is no next request."""
+    connections.CLIENT_SECONDS = checks.BODY_SECONDS = 20  # the fixture sets them back
+    client = http.client.HTTPConnection("127.0.0.1", listening.port, timeout=20)
+    parts = [b"z" * 500_000] * 8
+    client.request("POST", "/recommend", iter(parts) if chunked else b"".join(parts), encode_chunked=chunked)
+    answer = client.getresponse()
+    assert answer.status == 413 and b"more than 1,000,000 bytes" in answer.read()
+    client.request("POST", "/recommend", b'{"history": ["1"]}')
+    assert client.getresponse().status == 200
+    client.close()
