@@ -19,6 +19,21 @@ LISTS = ("history", "allow", "deny")
 KEYS = {"history", "K", "exclude_seen", "allow", "deny", "where"}
 
 
+def parse(text: str | bytes) -> object:
+    """The value of a JSON text. Raises ValueError for other text, and for a key that occurs twice: one of its values
+    would be lost."""
+    return json.loads(text, object_pairs_hook=_object)
+
+
+def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    data: dict[str, object] = {}
+    for name, value in pairs:
+        if name in data:
+            raise ValueError(f"{shorten(name)} occurs twice in an object")
+        data[name] = value
+    return data
+
+
 class RequestProblems(Problems):
     """What is wrong with one request: the first few problems, and the number of the others. A request may name 100,000
     items; the answer must not be longer than it."""
@@ -186,7 +201,7 @@ def _json_lines(path: str, flag: str, problems: FileProblems) -> Iterator[tuple[
             for line, text in enumerate(file, 1):
                 if text.strip():
                     try:
-                        yield line, json.loads(text)
+                        yield line, parse(text)
                     except (ValueError, RecursionError) as error:
                         problems.add(f", line {line}", f"is not JSON: {error}")
         except UnicodeDecodeError as error:

@@ -18,7 +18,6 @@ it on uvicorn.
 
 import asyncio
 import contextlib
-import json
 import os
 import signal
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -48,7 +47,7 @@ from minionerec.serving.interface import (
     RecommendResponse,
 )
 from minionerec.serving.metrics import Metrics
-from minionerec.serving.requests import Request
+from minionerec.serving.requests import Request, parse
 from minionerec.serving.worker import Loaded, TooManyWaiting, Worker
 
 MOST_FOUND = 100  # items of a search
@@ -183,7 +182,7 @@ _problems: dict[int | str, dict[str, type[ErrorResponse]]] = {
 
 def _read(loaded: Loaded, body: bytes) -> Request:
     try:
-        return loaded.reader.read(json.loads(body), MOST_LISTED)
+        return loaded.reader.read(parse(body), MOST_LISTED)
     except (ValueError, RecursionError) as error:
         raise InputError(f"the body is not JSON: {error}") from None
 

@@ -248,6 +248,7 @@ def test_recommend_refuses_conditions(files, base, where, message):
         (b"\n\n", "has no rows"),
         (b'{"history": ["1"]}\n{"history": [\n', "line 2: is not JSON"),
         (b"[" * 100_000, "line 1: is not JSON"),
+        (b'{"history": ["1"], "K": 2, "K": 3}\n', "line 1: is not JSON: 'K' occurs twice in an object"),
         (b'["1"]', 'line 1: expected an object such as {"history": ["12", "40"]}, found [\'1\']'),
         (b'{"history": "1"}', "line 1: \"history\" must be a list of items, found '1'"),
         (b'{"history": [1.5]}', 'line 1: "history" must be a list of item ids, SIDs or titles, found 1.5 in it'),

@@ -12,6 +12,7 @@ BAD = [
     (b'{"history": [', "the body is not JSON"),
     (b"[" * 100_000, "the body is not JSON"),
     (b"[1]", "expected an object"),
+    (b'{"history": ["1"], "deny": ["2"], "deny": ["3"]}', "the body is not JSON: 'deny' occurs twice in an object"),
     (b"{}", '"history" is missing or empty'),
     (b'{"history": ["nowhere"]}', "\"history\": 'nowhere' is no item id, SID or title of the info file"),
     (b'{"history": ["\\ud800"]}', '"history" must be a list of item ids, SIDs or titles, found '),
