@@ -11,6 +11,7 @@ is in minionerec/serving/requests.py.
 import os
 import re
 import socket
+import sys
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Literal
@@ -313,6 +314,9 @@ def serve(flags: RecommendFlags) -> None:
 
     app = make_app(load_checkpoint, 8, flags.max_waiting, keys, flags.hosts)
     run(app, flags.host, flags.serve)
+    if app.state.worker.thread.is_alive():  # in the middle of a batch or of loading
+        sys.stdout.flush()
+        os._exit(0)  # Python would end the thread inside torch, which aborts the process
 
 
 @command(RecommendFlags)

@@ -6,6 +6,8 @@ import json
 import os
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 import urllib.request
@@ -14,7 +16,7 @@ from types import SimpleNamespace
 
 import pytest
 from browser import Browser, needs_browser
-from helpers import refused, run_command
+from helpers import ROOT, refused, run_command
 from processes import free_port, start_command
 from served import Checkpoints, Model, httpx, on_a_socket, until, with_client
 
@@ -381,6 +383,33 @@ def test_the_page_waits_for_the_model_and_asks_for_a_key(listening_with_a_key):
         gate.set()
         browser.wait_for("document.getElementById('items-note').textContent === 'Waits for a history.'")
         assert browser.run("document.getElementById('K').value") == "5"
+
+
+BUSY = """
+import os, signal
+from types import SimpleNamespace
+import torch
+import recommend
+from minionerec.serving import server
+
+def load(*_):
+    os.kill(os.getpid(), signal.SIGINT)
+    while True:
+        torch.ones(1000, 1000) @ torch.ones(1000, 1000)
+
+server.CLOSING_SECONDS = 0.1
+recommend.read_input = lambda _: SimpleNamespace(keys=[], notes=[])
+recommend.load = load
+recommend.serve(recommend.RecommendFlags(model="here", info_file="info.txt", serve=%d))
+"""
+
+
+@pytest.mark.slow
+def test_a_server_that_is_stopped_while_the_model_computes_ends_without_a_core_dump():
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", BUSY % free_port()]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 @pytest.mark.parametrize(
