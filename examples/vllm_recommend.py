@@ -120,9 +120,9 @@ def beam_search(model: str, ranker: Ranker, prompts: list[list[int]]) -> tuple[l
     return found, seconds
 
 
-def read_requests(items: Items, histories: str, K: int) -> list[Request]:
+def read_requests(items: Items, histories: str, K: int, num_beams: int) -> list[Request]:
     """The requests of a file. Raises InputError also for one with constraints, which this search does not have."""
-    requests = list(RequestReader(items, None, K, K).read_file(histories, "histories"))
+    requests = list(RequestReader(items, None, K, num_beams).read_file(histories, "histories"))
     if any(request.without or request.only for request in requests):
         raise InputError(f"--histories {histories}: has requests with constraints; use recommend.py")
     return requests
@@ -153,13 +153,16 @@ def recommend(
     if num_beams < K:
         problems.add(f"--K {K}: must be at most --num_beams {num_beams}")
     check_new_file(problems, "output", output, "the recommendations")
+    for name, path in (("info_file", info_file), ("histories", histories)):
+        if path and os.path.realpath(path) == os.path.realpath(output):
+            problems.add(f"--output {output}: would overwrite --{name} {path}; name another file")
     checkpoint, _ = read_model(problems, "model", model, "")
     if is_adapter(model):
         problems.add(f"--model {model}: is an adapter; merge it with merge_lora.py")
     prompts = checkpoint and problems.attempt(checkpoint.prompts, "", None, RECOMMENDATION)
     listed = problems.attempt(read_info_items, info_file)
     items = listed and problems.attempt(Items, listed, info_file)
-    requests = items and problems.attempt(read_requests, items, histories, K)
+    requests = items and problems.attempt(read_requests, items, histories, K, num_beams)
     problems.check()
 
     where = f"{info_file} belongs to a different catalogue"

@@ -2,17 +2,23 @@
 
 import csv
 import json
+import os
+import runpy
+import sys
 from pathlib import Path
+from types import ModuleType
+from unittest import mock
 
 import pytest
 import torch
-from helpers import evaluate_flags, run_command
+from helpers import ROOT, evaluate_flags, run_command
 from recommended import flags_of, recommended, requests_file
 
 import lora_utils
 from minionerec.checkpoint import Checkpoint
 from minionerec.data.files import read_info_items, read_interactions
 from minionerec.data.items import Items
+from minionerec.errors import InputError
 from minionerec.model import loading
 
 
@@ -192,3 +198,20 @@ def test_a_line_says_that_nothing_is_left(files, checkpoint, tmp_path):
     more = {"histories": rows, **flags}
     done = run_command("recommend.py", **flags_of(files, checkpoint, tmp_path / "o.jsonl", **more))
     assert done.returncode == 0 and "1 of them have no items: their constraints allow none" in done.stdout
+
+
+def test_the_example_with_vllm_reads_what_the_command_reads(files, tmp_path):
+    """A request may ask for as many items as there are beams; and no input is overwritten."""
+    found = ModuleType("vllm")
+    for name in ("LLM", "TokensPrompt", "VllmConfig", "BeamSearchParams", "BatchUpdate", "LogitsProcessor"):
+        setattr(found, name, type(name, (), {}))
+    found.process_dict_updates = None
+    names = ["vllm", "vllm.config", "vllm.sampling_params", "vllm.v1.sample.logits_processor"]
+    modules = dict.fromkeys([*names, "vllm.v1.sample.logits_processor.builtin"], found)
+    with mock.patch.dict(sys.modules, modules), mock.patch.dict(os.environ), mock.patch("sys.path", [*sys.path]):
+        example = runpy.run_path(str(ROOT / "examples" / "vllm_recommend.py"))
+    items = Items(read_info_items(files["info"]), files["info"])
+    path = requests_file(tmp_path / "h.jsonl", [{"history": ["1"], "K": 20}, {"history": ["2"]}])
+    assert [request.K for request in example["read_requests"](items, str(path), 10, 20)] == [20, 10]
+    with pytest.raises(InputError, match=f"would overwrite --histories {path}"):
+        example["recommend"](histories=str(path), output=str(path), info_file=files["info"])
