@@ -7,6 +7,7 @@ an unmodified MiniOneRec checkout and vLLM load it.
     python merge_lora.py --adapter out/qlora/final_checkpoint --output_dir out/merged --into original
 """
 
+import gc
 import os
 import re
 from dataclasses import dataclass
@@ -144,10 +145,12 @@ def merge(flags: MergeFlags) -> dict:
         ).use(model)
         return ranker.rank(ranker.encode(inputs.rows))
 
-    # Merge. One model at a time: the adapter on its base, the merged one, what was saved of it.
+    # Merge. One model at a time: the adapter on its base, the merged one, what was saved of it. Adapters are in
+    # cycles, which keep the weights until they are collected.
     before = None
     if not inputs.unread:
         before = rankings(lora_utils.load_adapted(checkpoint, tokenizer, inputs.base, quantization))
+        gc.collect()
     counting = CountingMerge()
     model = lora_utils.load_adapted(
         checkpoint,
@@ -174,6 +177,7 @@ def merge(flags: MergeFlags) -> dict:
         tokenizer.save_pretrained(partial)
         make_portable(partial)
         del model
+        gc.collect()
         if before is not None:
             pairs = list(zip(before, rankings(loading.load_base(partial)), strict=True))
             report["compared_rows"] = len(pairs)

@@ -1,7 +1,9 @@
+import gc
 import hashlib
 import json
 import os
 import shutil
+import weakref
 from pathlib import Path
 
 import pytest
@@ -133,6 +135,25 @@ def test_every_merge_says_how_it_ranks_and_what_changed(trained, tmp_path, capsy
     assert "changed in float32" in printed and "recommended" not in printed
     assert report["changed_weights"] > 0.99 * report["updated_weights"] > 0
     assert Checkpoint.read(str(tmp_path / "m")).run["merged"] == report
+
+
+def test_a_merge_holds_one_model_at_a_time(checkpoint, tmp_path, monkeypatch):
+    held, counts = [], []
+
+    def load(*args, real=loading.load_base, **kwargs):
+        counts.append(sum(weight() is not None for weight in held))
+        model = real(*args, **kwargs)
+        held.extend(map(weakref.ref, model.parameters()))
+        return model
+
+    monkeypatch.setattr(loading, "load_base", load)
+    gc.collect()
+    gc.disable()  # Python collects cycles at times of its own
+    try:
+        merge(adapter=checkpoint, output_dir=tmp_path / "merged")
+    finally:
+        gc.enable()
+    assert counts == [0, 0, 0] and held  # on its base, merged, and what was saved
 
 
 def test_updates_that_the_saved_precision_loses(trained, untied_base, tmp_path, capsys):
