@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from minionerec import sasrec_files
-from minionerec.checkpoint import Checkpoint, read_json
+from minionerec.checkpoint import RUN_FILE, Checkpoint, read_json
 from minionerec.data.files import InfoItem, shorten
 from minionerec.errors import InputError
 from minionerec.flags import HEAVIEST, weight_of_blend
@@ -137,11 +137,12 @@ def _recorded(path: str) -> float | None:
 
 
 def _digest(checkpoint: str) -> str:
-    """Tells checkpoints apart by their weights, wherever they are; a hub model by its name."""
+    """Tells checkpoints apart by their weights, wherever they are; a hub model by its name. Of large files
+    only the ends are read: where a run trained rows between them (--freeze_LLM), its record tells."""
     digest = hashlib.sha256()
     names = sorted(os.listdir(checkpoint)) if os.path.isdir(checkpoint) else []
     weights = [os.path.join(checkpoint, name) for name in names if name.endswith(".safetensors")]
-    for path in weights:
+    for path in [*weights, *(os.path.join(checkpoint, name) for name in names if name == RUN_FILE and weights)]:
         size = os.path.getsize(path)
         with open(path, "rb") as file:
             digest.update(b"%d" % size + file.read(_PART))

@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import evaluate_flags, refused, run_command
+from safetensors.torch import save_file
 
 import evaluate
 import recommend
-from minionerec import InputError, Ranker, sasrec
+from minionerec import InputError, Ranker, blending, sasrec
 from minionerec.blending import BEST, WEIGHTS
 from minionerec.data.files import read_info_items, read_interactions
 from minionerec.data.items import left_out
@@ -202,6 +203,20 @@ def test_a_model_that_differs_between_nodes_is_told_by_its_weights(tmp_path):
     for flag in ("blend", "cf_path"):
         one, copy, two = (nodes._content(flag, folder) for folder in folders)
         assert one == copy != two
+
+
+def test_runs_that_trained_only_rows_in_the_middle_of_their_weights_have_weights_of_their_own(tmp_path):
+    """As --freeze_LLM: the ends of the file are those of the base."""
+    rows = torch.zeros(20_000, 64)
+    for name, seed in (("one", 1), ("two", 2)):
+        rows[-50:] = seed  # those of the SIDs
+        (tmp_path / name).mkdir()
+        tensors = {"model.embed_tokens.weight": rows, "model.layers.0.mlp.up_proj.weight": torch.zeros(8_000, 64)}
+        save_file(tensors, tmp_path / name / "model.safetensors")
+        (tmp_path / name / "minionerec.json").write_text(json.dumps({"flags": {"seed": seed}}))
+    shutil.copytree(tmp_path / "one", tmp_path / "copy")
+    one, two, copy = (blending._digest(str(tmp_path / name)) for name in ("one", "two", "copy"))
+    assert one == copy != two
 
 
 def test_a_file_of_requests_is_blended_too(files, checkpoint, other, tmp_path):
