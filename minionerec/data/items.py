@@ -319,11 +319,12 @@ class ItemColumns:
 MOST_COMPARED = 1000  # values among which a mistyped one is searched; that takes up to a millisecond each
 
 _SIGN = re.compile("(<=|>=|<|>|=)")
-# Numbers as 1,299.00, as 1.299,00 and 3,50, and as 1299.0, .99 and 1e-05.
-_COMMA_THOUSANDS = r"\d{1,3}(?:,\d{3})+(?:\.\d+)?"
-_DECIMAL_COMMA = r"(?:\d{1,3}(?:\.\d{3})+|\d+),\d{1,2}"
+# Numbers as 1,299.00, 1'299.00 and 1 299.00, as 1.299,00, 1 299,00 and 3,50, and as 1299.0, .99 and 1e-05. Without
+# decimals, a space may stand between two numbers.
+_THOUSANDS = r"\d{1,3}(?:[,'\u2019]\d{3})+(?:\.\d+)?|\d{1,3}(?:\s\d{3})+\.\d{1,2}"
+_DECIMAL_COMMA = r"(?:\d{1,3}(?:[.\s]\d{3})+|\d+),\d{1,2}"
 _PLAIN = r"(?:\d+(?:\.\d+)?|(?<![\w.])\.\d+)(?:[eE][+-]?\d+(?!\w))?"
-_NUMBER = re.compile(rf"-?(?:(?:(?P<thousands>{_COMMA_THOUSANDS})|(?P<comma>{_DECIMAL_COMMA}))(?![\d,.])|{_PLAIN})")
+_NUMBER = re.compile(rf"-?(?:(?:(?P<thousands>{_THOUSANDS})|(?P<comma>{_DECIMAL_COMMA}))(?![\d,.])|{_PLAIN})")
 
 
 def _number(value: object) -> float | None:
@@ -340,7 +341,7 @@ def _number(value: object) -> float | None:
     text = found.group()
     if found["comma"]:
         text = text.replace(".", "").replace(",", ".")
-    return float(text.replace(",", ""))
+    return float(re.sub(r"[,'\u2019\s]", "", text))
 
 
 def _parts(value: object) -> Iterator[str]:
