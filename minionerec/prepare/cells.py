@@ -241,8 +241,8 @@ _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 
 
 def text_of(value: object, depth: int = 2, separator: str = " ") -> str | None:
-    """A cell as one line of text without markup, empty if it stands for a missing one; None if it is neither text nor a
-    list of texts.
+    """A cell as one line of text without markup, empty if it stands for a missing one or shows nothing, as a lone
+    zero-width space; None if it is neither text nor a list of texts.
 
     Markup is what stands between < and > and looks like a tag, a SID or a control token: other programs that read the
     files may take `<a_1>` and `<|im_end|>` for tokens. Our own take all that is left as text.
@@ -267,7 +267,8 @@ def text_of(value: object, depth: int = 2, separator: str = " ") -> str | None:
         value = _TAG.sub(" ", value)
     if not value.isascii():  # an escape in JSON can stand for half a surrogate pair
         value = value.encode("utf-8", "replace").decode("utf-8")
-    return present(" ".join(_CONTROL.sub(" ", value).split()))
+    text = present(" ".join(_CONTROL.sub(" ", value).split()))
+    return text if text.isprintable() or any(map(str.isprintable, text.replace(" ", ""))) else ""
 
 
 def is_empty(value: object) -> bool:
