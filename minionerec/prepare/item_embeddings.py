@@ -100,7 +100,7 @@ def embed_with_model(path: str, texts: Sequence[str]) -> np.ndarray:
     Args:
         path: folder or hub name of any transformers model; of an encoder-decoder, the encoder is used.
 
-    Raises InputError if the model or its tokenizer cannot be loaded.
+    Raises InputError if the model or its tokenizer cannot be loaded, or a value is NaN or infinite.
     """
     import torch
     from safetensors import SafetensorError
@@ -148,6 +148,11 @@ def embed_with_model(path: str, texts: Sequence[str]) -> np.ndarray:
         embeddings[batch] = mean.cpu().numpy()
     if embeddings is None:
         raise InputError(f"--encoder {path}: its tokenizer gives no token for any title")
+    if bad := int((~np.isfinite(embeddings).all(axis=1)).sum()):
+        raise InputError(
+            f"--encoder {path}: embeds {bad:,} of {len(texts):,} items as NaN or infinity; its weights are damaged, or "
+            f"its values too large for {str(model.dtype).removeprefix('torch.')}"
+        )
     return embeddings
 
 

@@ -96,6 +96,10 @@ def test_a_model_embeds_by_the_mean_of_its_last_states(tmp_path, kind):
             assert np.isfinite(embedding).all()
     with pytest.raises(InputError, match=r"--encoder .*nowhere: cannot be loaded"):
         item_embeddings.embed_with_model(str(tmp_path / "nowhere"), ["a"])
+    torch.nn.init.constant_(model.get_input_embeddings().weight[1 + WORDS.index("rope")], torch.nan)
+    model.save_pretrained(tmp_path)
+    with pytest.raises(InputError, match=r"embeds 5 of 20 items as NaN or infinity; its weights are damaged"):
+        item_embeddings.embed_with_model(str(tmp_path), asked)
 
 
 def test_other_embeddings(raw, tmp_path, base):
