@@ -3,7 +3,7 @@
 Dimensions: `N` rows of the test file.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -31,8 +31,8 @@ class Estimate:
 
 def row_metrics(ranks: Sequence[int | None], length: int) -> dict[str, np.ndarray]:
     """The metrics of every row, [N] each; their means are those of the run. Arguments as in `ranking_metrics`."""
-    rows = [ranking_metrics([rank], length) for rank in ranks]
-    return {name: np.array([row[name] for row in rows]) for name in rows[0]}
+    of_rank = {rank: ranking_metrics([rank], length) for rank in {None, *ranks}}
+    return {name: np.array([of_rank[rank][name] for rank in ranks]) for name in of_rank[None]}
 
 
 class Bootstrap:
@@ -40,9 +40,7 @@ class Bootstrap:
     rows. A metric is given as its values of every row, [N] for each seed."""
 
     def __init__(self, num_rows: int):
-        random = np.random.default_rng(0)
-        resamples = (random.integers(0, num_rows, num_rows).astype(np.int32) for _ in range(RESAMPLES))
-        self._resampled = list(resamples)  # four bytes each: a test file may have 500,000 rows
+        self._num_rows = num_rows
 
     def mean(self, seeds: Sequence[np.ndarray]) -> Estimate:
         """The mean of a metric."""
@@ -59,9 +57,14 @@ class Bootstrap:
         by_seed = by_seed if np.isfinite(by_seed).all() else np.array([])  # a seed without hits has no ratio
         return _estimate(values.mean() / theirs.mean(), ratios, by_seed)
 
+    def _resampled(self) -> Iterator[np.ndarray]:
+        """The rows of each resample, [N]: drawn anew each time, because all of them would fill gigabytes."""
+        random = np.random.default_rng(0)
+        return (random.integers(0, self._num_rows, self._num_rows) for _ in range(RESAMPLES))
+
     def _means(self, values: np.ndarray) -> np.ndarray:
         """The mean of each resample, [RESAMPLES]."""
-        return np.array([values[rows].mean() for rows in self._resampled])
+        return np.array([values[rows].mean() for rows in self._resampled()])
 
 
 def _seed_means(seeds: Sequence[np.ndarray]) -> np.ndarray:

@@ -176,7 +176,8 @@ def read_rankings(path: str, targets: Targets | None, test_data_path: str) -> li
     rows: object = read_json(path) if os.path.isfile(path) else None
     if not isinstance(rows, list) or not rows or not all(map(_is_ranked, rows)):
         raise InputError(f"--runs: {path}: holds no rankings of evaluate.py; evaluate the run first")
-    rankings = [row["predict"] for row in rows]
+    one_text: dict[str, str] = {}  # for all equal SIDs: 50 texts a row would take gigabytes
+    rankings = [[one_text.setdefault(sid, sid) for sid in row["predict"]] for row in rows]
     lengths = set(map(len, rankings))
     if len(lengths) > 1:
         raise InputError(f"--runs: {path} ranks {min(lengths)} to {max(lengths)} items a row; evaluate the run again")

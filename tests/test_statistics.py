@@ -1,8 +1,11 @@
 """Estimates of a metric over the rows of a test file."""
 
+import tracemalloc
+
 import numpy as np
 import pytest
 
+from minionerec import statistics
 from minionerec.metrics import ranking_metrics
 from minionerec.statistics import Bootstrap, row_metrics
 
@@ -40,8 +43,21 @@ def test_resamples_without_a_hit_have_no_ratio():
     few, more = np.zeros(100), np.zeros(100)
     few[:2], more[:3] = 1, 1
     bootstrap = Bootstrap(100)
-    assert (few[np.stack(bootstrap._resampled)].mean(axis=1) == 0).any()
+    assert (few[np.stack(list(bootstrap._resampled()))].mean(axis=1) == 0).any()
     ratio = bootstrap.ratio([more], [few])
     assert ratio.value == 1.5 and 1 <= ratio.low <= 1.5 <= ratio.high < 10
     seeds = bootstrap.ratio([more, more], [few, np.zeros(100)])
     assert seeds.value == 3 and seeds.deviation is None
+
+
+def test_resamples_are_not_kept(monkeypatch):
+    """1,000 of them, of a test file with a million rows, would take 4 GB and more."""
+    monkeypatch.setattr(statistics, "RESAMPLES", 50)
+    tracemalloc.start()
+    try:
+        of_rows = row_metrics([0, 4, None, 60] * 10_000, 50)
+        estimate = Bootstrap(40_000).ratio([of_rows["HR@50"]], [of_rows["HR@1"]])
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert estimate.value == 2 and peak < 8e6  # 13 metrics of 40,000 rows are 4 MB

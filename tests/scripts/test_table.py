@@ -6,7 +6,7 @@ import pytest
 
 from minionerec.errors import InputError, Problems
 from scripts.curves import curves
-from scripts.table import folders_of, table
+from scripts.table import folders_of, read_rankings, table
 
 
 @pytest.fixture
@@ -133,6 +133,14 @@ def test_the_table_refuses_damaged_runs(tmp_path, make_run, change, message):
     (folder / name).write_text(json.dumps(data))
     with pytest.raises(InputError, match=message):
         table(f"{tmp_path}/train.csv", f"{tmp_path}/test.csv", runs=f"x={folder}")
+
+
+def test_equal_sids_of_rankings_are_one_text(tmp_path):
+    rows = [{"output": "<a_1>", "predict": [f"<a_{(row + i) % 7}>" for i in range(5)]} for row in range(9)]
+    (tmp_path / "result.json").write_text(json.dumps(rows))
+    rankings = read_rankings(str(tmp_path / "result.json"), None, "")
+    assert rankings == [row["predict"] for row in rows]
+    assert len({id(sid) for ranking in rankings for sid in ranking}) == 7
 
 
 def test_what_the_table_refuses(tmp_path, make_run, files):
