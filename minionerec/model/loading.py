@@ -86,7 +86,7 @@ def load_config(path: str, flag: str = "base_model") -> PreTrainedConfig:
     _look_up(path)
     try:
         config = AutoConfig.from_pretrained(path)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # huggingface_hub checks the values, with errors of its own
         raise InputError(
             f"--{flag} {path}: no model configuration can be loaded{_no_folder(path)}: {_first_line(error)}"
         ) from None
@@ -164,15 +164,24 @@ def load_base(
         dtype = device.compute_dtype(quantization is not None)
     try:
         with experts.quantizers():
-            model = AutoModelForCausalLM.from_pretrained(
+            model, found = AutoModelForCausalLM.from_pretrained(
                 path,
                 config=config,
                 dtype=dtype,
                 quantization_config=quantization,
                 device_map={"": device.local_device()},
+                ignore_mismatched_sizes=True,  # so that they are said below
+                output_loading_info=True,
             )
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, ValueError, LookupError) as error:
         raise InputError(f"{path}: the weights cannot be loaded: {_first_line(error)}") from None
+    # transformers makes these random.
+    random = sorted({*found["missing_keys"], *(name for name, *_ in found["mismatched_keys"])})
+    if random:
+        raise InputError(
+            f"{path}: {len(random)} of the weights that its config.json asks for are missing or have another shape, "
+            f"such as {random[0]}; take a complete copy of the model"
+        )
     architecture.freeze_non_text_modules(model)
     if getattr(model, "is_quantized", False):  # also where it is stored so
         _keep_training_layout(model)
@@ -251,8 +260,11 @@ def _weight_files(path: str) -> list[str]:
     if index is None:
         names = [SAFE_WEIGHTS_NAME]
     else:
-        with open(index, encoding="utf-8") as file:
-            names = sorted(set(json.load(file)["weight_map"].values()))
+        try:
+            with open(index, encoding="utf-8") as file:
+                names = sorted(set(json.load(file)["weight_map"].values()))
+        except (ValueError, LookupError, TypeError, AttributeError):
+            raise InputError(f"{index}: is damaged, it does not say which file has which weight") from None
     return [file for file in map(found, names) if file is not None]
 
 

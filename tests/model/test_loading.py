@@ -1,10 +1,13 @@
 """In which precision and layout a base is loaded."""
 
+import json
+
 import pytest
 import torch
 from adapting import adapted, state_of
 from as_on_gpu import answer
-from models import IDS, config_of
+from models import IDS, config_of, make_model
+from safetensors.torch import load_file, save_file
 
 import lora_utils
 from minionerec.errors import InputError
@@ -57,3 +60,54 @@ def test_a_name_that_is_looked_up_on_the_hub_is_said_first(tmp_path, monkeypatch
     with pytest.raises(InputError, match="no tokenizer can be loaded; there is no such folder"):
         loading.load_tokenizer("owner/nowhere")
     assert capsys.readouterr().err.count("owner/nowhere: is not a folder here; looking it up on the hub") == 1
+
+
+def _without(name: str):
+    def change(folder, config, weights):
+        del weights[name]
+
+    return change
+
+
+def _other(key: str, value: object):
+    def change(folder, config, weights):
+        config[key] = value
+
+    return change
+
+
+def _index(text: str):
+    def change(folder, config, weights):
+        weights.clear()
+        (folder / "model.safetensors.index.json").write_text(text)
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            _without("model.norm.weight"),
+            r"1 of the weights .* missing .*, such as model\.norm\.weight; take a complete",
+        ),
+        (_without("lm_head.weight"), r"such as lm_head\.weight"),
+        (_other("vocab_size", 80), r"2 of the weights that its config.json asks for are missing or have another shape"),
+        (_other("num_hidden_layers", "two"), "no model configuration can be loaded"),
+        (_index("{"), r"index\.json: is damaged, it does not say which file has which weight"),
+        (_index("{}"), r"index\.json: is damaged"),
+    ],
+)
+def test_a_base_that_is_not_whole_is_refused(tmp_path, change, message):
+    """transformers would go on with random weights."""
+    make_model(tie_word_embeddings=False).save_pretrained(tmp_path)
+    config, weights = json.loads((tmp_path / "config.json").read_text()), load_file(tmp_path / "model.safetensors")
+    change(tmp_path, config, weights)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(InputError, match=message):
+        loading.fingerprint(str(tmp_path))
+        load_base(str(tmp_path))
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(InputError):
+        load_base(str(tmp_path))
