@@ -113,6 +113,11 @@ def read_input(flags: RLFlags) -> RLInput:
                 f"--model_path {flags.model_path}: is a checkpoint from the middle of a --freeze_LLM run, with SID "
                 "rows only; give the run's final_checkpoint"
             )
+        if flags.adapted and (found := checkpoint.weights_of_base):
+            problems.add(
+                f"--model_path {flags.model_path}: the adapter also holds {len(found)} weights of the base, such as "
+                f"{found[0]}, which training it further would lose; merge it with merge_lora.py, and train the result"
+            )
     elif checkpoint and flags.base_model:
         problems.add(f"--base_model names the base of an adapter checkpoint, and {flags.model_path} is none; drop it")
     flags.check(problems)

@@ -149,6 +149,13 @@ class Checkpoint:
         """Whether its adapter is a checkpoint from the middle of a --freeze_LLM run."""
         return self.adapter is not None and self.adapter.get("peft_type") != "LORA"
 
+    @property
+    def weights_of_base(self) -> list[str]:
+        """The tensors of its adapter that take the place of weights of the base, such as biases or a whole embedding,
+        which PEFT may save too. No checkpoint of a run here would hold them."""
+        added = ("lora_", "trainable_tokens_delta", *((self.adapter or {}).get("modules_to_save") or ()))
+        return [name for name, _ in _shapes(self.path) if not any(part in name for part in added)]
+
     def base(self, remedy: str = NAME_BASE) -> str:
         """The base model that an adapter names; a whole model is its own. Raises InputError where the adapter names
         none, or a folder that is gone."""

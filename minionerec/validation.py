@@ -72,6 +72,10 @@ ADAPTER = {
     ),
     "lora_alpha": (is_number, "a number"),
     "target_modules": (_is(str, list, type(None)), "a list of names"),
+    "modules_to_save": (
+        lambda value: value is None or (isinstance(value, list) and all(map(_is(str), value))),
+        "a list of names",
+    ),
     # These would import a module that the file names, and repeat layers as often as it says.
     **dict.fromkeys(("megatron_config", "layer_replication"), (lambda value: not value, "null")),
 }

@@ -146,6 +146,7 @@ ADAPTERS = [
     ({"rank_pattern": [1]}, "rank_pattern is [1] and must be an object of ranks"),
     ({"lora_alpha": "x"}, "lora_alpha is 'x' and must be a number"),
     ({"target_modules": {}}, "target_modules is {} and must be a list of names"),
+    ({"modules_to_save": [5]}, "modules_to_save is [5] and must be a list of names"),
     ({"megatron_config": {"x": 1}, "megatron_core": "os"}, "megatron_config is {'x': 1} and must be null"),
     ({"layer_replication": [[0, 2]] * 9}, "layer_replication is [[0, 2]"),
 ]
@@ -169,6 +170,29 @@ def test_an_adapters_configuration_is_checked(files, tmp_path, changes, message)
     ):
         found = [line for line in problems_of(command, **flags) if message in line]
         assert found and all(line.startswith(f"{adapter}/adapter_config.json: ") for line in found)
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "trains"),
+    [
+        ("q_proj.lora_A.weight", {}, True),
+        ("q_proj.lora_magnitude_vector", {}, True),
+        ("embed_tokens.token_adapter.trainable_tokens_delta", {}, True),
+        ("base_model.model.lm_head.weight", {"modules_to_save": ["lm_head"]}, True),
+        ("base_model.model.lm_head.weight", {}, False),
+        ("base_model.model.model.layers.0.self_attn.q_proj.base_layer.bias", {"bias": "lora_only"}, False),
+    ],
+)
+def test_rl_refuses_an_adapter_with_weights_that_it_would_not_save(files, tmp_path, name, config, trains):
+    record(tmp_path / "c")
+    config = {"base_model_name_or_path": "hub/base", "peft_type": "LORA", "r": 4, "lora_alpha": 8, **config}
+    (tmp_path / "c" / "adapter_config.json").write_text(json.dumps(config))
+    save_file({name: torch.zeros(4, 8)}, tmp_path / "c" / "adapter_model.safetensors")
+    flags = {"model_path": tmp_path / "c", "output_dir": tmp_path / "rl"}
+    refusal = f"holds 1 weights of the base, such as {name}, which training it further would lose; merge it with"
+    for adapted in (True, False):
+        problems = problems_of(rl.train, **flags, use_lora=adapted)
+        assert any(refusal in line for line in problems) == (adapted and not trains)
 
 
 def of_release(folder: Path, version: str | None, **record: object) -> Checkpoint:
