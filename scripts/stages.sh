@@ -106,8 +106,9 @@ check_later() { # check_later flags...: refuses before SFT trains what RL and th
     local start="$OUT/sft/final_checkpoint" wrong # all but this checkpoint, which they find missing before they start
     [ ! -e "$start" ] || return 0
     wrong="$({
-        NPROC=1 CONFIG="" rl "$@" ${RL_FLAGS:-} --model_path "$start"
-        NPROC=1 evaluate "$OUT/sft" ${EVAL_FLAGS:-} --base_model "$start"
+        launch() { "$PYTHON" "$@"; } # one process, with the flags of each of $NPROC
+        CONFIG="" rl "$@" ${RL_FLAGS:-} --model_path "$start"
+        evaluate "$OUT/sft" ${EVAL_FLAGS:-} --base_model "$start"
     } 2>&1 >/dev/null | grep ": error: " | grep -v "/final_checkpoint: no such folder" || true)"
     [ -z "$wrong" ] || { echo "$wrong" >&2; exit 2; }
 }

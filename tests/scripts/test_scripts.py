@@ -321,6 +321,19 @@ def test_wrong_flags_of_later_stages_are_refused_before_sft_trains(checkout, bas
     assert started.returncode == 2 and started.stderr.splitlines() == [last] and not (tmp_path / "none").exists()
 
 
+def test_flags_that_do_not_fit_the_processes_are_refused_before_sft_trains(checkout, base, tmp_path):
+    """A process of 16 has 8 completions of a step: no whole group of 16."""
+    python = tmp_path / "python"  # starts no launcher
+    python.write_text(f'#!/bin/sh\n[ "$1" != -m ] || exit 9\nexec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    settings = {"PYTHON": str(python), "BASE_MODEL": base, "OUT": str(tmp_path / "none"), "NPROC": "16"}
+    refused = bash(checkout, "pipeline.sh", **settings, RL_FLAGS="--num_generations 16")
+    assert refused.returncode == 2 and refused.stderr.startswith(
+        "rl.py: error: --num_generations 16 does not divide --train_batch_size 8 x --gradient_accumulation_steps 1 "
+    )
+    assert bash(checkout, "pipeline.sh", **settings, RL_FLAGS="--num_generations 8").returncode == 9
+
+
 @pytest.mark.parametrize("method", ["", "full", "lora"])
 def test_the_preset_for_little_memory(checkout, method):
     """QLoRA unless METHOD says otherwise, and checkpointing in any case."""
