@@ -8,14 +8,14 @@ if [[ " $* " == *" --help "* || " $* " == *" -h "* ]]; then
     for ((i = ${#BASH_SOURCE[@]} - 1; i >= first; i--)); do sed -n '2,/^[^#]/ s/^# \{0,1\}//p' "${BASH_SOURCE[i]}"; done
     exit 0
 fi
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+CDPATH="" cd "$(dirname "${BASH_SOURCE[0]}")/.."
 if [ -z "${PYTHON:-}" ]; then
     PYTHON=.venv/bin/python
     # Missing, or made in part and never installed into.
     if [ ! -x "$PYTHON" ] || { [ ! -f .venv/requirements.txt ] && ! "$PYTHON" -m pip --version >/dev/null 2>&1; }; then
         BASE_PYTHON="${BASE_PYTHON:-python3}"
         "$BASE_PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
-            echo "setup.sh: error: $BASE_PYTHON is older than Python 3.11; name a newer one: BASE_PYTHON=python3.12" >&2
+            echo "setup.sh: error: $BASE_PYTHON is missing, or older than Python 3.11; name another one: BASE_PYTHON=python3.12" >&2
             exit 2
         }
         "$BASE_PYTHON" -m venv .venv

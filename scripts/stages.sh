@@ -80,7 +80,7 @@ sft() {
         --learning_rate "$SFT_RATE" --sid_learning_rate 3e-3 "${METHOD_FLAGS[@]}" "${PRESET_FLAGS[@]}" "$@"
 }
 rl_batch() { # rl_batch flags...: sets RL_BATCH; an RL step has 32 prompts with 4 completions, rl.py counts per process
-    local share=$((128 / NPROC)) pass
+    local share=$((NPROC < 128 ? 128 / NPROC : 1)) pass
     [ $((32 % NPROC)) = 0 ] || [[ " ${*//-/_}" =~ " __train_batch_size"[=\ ] ]] ||
         fail "NPROC=$NPROC: does not divide the 32 prompts of an RL step; take 1, 2, 4, 8, 16 or 32, or --train_batch_size"
     pass=$((share < 64 ? share : 64))

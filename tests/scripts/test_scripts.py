@@ -132,6 +132,9 @@ def test_an_rl_step_has_the_same_prompts_with_any_number_of_processes(checkout):
     for given in (["--train_batch_size", "40"], ["--train_batch_size=40"], ["--train-batch-size", "40"]):
         result = bash(checkout, "rl_lora.sh", *given, PYTHON="echo", NPROC="3")
         assert result.returncode == 0 and result.stdout.replace("-", "_").count("__train_batch_size") == 2
+    given = "--train_batch_size", "4"  # the only size of a process that its step does not have anyway
+    result = bash(checkout, "rl_lora.sh", *given, PYTHON="echo", NPROC="256")
+    assert result.returncode == 0 and not result.stderr
     result = bash(checkout, "sft_lora.sh", "--micro_batch_size", "3", PYTHON="echo", NPROC="3")
     assert result.returncode == 2 and "NPROC=3: does not divide the 64 rows of an SFT step" in result.stderr
     assert bash(checkout, "sft_lora.sh", "--batch_size", "66", PYTHON="echo", NPROC="3").returncode == 0
@@ -156,6 +159,18 @@ def test_files_are_found_in_folders_with_any_name(checkout, tmp_path):
     assert (
         f"--train_file {tmp_path}/d [1]*/train/Bolts_5.csv --eval_file {tmp_path}/d [1]*/valid/Bolts*" in result.stdout
     )
+
+
+def test_a_search_path_of_folders_does_not_lead_to_another_project(checkout, tmp_path):
+    (tmp_path / "scripts").mkdir()
+    result = bash(checkout, "sft_lora.sh", PYTHON="pwd", CDPATH=str(tmp_path))
+    assert result.returncode == 0 and result.stdout.strip() == str(checkout)
+
+
+def test_a_python_that_is_missing_is_named(checkout, tmp_path):
+    result = bash(checkout, "sft_lora.sh", PYTHON="", BASE_PYTHON="python3.99")
+    assert result.returncode == 2 and not (checkout / ".venv").exists()
+    assert "setup.sh: error: python3.99 is missing, or older than Python 3.11; name another one" in result.stderr
 
 
 def test_a_file_of_a_category_is_not_another_that_begins_with_it(checkout, tmp_path):
