@@ -84,8 +84,8 @@ class Checkpoint:
         path: the folder or name.
         adapter: the configuration of a PEFT adapter; None for a whole model.
         run: the resolved configuration of the run that wrote it (command, method, release, engine, processes, flags,
-            prompts, fingerprint of the base, SID tokens, content of the files, seconds of training), as this release
-            records it; empty where there is none.
+            prompts, fingerprint of the base, SID tokens, content of the files, seconds and peak memory of training),
+            as this release records it; empty where there is none.
     """
 
     path: str

@@ -50,7 +50,7 @@ RUN = {
     "base_fingerprint": TEXT_OR_NULL,
     "sid_tokens": TEXT,
     "data": OBJECT,
-    "seconds": (lambda value: is_number(value) and value >= 0, "a number from 0"),
+    **dict.fromkeys(("seconds", "peak_memory_gb"), (lambda value: is_number(value) and value >= 0, "a number from 0")),
     "unlogged": (_is_log, "an object with the numbers total, loss and step, and lists of numbers as metrics"),
     "flags": OBJECT,
     "prompts": OBJECT,

@@ -20,6 +20,7 @@ FLAGS = [
     ({"flags": []}, "flags is [] and must be an object"),
     ({"seconds": "x"}, "seconds is 'x' and must be a number from 0"),
     ({"seconds": -1}, "seconds is -1 and must be a number from 0"),
+    ({"peak_memory_gb": "x"}, "peak_memory_gb is 'x' and must be a number from 0"),
     ({"base_fingerprint": 5}, "base_fingerprint is 5 and must be text or null"),
     ({"method": {}}, "method is {} and must be text"),
     ({"prompts": "x"}, "prompts is 'x' and must be an object"),

@@ -39,6 +39,7 @@ class DurableRun(SavedRun):
         """As the Trainer's, from a checkpoint if one is given (see `training.resume`)."""
         path, record = (resume.path, resume.run) if resume else (None, {})
         self._seconds_before, self._started = record.get("seconds", 0.0), time.perf_counter()
+        self._peak_before = record.get("peak_memory_gb", 0.0)
         if before := record.get("unlogged"):  # a checkpoint of an older release has none
             self.add_callback(_LogGoesOn(self, before))
         self._failures.resumed = path

@@ -9,7 +9,6 @@ from minionerec.model import device, loading
 from minionerec.model.sharding import with_sid_rows_merged
 from minionerec.model_card import write_card
 from minionerec.output import whole_folder, writing
-from minionerec.process_memory import peak_memory_gb
 from minionerec.saving import make_portable, write_json
 
 
@@ -68,7 +67,7 @@ def finish(
 
     Every process must call it; `merge` and `dtype` as in `save_final`.
     """
-    metrics = {**metrics, "peak_memory_gb": peak_memory_gb()}
+    metrics = {**metrics, "peak_memory_gb": trainer.peak_memory_gb}
     output_dir = trainer.args.output_dir
     final = os.path.join(output_dir, "final_checkpoint")
     then = "; make room, then the same command with --resume_from_checkpoint True writes it"

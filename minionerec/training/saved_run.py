@@ -20,6 +20,7 @@ from minionerec.errors import InputError
 from minionerec.model import adapters, sid_rows
 from minionerec.model.sharding import local_shard
 from minionerec.model_card import write_card
+from minionerec.process_memory import peak_memory_gb
 from minionerec.saving import make_readable, record_dtype, write_json
 from minionerec.training.engines import AnyEngine
 from minionerec.training.failures import Failures
@@ -29,13 +30,14 @@ from minionerec.training.stopping import Grace
 class SavedRun(AnyEngine):
     """A mixin for a Trainer whose checkpoints are complete or absent, and that resumes exactly.
 
-    Every checkpoint holds `run`, the resolved configuration, with the seconds trained so far and what the log still
-    lacks. Its trainer state is written last, after all processes have written their files.
+    Every checkpoint holds `run`, the resolved configuration, with the seconds and the peak memory of the training
+    so far, and what the log still lacks. Its trainer state is written last, after all processes have written their
+    files.
     """
 
     run: dict
     save_dtype: torch.dtype | None = None  # of saved weights; None for the type they train in
-    _seconds_before = 0.0
+    _seconds_before = _peak_before = 0.0  # of the run that is resumed
     _started: float | None = None  # None if nothing was trained
     _log_now: dict[str, object]  # of the checkpoint that is being written
     _saved_step = 0  # of the newest checkpoint
@@ -50,6 +52,11 @@ class SavedRun(AnyEngine):
     def seconds(self) -> float:
         """Seconds of training up to now, including those before the checkpoint that the run resumed from."""
         return self._seconds_before + (time.perf_counter() - self._started if self._started is not None else 0.0)
+
+    @property
+    def peak_memory_gb(self) -> float:
+        """The peak memory of training up to now, including that before the checkpoint that the run resumed from."""
+        return max(self._peak_before, peak_memory_gb())
 
     # --- The best checkpoint ------------------------------------------------------------------------------------------
 
@@ -197,7 +204,8 @@ class SavedRun(AnyEngine):
                     record_dtype(folder, str(self.save_dtype).removeprefix("torch."))
                 os.remove(os.path.join(folder, "training_args.bin"))  # a pickle, which nothing here reads
                 unlogged = {"unlogged": self._log_now} if in_checkpoint else {}
-                write_json(os.path.join(folder, RUN_FILE), {**self.run, "seconds": self.seconds, **unlogged})
+                cost = {"seconds": self.seconds, "peak_memory_gb": self.peak_memory_gb}
+                write_json(os.path.join(folder, RUN_FILE), {**self.run, **cost, **unlogged})
                 write_card(folder, self.run)
                 make_readable(folder)
 

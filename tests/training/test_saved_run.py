@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
 import torch
@@ -50,6 +51,19 @@ def test_a_resumed_run_meets_the_same_steps(tmp_path, strategy, optim):
     resumed.train(Checkpoint.read(newest_checkpoint(resumed.args.output_dir)))
     weights = trained_weights(resumed)
     assert all(torch.equal(weights[name], weight) for name, weight in trained_weights(whole).items())
+
+
+def test_the_cost_of_a_resumed_run_is_that_of_the_whole_one(tmp_path):
+    """Also where nothing is left to train, which takes little memory and no time."""
+    trainer = trainer_of(tmp_path, 2, count=16, **GROWING)
+    trainer.train()
+    record = Path(newest_checkpoint(trainer.args.output_dir)) / "minionerec.json"
+    cost = json.loads(record.read_text())
+    assert cost["seconds"] > 0 and cost["peak_memory_gb"] > 0
+    record.write_text(json.dumps({**cost, "seconds": 3600.0, "peak_memory_gb": 5000.0}))
+    again = trainer_of(tmp_path, 2, count=16, **GROWING)
+    again.train(Checkpoint.read(str(record.parent)))
+    assert again.seconds > 3600 and again.peak_memory_gb == 5000
 
 
 def test_a_resumed_run_takes_the_rate_and_the_evaluations_of_its_flags(tmp_path):
