@@ -47,13 +47,19 @@ def run(*command: str | Path, **environment: str) -> None:
 def check_settings(out: Path) -> None:
     """Refuses settings that finished runs in the folder were not made with, and records those of the first time."""
     file, here = out / "settings.json", {name: setting(name) for name in SHARED}
-    there = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else here
+    try:
+        there = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else here
+    except ValueError:
+        fail(f"{file}: is damaged, so the settings of the runs there are not known; name another folder: OUT=...")
     changed = [name for name in SHARED if there.get(name) != here[name]]
     if changed:
         was = "; ".join(f"{name}={there.get(name)!r} and is {here[name]!r} now" for name in changed)
         fail(f"{out} holds runs with {was}; name another folder: OUT=..., or remove this one")
-    out.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(here, indent=1), encoding="utf-8")
+    if not file.is_file():
+        out.mkdir(parents=True, exist_ok=True)
+        partial = file.with_suffix(".partial")
+        partial.write_text(json.dumps(here, indent=1), encoding="utf-8")
+        partial.replace(file)
 
 
 def check_rates(method: str) -> None:

@@ -307,6 +307,11 @@ def test_a_comparison_chooses_rates_and_repeats_the_best_with_other_seeds(checko
     other = bash(checkout, "compare.sh", **settings | {"PRESET": "best"})
     assert other.returncode == 2 and "holds runs with PRESET='quick' and is 'best' now; name another" in other.stderr
     assert stages(checkout) == ran
+    (checkout / "output/compared/settings.json").write_text("{")
+    damaged = bash(checkout, "compare.sh", **settings)
+    assert damaged.returncode == 2 and len(damaged.stderr.splitlines()) == 1
+    assert "compared/settings.json: is damaged, so the settings of the runs there are not known" in damaged.stderr
+    assert stages(checkout) == ran
 
 
 def test_a_comparison_ends_with_the_stage_that_fails(checkout, stand_in):
