@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from minionerec.training.rl_trainer import ReReTrainer
 
 LEFT_OUT = 0.2  # of the training prompts by sample_train
+SYNC_STEPS = 512  # between two moves of the reference with sync_ref_model, as in the original
 
 
 @dataclass(frozen=True)
@@ -248,6 +249,10 @@ def train(flags: RLFlags) -> "dict | Prediction":
         )
     processes = f", on {state.num_processes} processes" if state.num_processes > 1 else ""
     state.print(f"an optimizer step: {step:,} prompts x {flags.num_generations} completions{processes}")
+    if flags.sync_ref_model and steps < SYNC_STEPS:
+        state.print(
+            f"--sync_ref_model changes nothing: the reference moves every {SYNC_STEPS} steps, and this run has {steps}"
+        )
     sid_of = trie.sid_of(inputs.sids)
     reward_funcs, reward_weights = reward_functions(
         flags.rewards, flags.num_generations, sid_of, inputs.catalogue, flags.ada_path, flags.cf_path
@@ -456,6 +461,7 @@ def grpo_config(
         beta=flags.beta,
         use_bias_correction_kl=False,  # the original's KL term, without TRL's ratio in front
         sync_ref_model=flags.sync_ref_model,
+        ref_model_sync_steps=SYNC_STEPS,
         loss_type="dapo" if flags.dapo else "grpo",
         importance_sampling_level="sequence" if flags.gspo else "token",
         eval_strategy="steps" if flags.test_during_training else "no",

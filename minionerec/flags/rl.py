@@ -100,7 +100,9 @@ class RLFlags(TrainingFlags):
         "still averaged over all groups, with dapo and gspo too, so the others weigh as much as without the flag (the "
         "original ignores the flag).",
     )
-    sync_ref_model: bool = flag(False, "let the reference model slowly follow the policy.")
+    sync_ref_model: bool = flag(
+        False, "let the reference model follow the policy: every 512 steps it moves 60% of the way there."
+    )
     test_beam: int = flag(20, "beams per prompt in evaluations.", above_zero)
     reward_type: str = flag(
         "rule",

@@ -170,7 +170,8 @@ def test_switches_run(files, sft, tmp_path, flags):
     if flags["reward_type"] == "sasrec":
         sasrec.save(sasrec.SASRec(read_info(files["info"]), hidden_size=8), str(tmp_path / "cf"))
         flags = {**flags, "cf_path": tmp_path / "cf"}
-    metrics, _ = run_rl(files, sft["lora"], tmp_path / "run", use_lora=True, **flags)
+    metrics, result = run_rl(files, sft["lora"], tmp_path / "run", use_lora=True, **flags)
+    assert ("--sync_ref_model changes nothing: the reference" in result.stdout) == ("sync_ref_model" in flags)
     assert metrics["train_prompts"] == {"sample_train": 32, "temperature": 160}.get(
         "sample_train" if "sample_train" in flags else "temperature" if "temperature" in flags else "", 40
     )
