@@ -15,7 +15,8 @@ UNAVERAGED_FILE = "unaveraged.safetensors"  # in a checkpoint: the weights that 
 
 class WeightAverage(TrainerCallback):
     """The average of a model's trained weights after every optimizer step so far, in which later steps count more:
-    those of step t by (t + 1) (t + 2) ... (t + POWER), up to a constant. A process averages the weights that it owns.
+    those of step t, counted from 0, by (t + 1) (t + 2) ... (t + POWER), up to a constant. A process averages the
+    weights that it owns.
 
     Source: polynomial-decay averaging, Shamir and Zhang, Stochastic Gradient Descent for Non-smooth Optimization
     (2013).
