@@ -88,6 +88,8 @@ def microseconds(value: object, zone: tzinfo = UTC) -> int | None:
         text = value
         if is_shortened(text):
             return None
+        if "_" in text:  # Python takes 2018_10_14 for a number
+            return _iso(text, zone)
         try:
             value = float(text)
         except ValueError:
@@ -124,10 +126,15 @@ def _in_range(moment: int) -> int | None:
     return moment if 0 <= moment < LATEST else None
 
 
+def _not_plain(cell: object) -> bool:
+    """Whether a cell is text that `microseconds` reads otherwise than Python does."""
+    return (isinstance(cell, str) and "_" in cell) or is_shortened(cell)
+
+
 def times_of(cells: Sequence[object], form: str, read: Callable[[object], int | None]) -> list[int | None]:
     """The times of cells, by the `time_reader` of a form; numbers at once where there is no form."""
     types = {*map(type, cells)}
-    if not form and types <= {str, int, float} and not (str in types and any(map(is_shortened, cells))):
+    if not form and types <= {str, int, float} and not (str in types and any(map(_not_plain, cells))):
         try:
             values = np.asarray(cells, object).astype(np.float64)
         except (ValueError, OverflowError):

@@ -88,6 +88,8 @@ def test_times_in_common_forms(tmp_path):
     assert times_of(path, "01.01.2018 13:00", form="%d.%m.%Y %H:%M", zone=berlin) == [noon]
     assert cleaning.time_window("2018-07", "2018", berlin)[0] == datetime(2018, 6, 30, 22, tzinfo=UTC).timestamp() * 1e6
     assert "found '13/01/2018'; give --time_format, such as" in problems_of(times_of, path, "13/01/2018")
+    assert "found '2018_10_14'; give --time_format, such as" in problems_of(times_of, path, "2018_10_14", T0)
+    assert times_of(path, "2018-01-01_12:00", f"{noon:.0f}") == times_of(path, "2018_01_01 12", form="%Y_%m_%d %H") * 2
     assert "expected a time of the form %Y" in problems_of(times_of, path, "2018-10", form="%Y")
     for form in ("", "ms"):
         problem = problems_of(times_of, path, "1538340000000", "1.53834E+12", form=form)
