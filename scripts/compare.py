@@ -77,7 +77,8 @@ def check_rates(method: str) -> None:
 def check_flags() -> None:
     """Refuses flags that tell the runs apart, or that leave nothing to compare."""
     own = {"seed": "SEEDS", "learning_rate": "SFT_RATES_lora and its like", "output_dir": "OUT", "dry_run": "sft.py"}
-    for name in ("SFT_FLAGS", "TRY_SFT", "RL_FLAGS"):
+    own["result_json_data"] = "OUT"
+    for name in ("SFT_FLAGS", "TRY_SFT", "RL_FLAGS", "EVAL_FLAGS"):
         for word in flags_in(name):
             flag = word.partition("=")[0].removeprefix("--").replace("-", "_")
             if word.startswith("--") and flag in own:

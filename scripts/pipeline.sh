@@ -6,6 +6,9 @@
 # stage. Settings: scripts/stages.sh.
 source "$(dirname "$0")/stages.sh"
 unset MODEL_PATH # RL starts from the SFT of this pipeline
+said=" $* ${SFT_FLAGS:-} ${RL_FLAGS:-} ${EVAL_FLAGS:-} "
+[[ ! "${said//-/_}" =~ " __"(output_dir|result_json_data)[=\ ] ]] ||
+    fail "--${BASH_REMATCH[1]} is that of one stage, where the others do not look; name the folder of all: OUT=..."
 rl_batch "$@" ${RL_FLAGS:-} # refuses before SFT trains
 check_later "$@"
 sft "$@" ${SFT_FLAGS:-}

@@ -152,6 +152,22 @@ def test_a_dry_run_of_the_pipeline_ends_after_sft(checkout, given):
     assert "rl.py --model_path output/own/sft/final_checkpoint" in real.stdout
 
 
+@pytest.mark.parametrize(
+    ("given", "setting"),
+    [
+        (["--output_dir", "output/own"], {}),
+        (["--output-dir=output/own"], {}),
+        ([], {"SFT_FLAGS": "--output_dir output/own"}),
+        ([], {"EVAL_FLAGS": "--result_json_data output/own.json"}),
+    ],
+)
+def test_the_pipeline_refuses_a_folder_of_one_stage(checkout, given, setting):
+    result = bash(checkout, "pipeline.sh", *given, PYTHON="echo", **setting)
+    name = "result_json_data" if "EVAL_FLAGS" in setting else "output_dir"
+    assert result.returncode == 2 and not result.stdout
+    assert result.stderr.startswith(f"pipeline.sh: error: --{name} is that of one stage, where the others do not look")
+
+
 def test_files_are_found_in_folders_with_any_name(checkout, tmp_path):
     (tmp_path / "d [1]*" / "train").mkdir(parents=True)
     (tmp_path / "d [1]*" / "train" / "Bolts_5.csv").touch()
@@ -195,6 +211,7 @@ def test_a_file_of_a_category_is_not_another_that_begins_with_it(checkout, tmp_p
         ((), {"SFT_FLAGS": "--batch_size 32 --seed 7"}),
         ((), {"RL_FLAGS": "--learning-rate=1e-5"}),
         ((), {"TRY_SFT": "--dry_run True"}),
+        ((), {"EVAL_FLAGS": "--result_json_data out/result.json"}),
     ],
 )
 def test_a_comparison_refuses_what_it_does_not_know_before_it_trains(checkout, flags, setting):
