@@ -67,15 +67,8 @@ class DurableRun(SavedRun):
         """Where a run was stopped, and how it goes on."""
         done, steps = self.state.global_step, self.state.max_steps
         if not self._saved_step:
-            return (
-                f"{done} of {steps}, before there was anything to save; the same command with "
-                "--resume_from_checkpoint True starts anew"
-            )
-        saved = self._failures.last_good()
-        return (
-            f"{done} of {steps} and saved {saved}; the same command with --resume_from_checkpoint True continues from "
-            "there"
-        )
+            return f"{done} of {steps}, before there was anything to save; {self._failures.again()}"
+        return f"{done} of {steps} and saved {self._failures.last_good()}; {self._failures.again()}"
 
     # --- Steps --------------------------------------------------------------------------------------------------------
 

@@ -55,7 +55,7 @@ class Failures:
         checkpoint."""
 
         def what_is_left() -> str:
-            return self._left("; the", bool(newest_checkpoint(self.output_dir) or self.resumed))
+            return f"the last good checkpoint is {self.last_good()}; {self.again()}"
 
         world.say_at_the_end(what_is_left)
         try:
@@ -73,11 +73,11 @@ class Failures:
 
     def how_to_go_on(self) -> str:
         """What is left where a file could not be written, and what to do."""
-        return self._left(". Make room, then the", newest_checkpoint(self.output_dir) is not None)
+        return f"the last good checkpoint is {self.last_good()}. Make room, then {self.again()}"
 
-    def _left(self, then: str, continues: bool) -> str:
-        goes_on = "continues from it" if continues else "starts anew"
-        return (
-            f"the last good checkpoint is {self.last_good()}{then} same command with --resume_from_checkpoint True "
-            f"{goes_on}"
-        )
+    def again(self) -> str:
+        """What the same command does next. True would not find a checkpoint of another folder."""
+        if self.resumed and not newest_checkpoint(self.output_dir):
+            return "the same command continues from it"
+        goes_on = "continues from it" if newest_checkpoint(self.output_dir) else "starts anew"
+        return f"the same command with --resume_from_checkpoint True {goes_on}"

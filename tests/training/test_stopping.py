@@ -9,6 +9,7 @@ import pytest
 from helpers import adapter_bytes, run_command, sft_flags
 from models import trainer_of
 
+from minionerec.checkpoint import Checkpoint
 from minionerec.errors import RunError
 from minionerec.training.sft_trainer import SFTTrainer
 
@@ -62,3 +63,21 @@ def test_a_run_that_is_stopped_in_its_first_step_has_nothing_to_save(tmp_path):
     with pytest.raises(RunError, match=r"stopped at step 0 of 4, before there was anything to save; .* starts anew"):
         trainer.train()
     assert not list(tmp_path.glob("*/checkpoint-*"))
+
+
+def test_a_run_from_another_folder_that_is_stopped_at_once_goes_on_from_there(tmp_path):
+    """With --resume_from_checkpoint True it would start anew, because its own folder has no checkpoint yet."""
+    settings = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+    first = trainer_of(tmp_path / "old", 2, **settings)
+    first.train()
+    saved = os.path.join(first.args.output_dir, "checkpoint-2")
+    trainer = trainer_of(tmp_path / "new", 2, **settings)
+    compute = trainer.compute_loss
+
+    def stopped(*args, **kwargs):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return compute(*args, **kwargs)
+
+    trainer.compute_loss = stopped
+    with pytest.raises(RunError, match=rf"stopped at step 2 of 4 and saved {saved}; the same command continues"):
+        trainer.train(Checkpoint.read(saved))
