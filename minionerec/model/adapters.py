@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import copy as shallow
 from functools import partial
 
 import torch
@@ -150,7 +151,10 @@ def adapter_state(model: PeftModel) -> dict[str, torch.Tensor]:
 
 def copy_adapter(model: PeftModel, adapter: str, copy: str) -> None:
     """Adds a frozen copy of an adapter under another name, with the same values and precision; it is not active."""
-    model.add_adapter(copy, model.peft_config[adapter])
+    config = shallow(model.peft_config[adapter])
+    if hasattr(config, "init_lora_weights"):
+        config.init_lora_weights = True  # PiSSA and OLoRA would change the weights of the base a second time
+    model.add_adapter(copy, config)
     use_lean_layers(model)
     copied = adapter_parameters(model, copy)
     for name, parameter in adapter_parameters(model, adapter).items():

@@ -6,6 +6,7 @@ import pytest
 import torch
 from adapting import adapted, state_of, train
 from models import ARCHITECTURES, IDS, make_model
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 
 import lora_utils
@@ -112,6 +113,22 @@ def test_every_kind_of_adapter_loads_again(tmp_path, architecture, settings):
     logits = loaded(input_ids=torch.tensor([[1, 90, 5, 7]])).logits
     torch.testing.assert_close(logits, model.eval()(input_ids=torch.tensor([[1, 90, 5, 7]])).logits)
     assert not torch.allclose(logits, before, atol=1e-4)
+
+
+@pytest.mark.parametrize("start", ["gaussian", "pissa", "olora"])
+def test_a_copy_of_an_adapter_changes_no_weight_of_the_base(tmp_path, start):
+    """Some starts of PEFT take the adapter's first update from the base."""
+    ids = torch.tensor([[1, 90, 5, 7]])
+    config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=start)
+    model = get_peft_model(make_model(scale=2.0), config)
+    train(model, steps=1)
+    model.save_pretrained(tmp_path)
+    loaded = adapters.load_adapter(make_model(scale=2.0), str(tmp_path), trainable=True).eval()
+    logits = loaded(input_ids=ids).logits
+    adapters.copy_adapter(loaded, "default", "reference")
+    for name in ("default", "reference"):
+        loaded.set_adapter(name)
+        assert torch.equal(loaded(input_ids=ids).logits, logits)
 
 
 @pytest.mark.parametrize(
