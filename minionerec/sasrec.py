@@ -21,6 +21,7 @@ from torch import nn
 from minionerec.errors import InputError
 
 CONFIG, WEIGHTS = "sasrec.json", "sasrec.safetensors"
+MOST_SCORES = 16_000_000  # at once while histories are ranked: 64 MB, whatever the catalogue
 _UNREADABLE = ValueError, KeyError, TypeError, ArithmeticError, AssertionError  # what a damaged configuration raises
 
 
@@ -89,10 +90,10 @@ class SASRec(nn.Module):
         return self.eval()(self.encode(histories)).log_softmax(dim=1)
 
     @torch.inference_mode()
-    def rankings(self, histories: Sequence[Sequence[str]], length: int, batch_size: int = 1024) -> list[list[str]]:
+    def rankings(self, histories: Sequence[Sequence[str]], length: int) -> list[list[str]]:
         """The `length` best items after each history, best first."""
         self.eval()
-        ranked = []
+        ranked, batch_size = [], max(min(MOST_SCORES // len(self.sids), 1024), 1)
         for start in range(0, len(histories), batch_size):
             table = self(self.encode(histories[start : start + batch_size]))
             best = table.topk(min(length, len(self.sids)), dim=1).indices

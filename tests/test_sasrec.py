@@ -33,6 +33,19 @@ def test_it_learns_what_follows_and_loads_what_it_saved(tmp_path):
     assert again.scores(asked * 2, [SIDS[6], SIDS[0]] * 2) == pytest.approx(model.scores(asked, [SIDS[6], SIDS[0]]) * 2)
 
 
+def test_a_large_catalogue_is_ranked_for_few_histories_at_once(monkeypatch):
+    torch.manual_seed(0)
+    model = sasrec.SASRec(SIDS, hidden_size=16, length=8)
+    asked, sizes = [cycle(1 + start % 7, start) for start in range(20)], []
+    whole = model.rankings(asked, 5)
+    model.register_forward_hook(lambda _module, _args, scores: sizes.append(scores.numel()))
+    for most in (36, 1):
+        monkeypatch.setattr(sasrec, "MOST_SCORES", most)
+        assert model.rankings(asked, 5) == whole
+        assert max(sizes) == max(most, len(SIDS))
+        sizes.clear()
+
+
 def test_padding_and_unknown_items_change_nothing():
     torch.manual_seed(0)
     model = sasrec.SASRec(SIDS, hidden_size=16, length=8).eval()
