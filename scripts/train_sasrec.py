@@ -103,7 +103,7 @@ def train_sasrec(
     model = sasrec.SASRec(sids, hidden_size, dropout=dropout).to(device.local_device())
     optimizer = torch.optim.Adam(model.parameters(), lr=learning_rate)
     watched = f"NDCG@{watched_cutoff(len(sids))}"
-    started, best, waited = time.perf_counter(), None, 0
+    started, best, best_epoch = time.perf_counter(), None, 0
     for epoch in range(num_epochs):
         model.train()
         order = rng.sample(range(len(targets)), len(targets))
@@ -117,11 +117,10 @@ def train_sasrec(
             raise RunError(f"weights are NaN or infinite after epoch {epoch + 1}; take a smaller --learning_rate")
         value = score(ranked(eval_file, "eval_file"))[watched]
         print(f"epoch {epoch + 1}: loss {loss.item():.3f}, validation {watched} {value:.4f}")
-        waited += 1
         if best is None or value > best:
-            best, waited = value, 0
+            best, best_epoch = value, epoch + 1
             weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-        if waited == PATIENCE:
+        if epoch + 1 - best_epoch == PATIENCE:
             break
     seconds = time.perf_counter() - started
     model.load_state_dict(weights)
@@ -137,6 +136,7 @@ def train_sasrec(
             "peak_memory_gb": peak_memory_gb(),
             "checkpoint_mb": folder_size_mb(partial),
             f"best_eval_{watched}": best,
+            "best_epoch": best_epoch,
         }
         write_json(os.path.join(partial, "metrics.json"), metrics)
         if results:

@@ -91,6 +91,9 @@ def test_the_command_trains_saves_and_evaluates(files, tmp_path):
     assert sasrec.load(str(tmp_path / "m")).scores([["<a_0><b_0><c_0>"]], ["<a_2><b_0><c_2>"])
     metrics = json.loads((tmp_path / "m" / "result.metrics.json").read_text())
     assert 0 <= metrics["NDCG@10"] <= metrics["HR@10"] <= 1
+    costs = json.loads((tmp_path / "m" / "metrics.json").read_text())
+    by_epoch = [float(line.rsplit(" ", 1)[1]) for line in result.stdout.splitlines() if line.startswith("epoch ")]
+    assert by_epoch[costs["best_epoch"] - 1] == max(by_epoch) == round(costs["best_eval_NDCG@10"], 4)
     again = run_command("scripts/train_sasrec.py", **flags, output_dir=tmp_path / "m")
     assert again.returncode == 2 and "exists already" in again.stderr
 
