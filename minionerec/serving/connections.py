@@ -10,6 +10,7 @@ from contextlib import suppress
 from weakref import WeakKeyDictionary
 
 import fastapi
+import h11
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
@@ -21,6 +22,7 @@ BACKLOG = 128  # connections that the system accepts at once, before any of them
 OTHER_FILES = 128  # that are open next to connections
 CLIENT_SECONDS = 20  # to send the head of a request, and to take its answer
 SHUTDOWN_SECONDS = 10  # for the requests that are there
+NO_HTTP = b"HTTP/1.1 400 Bad Request\r\nConnection: close\r\nContent-Length: 0\r\n\r\n"
 BUSY = b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 1\r\nConnection: close\r\nContent-Length: 0\r\n\r\n"
 
 
@@ -105,6 +107,14 @@ def run(app: fastapi.FastAPI, host: str, port: int) -> None:
             super().connection_made(transport)
             if len(self.connections) > watch.most:
                 watch.make_place(self)
+
+        def send_400_response(self, msg: str) -> None:
+            if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):  # else it is the rest of a request with an answer
+                self.transport.write(NO_HTTP)
+            if self.cycle is not None:  # it answers no more
+                self.cycle.disconnected = True
+                self.cycle.message_event.set()
+            self.transport.close()
 
     _log_to_standard_error()
     config = uvicorn.Config(

@@ -114,6 +114,22 @@ def test_a_head_request_gets_the_head_of_the_answer(listening):
     assert status == 200 and int(length) == size and answers["HEAD"] == (200, length, 0)
 
 
+def test_a_body_that_is_no_http_is_no_traceback(listening, caplog):
+    """Neither before the answer, together with the head or later, nor after it."""
+    head, bad = b"/recommend HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n", b"no chunk\r\n"
+    client = connected(listening.port, b"POST " + head + b"Content-Type: text/plain\r\n\r\n")
+    assert client.recv(12) == b"HTTP/1.1 415"
+    client.sendall(bad)
+    assert b"HTTP/1.1" not in client.makefile("rb").read()
+    for parts in (
+        [b"POST " + head + b"\r\n", bad],
+        *([method + head + b"\r\n" + bad] for method in (b"GET ", b"HEAD ")),
+    ):
+        client = connected(listening.port, *parts)
+        assert client.makefile("rb").read() == connections.NO_HTTP
+    assert "Traceback" not in caplog.text
+
+
 @pytest.mark.parametrize("chunked", [False, True])
 def test_a_client_that_sends_too_much_is_told_so(listening, chunked):
     """Also one that reads the answer only when it has sent all; what it sends meanwhile is no next request."""
