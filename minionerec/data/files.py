@@ -146,10 +146,24 @@ def sha256_of(path: str | os.PathLike[str]) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def parse_json(text: str | bytes) -> object:
+    """The value of a JSON text. Raises ValueError for other text, and for a key that occurs twice in an object: all but
+    its last value would be lost."""
+    return json.loads(text, object_pairs_hook=_object)
+
+
+def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    data = dict(pairs)
+    if len(data) < len(pairs):
+        twice = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
+        raise ValueError(f"{shorten(twice)} occurs twice in an object")
+    return data
+
+
 def read_json_object(path: str, flag: str) -> dict:
     with open_text(path, flag) as file:
         try:
-            data = json.load(file)
+            data = parse_json(file.read())
         except (ValueError, RecursionError) as error:
             raise InputError(f"--{flag} {path}: is not JSON: {error}") from None
     if not isinstance(data, dict) or not data:

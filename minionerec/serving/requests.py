@@ -10,28 +10,21 @@ import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from minionerec.data.files import MOST_PROBLEMS, FileProblems, is_text, open_text, read_histories, shorten
+from minionerec.data.files import (
+    MOST_PROBLEMS,
+    FileProblems,
+    is_text,
+    open_text,
+    parse_json,
+    read_histories,
+    shorten,
+)
 from minionerec.data.items import ExcludeSeen, ItemColumns, Items, left_out
 from minionerec.errors import InputError, Problems
 
 MOST_HISTORY = 1_000  # items of a history; longer ones are refused, since a model reads a few dozen
 LISTS = ("history", "allow", "deny")
 KEYS = {"history", "K", "exclude_seen", "allow", "deny", "where"}
-
-
-def parse(text: str | bytes) -> object:
-    """The value of a JSON text. Raises ValueError for other text, and for a key that occurs twice: one of its values
-    would be lost."""
-    return json.loads(text, object_pairs_hook=_object)
-
-
-def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    data: dict[str, object] = {}
-    for name, value in pairs:
-        if name in data:
-            raise ValueError(f"{shorten(name)} occurs twice in an object")
-        data[name] = value
-    return data
 
 
 class RequestProblems(Problems):
@@ -201,7 +194,7 @@ def _json_lines(path: str, flag: str, problems: FileProblems) -> Iterator[tuple[
             for line, text in enumerate(file, 1):
                 if text.strip():
                     try:
-                        yield line, parse(text)
+                        yield line, parse_json(text)
                     except (ValueError, RecursionError) as error:
                         problems.add(f", line {line}", f"is not JSON: {error}")
         except UnicodeDecodeError as error:

@@ -33,6 +33,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException as AnyHTTPException
 from starlette.requests import ClientDisconnect
 
+from minionerec.data.files import parse_json
 from minionerec.errors import InputError
 from minionerec.serving.checks import Serving, check_key, invalid, read_body, refused
 from minionerec.serving.guard import Guard, problem
@@ -47,7 +48,7 @@ from minionerec.serving.interface import (
     RecommendResponse,
 )
 from minionerec.serving.metrics import Metrics
-from minionerec.serving.requests import Request, parse
+from minionerec.serving.requests import Request
 from minionerec.serving.worker import Loaded, TooManyWaiting, Worker
 
 MOST_FOUND = 100  # items of a search
@@ -182,7 +183,7 @@ _problems: dict[int | str, dict[str, type[ErrorResponse]]] = {
 
 def _read(loaded: Loaded, body: bytes) -> Request:
     try:
-        return loaded.reader.read(parse(body), MOST_LISTED)
+        return loaded.reader.read(parse_json(body), MOST_LISTED)
     except (ValueError, RecursionError) as error:
         raise InputError(f"the body is not JSON: {error}") from None
 

@@ -100,6 +100,7 @@ def test_bad_catalogues_are_named(tmp_path):
     path = tmp_path / "index.json"
     for content, message in (
         ("{", "is not JSON"),
+        ('{"1": ["<a_1>"], "2": ["<a_2>"], "1": ["<a_3>"]}', "is not JSON: '1' occurs twice in an object"),
         ("{}", "non-empty object"),
         ('{"7": []}', "item '7': expected a list of SID tokens"),
         ('{"7": "<a_1>"}', "item '7': expected a list of SID tokens"),
