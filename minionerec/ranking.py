@@ -40,6 +40,7 @@ from minionerec.model.halving import Halving
 from minionerec.serving.requests import Request, RequestReader
 
 MOST_CACHED = 64  # masks of sets that may come again: those of flags and columns
+MOST_NUMBERS = 5_000_000  # items of all these sets together, some 300 MB
 
 
 class Ranker:
@@ -338,7 +339,8 @@ class Ranker:
     def _rows_of(self, only: tuple[frozenset[int], ...]) -> np.ndarray:
         """[S], the rows of the trie of which at least one item is in each of these sets."""
         if only not in self._only:
-            if len(self._only) >= MOST_CACHED:
+            held = sum(len(numbers) for sets in self._only for numbers in sets)
+            if len(self._only) >= MOST_CACHED or held > MOST_NUMBERS:
                 self._only.clear()
             rows: np.ndarray = np.full(len(self.trie), not only)
             if only:

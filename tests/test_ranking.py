@@ -9,7 +9,7 @@ import warnings
 import pytest
 from helpers import ROOT, run_command
 
-from minionerec import InputError, Ranker
+from minionerec import InputError, Ranker, ranking
 
 
 @pytest.mark.parametrize("method", ["full", "lora", "qlora"])
@@ -42,6 +42,19 @@ def test_a_ranker_says_what_is_wrong(files, sft_run):
         ranker.recommend(["12"], k=11)
     with pytest.raises(InputError, match="no such file"):
         Ranker.load(checkpoint, info_file="nowhere.txt")
+
+
+def test_conditions_are_remembered_up_to_a_size(files, sft_run, monkeypatch):
+    ranker = Ranker.load(sft_run("lora") / "final_checkpoint", info_file=files["info"], num_beams=10)
+    monkeypatch.setattr(ranking, "MOST_NUMBERS", 30)
+    for first in range(20):
+        numbers = frozenset(range(first, first + 20))
+        for _ in range(2):  # the second is the remembered one
+            allowed = {
+                ranker.sids[i] for i, a in zip(ranker.trie.source, ranker._rows_of((numbers,)), strict=True) if a
+            }
+            assert allowed == {ranker.items.all[number].sid for number in numbers}
+        assert len(ranker._only) <= 2
 
 
 def test_a_ranker_asks_a_checkpoint_of_another_tool_in_its_words(files, sft_run, tmp_path):
