@@ -59,7 +59,7 @@ class Ranker:
     """
 
     model: PreTrainedModel | PeftModel
-    _sasrec: sasrec.SASRec
+    _sasrec: sasrec.Recommender
 
     def __init__(
         self,

@@ -1,15 +1,19 @@
-"""SASRec, the classical sequential recommender: a baseline for the tables and a source of rewards.
+"""SASRec, the classical sequential recommender: a baseline for the tables, a source of rewards, and a second opinion
+when items are ranked.
 
 A causal Transformer over item embeddings, trained with a softmax over the whole catalogue to predict the item after
-each history. Items are SIDs here, as in the metrics. Source: Kang and McAuley, Self-Attentive Sequential Recommendation
-(2018); the full softmax: Klenitskiy and Vasilev, Turning Dross Into Gold Loss (2023).
+each history. Items are SIDs here, as in the metrics. Several that differ by their seed rank better together than any of
+them. Source: Kang and McAuley, Self-Attentive Sequential Recommendation (2018); the full softmax: Klenitskiy and
+Vasilev, Turning Dross Into Gold Loss (2023).
 
 Dimensions: `B` rows, `L` items of a history, `S` items, `H` hidden.
 """
 
 import json
+import math
 import os
-from collections.abc import Sequence
+import random
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -18,45 +22,21 @@ from safetensors.torch import load_file
 from safetensors.torch import save as to_bytes
 from torch import nn
 
-from minionerec.errors import InputError
+from minionerec.errors import InputError, RunError
 
+PATIENCE = 5  # training ends after this many epochs without a gain
 CONFIG, WEIGHTS = "sasrec.json", "sasrec.safetensors"
 MOST_SCORES = 16_000_000  # at once while histories are ranked: 64 MB, whatever the catalogue
 _UNREADABLE = ValueError, KeyError, TypeError, ArithmeticError, AssertionError  # what a damaged configuration raises
 
 
-class SASRec(nn.Module):
-    """Scores all items after a history. `sids` names the items; item i is row i + 1 of the embedding, row 0 pads."""
+class Recommender(nn.Module):
+    """Scores all items after a history. `sids` names the items; item i is number i + 1, number 0 pads."""
 
-    def __init__(
-        self,
-        sids: Sequence[str],
-        hidden_size: int = 64,
-        layers: int = 2,
-        heads: int = 2,
-        dropout: float = 0.3,
-        length: int = 20,
-    ):
+    def __init__(self, sids: Sequence[str], length: int):
         super().__init__()
-        self.length = length
-        self.settings: dict[str, int | float] = {
-            "hidden_size": hidden_size,
-            "layers": layers,
-            "heads": heads,
-            "dropout": dropout,
-            "length": length,
-        }
-        self.sids = list(sids)
+        self.sids, self.length = list(sids), length
         self.number = {sid: i + 1 for i, sid in enumerate(self.sids)}
-        self.items = nn.Embedding(len(self.sids) + 1, hidden_size, padding_idx=0)
-        self.positions = nn.Embedding(length, hidden_size)
-        layer = nn.TransformerEncoderLayer(
-            hidden_size, heads, hidden_size * 4, dropout, activation="gelu", batch_first=True, norm_first=True
-        )
-        self.blocks = nn.TransformerEncoder(layer, layers, nn.LayerNorm(hidden_size), enable_nested_tensor=False)
-        self.dropout = nn.Dropout(dropout)
-        for embedding in (self.items, self.positions):
-            nn.init.normal_(embedding.weight, std=hidden_size**-0.5)
 
     def encode(self, histories: Sequence[Sequence[str]]) -> torch.Tensor:
         """[B, L], the latest items of histories, padded on the right to the longest; unknown SIDs are skipped."""
@@ -65,15 +45,7 @@ class SASRec(nn.Module):
         ids = torch.zeros((len(known), max(map(len, known)) or 1), dtype=torch.long)
         for row, numbers in zip(ids, known, strict=True):
             row[: len(numbers)] = torch.tensor(numbers, dtype=torch.long)
-        return ids.to(self.items.weight.device)
-
-    def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        """Scores [B, S] of all items after histories [B, L]; after one of padding only, all score alike."""
-        hidden = self.dropout(self.items(ids) + self.positions.weight[: ids.shape[1]])
-        mask = nn.Transformer.generate_square_subsequent_mask(ids.shape[1], device=ids.device)
-        items = (ids > 0).sum(dim=1)
-        last = self.blocks(hidden, mask=mask, is_causal=True)[torch.arange(len(ids)), items.clamp(min=1) - 1]
-        return last @ self.items.weight[1:].T * (items > 0).unsqueeze(1)
+        return ids.to(next(self.parameters()).device)
 
     @torch.inference_mode()
     def scores(self, histories: Sequence[Sequence[str]], items: Sequence[str]) -> list[float]:
@@ -101,13 +73,114 @@ class SASRec(nn.Module):
         return ranked
 
 
+class SASRec(Recommender):
+    """One model."""
+
+    def __init__(
+        self,
+        sids: Sequence[str],
+        hidden_size: int = 64,
+        layers: int = 2,
+        heads: int = 2,
+        dropout: float = 0.3,
+        length: int = 20,
+    ):
+        super().__init__(sids, length)
+        self.settings: dict[str, int | float] = {
+            "hidden_size": hidden_size,
+            "layers": layers,
+            "heads": heads,
+            "dropout": dropout,
+            "length": length,
+        }
+        self.items = nn.Embedding(len(self.sids) + 1, hidden_size, padding_idx=0)
+        self.positions = nn.Embedding(length, hidden_size)
+        layer = nn.TransformerEncoderLayer(
+            hidden_size, heads, hidden_size * 4, dropout, activation="gelu", batch_first=True, norm_first=True
+        )
+        self.blocks = nn.TransformerEncoder(layer, layers, nn.LayerNorm(hidden_size), enable_nested_tensor=False)
+        self.dropout = nn.Dropout(dropout)
+        for embedding in (self.items, self.positions):
+            nn.init.normal_(embedding.weight, std=hidden_size**-0.5)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        """Scores [B, S] of all items after histories [B, L]; after one of padding only, all score alike."""
+        hidden = self.dropout(self.items(ids) + self.positions.weight[: ids.shape[1]])
+        mask = nn.Transformer.generate_square_subsequent_mask(ids.shape[1], device=ids.device)
+        items = (ids > 0).sum(dim=1)
+        last = self.blocks(hidden, mask=mask, is_causal=True)[torch.arange(len(ids)), items.clamp(min=1) - 1]
+        return last @ self.items.weight[1:].T * (items > 0).unsqueeze(1)
+
+
+class Ensemble(Recommender):
+    """Several models of the same settings: the mean of their scores, and so, up to a constant for each history, of
+    their log-probabilities."""
+
+    def __init__(self, models: Sequence[SASRec]):
+        super().__init__(models[0].sids, models[0].length)
+        self.models = nn.ModuleList(models)
+        self.settings = {**models[0].settings, "models": len(models)}
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        """As of one model."""
+        scores = self.models[0](ids)
+        for model in self.models[1:]:
+            scores = scores + model(ids)
+        return scores / len(self.models)
+
+
 def loss_of(model: SASRec, histories: Sequence[Sequence[str]], targets: Sequence[str]) -> torch.Tensor:
     """Mean cross-entropy (nats) of the items that followed the histories."""
     wanted = torch.tensor([model.number[target] - 1 for target in targets])
     return F.cross_entropy(model(model.encode(histories)), wanted.to(model.items.weight.device))
 
 
-def save(model: SASRec, folder: str, catalogue: str | None = None) -> None:
+def train(
+    model: SASRec,
+    histories: Sequence[Sequence[str]],
+    targets: Sequence[str],
+    num_epochs: int,
+    batch_size: int,
+    learning_rate: float,
+    seed: int,
+    end_of_epoch: Callable[[int, float], float],
+) -> int:
+    """Trains a model with Adam, and leaves it with the weights of its best epoch, whose number is returned.
+
+    Args:
+        histories, targets: the SIDs of the training rows.
+        num_epochs: at most; it ends sooner after PATIENCE epochs without a gain.
+        batch_size: rows of an optimizer step.
+        seed: of the order of the rows.
+        end_of_epoch: called with the number of an epoch, from 1, and its last loss; returns what the best epoch has
+            most of.
+
+    Raises RunError if weights are NaN or infinite.
+    """
+    rng, optimizer = random.Random(seed), torch.optim.Adam(model.parameters(), lr=learning_rate)
+    best, best_epoch = -math.inf, 0
+    for epoch in range(1, num_epochs + 1):
+        model.train()
+        order = rng.sample(range(len(targets)), len(targets))
+        for start in range(0, len(order), batch_size):
+            rows = order[start : start + batch_size]
+            optimizer.zero_grad()
+            loss = loss_of(model, [histories[i] for i in rows], [targets[i] for i in rows])
+            loss.backward()
+            optimizer.step()
+        if not all(torch.isfinite(tensor).all() for tensor in model.state_dict().values()):
+            raise RunError(f"weights are NaN or infinite after epoch {epoch}; take a smaller --learning_rate")
+        value = end_of_epoch(epoch, loss.item())
+        if value > best:
+            best, best_epoch = value, epoch
+            weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        if epoch - best_epoch == PATIENCE:
+            break
+    model.load_state_dict(weights)
+    return best_epoch
+
+
+def save(model: SASRec | Ensemble, folder: str, catalogue: str | None = None) -> None:
     """Writes the model to a folder; the configuration last, so a folder with a configuration is complete. `catalogue`
     is the fingerprint of its items (`sasrec_files.fingerprint`)."""
     os.makedirs(folder, exist_ok=True)
@@ -117,22 +190,23 @@ def save(model: SASRec, folder: str, catalogue: str | None = None) -> None:
         json.dump({"settings": model.settings, "catalogue": catalogue, "sids": model.sids}, file)
 
 
-def load(folder: str, flag: str = "cf_path") -> SASRec:
+def load(folder: str, flag: str = "cf_path") -> SASRec | Ensemble:
     """The model in the folder that a flag names, in evaluation mode. Raises InputError if there is none, or its
     settings do not fit the weights; nothing is allocated for a size that only the settings claim."""
     try:
         with open(os.path.join(folder, CONFIG), encoding="utf-8") as file:
             data = json.load(file)
-        sids, settings = data["sids"], data["settings"]
-        weights = load_file(os.path.join(folder, WEIGHTS))
+        sids, settings = data["sids"], dict(data["settings"])
+        weights, models = load_file(os.path.join(folder, WEIGHTS)), settings.pop("models", None)
         if not isinstance(sids, list) or not all(isinstance(sid, str) for sid in sids):
             raise ValueError("sids must be a list of texts")
-        if not 0 < settings["layers"] <= len(weights):
+        if not 0 < settings["layers"] * (models or 1) <= len(weights):
             raise ValueError(f"the weights do not have {settings['layers']} layers")
         if not all(torch.isfinite(tensor).all() for tensor in weights.values()):
             raise ValueError("weights are NaN or infinite")
         with torch.device("meta"):
-            model = SASRec(sids, **settings)
+            one = [SASRec(sids, **settings) for _ in range(models or 1)]
+            model = one[0] if models is None else Ensemble(one)
         model.load_state_dict(weights, assign=True)
     except (*_UNREADABLE, OSError, RuntimeError, SafetensorError) as error:
         missing = f"{CONFIG} has no " if isinstance(error, KeyError) else ""

@@ -12,13 +12,12 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from minionerec import cli, locks, sasrec_files
 from minionerec.data.files import count_rows, read_info_items, read_interactions
-from minionerec.errors import Problems, RunError
+from minionerec.errors import Problems
 from minionerec.flags import check_new_folder, check_positive, same_rows, seed_range
 from minionerec.metrics import format_metrics, rank_of, ranking_metrics, watched_cutoff
 from minionerec.output import whole_folder, writing
 
 LENGTH = 50  # items of a ranking
-PATIENCE = 5  # training ends after this many epochs without a gain on the validation file
 
 
 @locks.releasing()
@@ -34,8 +33,10 @@ def train_sasrec(
     learning_rate: float = 1e-3,
     dropout: float = 0.3,
     seed: int = 42,
+    num_models: int = 1,
 ) -> dict[str, float]:
-    """Trains SASRec on the training file, and keeps the epoch with the best NDCG@10 on the validation file.
+    """Trains SASRec on the training file, and keeps the epoch with the best NDCG@10 on the validation file. Several
+    models are averaged.
 
     Args:
         train_file: CSV of training interactions.
@@ -49,11 +50,12 @@ def train_sasrec(
         learning_rate: learning rate of Adam.
         dropout: dropout between the layers.
         seed: seed of every random choice.
+        num_models: models to train, each from a seed of its own, whose log-probabilities are averaged. Three rank
+            clearly better than one, and take three times as long.
     """
     problems = Problems()
-    check_positive(
-        problems, hidden_size=hidden_size, num_epochs=num_epochs, batch_size=batch_size, learning_rate=learning_rate
-    )
+    check_positive(problems, hidden_size=hidden_size, num_epochs=num_epochs, batch_size=batch_size)
+    check_positive(problems, learning_rate=learning_rate, num_models=num_models)
     if hidden_size % 2:
         problems.add(f"--hidden_size {hidden_size}: must be even, for two heads")
     if not 0 <= dropout < 1:
@@ -72,8 +74,6 @@ def train_sasrec(
         print(note)
     locks.hold("output_dir", output_dir, locks.lock_of_new)
 
-    import random
-
     import torch
 
     from minionerec import sasrec
@@ -88,7 +88,7 @@ def train_sasrec(
 
     length = min(LENGTH, len(sids))
 
-    def ranked(path: str, flag: str) -> list[dict]:
+    def ranked(model: sasrec.Recommender, path: str, flag: str) -> list[dict]:
         """The rankings of a file, in the form of result.json."""
         histories, targets = events(path, flag)
         rankings = zip(histories, targets, model.rankings(histories, length), strict=True)
@@ -97,34 +97,32 @@ def train_sasrec(
     def score(results: list[dict]) -> dict[str, float]:
         return ranking_metrics([rank_of(row["output"], row["predict"]) for row in results], length)
 
-    torch.manual_seed(seed)
-    rng = random.Random(seed)
     histories, targets = events(train_file, "train_file")
-    model = sasrec.SASRec(sids, hidden_size, dropout=dropout).to(device.local_device())
-    optimizer = torch.optim.Adam(model.parameters(), lr=learning_rate)
     watched = f"NDCG@{watched_cutoff(len(sids))}"
-    started, best, best_epoch = time.perf_counter(), None, 0
-    for epoch in range(num_epochs):
-        model.train()
-        order = rng.sample(range(len(targets)), len(targets))
-        for start in range(0, len(order), batch_size):
-            rows = order[start : start + batch_size]
-            optimizer.zero_grad()
-            loss = sasrec.loss_of(model, [histories[i] for i in rows], [targets[i] for i in rows])
-            loss.backward()
-            optimizer.step()
-        if not all(torch.isfinite(tensor).all() for tensor in model.state_dict().values()):
-            raise RunError(f"weights are NaN or infinite after epoch {epoch + 1}; take a smaller --learning_rate")
-        value = score(ranked(eval_file, "eval_file"))[watched]
-        print(f"epoch {epoch + 1}: loss {loss.item():.3f}, validation {watched} {value:.4f}")
-        if best is None or value > best:
-            best, best_epoch = value, epoch + 1
-            weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-        if epoch + 1 - best_epoch == PATIENCE:
-            break
+
+    def validated(model: sasrec.Recommender) -> float:
+        return score(ranked(model, eval_file, "eval_file"))[watched]
+
+    def trained(number: int) -> tuple[sasrec.SASRec, int]:
+        """A model from the seed of this number, from 0, as after its best epoch, and that epoch."""
+        torch.manual_seed(seed + number)
+        model = sasrec.SASRec(sids, hidden_size, dropout=dropout).to(device.local_device())
+        which = f"model {number + 1} of {num_models}, " if num_models > 1 else ""
+
+        def end_of_epoch(epoch: int, loss: float) -> float:
+            value = validated(model)
+            print(f"{which}epoch {epoch}: loss {loss:.3f}, validation {watched} {value:.4f}")
+            return value
+
+        sizes = num_epochs, batch_size, learning_rate, seed + number
+        return model, sasrec.train(model, histories, targets, *sizes, end_of_epoch)
+
+    started = time.perf_counter()
+    models, best_epochs = zip(*map(trained, range(num_models)), strict=True)
+    model = models[0] if num_models == 1 else sasrec.Ensemble(models)
+    best = validated(model)
     seconds = time.perf_counter() - started
-    model.load_state_dict(weights)
-    results = ranked(test_data_path, "test_data_path") if test_data_path else []
+    results = ranked(model, test_data_path, "test_data_path") if test_data_path else []
     with writing(output_dir), whole_folder(output_dir) as partial:
         sasrec.save(model, partial, sasrec_files.fingerprint((item.id, item.sid) for item in items))
         parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -136,7 +134,7 @@ def train_sasrec(
             "peak_memory_gb": peak_memory_gb(),
             "checkpoint_mb": folder_size_mb(partial),
             f"best_eval_{watched}": best,
-            "best_epoch": best_epoch,
+            "best_epochs": best_epochs,
         }
         write_json(os.path.join(partial, "metrics.json"), metrics)
         if results:

@@ -46,6 +46,21 @@ def test_a_large_catalogue_is_ranked_for_few_histories_at_once(monkeypatch):
         sizes.clear()
 
 
+def test_an_ensemble_averages_log_probabilities(tmp_path):
+    torch.manual_seed(0)
+    models = [sasrec.SASRec(SIDS, hidden_size=16, length=8).eval() for _ in range(3)]
+    both = sasrec.Ensemble(models)
+    asked = [cycle(4, 2), ["<new>"], ["<new>", SIDS[3]]]
+    mean = torch.stack([model.logps(asked) for model in models]).mean(0)
+    torch.testing.assert_close(both.logps(asked), mean.log_softmax(dim=1))
+    assert both.logps(asked)[1].unique().numel() == 1
+    sasrec.save(both, str(tmp_path / "m"))
+    again = sasrec.load(str(tmp_path / "m"))
+    assert isinstance(again, sasrec.Ensemble) and torch.equal(again.logps(asked), both.logps(asked))
+    assert again.rankings(asked, 3) == both.rankings(asked, 3)
+    assert again.scores(asked, SIDS[:3]) == both.scores(asked, SIDS[:3])
+
+
 def test_padding_and_unknown_items_change_nothing():
     torch.manual_seed(0)
     model = sasrec.SASRec(SIDS, hidden_size=16, length=8).eval()
@@ -93,14 +108,35 @@ def test_the_command_trains_saves_and_evaluates(files, tmp_path):
     assert 0 <= metrics["NDCG@10"] <= metrics["HR@10"] <= 1
     costs = json.loads((tmp_path / "m" / "metrics.json").read_text())
     by_epoch = [float(line.rsplit(" ", 1)[1]) for line in result.stdout.splitlines() if line.startswith("epoch ")]
-    assert by_epoch[costs["best_epoch"] - 1] == max(by_epoch) == round(costs["best_eval_NDCG@10"], 4)
+    (best,) = costs["best_epochs"]
+    assert by_epoch[best - 1] == max(by_epoch) == round(costs["best_eval_NDCG@10"], 4)
     again = run_command("scripts/train_sasrec.py", **flags, output_dir=tmp_path / "m")
     assert again.returncode == 2 and "exists already" in again.stderr
+
+
+def test_several_models_are_those_of_their_seeds(files, tmp_path):
+    flags = {"train_file": files["train"], "eval_file": files["valid"], "info_file": files["info"], "num_epochs": 3}
+
+    def trained(name: str, **more: object) -> tuple[sasrec.Recommender, dict]:
+        result = run_command("scripts/train_sasrec.py", **flags, output_dir=tmp_path / name, **more)
+        assert result.returncode == 0, result.stderr
+        return sasrec.load(str(tmp_path / name)), json.loads((tmp_path / name / "metrics.json").read_text())
+
+    ones, costs = zip(*(trained(f"seed{seed}", seed=seed) for seed in (7, 8)), strict=True)
+    both, cost = trained("both", seed=7, num_models=2)
+    assert cost["best_epochs"] == [one["best_epochs"][0] for one in costs]
+    assert cost["trainable_parameters"] == 2 * costs[0]["trainable_parameters"]
+    for one, model in zip(ones, both.models, strict=True):
+        assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in one.state_dict().items())
 
 
 @pytest.mark.parametrize(
     "changes",
     [
+        {"models": 10**9},
+        {"models": 2},
+        {"models": 0},
+        {"models": "x"},
         {"hidden_size": 10**9},
         {"length": 10**9},
         {"layers": 10**9},
