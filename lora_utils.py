@@ -27,7 +27,7 @@ from transformers.pytorch_utils import Conv1D
 
 from minionerec.errors import InputError
 from minionerec.flags import AdapterFlags, RunFlags
-from minionerec.model import architecture, experts, int8_rows
+from minionerec.model import architecture, experts, int8_rows, loading
 from minionerec.model.adapted import check_dora, load_adapted, load_checkpoint, quantization_config  # noqa: F401
 from minionerec.model.adapters import join_layers, prepare_quantized, set_up_adapter
 
@@ -262,25 +262,29 @@ def trainable_report(model: nn.Module) -> str:
     return f"trainable parameters: {trainable:,} of {total:,} ({100 * trainable / total:.3f}%){frozen}"
 
 
+def check_stored(config: PreTrainedConfig, flags: AdapterFlags, flag: str = "base_model") -> None:
+    """Raises InputError where the weights of a base, which `flag` named, are stored in other bits than `flags.method`
+    trains on."""
+    stored = getattr(config, "quantization_config", None) or {}
+    stored_in = stored.get("quant_method", "bitsandbytes")
+    if stored_in != "bitsandbytes":
+        why = "takes no adapter" if flags.adapted else "does not train"
+        raise InputError(f"--{flag}: its weights are stored in {stored_in}, which {why}; take a bfloat16 copy")
+    bits = loading.stored_bits(config)
+    if bits not in (16, flags.bits):
+        method = "--use_qlora True" if bits == 4 else "--use_lora True --load_in_8bit True"
+        raise InputError(f"--{flag}: its weights are stored in {bits} bits; train it with {method}")
+
+
 def check_adapter(config: PreTrainedConfig, flags: AdapterFlags, adapter_path: str | None = None) -> str:
     """`adapter_report` for the configuration of a base, before any weight is loaded: of the adapter in a folder, or of
     a new one.
 
-    Raises InputError where the architecture cannot have the adapter or the bits.
+    Raises InputError where the architecture cannot have the adapter.
     """
     if not (isinstance(flags, RunFlags) and (flags.gpu_memory or flags.gpu)):  # a dry run for a card that is not here
         where = f"adapter {adapter_path}" if adapter_path else "--use_dora True"
         check_dora(flags.use_dora, flags.bits, where)
-    stored = getattr(config, "quantization_config", None) or {}
-    stored_in = stored.get("quant_method", "bitsandbytes")
-    if stored_in != "bitsandbytes":
-        raise InputError(
-            f"--base_model: its weights are stored in {stored_in}, which takes no adapter; take a bfloat16 copy"
-        )
-    bits = 4 if stored.get("load_in_4bit") else 8 if stored.get("load_in_8bit") else flags.bits
-    if bits != flags.bits:
-        flag = "--use_qlora True" if bits == 4 else "--use_lora True --load_in_8bit True"
-        raise InputError(f"--base_model: its weights are stored in {bits} bits; train it with {flag}")
     model = architecture.meta_model(config)
     chosen = LoraConfig.from_pretrained(adapter_path) if adapter_path else lora_config(model, [], flags)
     report = adapter_report(model, chosen, flags.bits)

@@ -17,7 +17,7 @@ from minionerec import cli
 from minionerec.checkpoint import RUN_FILE, Checkpoint, check_base, is_adapter
 from minionerec.data.files import Catalogue, Interaction, read_catalogue, read_interactions
 from minionerec.data.prompts import RECOMMENDATION, Prompts
-from minionerec.errors import Problems
+from minionerec.errors import InputError, Problems
 from minionerec.flags import Flags, above_zero, check_new_folder, command, flag, one_of
 from minionerec.locks import hold, lock_of_new
 from minionerec.model_card import write_card
@@ -128,6 +128,12 @@ def merge(flags: MergeFlags) -> dict:
         from minionerec.model.merging import CountingMerge
         from minionerec.ranking import Ranker
 
+    bits = loading.stored_bits(loading.load_config(inputs.base))
+    if flags.into == "original" and bits < 16:
+        raise InputError(
+            f"--into original: the base {inputs.base} is published in {bits} bits, on which the adapter was trained; "
+            "drop the flag"
+        )
     tokenizer = loading.load_tokenizer(checkpoint.path)
     quantization = lora_utils.quantization_config(checkpoint.adapter_flags)
     dtype = loading.saved_dtype(inputs.base) if flags.dtype == "auto" else getattr(torch, flags.dtype)

@@ -235,7 +235,9 @@ def train(flags: RLFlags) -> "dict | Prediction":
     set_seed(flags.seed)
     state = device.process_state(flags.ddp_timeout)
     memory = device.free_memory_gb()
-    config = loading.load_config(inputs.base, "model_path" if checkpoint.adapter is None else "base_model")
+    of_base = "model_path" if checkpoint.adapter is None else "base_model"
+    config = loading.load_config(inputs.base, of_base)
+    lora_utils.check_stored(config, flags, of_base)
     adapter_path = checkpoint.path if inputs.continues else None
     adapter_summary = [lora_utils.check_adapter(config, flags, adapter_path)] if flags.adapted else []
     tokenizer = loading.load_tokenizer(checkpoint.path)

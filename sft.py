@@ -129,6 +129,7 @@ def train(flags: SFTFlags) -> "dict | Prediction":
     if flags.cf_path:
         sasrec.load(flags.cf_path)
     config = loading.load_config(flags.base_model)
+    lora_utils.check_stored(config, flags)
     adapter_summary = [lora_utils.check_adapter(config, flags)] if flags.adapted else []
     tokenizer = loading.load_tokenizer(flags.base_model)
     sid_tokens = inputs.catalogue.sid_tokens

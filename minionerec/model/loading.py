@@ -110,6 +110,12 @@ def saved_dtype(path: str) -> torch.dtype:
     return config.dtype or config.get_text_config().dtype or torch.float32
 
 
+def stored_bits(config: PreTrainedConfig) -> int:
+    """Bits of a weight as bitsandbytes has stored a model: 4, 8, or 16 where it has not quantized it."""
+    stored = getattr(config, "quantization_config", None) or {}
+    return 4 if stored.get("load_in_4bit") else 8 if stored.get("load_in_8bit") else 16
+
+
 def unrounded(state: dict[str, torch.Tensor], path: str, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """The weights of a model in `dtype`, on the CPU, with the rounding undone that its base got when it was loaded from
     `path`: values that training did not change are those of the base again."""

@@ -1,11 +1,13 @@
 """The commands on bases that are more than a dense text model: composite ones and mixtures of experts."""
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from architectures import configuration
-from helpers import rl_flags, sft_flags
+from helpers import refused, rl_flags, sft_flags
 from peft import AutoPeftModelForCausalLM
 from processes import two_processes
 from safetensors.torch import load_file
@@ -111,6 +113,24 @@ def test_a_checkpoint_with_a_vision_tower_that_loads_without_it(files, base_of, 
     torch.testing.assert_close(logits(ours), logits(plain), atol=1e-5, rtol=1e-5)
     with ours.disable_adapter():
         assert not torch.allclose(logits(ours), logits(plain), atol=1e-2)
+
+
+def test_a_base_that_is_stored_in_4_bits_trains_as_qlora_only(files, base, sft_run, tmp_path):
+    """Trained in full it ended in a traceback, and with --freeze_LLM after the training."""
+    stored, adapter = tmp_path / "stored", tmp_path / "adapter"
+    shutil.copytree(base, stored)
+    quantization = lora_utils.quantization_config(AdapterFlags(use_qlora=True))
+    AutoModelForCausalLM.from_pretrained(base, quantization_config=quantization).save_pretrained(stored)
+    remedy = "its weights are stored in 4 bits; train it with --use_qlora True"
+    for flags in ({}, {"freeze_LLM": True}, {"use_lora": True}):
+        refused("sft.py", f"--base_model: {remedy}", **sft_flags(files, str(stored), tmp_path / "a", **flags))
+    shutil.copytree(sft_run("qlora") / "final_checkpoint", adapter)
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": str(stored)}))
+    refused("rl.py", f"--base_model: {remedy}", **rl_flags(files, adapter, tmp_path / "a"))
+    merging = {"adapter": adapter, "output_dir": tmp_path / "a", "into": "original"}
+    refused("merge_lora.py", f"--into original: the base {stored} is published in 4 bits", **merging)
+    assert not (tmp_path / "a").exists()
 
 
 @pytest.mark.slow

@@ -90,13 +90,15 @@ def test_what_is_merged_into_a_quantized_base_loads_again(tmp_path, architecture
         (4, {"use_lora": True}, "stored in 4 bits; train it with --use_qlora True"),
         (4, {"use_lora": True, "load_in_8bit": True}, "stored in 4 bits; train it with --use_qlora True"),
         (8, {"use_qlora": True}, "stored in 8 bits; train it with --use_lora True --load_in_8bit True"),
+        (4, {}, "stored in 4 bits; train it with --use_qlora True"),
+        (8, {}, "stored in 8 bits; train it with --use_lora True --load_in_8bit True"),
     ],
 )
 def test_the_bits_of_a_stored_base_are_those_of_the_run(bits, flags, remedy):
     config = config_of("llama")
     config.quantization_config = {"quant_method": "bitsandbytes", f"load_in_{bits}bit": True}
-    with pytest.raises(InputError, match=remedy):
-        lora_utils.check_adapter(config, AdapterFlags(**flags))
+    with pytest.raises(InputError, match=f"--model_path: .*{remedy}"):
+        lora_utils.check_stored(config, AdapterFlags(**flags), "model_path")
 
 
 @pytest.mark.parametrize("architecture", ["gemma3n_text", "gemma4_text"])

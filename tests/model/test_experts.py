@@ -220,8 +220,9 @@ def test_peft_alone_loads_a_qlora_adapter_on_4_bits(saved, tmp_path):
 def test_a_base_that_is_stored_quantized_takes_no_adapter():
     config = configuration("gpt_oss")
     config.quantization_config = {"quant_method": "mxfp4"}
-    with pytest.raises(InputError, match="are stored in mxfp4, which takes no adapter"):
-        lora_utils.check_adapter(config, AdapterFlags())
+    for flags, why in ((AdapterFlags(use_lora=True), "takes no adapter"), (AdapterFlags(), "does not train")):
+        with pytest.raises(InputError, match=f"are stored in mxfp4, which {why}; take a bfloat16 copy"):
+            lora_utils.check_stored(config, flags)
 
 
 def test_no_loss_of_the_routers_is_computed(saved, tmp_path):
