@@ -1,6 +1,5 @@
 """Loads trained checkpoints: a whole model, or an adapter on its base, which is stored as in training or merged."""
 
-from collections.abc import Callable
 from itertools import chain
 from operator import methodcaller
 
@@ -16,6 +15,7 @@ from minionerec.flags import AdapterFlags
 from minionerec.model import architecture, device, loading
 from minionerec.model.adapters import load_adapter
 from minionerec.model.groups import join_frozen_layers
+from minionerec.model.merging import Merge, merged
 
 DEFAULTS = AdapterFlags()
 
@@ -56,7 +56,7 @@ def load_adapted(
     quantization: BitsAndBytesConfig | None = None,
     trainable: bool = False,
     merge_in: torch.dtype | None = None,
-    merge: Callable[[PeftModel], PreTrainedModel] = methodcaller("merge_and_unload"),
+    merge: Merge = methodcaller("merge_and_unload"),
     fingerprint: str | None = None,
 ) -> PreTrainedModel | PeftModel:
     """The model of an adapter checkpoint on its base, or, with `merge_in`, what `merge` makes of it on a base of that
@@ -90,7 +90,7 @@ def load_adapted(
                 tensor.data = published[name].to(tensor.device)
     loading.fit_embeddings(model, tokenizer)
     wrapped = load_adapter(model, checkpoint.path, trainable)
-    return wrapped if merge_in is None else merge(wrapped)
+    return wrapped if merge_in is None else merged(wrapped, merge)
 
 
 def _dequantized(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
@@ -128,7 +128,7 @@ def load_checkpoint(
         model = load_adapted(checkpoint, tokenizer, base_model, quantization)
         exact = model.dtype == torch.float32
         if quantization is None and (exact or (fast and device.starts_kernels(model.device))):
-            model = model.merge_and_unload()
+            model = merged(model)
     if not isinstance(model, PeftModel):
         join_frozen_layers(model)
     return model.eval()
