@@ -7,7 +7,7 @@ from copy import copy as shallow
 from functools import partial
 
 import torch
-from peft import PeftModel, get_peft_model_state_dict
+from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from peft.tuners import lora
 from peft.tuners.trainable_tokens import TrainableTokensLayer
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, TrainableTokensWrapper
@@ -119,8 +119,11 @@ def load_adapter(model: PreTrainedModel, path: str, trainable: bool = False) -> 
     if getattr(model, "is_quantized", False) and trainable:
         prepare_quantized(model)
     try:
+        config = PeftConfig.from_pretrained(path)
+        if getattr(config, "init_lora_weights", None) == "orthogonal":
+            config.init_lora_weights = True  # PEFT cannot start so on a quantized base; the file has the values
         with experts.shapes_shown(model):
-            wrapped = PeftModel.from_pretrained(model, path, is_trainable=trainable)
+            wrapped = PeftModel.from_pretrained(model, path, is_trainable=trainable, config=config)
     except SafetensorError as error:
         raise InputError(f"adapter {path}: its weights cannot be read, the file is damaged: {error}") from None
     except (RuntimeError, ValueError, IndexError, TypeError, KeyError) as error:

@@ -131,6 +131,26 @@ def test_a_copy_of_an_adapter_changes_no_weight_of_the_base(tmp_path, start):
         assert torch.equal(loaded(input_ids=ids).logits, logits)
 
 
+@pytest.mark.parametrize("settings", [{"use_qlora": True}, {"use_lora": True, "load_in_8bit": True}], ids=[4, 8])
+def test_an_adapter_with_an_orthogonal_start_trains_on_over_a_quantized_base(saved_base, tmp_path, settings):
+    """PEFT cannot start so there."""
+    ids, errors = torch.arange(60, 95).view(5, 7), {}
+    for start in ("gaussian", "orthogonal"):
+        torch.manual_seed(1)
+        model = adapted(load_base(saved_base[True]), lora_r=4, init_lora_weights=start)
+        train(model, steps=1)
+        model.save_pretrained(tmp_path / start)
+        quantized = load_base(saved_base[True], lora_utils.quantization_config(AdapterFlags(**settings)))
+        loaded = adapters.load_adapter(quantized, str(tmp_path / start), trainable=True).eval()
+        with torch.no_grad():
+            exact = model.eval()(input_ids=ids).logits
+            error, far = loaded(input_ids=ids).logits - exact, exact.std()
+        errors[start] = (error.std() / far).item()
+        for name, parameter in adapters.adapter_parameters(model, "default").items():
+            assert torch.equal(adapters.adapter_parameters(loaded, "default")[name], parameter)
+    assert errors["orthogonal"] < 2 * errors["gaussian"] < 1
+
+
 @pytest.mark.parametrize(
     ("architecture", "implementation"),
     [("qwen2", "sdpa"), ("qwen2", "eager"), ("qwen3", "sdpa"), ("gemma2", "eager"), ("phi3", "sdpa"), ("gpt2", "sdpa")],
