@@ -71,6 +71,10 @@ ADAPTER = {
         "an object of ranks",
     ),
     "lora_alpha": (is_number, "a number"),
+    "init_lora_weights": (
+        lambda value: not str(value).startswith("pissa_niter_"),
+        "another start: this one changes the base at random, each time in another way",
+    ),
     "target_modules": (_is(str, list, type(None)), "a list of names"),
     "modules_to_save": (
         lambda value: value is None or (isinstance(value, list) and all(map(_is(str), value))),

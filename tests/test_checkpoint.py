@@ -143,6 +143,7 @@ ADAPTERS = [
     ({"r": "8"}, "r is '8' and must be a whole number"),
     ({"r": 400_000_000}, "has rank 400000000, and its weights have 4 at most"),
     ({"rank_pattern": {"q_proj": 400_000_000}}, "has rank 400000000, and its weights have 4 at most"),
+    ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights is 'pissa_niter_4' and must be another start"),
     ({"rank_pattern": [1]}, "rank_pattern is [1] and must be an object of ranks"),
     ({"lora_alpha": "x"}, "lora_alpha is 'x' and must be a number"),
     ({"target_modules": {}}, "target_modules is {} and must be a list of names"),
