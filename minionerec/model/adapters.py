@@ -128,6 +128,9 @@ def load_adapter(model: PreTrainedModel, path: str, trainable: bool = False) -> 
         raise InputError(f"adapter {path}: its weights cannot be read, the file is damaged: {error}") from None
     except (RuntimeError, ValueError, IndexError, TypeError, KeyError) as error:
         reason = next((line.strip() for line in str(error).splitlines() if "size mismatch" in line), str(error))
+        if "require gradients" in str(error) and config.modules_to_save:
+            whole = ", ".join(config.modules_to_save)
+            reason = f"it trains all of {whole}, which a quantized base cannot; leave out --use_qlora or --load_in_8bit"
         raise InputError(
             f"adapter {path} does not fit the base {model.config._name_or_path}: {reason.strip()[:300]}"
         ) from None

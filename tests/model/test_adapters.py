@@ -151,6 +151,17 @@ def test_an_adapter_with_an_orthogonal_start_trains_on_over_a_quantized_base(sav
     assert errors["orthogonal"] < 2 * errors["gaussian"] < 1
 
 
+def test_whole_matrices_do_not_train_on_a_quantized_base(saved_base, tmp_path):
+    config = LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["embed_tokens", "lm_head"])
+    get_peft_model(load_base(saved_base[False]), config).save_pretrained(tmp_path)
+    quantized = load_base(saved_base[False], lora_utils.quantization_config(AdapterFlags(use_qlora=True)))
+    with pytest.raises(
+        InputError, match="it trains all of embed_tokens, lm_head, which a quantized base cannot; leave"
+    ):
+        adapters.load_adapter(quantized, str(tmp_path), trainable=True)
+    assert adapters.load_adapter(load_base(saved_base[False]), str(tmp_path), trainable=True)
+
+
 @pytest.mark.parametrize(
     ("architecture", "implementation"),
     [("qwen2", "sdpa"), ("qwen2", "eager"), ("qwen3", "sdpa"), ("gemma2", "eager"), ("phi3", "sdpa"), ("gpt2", "sdpa")],
