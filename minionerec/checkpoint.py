@@ -45,7 +45,7 @@ def is_adapter(path: str) -> bool:
     return os.path.isfile(os.path.join(path, ADAPTER_FILE))
 
 
-DATA_FLAGS = ("train_file", "eval_file", "info_file", "sid_index_path", "item_meta_path")
+DATA_FLAGS = ("train_file", "eval_file", "info_file", "sid_index_path", "item_meta_path", "ada_path", "cf_path")
 
 
 def run_record(
@@ -67,8 +67,13 @@ def run_record(
         "prompts": prompts.to_json(),
         "base_fingerprint": base_fingerprint,
         "sid_tokens": f"{len(sid_tokens)} tokens, {sha256(' '.join(sid_tokens).encode()).hexdigest()[:12]}",
-        "data": {name: digest(flags[name]) for name in DATA_FLAGS if flags.get(name)},
+        "data": {name: digest(file) for name in DATA_FLAGS if os.path.isfile(file := _file_of(flags.get(name) or ""))},
     }
+
+
+def _file_of(path: str) -> str:
+    """The file that tells whether the content of a path has changed: of the folder of a SASRec model its weights."""
+    return os.path.join(path, "sasrec.safetensors") if os.path.isdir(path) else path
 
 
 def digest(path: str) -> str:

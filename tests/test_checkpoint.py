@@ -15,7 +15,7 @@ import evaluate
 import merge_lora
 import rl
 from minionerec import __version__
-from minionerec.checkpoint import HUB_NAME, LACKED_IN_0_1, Checkpoint, newest_checkpoint
+from minionerec.checkpoint import HUB_NAME, LACKED_IN_0_1, Checkpoint, newest_checkpoint, run_record
 from minionerec.data.prompts import RECOMMENDATION, load_prompts
 from minionerec.errors import InputError
 
@@ -249,3 +249,17 @@ def test_names_of_the_hub_are_those_that_its_library_takes():
             assert not HUB_NAME.fullmatch(name), name
         else:
             assert HUB_NAME.fullmatch(name), name
+
+
+def test_a_run_records_the_content_of_what_it_learns_from(tmp_path):
+    """Also of item embeddings and of a SASRec model, which may be trained again between a stop and a resumption."""
+    path, folder = tmp_path / "embeddings.npy", tmp_path / "sasrec"
+    folder.mkdir()
+    recorded = []
+    for content in ("old", "new"):
+        for file in (path, folder / "sasrec.safetensors"):
+            file.write_text(content)
+        flags = {"ada_path": str(path), "cf_path": str(folder), "train_file": "", "eval_file": str(tmp_path / "none")}
+        recorded.append(run_record("rl", "full", flags, load_prompts("bolts"), None, ["<a_1>"])["data"])
+    assert all(data.keys() == {"ada_path", "cf_path"} for data in recorded)
+    assert all(recorded[0][name] != recorded[1][name] for name in recorded[0])
