@@ -229,11 +229,15 @@ class Checkpoint:
         return notes
 
     def differing_flags(self, flags: dict, names: tuple[str, ...]) -> list[str]:
-        """A warning for each flag of these names that had another value in the run that wrote it."""
+        """A warning for each flag of these names that had another value in the run that wrote it, or, where that is not
+        recorded, in its adapter."""
+        adapter = self.adapter or {}
+        named = {"lora_r": "r", **{name: name for name in ("lora_alpha", "use_rslora", "use_dora")}}
+        known = {flag: adapter[name] for flag, name in named.items() if name in adapter} | self.flags
         return [
-            f"warning: --{name} {flags[name]} is ignored: {self.path} was trained with {self.flags[name]}"
+            f"warning: --{name} {flags[name]} is ignored: {self.path} was trained with {known[name]}"
             for name in names
-            if flags.get(name) not in ("", None) and self.flags.get(name, flags[name]) != flags[name]
+            if flags.get(name) not in ("", None) and known.get(name, flags[name]) != flags[name]
         ]
 
     def check_trainer_state(self, names: set[str]) -> None:

@@ -263,3 +263,13 @@ def test_a_run_records_the_content_of_what_it_learns_from(tmp_path):
         recorded.append(run_record("rl", "full", flags, load_prompts("bolts"), None, ["<a_1>"])["data"])
     assert all(data.keys() == {"ada_path", "cf_path"} for data in recorded)
     assert all(recorded[0][name] != recorded[1][name] for name in recorded[0])
+
+
+def test_flags_that_an_adapter_of_peft_ignores_are_named(tmp_path):
+    config = {"peft_type": "LORA", "r": 8, "lora_alpha": 16, "use_rslora": False, "use_dora": True}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    flags = {"lora_r": 32, "lora_alpha": 16, "use_rslora": True, "use_dora": True, "lora_target_modules": "qkv"}
+    assert Checkpoint.read(str(tmp_path)).differing_flags(flags, tuple(flags)) == [
+        f"warning: --lora_r 32 is ignored: {tmp_path} was trained with 8",
+        f"warning: --use_rslora True is ignored: {tmp_path} was trained with False",
+    ]
