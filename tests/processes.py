@@ -4,9 +4,11 @@ The libraries take a new process 6 s to import. So one process imports them, onc
 test asks for is a fork of it. `torchrun` and `launch` start processes as a user does.
 """
 
+import contextlib
 import json
 import multiprocessing
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -16,7 +18,8 @@ import time
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
-from multiprocessing.connection import Connection
+from multiprocessing import forkserver
+from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from unittest import mock
@@ -49,9 +52,14 @@ ENGINES_AND_STARTS += [
 
 
 @cache
-def _forks() -> multiprocessing.context.ForkServerContext:
+def start_fork_server() -> multiprocessing.context.ForkServerContext:
+    """Starts the process that all others are forks of. There is one, which imports what the first to start it says."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    one_thread = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "DS_ACCELERATOR": "cpu"}
+    with mock.patch.dict(os.environ, PYTHONPATH=path, **one_thread):
+        forkserver.ensure_running()
     return context
 
 
@@ -121,19 +129,12 @@ def _start(mode: str, argv: list[list[str]], environments: list[dict[str, str]])
     log = Path(_logs().name) / f"{len(os.listdir(_logs().name))}.log"
     log.touch()
     processes = [
-        _forks().Process(target=workers.fork, args=(environment, str(log), mode, words), daemon=True)
+        start_fork_server().Process(target=workers.fork, args=(environment, str(log), mode, words), daemon=True)
         for environment, words in zip(environments, argv, strict=True)
     ]
     for process in processes:
-        _run(process)
-    return Started(processes, log)
-
-
-def _run(process: BaseProcess) -> None:
-    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    one_thread = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "DS_ACCELERATOR": "cpu"}
-    with mock.patch.dict(os.environ, PYTHONPATH=path, **one_thread):
         process.start()
+    return Started(processes, log)
 
 
 def start_command(script: str, flags: dict[str, object], **more) -> Started:
@@ -141,22 +142,25 @@ def start_command(script: str, flags: dict[str, object], **more) -> Started:
     return start("command", script, *flag_words(flags), **more)
 
 
-# Stands in for a Python: asks quick_python for a process, lends it its own streams, and ends as that does.
+# Stands in for a Python: asks quick_python for a process, lends it its own streams, passes signals on, and ends as that
+# does.
 CLIENT = """#!{python} -S
-import json, os, socket, sys
+import json, os, signal, socket, sys
 
 with socket.socket(socket.AF_UNIX) as server:
     server.connect({address!r})
     socket.send_fds(server, [b"3"], [0, 1, 2])
-    server.sendall(json.dumps([dict(os.environ), os.getcwd(), sys.argv[1:]]).encode())
-    server.shutdown(socket.SHUT_WR)
+    server.sendall(json.dumps([dict(os.environ), os.getcwd(), sys.argv[1:]]).encode() + b"\\n")
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, _: server.sendall(bytes([number])))
     sys.exit(int(server.recv(8)))
 """
 
 
 @cache
 def quick_python() -> str:
-    """A command that shell scripts may take for Python: `COMMAND script.py --flags` runs in a fork."""
+    """A command that others may take for Python: `COMMAND script.py --flags` runs in a fork, and
+    `COMMAND -m module --flags`. A signal that ends the command ends the fork."""
     folder = Path(_logs().name)
     address, command = str(folder / "python.socket"), folder / "python"
     listener = socket.socket(socket.AF_UNIX)
@@ -168,14 +172,21 @@ def quick_python() -> str:
     def answer(client: socket.socket) -> None:
         _, descriptors, *_ = socket.recv_fds(client, 1, 3)
         streams = [Connection(descriptor) for descriptor in descriptors]
-        asked = json.loads(b"".join(iter(lambda: client.recv(1 << 16), b"")))
-        process = _forks().Process(target=workers.as_python, args=(streams, *asked), daemon=True)
-        _run(process)
-        for stream in streams:
-            stream.close()
-        process.join()
-        client.sendall(str(process.exitcode % 256).encode())
-        client.close()
+        with client, client.makefile("rb", buffering=0) as asked:
+            words = json.loads(asked.readline())
+            process = start_fork_server().Process(target=workers.as_python, args=(streams, *words), daemon=True)
+            process.start()
+            for stream in streams:
+                stream.close()
+            while process.sentinel not in wait([process.sentinel, client]):
+                number = asked.read(1)  # nothing once the command has been killed
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(process.pid, number[0] if number else signal.SIGKILL)
+                if not number:
+                    break
+            process.join()
+            with contextlib.suppress(OSError):
+                client.sendall(str(process.exitcode % 256).encode())
 
     def listen() -> None:
         while True:

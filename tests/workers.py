@@ -328,8 +328,8 @@ def fork(environment: dict[str, str], log: str, mode: str, argv: list[str]) -> N
 
 
 def as_python(streams: list, environment: dict[str, str], folder: str, words: list[str]) -> None:
-    """Makes this fork what `python WORDS` starts in a folder, but for the libraries, which are imported: a script with
-    its flags, on the code of its own checkout."""
+    """Makes this fork what `python WORDS` starts in a folder, but for the libraries, which are imported: a script, or a
+    module after -m, with its flags, on the code of its own checkout."""
     gc.freeze()
     os.environ.clear()
     os.environ.update(environment)
@@ -339,9 +339,14 @@ def as_python(streams: list, environment: dict[str, str], folder: str, words: li
     for name in list(sys.modules):
         if name.partition(".")[0] in ("minionerec", "lora_utils"):
             del sys.modules[name]
-    sys.argv = words
-    sys.path.insert(0, str(Path(words[0]).absolute().parent))
-    runpy.run_path(words[0], run_name="__main__")
+    if words[0] == "-m":
+        sys.argv = words[1:]
+        sys.path.insert(0, folder)
+        runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+    else:
+        sys.argv = words
+        sys.path.insert(0, str(Path(words[0]).absolute().parent))
+        runpy.run_path(words[0], run_name="__main__")
 
 
 if __name__ == "__main__":

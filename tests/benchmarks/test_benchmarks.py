@@ -8,10 +8,21 @@ import sys
 
 import pytest
 from helpers import ROOT, run_command
+from processes import quick_python, start_fork_server
+
+from benchmarks import common
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """What a benchmark starts is a fork of a process that has imported the libraries."""
+    start_fork_server()  # the benchmarks' own would have imported less than the tests after these need
+    monkeypatch.setattr(sys, "executable", quick_python())
+    monkeypatch.setattr(common, "in_fresh_process", common.in_fork)
 
 
 @pytest.mark.slow
-def test_the_phases_of_a_start_add_up(files, base):
+def test_the_phases_of_a_start_add_up(files, base, quick):
     paths = {"train_file": files["train"], "sid_index_path": files["index"], "item_meta_path": files["item"]}
     paths["eval_file"] = files["valid"]
     result = run_command("benchmarks/startup.py", base_model=base, category="bolts", **paths)
@@ -32,7 +43,7 @@ def test_what_bounds_a_machine_is_measured():
 
 
 @pytest.mark.slow
-def test_a_server_under_load_answers_as_the_batch_command(files, sft_run):
+def test_a_server_under_load_answers_as_the_batch_command(files, sft_run, quick):
     for package in ("fastapi", "prometheus_client"):
         pytest.importorskip(package, reason="pip install fastapi uvicorn prometheus-client")
     flags = {"model": sft_run("lora") / "final_checkpoint", "info_file": files["info"], "histories": files["test"]}
@@ -67,7 +78,7 @@ def test_what_sasrec_costs_is_measured(files, sft_run, tmp_path):
         ("whole_sft", ["--plain_rows", "4"], {"speedup"}),
     ],
 )
-def test_a_benchmark_trains_the_rows_of_a_folder(files, tmp_path, script, flags, results):
+def test_a_benchmark_trains_the_rows_of_a_folder(files, tmp_path, quick, script, flags, results):
     folder_of(files, tmp_path, valid="valid.csv")
     shape = "--num_hidden_layers 1 --hidden_size 32 --num_attention_heads 2 --intermediate_size 64 --vocab_size 2048"
     sizes = "--rows 16 --micro_batch_size 4"
@@ -180,7 +191,7 @@ def test_the_script_for_a_card_keeps_what_is_finished(tmp_path):
         ("sft_7B", "predicted GB"),
     ],
 )
-def test_what_the_script_runs_on_a_card_runs_small_on_a_cpu(tmp_path, part, found):
+def test_what_the_script_runs_on_a_card_runs_small_on_a_cpu(tmp_path, quick, part, found):
     asked = gpu(tmp_path / "out", part, PYTHON=recorder(tmp_path)).stdout
     (command,) = (line for line in asked.splitlines() if line.startswith("runs -m benchmarks."))
     module, *words = command.removeprefix("runs -m benchmarks.").split()
