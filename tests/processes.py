@@ -1,7 +1,7 @@
 """Commands in processes of their own, for what only those show: signals, several ranks, engines.
 
 The libraries take a new process 6 s to import. So one process imports them, once for all tests, and each process that a
-test asks for is a fork of it. `torchrun` and `launch` start processes as a user does.
+test asks for is a fork of it. `torchrun` and `launch` start the launchers as a user does.
 """
 
 import contextlib
@@ -159,7 +159,7 @@ with socket.socket(socket.AF_UNIX) as server:
 
 @cache
 def quick_python() -> str:
-    """A command that others may take for Python: `COMMAND script.py --flags` runs in a fork, and
+    """A command that shell scripts and launchers may take for Python: `COMMAND script.py --flags` runs in a fork, and
     `COMMAND -m module --flags`. A signal that ends the command ends the fork."""
     folder = Path(_logs().name)
     address, command = str(folder / "python.socket"), folder / "python"
@@ -213,10 +213,16 @@ def engine_environment(engine: str) -> dict[str, str]:
     return {name: text for name, text in told.items() if name not in before}
 
 
+def launcher_environment() -> dict[str, str]:
+    """Of torchrun and `accelerate launch`, which start what PYTHON_EXEC names: forks, unless that is set."""
+    settings = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "DS_ACCELERATOR": "cpu"}
+    return {"PYTHON_EXEC": quick_python(), **os.environ, **settings}
+
+
 def launch(module: str, *argv: object, code: int = 0) -> str:
-    """Runs a module in a new process, checks its exit code and returns what it wrote to standard error. One that hangs
-    ends with all the processes it started."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "DS_ACCELERATOR": "cpu"}
+    """Runs a launcher in a new process, checks its exit code and returns what it wrote to standard error. One that
+    hangs ends with all the processes it started."""
+    environment = launcher_environment()
     command = [sys.executable, "-m", module, *map(str, argv)]
     streams = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
     with subprocess.Popen(command, cwd=ROOT, env=environment, **streams) as process:

@@ -337,8 +337,10 @@ def as_python(streams: list, environment: dict[str, str], folder: str, words: li
     for number, stream in enumerate(streams):
         os.dup2(stream.fileno(), number)
     for name in list(sys.modules):
-        if name.partition(".")[0] in ("minionerec", "lora_utils"):
+        if name.partition(".")[0] in ("minionerec", "lora_utils", "as_on_gpu"):
             del sys.modules[name]
+    if words[0] == "-u":  # from torchrun
+        del words[0]
     if words[0] == "-m":
         sys.argv = words[1:]
         sys.path.insert(0, folder)

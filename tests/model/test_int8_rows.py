@@ -348,7 +348,7 @@ def test_a_run_resumes_to_the_same_weights(runs, tied, tmp_path):
 @pytest.mark.parametrize("engine", ["torchrun", "fsdp"])
 def test_two_processes_train_an_untied_base_as_one_does(runs, tmp_path, engine):
     _, output, flags = runs[False]
-    two_processes(engine, tmp_path, "sft.py", {**flags, "output_dir": tmp_path / "two"}, launched=True)
+    two_processes(engine, tmp_path, "sft.py", {**flags, "output_dir": tmp_path / "two"})
     assert_same_run(Path(output), tmp_path / "two", 3e-3)
 
 

@@ -4,6 +4,7 @@ adapter on every rank, weights that are sharded, and the engines' configurations
 import json
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import processes
@@ -54,7 +55,8 @@ def trained(files, base, tmp_path_factory):
         *(pytest.param(*e.values, "qlora", marks=e.marks) for e in ENGINES),
     ],
 )
-def test_two_processes_of_an_engine_train_as_one_does(files, base, trained, tmp_path, engine, method):
+def test_two_processes_of_an_engine_train_as_one_does(files, base, trained, tmp_path, monkeypatch, engine, method):
+    monkeypatch.setenv("PYTHON_EXEC", sys.executable)  # processes that import everything anew
     flags = sft_flags(files, base, tmp_path / "two", **METHODS[method], **SMALL_STEPS)
     two_processes(engine, tmp_path, "sft.py", flags, launched=(engine, method) in LAUNCHED)
     # Engines that shard multiply 16-bit matrices in another order, or round after the bias once more.

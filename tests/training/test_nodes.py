@@ -1,7 +1,6 @@
 """Runs on several nodes: what differs between them, one model that all train, and a process that is stopped. A node is
 a process that is told that it is alone on its machine."""
 
-import os
 import re
 import shutil
 import subprocess
@@ -14,7 +13,7 @@ import pytest
 import yaml
 from accelerate.commands import launch as accelerate_launch
 from helpers import ROOT, flag_words, refused, rl_flags, run_command, sft_flags
-from processes import ONE, assert_same_run, errors_of, start_nodes, two_processes
+from processes import ONE, assert_same_run, errors_of, launcher_environment, start_nodes, two_processes
 
 
 @pytest.mark.parametrize("name", ["zero2", "zero3", "fsdp"])
@@ -102,10 +101,15 @@ def test_an_engine_trains_one_model_on_two_machines(files, base, tmp_path):
         words = ["accelerate.commands.launch", "--config_file", f"configs/{engine}.yaml", "--num_machines", 2]
         words += ["--num_processes", 2, "--machine_rank", rank, "--main_process_port", port]
         words += ["--main_process_ip", "localhost"]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "DS_ACCELERATOR": "cpu"}
         command = [sys.executable, "-m", *map(str, [*words, *argv])]
-        agents.append(subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True))
-    errors = [agent.communicate(timeout=200)[1] for agent in agents]
+        agents.append(
+            subprocess.Popen(command, cwd=ROOT, env=launcher_environment(), stderr=subprocess.PIPE, text=True)
+        )
+    try:
+        errors = [agent.communicate(timeout=200)[1] for agent in agents]
+    finally:
+        for agent in agents:
+            agent.terminate()  # with the processes it started
     assert [agent.returncode for agent in agents] == [0, 0], errors
     assert (tmp_path / "rank0").read_text() == (tmp_path / "rank1").read_text()
     assert_same_run(tmp_path / "one", tmp_path / "run", 1e-5)
