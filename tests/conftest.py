@@ -7,8 +7,9 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from helpers import run_command, sft_flags, write_csv
+from helpers import compile_templates_once, curves_undrawn, run_command, sft_flags, write_csv
 
+from minionerec import plots
 from minionerec.data.files import read_catalogue
 
 # What is compared with plain twins is compared on the CPU. test_gpu.py starts processes that see the cards.
@@ -21,6 +22,7 @@ pytest.register_assert_rewrite("plain", "processes", "raw_bolts", "raw_files", "
 
 def pytest_configure(config) -> None:
     """What our own calls use that is about to go away is an error."""
+    compile_templates_once()
     for category in ("DeprecationWarning", "FutureWarning", "PendingDeprecationWarning"):
         config.addinivalue_line("filterwarnings", f"error::{category}")
     # PEFT 0.21 asks for it while it wraps a model; TRL 1.16 calls these around generation.
@@ -35,6 +37,12 @@ def pytest_collection_finish() -> None:
     of the two that it takes."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(autouse=True)
+def undrawn(monkeypatch) -> None:
+    """A run that a test makes draws no curves. Those of wider fixtures draw theirs."""
+    monkeypatch.setattr(plots, "plot_curves", curves_undrawn)
 
 
 @pytest.fixture(scope="session")

@@ -13,14 +13,19 @@ import subprocess
 import sys
 import traceback
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from unittest import mock
 
+import jinja2
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from safetensors.torch import load_file
+
+from minionerec import plots
+from minionerec.output import whole_file
 
 ROOT = Path(__file__).resolve().parent.parent
 # The files of checkpoints, by what they are, and what those in the middle of a run hold too.
@@ -68,6 +73,23 @@ def run_command(script: str, *extra: str, **flags: object) -> subprocess.Complet
             code = 1
     _forget_earlier_runs()
     return subprocess.CompletedProcess(argv, code, output.getvalue(), errors.getvalue())
+
+
+def compile_templates_once() -> None:
+    """PEFT writes a model card with every checkpoint, and jinja2 compiles its template anew, a tenth of a small run."""
+    jinja2.Environment.compile = cache(jinja2.Environment.compile)
+
+
+def curves_undrawn(history, path: str, panels, plot=plots.plot_curves) -> None:
+    """Stands for plots.plot_curves: all but the drawing, which takes half a second, and more in a new process."""
+
+    def save(figure, path: str) -> None:
+        with whole_file(path) as partial:
+            Path(partial).touch()
+        plots._pyplot().close(figure)
+
+    with mock.patch.object(plots, "_save", save):
+        plot(history, path, panels)
 
 
 @contextlib.contextmanager

@@ -4,6 +4,11 @@ import pytest
 from minionerec import plots
 
 
+@pytest.fixture(autouse=True)
+def undrawn() -> None:
+    """All curves are drawn here."""
+
+
 @pytest.fixture
 def figures(monkeypatch) -> list[plt.Figure]:
     """The figures that are saved, still open to look at."""

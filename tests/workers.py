@@ -33,6 +33,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import as_on_gpu  # noqa: E402
+from helpers import compile_templates_once, curves_undrawn  # noqa: E402
+
+from minionerec import plots  # noqa: E402
 
 
 def engines_on_cpus() -> None:
@@ -307,6 +310,8 @@ MODES = {mode.__name__: mode for mode in MODES}
 
 
 def main(mode: str, *argv: str) -> None:
+    compile_templates_once()
+    plots.plot_curves = curves_undrawn
     waits_end()
     if "true" in (os.environ.get("ACCELERATE_USE_FSDP"), os.environ.get("ACCELERATE_USE_DEEPSPEED")):
         engines_on_cpus()
@@ -337,7 +342,7 @@ def as_python(streams: list, environment: dict[str, str], folder: str, words: li
     for number, stream in enumerate(streams):
         os.dup2(stream.fileno(), number)
     for name in list(sys.modules):
-        if name.partition(".")[0] in ("minionerec", "lora_utils", "as_on_gpu"):
+        if name.partition(".")[0] in ("minionerec", "lora_utils", "helpers", "as_on_gpu"):
             del sys.modules[name]
     if words[0] == "-u":  # from torchrun
         del words[0]
