@@ -7,7 +7,7 @@ import sys
 
 import pytest
 from fire import docstrings
-from helpers import ROOT
+from helpers import ROOT, run_command
 
 import evaluate
 import merge_lora
@@ -168,10 +168,7 @@ def test_running_out_of_memory_ends_with_what_to_try(tmp_path, error):
     signature = "rows: int = 1, batch_size: int = 4, use_qlora: bool = False"
     code = f"import torch\nfrom minionerec import cli\ndef eat({signature}):\n    raise {error}\ncli.run(eat)\n"
     script.write_text(code)
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    result = subprocess.run(
-        [sys.executable, str(script), "--rows", "2"], capture_output=True, text=True, env=environment
-    )
+    result = run_command(str(script), rows=2)
     assert result.returncode == 1
     assert result.stderr.strip().endswith("in this order: a smaller --batch_size, --use_qlora True")
     assert "Traceback" not in result.stderr

@@ -2,12 +2,10 @@
 
 import json
 import shutil
-import subprocess
-import sys
 import warnings
 
 import pytest
-from helpers import ROOT, run_command
+from helpers import run_command
 
 from minionerec import InputError, Ranker, ranking
 
@@ -71,8 +69,3 @@ def test_a_ranker_asks_a_checkpoint_of_another_tool_in_its_words(files, sft_run,
     assert ranker.recommend(["12", "7"], k=3) == expected
     with pytest.warns(UserWarning, match="does not record the wording it was trained with"):
         Ranker.load(checkpoint, **load)
-
-
-def test_the_package_imports_torch_only_when_a_ranker_is_asked_for():
-    code = "import sys, minionerec; assert 'torch' not in sys.modules; minionerec.Ranker; assert 'torch' in sys.modules"
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0

@@ -6,9 +6,9 @@ import subprocess
 import sys
 from collections import Counter
 
-import helpers
 import numpy as np
 import pytest
+from helpers import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -108,17 +108,18 @@ def test_larger_matrices_are_approximated_well():
 
 
 @pytest.mark.slow
-def test_a_new_process_with_any_number_of_threads_gives_the_same():
+def test_a_new_process_with_any_number_of_threads_gives_the_same(tmp_path):
     """scipy's library for matrices is loaded late, and what limits its threads must know it."""
+    np.save(tmp_path / "rows.npy", baskets(400))
     program = (
-        f"import sys; sys.path[:0] = [{os.path.dirname(helpers.__file__)!r}, {os.path.dirname(__file__)!r}]\n"
-        f"from {__name__.rpartition('.')[2]} import CoPurchases, baskets\n"
-        "print(CoPurchases.count([baskets(400)], 300, 1600, seed=0).embed(seed=0).tobytes().hex())"
+        "import sys; import numpy as np; from minionerec.prepare.co_purchases import CoPurchases\n"
+        "counted = CoPurchases.count([np.load(sys.argv[1])], 300, 1600, seed=0)\n"
+        "print(counted.embed(seed=0).tobytes().hex())"
     )
     printed = {
         subprocess.run(
-            [sys.executable, "-c", program],
-            cwd=helpers.ROOT,
+            [sys.executable, "-c", program, str(tmp_path / "rows.npy")],
+            cwd=ROOT,
             env={**os.environ, "OMP_NUM_THREADS": threads, "OPENBLAS_NUM_THREADS": threads},
             stdout=subprocess.PIPE,
             check=True,
