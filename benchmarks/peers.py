@@ -245,9 +245,10 @@ def train_llamafactory(job: dict[str, Any], folder: str, output_dir: str, way: s
     )
 
 
-def run_way(way: str, folder: str, descriptor: int) -> None:
-    """Trains one way, in turns with the others, to `folder`/`way`/final_checkpoint."""
-    take_turns(Connection(descriptor))
+def run_way(way: str, folder: str) -> None:
+    """Trains one way, in turns with the others, to `folder`/`way`/final_checkpoint. Its standard input is the
+    connection."""
+    take_turns(Connection(os.dup(0)))
     with open(os.path.join(folder, "job.json"), encoding="utf-8") as file:
         job = json.load(file)
     train = {"ours": train_ours, "trl": train_trl, "llamafactory": train_llamafactory}[way.split("_")[0]]
@@ -273,11 +274,9 @@ def in_steps(folder: str, ways: list[str], llamafactory: str) -> dict[str, dict[
         for way in ways:
             connections[way], theirs = Pipe()
             python = llamafactory if way == "llamafactory" else sys.executable
-            command = [python, "-m", "benchmarks.peers", "--worker", way, folder, str(theirs.fileno())]
+            command = [python, "-m", "benchmarks.peers", "--worker", way, folder]
             with open(os.path.join(folder, f"{way}.log"), "w") as log:
-                processes[way] = subprocess.Popen(
-                    command, cwd=ROOT, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, stdout=log, stderr=log
-                )
+                processes[way] = subprocess.Popen(command, cwd=ROOT, stdin=theirs.fileno(), stdout=log, stderr=log)
             theirs.close()
             results[way] |= received(way)
         waiting = list(ways)
@@ -431,6 +430,6 @@ def peers(
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--worker"]:
         quiet()
-        run_way(sys.argv[2], sys.argv[3], int(sys.argv[4]))
+        run_way(sys.argv[2], sys.argv[3])
     else:
         cli.run(peers)

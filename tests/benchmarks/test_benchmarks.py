@@ -101,7 +101,7 @@ def folder_of(files, folder, **names):
 
 
 @pytest.mark.slow
-def test_peers_train_the_same_from_the_same_start(files, base, tmp_path):
+def test_peers_train_the_same_from_the_same_start(files, base, tmp_path, quick):
     data = folder_of(files, tmp_path, test="test.csv", info="info.txt")
     # All rows are in one step, so that the first loss does not depend on their order.
     sizes = {"rows": -1, "batch_size": 40, "micro_batch_size": 8, "epochs": 2, "num_beams": 10}
