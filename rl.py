@@ -243,18 +243,7 @@ def train(flags: RLFlags) -> "dict | Prediction":
     tokenizer = loading.load_tokenizer(checkpoint.path)
     encoded = encode(inputs, tokenizer)
     train_dataset, trie = encoded.train_dataset, encoded.trie
-    step = flags.train_batch_size * flags.gradient_accumulation_steps * state.num_processes // flags.num_generations
-    steps = len(train_dataset) // step * flags.num_train_epochs
-    if not steps:
-        raise InputError(
-            f"--train_file {flags.train_file}: {len(train_dataset)} prompts are less than the {step} of a step"
-        )
-    processes = f", on {state.num_processes} processes" if state.num_processes > 1 else ""
-    state.print(f"an optimizer step: {step:,} prompts x {flags.num_generations} completions{processes}")
-    if flags.sync_ref_model and steps < SYNC_STEPS:
-        state.print(
-            f"--sync_ref_model changes nothing: the reference moves every {SYNC_STEPS} steps, and this run has {steps}"
-        )
+    steps = count_steps(flags, len(train_dataset), state)
     sid_of = trie.sid_of(inputs.sids)
     reward_funcs, reward_weights = reward_functions(
         flags.rewards, flags.num_generations, sid_of, inputs.catalogue, flags.ada_path, flags.cf_path
@@ -343,6 +332,21 @@ def train(flags: RLFlags) -> "dict | Prediction":
     if flags.test_during_training:
         state.print(verdict)
     return metrics
+
+
+def count_steps(flags: RLFlags, prompts: int, state: "PartialState") -> int:
+    """The optimizer steps of a run on so many prompts; prints what a step is. Raises InputError if there is none."""
+    step = flags.train_batch_size * flags.gradient_accumulation_steps * state.num_processes // flags.num_generations
+    steps = prompts // step * flags.num_train_epochs
+    if not steps:
+        raise InputError(f"--train_file {flags.train_file}: {prompts} prompts are less than the {step} of a step")
+    processes = f", on {state.num_processes} processes" if state.num_processes > 1 else ""
+    state.print(f"an optimizer step: {step:,} prompts x {flags.num_generations} completions{processes}")
+    if flags.sync_ref_model and steps < SYNC_STEPS:
+        state.print(
+            f"--sync_ref_model changes nothing: the reference moves every {SYNC_STEPS} steps, and this run has {steps}"
+        )
+    return steps
 
 
 def chosen_by(flags: RLFlags, num_sids: int, resume: Checkpoint | None) -> int:
