@@ -248,7 +248,7 @@ def train(flags: RLFlags) -> "dict | Prediction":
     reward_funcs, reward_weights = reward_functions(
         flags.rewards, flags.num_generations, sid_of, inputs.catalogue, flags.ada_path, flags.cf_path
     )
-    for line in inputs.notes:
+    for line in [*inputs.notes, *without_effect(flags, trie)]:
         state.print(line)
     sid_token_ids = sorted(tokenizer.convert_tokens_to_ids(inputs.catalogue.sid_tokens))
     predictor = report.Inputs(config, tokenizer, sid_token_ids, encoded.encoder, inputs.train_rows, lora_utils.adapt)
@@ -347,6 +347,19 @@ def count_steps(flags: RLFlags, prompts: int, state: "PartialState") -> int:
             f"--sync_ref_model changes nothing: the reference moves every {SYNC_STEPS} steps, and this run has {steps}"
         )
     return steps
+
+
+def without_effect(flags: RLFlags, trie: "Trie") -> list[str]:
+    """A line for a kind of loss whose gradient is that of the plain one in this run. Both kinds then train exactly the
+    same model, so comparing them says nothing."""
+    if flags.gspo:
+        return [
+            "--gspo changes nothing: completions are learned once, by the policy that made them, so all importance "
+            "ratios are 1"
+        ]
+    if flags.dapo and not any(trie.ends[:-1]):
+        return [f"--dapo changes nothing: all completions have {trie.depth} tokens, so sequences count equally anyway"]
+    return []
 
 
 def chosen_by(flags: RLFlags, num_sids: int, resume: Checkpoint | None) -> int:

@@ -141,10 +141,14 @@ class RLFlags(TrainingFlags):
     )
     dapo: bool = flag(
         False,
-        "average the loss over all tokens of a batch instead of over sequences first. Not with gspo (in the original, "
-        "dapo then wins).",
+        "average the loss over all tokens of a batch instead of over sequences first, which differs where SIDs have "
+        "different numbers of tokens. Not with gspo (in the original, dapo then wins).",
     )
-    gspo: bool = flag(False, "importance ratios per sequence instead of per token. Not with dapo.")
+    gspo: bool = flag(
+        False,
+        "importance ratios per sequence instead of per token. They are all 1, because completions are learned once, by "
+        "the policy that made them: no gradient changes. Not with dapo.",
+    )
     save_steps: float = flag(
         0.0,
         "how often to save a checkpoint, as a fraction of the training: a multiple of eval_step, because only a saved "

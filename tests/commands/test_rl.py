@@ -21,6 +21,7 @@ from minionerec.checkpoint import Checkpoint
 from minionerec.data.files import read_info
 from minionerec.data.prompts import RECOMMENDATION
 from minionerec.decoding import probe
+from minionerec.decoding.trie import Trie
 from minionerec.errors import InputError
 from minionerec.model import loading
 from minionerec.training.policy_loss import PolicyLoss
@@ -152,6 +153,20 @@ def test_a_penalty_by_rank_needs_beams_that_have_one(files, sft, reward_type, be
         f"warning: --reward_type {reward_type} penalizes wrong items by rank, but sampled completions have no rank, "
         "only the order they were sampled in; give --beam_search True"
     ]
+
+
+@pytest.mark.parametrize(
+    ("flags", "sids", "named"),
+    [
+        ({"gspo": True}, [[5, 6], [7]], "--gspo changes nothing: completions are learned once"),
+        ({"dapo": True}, [[5, 6], [5, 7]], "--dapo changes nothing: all completions have 3 tokens"),
+        ({"dapo": True}, [[5, 6], [7]], ""),
+        ({}, [[5, 6], [5, 7]], ""),
+    ],
+)
+def test_a_loss_that_is_the_plain_one_is_named(flags, sids, named):
+    lines = rl.without_effect(rl.RLFlags(**flags), Trie(sids, eos_token_id=2))
+    assert [line.startswith(named) for line in lines] == [True] * bool(named)
 
 
 @pytest.mark.parametrize(

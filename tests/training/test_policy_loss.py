@@ -55,6 +55,21 @@ def test_the_loss_is_the_formula(sft, tmp_path, mode):
         torch.testing.assert_close(parameter.grad, grads[name], atol=1e-5, rtol=1e-3)
 
 
+def test_completions_of_one_length_have_the_same_gradient_under_every_loss(sft, tmp_path):
+    """Learned by the policy that made them, they have ratios of 1: `rl.without_effect` says so."""
+    found = []
+    for mode in ("grpo", "dapo", "gspo"):
+        trainer = make_trainer(sft, "own LoRA", tmp_path, **loss_settings(mode))
+        _, inputs = generated(trainer)
+        assert inputs.completion_mask.all() and inputs.advantages.any()
+        trainer.current_gradient_accumulation_steps = 1
+        trainer.compute_loss(trainer.model, inputs).backward()
+        found.append({name: p.grad.clone() for name, p in trainer.model.named_parameters() if p.requires_grad})
+    for gradients in found[1:]:
+        for name, gradient in gradients.items():
+            torch.testing.assert_close(gradient, found[0][name], atol=1e-7, rtol=1e-5)
+
+
 @pytest.mark.parametrize("start", STARTS)
 def test_the_supervised_loss_is_that_of_the_targets(sft, tmp_path, monkeypatch, start):
     """In one pass with the completions, values and gradients are those of a pass of its own without shared prompts: in
