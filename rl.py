@@ -11,6 +11,7 @@ resuming, and input that is checked before anything is loaded.
 """
 
 import math
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -34,6 +35,7 @@ from minionerec.flags.rl import BEST_BY, RLFlags
 from minionerec.process_memory import importing
 
 if TYPE_CHECKING:
+    import torch
     from accelerate import PartialState
     from datasets import Dataset
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -329,6 +331,8 @@ def train(flags: RLFlags) -> "dict | Prediction":
         metrics["improved"], verdict = compared_with_start(trainer, watched, cutoff)
     saved_dtype = None if flags.adapted else loading.saved_dtype(inputs.base)
     metrics = finish(trainer, metrics, RL_PANELS, dtype=saved_dtype)
+    if saved_dtype is not None and state.is_main_process:
+        print(lost_in_rounding(trainer, inputs.base, saved_dtype), end="")
     if flags.test_during_training:
         state.print(verdict)
     return metrics
@@ -512,6 +516,26 @@ def compared_with_start(trainer: "ReReTrainer", watched: str, cutoff: int) -> tu
         shown = [f"{text} -> {best['eval_' + text.split()[0]]:.4f}" for text in shown]
     beats = "better than the starting model" if improved else "no checkpoint is better than the starting model"
     return improved, f"{beats} on the validation file ({', '.join(shown)}); final_checkpoint is {final}"
+
+
+def lost_in_rounding(trainer: "ReReTrainer", start: str, dtype: "torch.dtype") -> str:
+    """A line if most of the weights that trained in float32 are those of `start` again where they are saved in `dtype`:
+    what was evaluated is then not what is saved. Else nothing."""
+    from minionerec.model import loading
+
+    if dtype.itemsize == 4 or trainer.best_checkpoint == "start":
+        return ""
+    trained = {name for name, parameter in trainer.model.named_parameters() if parameter.requires_grad}
+    kept = loading.share_kept(os.path.join(trainer.args.output_dir, "final_checkpoint"), start, trained)
+    if kept <= 0.5:
+        return ""
+    whole = trainer.best_checkpoint or f"checkpoint-{trainer.state.global_step}"
+    precision = str(dtype).removeprefix("torch.")
+    return (
+        f"warning: {kept:.1%} of the trained weights in final_checkpoint are still those of {start}: their changes are "
+        f"smaller than a step of {precision} and are lost. {whole} has them in float32; a larger --learning_rate loses "
+        "less, and an adapter (--use_lora True) nothing\n"
+    )
 
 
 def load_policy(inputs: RLInput, tokenizer: "PreTrainedTokenizerFast", fingerprint: str | None) -> "PreTrainedModel":

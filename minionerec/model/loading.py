@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import sys
+from collections.abc import Collection
 from functools import cache
 from itertools import chain
 
@@ -254,6 +255,24 @@ def fingerprint(path: str) -> str | None:
     if not tensors:
         return None
     return hashlib.sha256("".join(tensors[name] for name in sorted(tensors)).encode()).hexdigest()[:16]
+
+
+def share_kept(path: str, start: str, names: Collection[str]) -> float:
+    """Of the values of the weights `names` in a folder, the fraction that are those of another folder or hub model,
+    rounded alike. Weights that only one of them has, or in another shape, do not count; 0 if none is left."""
+    file_of = {}
+    for file in _weight_files(start):
+        with safe_open(file, "pt") as before:
+            file_of.update(dict.fromkeys(before.keys(), file))
+    same = total = 0
+    for file in _weight_files(path):
+        with safe_open(file, "pt") as after:
+            for name in set(after.keys()) & set(names) & set(file_of):
+                with safe_open(file_of[name], "pt") as before:
+                    old, new = before.get_tensor(name), after.get_tensor(name)
+                if old.shape == new.shape:
+                    same, total = same + int((old.to(new.dtype) == new).sum()), total + new.numel()
+    return same / total if total else 0.0
 
 
 def _weight_files(path: str) -> list[str]:

@@ -2,6 +2,7 @@
 several."""
 
 import json
+import shutil
 from pathlib import Path
 
 import accelerate
@@ -53,6 +54,21 @@ def test_reinforcement_trains_all_weights_at_its_default_rate(files, sft_run, tm
     flags = rl_flags(files, start, tmp_path / "rl", add_gt=True, test_during_training=False, learning_rate=1e-6)
     rl.train(**strings(flags))
     assert share_changed(start, newest(tmp_path / "rl")) > 0.95
+
+
+@pytest.mark.parametrize(("learning_rate", "lost"), [(1e-6, True), (3e-2, False)])
+def test_reinforcement_says_that_rounding_loses_its_changes(files, sft_run, tmp_path, capsys, learning_rate, lost):
+    """From a start in bfloat16, whose precision final_checkpoint keeps."""
+    start, run = tmp_path / "start", tmp_path / "rl"
+    shutil.copytree(sft_run("full") / "final_checkpoint", start)
+    loading.load_base(str(start)).to(torch.bfloat16).save_pretrained(start)
+    flags = rl_flags(files, start, run, add_gt=True, test_during_training=False, learning_rate=learning_rate)
+    rl.train(**strings(flags))
+    assert share_changed(start, newest(run)) > 0.95
+    assert (share_changed(start, run / "final_checkpoint", torch.bfloat16) < 0.5) == lost
+    printed = capsys.readouterr().out
+    assert (f"of the trained weights in final_checkpoint are still those of {start}:" in printed) == lost
+    assert ("checkpoint-10 has them in float32" in printed) == lost
 
 
 def test_a_full_run_in_16_bits_follows_the_curve_of_float32(files, base, tmp_path, monkeypatch):
