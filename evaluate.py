@@ -331,14 +331,19 @@ def evaluate(flags: EvaluateFlags) -> dict[str, float]:
     decoding = time.perf_counter()
     rankings = ranker.rank(prompts, flags.length_penalty, inputs.examples, flags.exclude_seen)
     decode_seconds = time.perf_counter() - decoding
-    ranks = [rank_of(example.sid, ranking) for example, ranking in zip(inputs.examples, rankings, strict=True)]
+    # A target that --exclude_seen leaves out is a miss, also where the catalogue is so small that it fills a ranking.
+    ranked = [
+        [] if row.sid in seen_of(row, flags.exclude_seen) else ranking
+        for row, ranking in zip(inputs.examples, rankings, strict=True)
+    ]
+    ranks = [rank_of(row.sid, ranking) for row, ranking in zip(inputs.examples, ranked, strict=True)]
     metrics = ranking_metrics(ranks, length, flags.K)
 
     # Where items share SIDs, the same for items.
     of_items: list[int | None] | None = None
     by_item: dict[str, float] | None = None
     if inputs.items and inputs.targets:
-        pairs = zip(inputs.targets, rankings, strict=True)
+        pairs = zip(inputs.targets, ranked, strict=True)
         of_items = [inputs.items.rank_of(target, ranking, length) for target, ranking in pairs]
         by_item = ranking_metrics(of_items, length, flags.K)
 

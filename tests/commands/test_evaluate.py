@@ -72,6 +72,23 @@ def test_what_was_seen_is_not_ranked_before_anything_else(files, checkpoint, tmp
     assert shown.startswith(format_metrics(ranking_metrics(ranks, 39)))
 
 
+def test_a_target_that_was_seen_is_a_miss(files, checkpoint, tmp_path):
+    """Each row asks for the first item of its history, which stands at the end of a ranking of all SIDs."""
+    with open(files["test"], encoding="utf-8", newline="") as file:
+        cells = list(csv.DictReader(file))
+    with open(tmp_path / "test.csv", "w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, cells[0])
+        writer.writeheader()
+        for row, past in zip(cells, read_interactions(files["test"], "test_data_path"), strict=True):
+            first = {"item_sid": past.sid_history[0], "item_id": json.loads(row["history_item_id"])[0]}
+            writer.writerow({**row, **first, "item_title": past.title_history[0]})
+    flags = {"base_model": checkpoint, "test_data_path": tmp_path / "test.csv", "num_beams": 39, "exclude_seen": True}
+    found, metrics, printed = evaluated(files, tmp_path / "r.json", **flags)
+    assert all(row["output"] in row["predict"] for row in found)
+    assert metrics["MRR"] == metrics["HR@20"] == metrics["items"]["MRR"] == 0
+    assert "10 of 10 rows have a target that --exclude_seen leaves out" in printed
+
+
 @pytest.mark.slow
 def test_two_processes_give_the_same_rankings(files, checkpoint, tmp_path):
     rows, metrics, _ = evaluated(files, tmp_path / "one.json", base_model=checkpoint, batch_size=2)
