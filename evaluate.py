@@ -201,12 +201,15 @@ def read_input(flags: EvaluateFlags) -> EvaluateInput:
     if blend and not weighed:
         of_record = f", as recorded in {blend.path}" if flags.blend_weight == "auto" else ""
         notes.append(f"weight of {flags.blend}: {blend.weight:g}{of_record}")
-    if weighed and (learned := _num_learned(weighed, checkpoint)) > len(weighed) / 2:
-        rows = f"{learned} of {len(weighed)} rows of --eval_file {eval_file}"
-        notes.append(
-            f"warning: {checkpoint.path} was trained on {rows}, so SASRec counts for too little; give --blend_weight, "
-            "the weight of a run that has not learned them"
-        )
+    trained = [(checkpoint.path, checkpoint.flags.get("train_file", ""), "counts for too little")]
+    trained += [(flags.blend, blend.train_file, "counts for too much")] if blend else []
+    for name, train_file, wrong in trained:
+        if weighed and (learned := _num_learned(weighed, train_file)) > len(weighed) / 2:
+            rows = f"{learned} of {len(weighed)} rows of --eval_file {eval_file}"
+            notes.append(
+                f"warning: {name} was trained on {rows}, so SASRec {wrong}; give --blend_weight, the weight of a run "
+                "that has not learned them"
+            )
     if len(sids) < flags.K:
         notes.append(f"--K {flags.K} has no metrics: {flags.info_file} has {len(sids)} SIDs to rank")
     known = set(sids)
@@ -252,9 +255,8 @@ def _validation_rows(
     return path, []
 
 
-def _num_learned(rows: Sequence[Interaction], checkpoint: Checkpoint) -> int:
-    """How many rows are in the training file of the run that wrote the checkpoint, if that file is still there."""
-    path = checkpoint.flags.get("train_file", "")
+def _num_learned(rows: Sequence[Interaction], path: str) -> int:
+    """How many rows are in a training file that a model recorded, if that file is still there."""
     wanted = Counter((tuple(row.sid_history), row.sid) for row in rows)
     found = set[tuple[tuple[str, ...], str]]()
     if os.path.isfile(path):

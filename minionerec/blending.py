@@ -42,11 +42,13 @@ class Blend:
         folder: of the model, written by scripts/train_sasrec.py.
         weight: how much it counts; None until one is chosen.
         path: the file that keeps the weight for this checkpoint.
+        train_file: what the model was trained on; empty if that is not known.
     """
 
     folder: str
     weight: float | None
     path: str
+    train_file: str
 
     @classmethod
     def read(
@@ -62,7 +64,7 @@ class Blend:
         known = sasrec_files.known(folder, "blend")
         _check_catalogue(folder, known, items, info_file)
         path = os.path.join(folder, f"weight-{_digest(checkpoint.path)}.json")
-        return cls(folder, _recorded(path) if weight == "auto" else float(weight), path)
+        return cls(folder, _recorded(path) if weight == "auto" else float(weight), path, known.train_file)
 
     @property
     def files(self) -> list[str]:

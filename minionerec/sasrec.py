@@ -180,14 +180,15 @@ def train(
     return best_epoch
 
 
-def save(model: SASRec | Ensemble, folder: str, catalogue: str | None = None) -> None:
+def save(model: SASRec | Ensemble, folder: str, catalogue: str | None = None, train_file: str = "") -> None:
     """Writes the model to a folder; the configuration last, so a folder with a configuration is complete. `catalogue`
-    is the fingerprint of its items (`sasrec_files.fingerprint`)."""
+    is the fingerprint of its items (`sasrec_files.fingerprint`), `train_file` what it was trained on."""
     os.makedirs(folder, exist_ok=True)
     with open(os.path.join(folder, WEIGHTS), "wb") as file:  # one of `save_file` could be read by its owner only
         file.write(to_bytes({name: tensor.contiguous() for name, tensor in model.state_dict().items()}))
     with open(os.path.join(folder, CONFIG), "w", encoding="utf-8") as file:
-        json.dump({"settings": model.settings, "catalogue": catalogue, "sids": model.sids}, file)
+        known = {"catalogue": catalogue, "train_file": train_file, "sids": model.sids}
+        json.dump({"settings": model.settings, **known}, file)
 
 
 def load(folder: str, flag: str = "cf_path") -> SASRec | Ensemble:

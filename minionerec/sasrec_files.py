@@ -13,10 +13,12 @@ RECORD, WEIGHTS_FILE = "sasrec.json", "sasrec.safetensors"
 
 
 class Known(NamedTuple):
-    """The SIDs that a model was trained on, and the fingerprint of their catalogue; None in folders of 0.1."""
+    """What a model was trained on: the SIDs, the fingerprint of their catalogue (None in folders of 0.1), and the
+    training file (empty in folders that do not name it)."""
 
     sids: list[str]
     catalogue: str | None
+    train_file: str
 
 
 def files(folder: str) -> list[str]:
@@ -34,7 +36,8 @@ def known(folder: str, flag: str) -> Known:
     sids = data.get("sids") if isinstance(data, dict) else None
     if not isinstance(sids, list) or not all(isinstance(sid, str) for sid in sids):
         raise InputError(f"--{flag} {folder}: {os.path.join(folder, RECORD)} does not list SIDs; train it again")
-    return Known(sids, data.get("catalogue"))
+    train_file = data.get("train_file")
+    return Known(sids, data.get("catalogue"), train_file if isinstance(train_file, str) else "")
 
 
 def fingerprint(sid_of_item: Iterable[tuple[str, str]]) -> str:

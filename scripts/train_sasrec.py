@@ -124,7 +124,7 @@ def train_sasrec(
     seconds = time.perf_counter() - started
     results = ranked(model, test_data_path, "test_data_path") if test_data_path else []
     with writing(output_dir), whole_folder(output_dir) as partial:
-        sasrec.save(model, partial, sasrec_files.fingerprint((item.id, item.sid) for item in items))
+        sasrec.save(model, partial, sasrec_files.fingerprint((item.id, item.sid) for item in items), train_file)
         parameters = sum(parameter.numel() for parameter in model.parameters())
         metrics = {
             "method": "sasrec",

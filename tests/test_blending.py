@@ -175,6 +175,22 @@ def test_a_weight_that_is_chosen_on_learned_rows_is_warned_of(files, checkpoint,
         assert any(note.startswith(warning) for note in notes) == warned
 
 
+def test_rows_that_sasrec_has_learned_are_warned_of(files, base, tmp_path):
+    """As where SASRec was trained for good, and the model was not: it would count for too much."""
+    flags = {"eval_file": files["valid"], "info_file": files["info"], "num_epochs": 1, "hidden_size": 4}
+    for train_file, warned in (("train", True), ("test", False)):
+        folder = tmp_path / train_file
+        done = run_command("scripts/train_sasrec.py", train_file=files[train_file], output_dir=folder, **flags)
+        assert done.returncode == 0, done.stderr
+        more = {"base_model": base, "category": "bolts", "eval_file": files["valid"], "blend": str(folder)}
+        flags_read = evaluate.EvaluateFlags(**evaluate_flags(files, str(tmp_path / "r.json"), **more))
+        warning = (
+            f"warning: {folder} was trained on 10 of 10 rows of --eval_file {files['valid']}, so SASRec counts for"
+        )
+        notes = evaluate.read_input(flags_read).notes
+        assert any(note.startswith(f"{warning} too much") for note in notes) == warned
+
+
 def test_the_first_process_decides_how_much_sasrec_counts(files, checkpoint, other, tmp_path, monkeypatch, capsys):
     """The others may have found another weight, and must rank what it ranks."""
 

@@ -19,7 +19,7 @@ def folder(tmp_path) -> str:
 
 
 def test_a_folder_says_what_its_model_knows(folder):
-    assert known(folder, "blend") == (["<a_0>", "<a_1>"], "digest")
+    assert known(folder, "blend") == (["<a_0>", "<a_1>"], "digest", "")
     check_within(folder, "cf_path", [("0", "<a_0>"), ("1", "<a_1>"), ("2", "<a_2>")], "the index")
 
 
