@@ -106,6 +106,9 @@ def table(
     problems.check()
     assert targets  # nothing was wrong
 
+    for note in notes_on_seen(results):
+        print(f"table.py: {note}", file=sys.stderr)
+
     from minionerec.statistics import Bootstrap
 
     # Compute. MRR grows with the length of a ranking, so all are cut to the shortest.
@@ -211,6 +214,25 @@ def read_costs(folder: str) -> dict[str, float]:
     if len(costs) < len(COSTS):
         raise InputError(f"--runs: {path}: does not say what the training cost; train the run first")
     return costs
+
+
+def notes_on_seen(results: dict[str, list[str]]) -> list[str]:
+    """A line, or none, about runs that leave out what was seen next to others that do not: they answer different
+    questions. Popularity and train_sasrec.py leave nothing out."""
+    names: dict[object, list[str]] = {False: ["popularity"]}
+    for name, paths in results.items():
+        for path in paths:
+            written = f"{os.path.splitext(path)[0]}.metrics.json"  # by evaluate.py
+            metrics: object = read_json(written) if os.path.isfile(written) else None
+            excluded = metrics.get("exclude_seen") if isinstance(metrics, dict) else False
+            names.setdefault(excluded if excluded in (True, "earlier") else False, []).append(name)
+    if len(names) == 1:
+        return []
+    rows = [
+        f"{', '.join(dict.fromkeys(of))} {f'with --exclude_seen {value}' if value else 'without it'}"
+        for value, of in sorted(names.items(), key=lambda pair: not pair[0])
+    ]
+    return [f"note: rows that do not compare: {'; '.join(rows)}"]
 
 
 def _mean_cell(bootstrap: "Bootstrap", seeds: "Seeds", metric: str, intervals: bool) -> str:

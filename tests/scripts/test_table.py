@@ -92,6 +92,24 @@ def test_items_that_share_a_sid_are_ranked_apart(tmp_path, make_run, capsys):
         table(**arguments, info_file=f"{tmp_path}/info.txt", runs=f"x={run}/blended.json")
 
 
+def test_rows_that_leave_out_what_was_seen_are_told_from_others(tmp_path, make_run, capsys):
+    """As in compare.sh with EVAL_FLAGS="--exclude_seen earlier", where SASRec and popularity leave nothing out."""
+    for name in ("train", "test"):
+        (tmp_path / f"{name}.csv").write_text("history_item_sid,item_sid\n\"['a']\",a\n\"['a']\",b\n")
+    runs = {name: make_run(name, [1, 0]) for name in ("SASRec", "full", "lora")}
+    arguments = {"train_file": f"{tmp_path}/train.csv", "test_data_path": f"{tmp_path}/test.csv"}
+    arguments["runs"] = ",".join(f"{name}={folder}" for name, folder in runs.items())
+    for name in runs:
+        (tmp_path / name / "result.metrics.json").write_text("{}")
+    table(**arguments)
+    assert not capsys.readouterr().err
+    for name in ("full", "lora"):
+        (tmp_path / name / "result.metrics.json").write_text('{"exclude_seen": "earlier"}')
+    table(**arguments)
+    line = "note: rows that do not compare: full, lora with --exclude_seen earlier; popularity, SASRec without it"
+    assert capsys.readouterr().err == f"table.py: {line}\n"
+
+
 @pytest.mark.parametrize("repeated", [True, False])
 def test_items_that_cannot_be_told_apart_leave_the_metrics_of_sids(tmp_path, make_run, capsys, repeated):
     """The files have no item ids. A line that the catalogue repeats is no item that shares a SID."""
