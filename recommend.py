@@ -228,7 +228,9 @@ def read_files(problems: Problems, flags: RecommendFlags) -> RecommendInput:
     problems.check()
     assert keys is not None
     assert checkpoint and base and prompts and items and reader  # nothing was wrong
-    notes = checkpoint.notes_on_wording(prompts, flags.category, flags.prompt_file) + items.notes
+    pairs = [(item.id, item.sid) for item in items.all]
+    notes = checkpoint.notes_on_catalogue(pairs, f"--info_file {flags.info_file}")
+    notes += checkpoint.notes_on_wording(prompts, flags.category, flags.prompt_file) + items.notes
     return RecommendInput(checkpoint, base, prompts, items, reader, blend, request, count, settings, done, keys, notes)
 
 

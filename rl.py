@@ -179,6 +179,8 @@ def read_input(flags: RLFlags) -> RLInput:
         notes.append(f"{outside:,} SIDs of the index are not in {flags.info_file}; tasks on items leave them out")
 
     # What differs from the checkpoint. The shape of an adapter stays what it was.
+    pairs = [(name, item.sid) for name, item in catalogue.items.items()]
+    notes += checkpoint.notes_on_catalogue(pairs, f"--sid_index_path {flags.sid_index_path}")
     notes += checkpoint.notes_on_wording(prompts, flags.category, flags.prompt_file)
     if checkpoint.adapter is not None:
         notes += _how_it_continues(checkpoint, flags)
@@ -266,8 +268,7 @@ def train(flags: RLFlags) -> "dict | Prediction":
     # Find the checkpoint to resume from.
     fingerprint = loading.fingerprint(inputs.base)
     recorded_flags = {**flags.to_dict(), "cutoff_len": inputs.cutoff_len}
-    of_catalogue = inputs.catalogue.sid_tokens
-    run = run_record("rl", flags.method, recorded_flags, inputs.wording, fingerprint, of_catalogue)
+    run = run_record("rl", flags.method, recorded_flags, inputs.wording, fingerprint, inputs.catalogue)
     nodes.check_same(flags.to_dict(), base=fingerprint)
     nodes.check_output_shared(flags.output_dir)
     resume = resume_point(flags, run, state.print)

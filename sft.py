@@ -156,7 +156,7 @@ def train(flags: SFTFlags) -> "dict | Prediction":
     state = device.process_state(flags.ddp_timeout)
     memory = device.free_memory_gb()
     fingerprint = loading.fingerprint(flags.base_model)
-    run = run_record("sft", flags.method, flags.to_dict(), inputs.prompts, fingerprint, sid_tokens)
+    run = run_record("sft", flags.method, flags.to_dict(), inputs.prompts, fingerprint, inputs.catalogue)
     nodes.check_same(flags.to_dict(), base=fingerprint)
     nodes.check_output_shared(flags.output_dir)
     resume = resume_point(flags, run, state.print)

@@ -3,14 +3,14 @@
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
 
 from minionerec import __version__, world
-from minionerec.data.files import sha256_of, shorten
+from minionerec.data.files import Catalogue, sha256_of, shorten
 from minionerec.data.prompts import RECOMMENDATION, Prompts, load_prompts
 from minionerec.errors import InputError, Problems
 from minionerec.flags import AdapterFlags, engine
@@ -19,6 +19,7 @@ from minionerec.validation import ADAPTER, FLAGS, RUN, TRAINER_STATE, check_valu
 RUN_FILE = "minionerec.json"  # the resolved configuration of the run that wrote the checkpoint
 ADAPTER_FILE = "adapter_config.json"
 NAME_BASE = "name it with --base_model"
+RECORDED_ITEMS = 64  # enough to tell catalogues apart, few beside an adapter
 # What runs of 0.1 did, by the flags that it lacked. A new flag that its runs can resume with belongs here too.
 LACKED_IN_0_1: dict[str, dict[str, object]] = {
     "sft": {
@@ -54,9 +55,10 @@ def run_record(
     flags: dict,
     prompts: Prompts,
     base_fingerprint: str | None,
-    sid_tokens: Sequence[str],
+    catalogue: Catalogue,
 ) -> dict:
     """What a run writes into each of its checkpoints, as `Checkpoint.run`."""
+    tokens, items = catalogue.sid_tokens, list(catalogue.items.items())
     return {
         "command": command,
         "method": method,
@@ -66,7 +68,8 @@ def run_record(
         "flags": flags,
         "prompts": prompts.to_json(),
         "base_fingerprint": base_fingerprint,
-        "sid_tokens": f"{len(sid_tokens)} tokens, {sha256(' '.join(sid_tokens).encode()).hexdigest()[:12]}",
+        "sid_tokens": f"{len(tokens)} tokens, {sha256(' '.join(tokens).encode()).hexdigest()[:12]}",
+        "items": {name: item.sid for name, item in items[:: max(1, len(items) // RECORDED_ITEMS)][:RECORDED_ITEMS]},
         "data": {name: digest(file) for name in DATA_FLAGS if os.path.isfile(file := _file_of(flags.get(name) or ""))},
     }
 
@@ -89,8 +92,8 @@ class Checkpoint:
         path: the folder or name.
         adapter: the configuration of a PEFT adapter; None for a whole model.
         run: the resolved configuration of the run that wrote it (command, method, release, engine, processes, flags,
-            prompts, fingerprint of the base, SID tokens, content of the files, seconds and peak memory of training),
-            as this release records it; empty where there is none.
+            prompts, fingerprint of the base, SID tokens, SIDs of some items, content of the files, seconds and peak
+            memory of training), as this release records it; empty where there is none.
     """
 
     path: str
@@ -227,6 +230,21 @@ class Checkpoint:
             asked = f"was trained on {taught} only, and is asked for {RECOMMENDATION}"
             notes.append(f"warning: {self.path} {asked}")
         return notes
+
+    def notes_on_catalogue(self, sid_of_item: Iterable[tuple[str, str]], of: str) -> list[str]:
+        """A warning if items have other SIDs in a catalogue, pairs of item id and SID from the file that `of` names,
+        than in its training. Its tokenizer may know them all: data that were prepared again have the same tokens, and
+        SIDs that stand for other items. Items that were added since, and left out, do not count."""
+        known = self.run.get("items", {})
+        found = {item: sid for item, sid in sid_of_item if item in known}
+        other = [item for item, sid in found.items() if sid != known[item]]
+        if not other:
+            return []
+        return [
+            f"warning: {of} belongs to a different catalogue than {self.path}: {len(other)} of {len(found)} items that "
+            f"were compared have other SIDs there, such as {shorten(other[0])}, so what it recommends is wrong; give "
+            "the file of its training, or train on this catalogue"
+        ]
 
     def differing_flags(self, flags: dict, names: tuple[str, ...]) -> list[str]:
         """A warning for each flag of these names that had another value in the run that wrote it, or, where that is not

@@ -140,9 +140,10 @@ class Ranker:
         read = Checkpoint.read(os.fspath(checkpoint))
         base = base_model or read.base(NAME_BASE)
         prompts = read.prompts(category, os.fspath(prompt_file), RECOMMENDATION)
-        for note in read.notes_on_wording(prompts, category, os.fspath(prompt_file)):
-            warnings.warn(note.removeprefix("warning: "), stacklevel=2)
         listed, meta = read_info_items(os.fspath(info_file)), os.fspath(item_meta_path)
+        notes = read.notes_on_catalogue([(item.id, item.sid) for item in listed], os.fspath(info_file))
+        for note in notes + read.notes_on_wording(prompts, category, os.fspath(prompt_file)):
+            warnings.warn(note.removeprefix("warning: "), stacklevel=2)
         if meta:
             listed = with_original_ids(listed, read_json_object(meta, "item_meta_path"))
         items = Items(listed, os.fspath(info_file), only_original_ids=original_ids)

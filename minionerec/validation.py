@@ -49,6 +49,7 @@ RUN = {
     "processes": (_is_whole(1), "a whole number from 1"),
     "base_fingerprint": TEXT_OR_NULL,
     "sid_tokens": TEXT,
+    "items": OBJECT,
     "data": OBJECT,
     **dict.fromkeys(("seconds", "peak_memory_gb"), (lambda value: is_number(value) and value >= 0, "a number from 0")),
     "unlogged": (_is_log, "an object with the numbers total, loss and step, and lists of numbers as metrics"),

@@ -13,11 +13,14 @@ from safetensors.torch import save_file
 
 import evaluate
 import merge_lora
+import recommend
 import rl
 from minionerec import __version__
 from minionerec.checkpoint import HUB_NAME, LACKED_IN_0_1, Checkpoint, newest_checkpoint, run_record
+from minionerec.data.files import Catalogue, Item, read_info_items
 from minionerec.data.prompts import RECOMMENDATION, load_prompts
 from minionerec.errors import InputError
+from minionerec.flags.rl import RLFlags
 
 HUGE = "{sid_history:>400000000}"
 
@@ -260,9 +263,40 @@ def test_a_run_records_the_content_of_what_it_learns_from(tmp_path):
         for file in (path, folder / "sasrec.safetensors"):
             file.write_text(content)
         flags = {"ada_path": str(path), "cf_path": str(folder), "train_file": "", "eval_file": str(tmp_path / "none")}
-        recorded.append(run_record("rl", "full", flags, load_prompts("bolts"), None, ["<a_1>"])["data"])
+        recorded.append(run_record("rl", "full", flags, load_prompts("bolts"), None, Catalogue({}, [], {}))["data"])
     assert all(data.keys() == {"ada_path", "cf_path"} for data in recorded)
     assert all(recorded[0][name] != recorded[1][name] for name in recorded[0])
+
+
+def test_a_run_records_the_sids_of_some_items():
+    for count in (1, 5, 64, 65, 128, 1_000):
+        items = {str(i): Item(f"<a_{i}>", "", "") for i in range(count)}
+        kept = run_record("sft", "full", {}, load_prompts("bolts"), None, Catalogue(items, [], {}))["items"]
+        assert len(kept) == min(count, 64) and all(kept[name] == items[name].sid for name in kept)
+        assert count < 1_000 or max(map(int, kept)) > 900
+
+
+def test_a_catalogue_that_gives_items_other_sids_is_named(files, tmp_path):
+    """As data that were prepared again do. Their SIDs have the same tokens, so the tokenizer knows them all."""
+    items = {item.id: item.sid for item in read_info_items(files["info"])}
+    moved = dict(zip(items, [*items.values()][5:] + [*items.values()][:5], strict=True))
+    data = {"train_file": files["train"], "eval_file": files["valid"], "info_file": files["info"]}
+    data |= {"sid_index_path": files["index"], "item_meta_path": files["item"], "category": "tools"}
+    for recorded, differs in ((moved, True), (items, False), ({**items, "gone": "<a_1>"}, False), ({}, False)):
+        checkpoint = str(record(tmp_path / "checkpoint", items=recorded, version=__version__))
+        asked = recommend.RecommendFlags(model=checkpoint, info_file=files["info"], history="1")
+        tested = evaluate.EvaluateFlags(
+            base_model=checkpoint,
+            info_file=files["info"],
+            test_data_path=files["test"],
+            result_json_data=str(tmp_path / "result.json"),
+        )
+        trained = RLFlags(model_path=checkpoint, output_dir=str(tmp_path / "rl"), **data)
+        commands = (recommend.read_input, asked), (evaluate.read_input, tested), (rl.read_input, trained)
+        for read, flags in commands:
+            found = [note for note in read(flags).notes if "belongs to a different catalogue" in note]
+            assert len(found) == differs
+            assert all(f"{len(items)} of {len(items)} items that were compared have other SIDs" in n for n in found)
 
 
 def test_flags_that_an_adapter_of_peft_ignores_are_named(tmp_path):

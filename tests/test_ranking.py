@@ -3,6 +3,7 @@
 import json
 import shutil
 import warnings
+from pathlib import Path
 
 import pytest
 from helpers import run_command
@@ -69,3 +70,16 @@ def test_a_ranker_asks_a_checkpoint_of_another_tool_in_its_words(files, sft_run,
     assert ranker.recommend(["12", "7"], k=3) == expected
     with pytest.warns(UserWarning, match="does not record the wording it was trained with"):
         Ranker.load(checkpoint, **load)
+
+
+def test_a_ranker_names_a_catalogue_that_the_checkpoint_was_not_trained_on(files, sft_run, tmp_path):
+    checkpoint, turned = sft_run("lora") / "final_checkpoint", tmp_path / "info.txt"
+    lines = [line.split("\t") for line in Path(files["info"]).read_text(encoding="utf-8").splitlines(keepends=True)]
+    sids = [line[0] for line in lines]
+    turned.write_text(
+        "".join("\t".join([sid, *line[1:]]) for sid, line in zip(sids[1:] + sids[:1], lines, strict=True))
+    )
+    with pytest.warns(UserWarning, match="belongs to a different catalogue than"):
+        Ranker.load(checkpoint, info_file=turned, num_beams=5)
+    with warnings.catch_warnings(action="error", category=UserWarning):
+        Ranker.load(checkpoint, info_file=files["info"], num_beams=5)
