@@ -19,7 +19,14 @@ from typing import TYPE_CHECKING, Literal
 from minionerec import cli, world
 from minionerec.blending import Blend
 from minionerec.checkpoint import Checkpoint, read_model
-from minionerec.data.files import open_text, read_info_items, read_item_ids, read_json_object, with_original_ids
+from minionerec.data.files import (
+    notes_on_titles,
+    open_text,
+    read_info_items,
+    read_item_ids,
+    read_json_object,
+    with_original_ids,
+)
 from minionerec.data.items import ItemColumns, Items, read_item_list
 from minionerec.data.prompts import RECOMMENDATION, Prompts
 from minionerec.errors import InputError, Problems
@@ -230,6 +237,7 @@ def read_files(problems: Problems, flags: RecommendFlags) -> RecommendInput:
     assert checkpoint and base and prompts and items and reader  # nothing was wrong
     pairs = [(item.id, item.sid) for item in items.all]
     notes = checkpoint.notes_on_catalogue(pairs, f"--info_file {flags.info_file}")
+    notes += notes_on_titles(items.all, metadata or {}, f"--item_meta_path {path}")
     notes += checkpoint.notes_on_wording(prompts, flags.category, flags.prompt_file) + items.notes
     return RecommendInput(checkpoint, base, prompts, items, reader, blend, request, count, settings, done, keys, notes)
 

@@ -25,7 +25,14 @@ from minionerec import sasrec
 from minionerec.blending import BEST, Blend, is_weight, metrics_by_weight
 from minionerec.checkpoint import NAME_BASE, Checkpoint
 from minionerec.data.encoding import Encoder
-from minionerec.data.files import Catalogue, Interaction, read_info_items, read_json_object, with_original_ids
+from minionerec.data.files import (
+    Catalogue,
+    Interaction,
+    notes_on_titles,
+    read_info_items,
+    read_json_object,
+    with_original_ids,
+)
 from minionerec.data.items import ExcludeSeen, Items, left_out
 from minionerec.data.prompts import RECOMMENDATION, Prompts
 from minionerec.data.sid_tokens import PAD, sid_responses
@@ -142,10 +149,11 @@ class Ranker:
         prompts = read.prompts(category, os.fspath(prompt_file), RECOMMENDATION)
         listed, meta = read_info_items(os.fspath(info_file)), os.fspath(item_meta_path)
         notes = read.notes_on_catalogue([(item.id, item.sid) for item in listed], os.fspath(info_file))
+        metadata = read_json_object(meta, "item_meta_path") if meta else {}
+        notes += notes_on_titles(listed, metadata, meta)
         for note in notes + read.notes_on_wording(prompts, category, os.fspath(prompt_file)):
             warnings.warn(note.removeprefix("warning: "), stacklevel=2)
-        if meta:
-            listed = with_original_ids(listed, read_json_object(meta, "item_meta_path"))
+        listed = with_original_ids(listed, metadata)
         items = Items(listed, os.fspath(info_file), only_original_ids=original_ids)
         blended = None
         if blend_weight != "auto" and not is_weight(blend_weight):

@@ -331,6 +331,22 @@ def with_original_ids(items: Iterable[InfoItem], metadata: dict) -> list[InfoIte
     return named
 
 
+def notes_on_titles(items: Iterable[InfoItem], metadata: dict, of: str) -> list[str]:
+    """A warning if most items have another title in a metadata file, which `of` names, than in the info file: its ids
+    then belong to other items, as in data that were prepared again, and so do original ids and columns."""
+    rows = [(name, fields.get("title")) for name, fields in metadata.items() if isinstance(fields, dict)]
+    titles = {name: present(title) for name, title in rows if is_text(title)}
+    both = [item for item in items if item.title and titles.get(item.id)]
+    other = [item.id for item in both if item.title.split() != titles[item.id].split()]
+    if len(other) * 2 <= len(both):
+        return []
+    return [
+        f"warning: {of} belongs to a different catalogue than the info file: {len(other)} of {len(both)} items have "
+        f"other titles there, such as item {shorten(other[0])}, so its ids and columns are those of other items; give "
+        "the item file that was written with the info file"
+    ]
+
+
 # A list of texts as Python writes it, with only quotes and backslashes escaped. These patterns read it several times as
 # fast as `ast`, with the same result.
 _TEXT = r"""(?:'[^'\\\n\r\0]*(?:\\['"\\][^'\\\n\r\0]*)*'|"[^"\\\n\r\0]*(?:\\['"\\][^"\\\n\r\0]*)*")"""

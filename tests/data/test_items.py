@@ -5,7 +5,7 @@ import json
 import pytest
 
 from minionerec.data import items as data_items
-from minionerec.data.files import InfoItem, with_original_ids
+from minionerec.data.files import InfoItem, notes_on_titles, with_original_ids
 from minionerec.data.items import ItemColumns, Items, left_out, read_item_list
 from minionerec.errors import InputError
 
@@ -127,6 +127,20 @@ def with_originals(*originals: object, only: bool = False) -> Items:
     listed = [InfoItem(str(i), "Bolt", f"<a_{i}>") for i in range(len(originals))]
     metadata = {str(i): {"original_id": original} for i, original in enumerate(originals)}
     return Items(with_original_ids(listed, metadata), "info", only_original_ids=only)
+
+
+def test_an_item_file_with_the_items_of_other_data_is_named():
+    """Its original ids are those of other products. Some titles may have changed, or be missing."""
+    listed = [InfoItem(str(i), f"Bolt  {i}", f"<a_{i}>") for i in range(10)]
+    for num_moved, warned in ((0, 0), (5, 0), (6, 1), (10, 1)):
+        metadata = {str(i): {"title": f"Bolt {i + (i < num_moved)}", "original_id": f"B{i}"} for i in range(10)}
+        assert len(notes := notes_on_titles(listed, metadata, "--item_meta_path items.json")) == warned
+        assert all(
+            f"items.json belongs to a different catalogue than the info file: {num_moved} of 10" in n for n in notes
+        )
+    for title in (None, "", "NaN", 5, ["Nut"], "\ud800"):
+        assert not notes_on_titles(listed, {str(i): {"title": title} for i in range(10)}, "items.json")
+    assert not notes_on_titles(listed, {"0": "Nut", "x": {"title": "Nut"}}, "items.json")
 
 
 def test_requests_name_items_by_either_id_where_no_text_means_two(tmp_path):
