@@ -104,7 +104,7 @@ def parse_flags(argv: list[str], parameters: dict[str, inspect.Parameter]) -> di
                 problems.append(f"--{name} needs a value")
                 continue
         if parameter is None:
-            close = difflib.get_close_matches(name, parameters, n=1, cutoff=0.6)
+            close = [f"use_{name}"] if f"use_{name}" in parameters else difflib.get_close_matches(name, parameters, n=1)
             hint = f"did you mean --{close[0]}?" if close else "--help lists the flags"
             problems.append(f"unknown flag --{name}; {hint}")
         else:

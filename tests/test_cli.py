@@ -62,8 +62,9 @@ def test_none_is_only_for_optional_flags():
 
 
 def test_every_problem_is_reported_at_once():
-    text = problems("--use_lroa", "True", "stray", "--lora_r", "x", "--output_dir")
+    text = problems("--use_lroa", "True", "stray", "--lora", "--lora_r", "x", "--output_dir")
     assert "unknown flag --use_lroa; did you mean --use_lora?" in text
+    assert "unknown flag --lora; did you mean --use_lora?" in text
     assert "'stray' is not a flag" in text
     assert "--lora_r 'x' is not valid; expected a whole number" in text
     assert "--output_dir needs a value" in text

@@ -54,7 +54,9 @@ def open_source(path: str, flag: str, layout: Layout | None = None) -> Source:
     if not path:
         raise InputError(f"--{flag} is missing; give a {FORMATS}")
     source, layout = Source(path, flag), layout or Layout()
-    if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
+    if os.path.isdir(path):
+        raise InputError(f"--{flag} {path}: is a folder, not a file")
+    if os.path.exists(path) and not os.path.isfile(path):
         raise source.error("is a pipe or a device, and has to be read more than once; write it to a file first")
     try:
         with open(path, "rb") as file:

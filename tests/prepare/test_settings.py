@@ -49,6 +49,7 @@ BAD = [
     ({"min_interactions": 50}, "--min_interactions 50: leaves nothing of 539 interactions of 60 users with 48 items"),
     ({"interactions": ""}, "--interactions is missing"),
     ({"items": "nowhere.csv"}, "--items nowhere.csv: no such file"),
+    ({"items": "."}, "--items .: is a folder, not a file"),
     ({"encoder": "./nowhere"}, "--encoder ./nowhere: no such folder"),
     ({"embeddings": "nowhere.npy"}, "--embeddings nowhere.npy: cannot be read"),
     ({"output_dir": str(ROOT)}, "exists already; name another folder"),
