@@ -316,15 +316,44 @@ class ItemColumns:
         return found
 
 
+MOST_CHARACTERS = 1000  # of a text that are searched for a number; a request may bring a megabyte of digits
 MOST_COMPARED = 1000  # values among which a mistyped one is searched; that takes up to a millisecond each
 
 _SIGN = re.compile("(<=|>=|<|>|=)")
-# Numbers as 1,299.00, 1'299.00 and 1 299.00, as 1.299,00, 1 299,00 and 3,50, and as 1299.0, .99 and 1e-05. Without
-# decimals, a space may stand between two numbers.
+# Numbers as 1,299.00, 1'299.00 and 1 299.00, as 1.299,00, 1 299,00 and 3,50, and as 1299.0, .99 and 1e-05.
 _THOUSANDS = r"\d{1,3}(?:[,'\u2019]\d{3})+(?:\.\d+)?|\d{1,3}(?:\s\d{3})+\.\d{1,2}"
 _DECIMAL_COMMA = r"(?:\d{1,3}(?:[.\s]\d{3})+|\d+),\d{1,2}"
 _PLAIN = r"(?:\d+(?:\.\d+)?|(?<![\w.])\.\d+)(?:[eE][+-]?\d+(?!\w))?"
-_NUMBER = re.compile(rf"-?(?:(?:(?P<thousands>{_THOUSANDS})|(?P<comma>{_DECIMAL_COMMA}))(?![\d,.])|{_PLAIN})")
+_NUMBER = re.compile(rf"-?(?:(?P<thousands>{_THOUSANDS})(?!\d|[,.]\d)|(?P<comma>{_DECIMAL_COMMA})(?![\d,.])|{_PLAIN})")
+
+
+# Without decimals, a space may stand between two numbers, a dot before decimals, and commas between the values of a
+# list. A currency next to them says that they group digits; of a dot, it must be one whose decimals have a comma.
+_MAY_BE_GROUPED = re.compile(r"\d[\s.]\d{3}|,\d\d,")  # quick, for the others
+
+
+def _with_currency(number: str, symbols: str, words: str) -> str:
+    """A pattern for `number` after a currency, or before one, a price's dash, or the rest of `1 299 - 1 499 kr`."""
+    currency = rf"(?:{symbols}|(?<![^\W\d_])(?:{words})(?![^\W\d_])\.?)"
+    number = rf"{number}(?!\d|\.\d)"
+    after = rf"[-\u2013\s\d.]{{0,20}}{currency}|[,:.][-\u2013\u2014]"
+    return rf"{currency}\s?{number}(?!\w)|(?<![\d.,]){number}(?={after})"
+
+
+_COMMA_SYMBOLS, _COMMA_WORDS = r"R\$|[€₫₺]", "kr|Kr|KR|SEK|NOK|DKK|ISK|EUR|BRL|Rp|IDR|VND|TL|TRY|Ft|HUF|lei|RON"
+_OTHER_WORDS = "zł|PLN|Kč|CZK|руб|р|RUB|грн|UAH|лв|BGN|R|ZAR|Fr|CHF|CAD|USD|GBP"
+_GROUPED = re.compile(
+    "|".join(
+        [
+            _with_currency(r"[1-9]\d{0,2}(?:\s\d{3})+", r"[$£\u20a0-\u20cf]", f"{_COMMA_WORDS}|{_OTHER_WORDS}"),
+            _with_currency(r"[1-9]\d{0,2}(?:\.\d{3})+", _COMMA_SYMBOLS, _COMMA_WORDS),
+            _with_currency(r"\d{1,2}(?:,\d\d)+,\d{3}", "₹", "Rs|INR"),
+            r"(?<![\d.,])[1-9]\d{0,2}(?:\.\d{3}){2,}(?!\d|\.\d)",  # no decimals have two dots
+            r"(?<![\d.,])[1-9]\d{0,2}(?:[\xa0\u2009\u202f]\d{3})+(?!\d)",  # spaces within a number
+            r"^[1-9]\d{0,2}(?:\s\d{3})+$",
+        ]
+    )
+)
 
 
 def _number(value: object) -> float | None:
@@ -335,6 +364,9 @@ def _number(value: object) -> float | None:
         return None
     if not isinstance(value, str):
         return float(value) if abs(value) < 1e300 else None  # not NaN either
+    value = value[:MOST_CHARACTERS]
+    if _MAY_BE_GROUPED.search(value):
+        value = _GROUPED.sub(lambda grouped: re.sub(r"(?<=\d)[\s.,](?=\d)", "", grouped.group()), value.strip())
     found = _NUMBER.search(value)
     if found is None:
         return None
