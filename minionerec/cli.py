@@ -62,9 +62,12 @@ def parse_value(text: str, annotation: object) -> object:
         return text.lower() == "true"
     if kind is int:
         try:
-            return int(text)
+            number = int(text)
         except ValueError:
             raise ValueError(" or ".join(["a whole number", *words])) from None
+        if abs(number) >= 2**63:  # which the libraries refuse, each in its way
+            raise ValueError("a whole number of 64 bits")
+        return number
     if kind is float:
         try:
             value = float(text)

@@ -49,7 +49,11 @@ def test_lower_case_false_is_false():
 
 
 @pytest.mark.parametrize(
-    ("text", "kind"), [("yes", bool), ("1.5", int), ("1e3", int), ("abc", float), ("nan", float), ("inf", float)]
+    ("text", "kind"),
+    [
+        *[("yes", bool), ("1.5", int), ("1e3", int), ("1" + "0" * 30, int)],
+        *[("abc", float), ("nan", float), ("inf", float)],
+    ],
 )
 def test_a_value_of_another_type_is_refused(text, kind):
     with pytest.raises(ValueError):

@@ -302,7 +302,7 @@ def _clean(
         )
     sessions: np.ndarray = np.empty(0, np.int32)
     if flags.session_gap:  # before repeats are dropped, which may bridge a gap
-        sessions = cleaning.split_sessions(spool, round(flags.session_gap * 60e6))
+        sessions = cleaning.split_sessions(spool, round(min(flags.session_gap * 60e6, sources.LATEST)))
         note(f"in sessions ({flags.session_gap:g} min)")
     if flags.drop_repeats:
         cleaning.drop_repeats(spool)

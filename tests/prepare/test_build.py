@@ -334,6 +334,13 @@ def test_a_log_becomes_sessions_of_purchases(log, tmp_path, capsys):
     assert {user.split("/")[1] for user in rows} == {"1", "2"}
 
 
+def test_a_gap_of_any_length_ends_no_session_where_none_is_that_long(log):
+    spelled = {**log, "skip_bad_rows": True, "events": "buy", "event_column": "what", "min_interactions": 2}
+    prepare_data(**spelled, session_gap=1e303)
+    train = Path(log["output_dir"], "train", "T.csv").read_text().splitlines()[1:]
+    assert train and all(row.split(",")[0].endswith("/1") for row in train)
+
+
 def test_an_item_that_follows_itself_counts_once_in_a_session(tmp_path):
     """Also where it ended the session before, or where only an item that is too rare stood between."""
     minute, lines = 60, ["user,item,ts"]
