@@ -31,7 +31,21 @@ class Guard:
 
     def __init__(self, app: ASGIApp, metrics: Metrics, allowed_hosts: list[str]):
         self.app, self.metrics = app, metrics
-        self.checked = TrustedHostMiddleware(app, allowed_hosts, www_redirect=False)
+        self.allowed_hosts = allowed_hosts
+
+    async def _is_our_name(self, scope: Scope, receive: Receive) -> bool:
+        """Whether the Host header is one of `allowed_hosts`. Starlette tells; what it answers is plain text."""
+        ours = False
+
+        async def accept(*_: object) -> None:
+            nonlocal ours
+            ours = True
+
+        async def drop(_: Message) -> None:
+            pass
+
+        await TrustedHostMiddleware(accept, self.allowed_hosts, www_redirect=False)(scope, receive, drop)
+        return ours
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answers a request. Logs the id, the client, the request, the status and the milliseconds."""
@@ -57,7 +71,9 @@ class Guard:
             await send(message)
 
         try:
-            await (self.app if scope["path"] in PROBES else self.checked)(inner, receive, sending)
+            ours = scope["path"] in PROBES or await self._is_our_name(inner, receive)
+            answer = self.app if ours else problem(400, "the Host header is no name of this server (--allowed_hosts)")
+            await answer(inner, receive, sending)
         except ClientDisconnect:
             status = CLIENT_LEFT
         except asyncio.CancelledError:  # the server shuts down, and has waited long enough

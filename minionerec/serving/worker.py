@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
-from minionerec.errors import InputError
+from minionerec.errors import InputError, RunError
 from minionerec.serving.metrics import Metrics
 from minionerec.serving.requests import Request, RequestReader
 
@@ -190,6 +190,10 @@ class Worker:
             for one, items in zip(batch, answers, strict=True):
                 one.answer.set_result(items)
         except Exception as error:  # whatever it is, those who wait must know, and the next batch may do
+            if isinstance(error, RunError) and len(batch) > 1:  # one history may be what makes the model give NaN
+                for one in batch:
+                    self._answer([one])
+                return
             self.failing = True
             self.metrics.failures.inc()
             log.exception("the model failed on %s", ", ".join(one.id for one in batch))

@@ -43,8 +43,11 @@ def test_a_server_answers_to_its_names(reader, model):
 
     async def steps(client):
         hosts = ("localhost:8000", "[::1]:8000", "api.shop.example", "evil.example", "shop.example.evil")
-        codes = [(await client.get("/items?title=a", headers={"Host": host})).status_code for host in hosts]
-        return codes, (await client.get("/ready", headers={"Host": "10.0.0.7"})).status_code
+        answers = [await client.get("/items?title=a", headers={"Host": host}) for host in hosts]
+        return answers, (await client.get("/ready", headers={"Host": "10.0.0.7"})).status_code
 
     app = make_app(lambda: Loaded(reader, model), 4, 6, allowed_hosts=names)
-    assert with_client(app, steps) == ([200, 200, 200, 400, 400], 200)
+    answers, ready = with_client(app, steps)
+    assert ([answer.status_code for answer in answers], ready) == ([200, 200, 200, 400, 400], 200)
+    assert answers[3].json() == {"detail": ["the Host header is no name of this server (--allowed_hosts)"]}
+    assert "x-request-id" in answers[3].headers

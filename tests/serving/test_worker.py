@@ -71,6 +71,31 @@ def test_a_model_that_fails_answers_a_plain_500_and_goes_on(ask, model, caplog):
     assert good.status_code == 200 and health.json() == {"status": "ok", "items": 40, "waiting": 0}
 
 
+def test_a_history_that_the_model_fails_on_fails_alone(reader, model, caplog):
+    """NaN for one history is a RunError for its batch."""
+
+    def recommend(requests):
+        answers = model(requests)
+        if any(request.given == ["1"] for request in requests):
+            raise RunError("NaN")
+        return answers
+
+    async def steps(client):
+        model.gate.clear()
+        first = asyncio.ensure_future(client.post("/recommend", json={"history": ["9"]}))
+        await until(lambda: model.batches)
+        posts = [asyncio.ensure_future(client.post("/recommend", json={"history": [str(i)]})) for i in range(3)]
+        await until(lambda: app.state.worker.waiting == 3)
+        model.gate.set()
+        return [await post for post in [first, *posts]], await client.get("/health")
+
+    app = make_app(lambda: Loaded(reader, recommend), 4, 6)
+    answers, health = with_client(app, steps)
+    assert [answer.status_code for answer in answers] == [200, 200, 500, 200] and health.status_code == 200
+    assert answers[3].json()["items"][0]["id"] == "2"
+    assert caplog.text.count("the model failed on") == 1 and answers[2].headers["x-request-id"] in caplog.text
+
+
 def test_a_reload_loses_no_request(reader):
     old, new = Model(), Model()
     app = make_app(Checkpoints(reader, old, new), 4, 60, keys=["one"])
