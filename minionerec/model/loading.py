@@ -22,7 +22,13 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+from transformers.utils import (
+    SAFE_WEIGHTS_INDEX_NAME,
+    SAFE_WEIGHTS_NAME,
+    WEIGHTS_INDEX_NAME,
+    WEIGHTS_NAME,
+    cached_file,
+)
 from transformers.utils import logging as transformers_logging
 
 from minionerec import world
@@ -136,6 +142,11 @@ def unrounded(state: dict[str, torch.Tensor], path: str, dtype: torch.dtype) -> 
 OVERFLOW_FLOAT16 = ("gemma", "gpt_oss", "qwen3_5", "qwen3_moe", "t5")
 
 
+# In the RuntimeErrors of a cut pytorch_model.bin, of a quantized weight of another shape than config.json says, which
+# transformers reports above, and of a size below 0.
+OF_BAD_WEIGHTS = ("PytorchStreamReader", "automatic conversion of the weights", "negative dimension")
+
+
 def load_base(
     path: str,
     quantization: BitsAndBytesConfig | None = None,
@@ -180,8 +191,10 @@ def load_base(
                 ignore_mismatched_sizes=True,  # so that they are said below
                 output_loading_info=True,
             )
-    except (OSError, SafetensorError, ValueError, LookupError) as error:
-        raise InputError(f"{path}: the weights cannot be loaded: {_first_line(error)}") from None
+    except (OSError, SafetensorError, ValueError, LookupError, EOFError, AssertionError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not any(text in str(error) for text in OF_BAD_WEIGHTS):
+            raise  # out of memory, for example
+        raise InputError(f"{_damaged_file(path) or path}: the weights cannot be loaded: {_first_line(error)}") from None
     # transformers makes these random.
     random = sorted({*found["missing_keys"], *(name for name, *_ in found["mismatched_keys"])})
     if random:
@@ -275,22 +288,41 @@ def share_kept(path: str, start: str, names: Collection[str]) -> float:
     return same / total if total else 0.0
 
 
-def _weight_files(path: str) -> list[str]:
+def _weight_files(path: str, whole: str = SAFE_WEIGHTS_NAME, index: str = SAFE_WEIGHTS_INDEX_NAME) -> list[str]:
+    """The files of a base, as transformers chooses them: a leftover index next to the file of all weights counts for
+    nothing."""
+
     def found(name: str) -> str | None:
         return cached_file(
             path, name, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False
         )
 
-    index = found(SAFE_WEIGHTS_INDEX_NAME)
-    if index is None:
-        names = [SAFE_WEIGHTS_NAME]
-    else:
-        try:
-            with open(index, encoding="utf-8") as file:
-                names = sorted(set(json.load(file)["weight_map"].values()))
-        except (ValueError, LookupError, TypeError, AttributeError):
-            raise InputError(f"{index}: is damaged, it does not say which file has which weight") from None
+    if only := found(whole):
+        return [only]
+    listed = found(index)
+    if listed is None:
+        return []
+    try:
+        with open(listed, encoding="utf-8") as file:
+            names = sorted(set(json.load(file)["weight_map"].values()))
+    except (ValueError, LookupError, TypeError, AttributeError):
+        raise InputError(f"{listed}: is damaged, it does not say which file has which weight") from None
     return [file for file in map(found, names) if file is not None]
+
+
+def _damaged_file(path: str) -> str | None:
+    """The first weight file of a base that cannot be read; None where all can."""
+    safe = _weight_files(path)
+    for file in safe or _weight_files(path, WEIGHTS_NAME, WEIGHTS_INDEX_NAME):
+        try:
+            if safe:
+                with safe_open(file, "pt"):
+                    pass
+            else:
+                torch.load(file, "meta", weights_only=True)
+        except Exception:  # of unpickling it may be any
+            return file
+    return None
 
 
 def _bytes(tensor: torch.Tensor) -> bytes:

@@ -104,10 +104,52 @@ def test_a_base_that_is_not_whole_is_refused(tmp_path, change, message):
     config, weights = json.loads((tmp_path / "config.json").read_text()), load_file(tmp_path / "model.safetensors")
     change(tmp_path, config, weights)
     (tmp_path / "config.json").write_text(json.dumps(config))
-    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    (tmp_path / "model.safetensors").unlink()
+    if weights:  # else an index says where they are
+        save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
     with pytest.raises(InputError, match=message):
         loading.fingerprint(str(tmp_path))
         load_base(str(tmp_path))
-    (tmp_path / "model.safetensors").unlink()
+    (tmp_path / "model.safetensors").unlink(missing_ok=True)
     with pytest.raises(InputError):
         load_base(str(tmp_path))
+
+
+def _cut(path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+def test_a_damaged_file_of_weights_is_named(tmp_path, quantized):
+    flags = AdapterFlags(use_lora=not quantized, use_qlora=quantized)
+    model = make_model()
+    model.save_pretrained(tmp_path, max_shard_size="50KB")
+    shard = min(tmp_path.glob("model-*"))
+    _cut(shard)
+    with pytest.raises(InputError, match=f"{shard.name}: the weights cannot be loaded"):
+        load_base(str(tmp_path), lora_utils.quantization_config(flags))
+    for file in tmp_path.glob("model*safetensors*"):
+        file.unlink()
+    single = tmp_path / "pytorch_model.bin"
+    torch.save(model.state_dict(), single)
+    for damage in (lambda: _cut(single), lambda: single.write_bytes(b"")):
+        damage()
+        with pytest.raises(InputError, match=r"pytorch_model\.bin: the weights cannot be loaded"):
+            load_base(str(tmp_path), lora_utils.quantization_config(flags))
+
+
+@pytest.mark.parametrize(("name", "value"), [("vocab_size", 80), ("vocab_size", -5), ("pad_token_id", 5000)])
+def test_a_quantized_base_whose_config_has_other_sizes_is_refused(tmp_path, name, value):
+    make_model().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, name: value}))
+    with pytest.raises(InputError, match="the weights cannot be loaded"):
+        load_base(str(tmp_path), lora_utils.quantization_config(AdapterFlags(use_qlora=True)))
+
+
+def test_a_leftover_index_does_not_change_the_fingerprint(tmp_path):
+    make_model().save_pretrained(tmp_path)
+    before = loading.fingerprint(str(tmp_path))
+    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"lm_head.weight": "old.safetensors"}}')
+    assert before and loading.fingerprint(str(tmp_path)) == before
+    load_base(str(tmp_path))
