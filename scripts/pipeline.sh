@@ -9,10 +9,14 @@ unset MODEL_PATH # RL starts from the SFT of this pipeline
 said=" $* ${SFT_FLAGS:-} ${RL_FLAGS:-} ${EVAL_FLAGS:-} "
 [[ ! "${said//-/_}" =~ " __"(output_dir|result_json_data)[=\ ] ]] ||
     fail "--${BASH_REMATCH[1]} is that of one stage, where the others do not look; name the folder of all: OUT=..."
+dry_run='(^| )__dry_run(=[Tt][Rr][Uu][Ee]| [Tt][Rr][Uu][Ee]| __| *$)' of_rl="${RL_FLAGS:-}"
+[[ ! "${of_rl//-/_}" =~ $dry_run ]] || fail "RL_FLAGS=$of_rl: trains nothing to evaluate; give the flag to rl.py"
+[ ! -e "$OUT/sasrec" ] || [ -f "$OUT/sasrec/result.json" ] ||
+    fail "$OUT/sasrec: has no result.json, which the table needs; remove this folder to train SASRec again"
 rl_batch "$@" ${RL_FLAGS:-} # refuses before SFT trains
 check_later "$@"
 sft "$@" ${SFT_FLAGS:-}
-said="$* ${SFT_FLAGS:-}" dry_run='(^| )__dry_run(=[Tt][Rr][Uu][Ee]| [Tt][Rr][Uu][Ee]| __| *$)'
+said="$* ${SFT_FLAGS:-}"
 if [[ "${said//-/_}" =~ $dry_run ]]; then
     echo "RL starts from the checkpoint of SFT, and its dry run needs one: rl.py --dry_run True"
     exit 0

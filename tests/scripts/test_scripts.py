@@ -168,6 +168,17 @@ def test_the_pipeline_refuses_a_folder_of_one_stage(checkout, given, setting):
     assert result.stderr.startswith(f"pipeline.sh: error: --{name} is that of one stage, where the others do not look")
 
 
+def test_the_pipeline_refuses_first_what_its_last_stages_would(checkout, tmp_path):
+    (tmp_path / "sasrec").mkdir()
+    for setting, message in (
+        ({"OUT": str(tmp_path)}, f"{tmp_path}/sasrec: has no result.json, which the table needs"),
+        ({"RL_FLAGS": "--dry_run True"}, "RL_FLAGS=--dry_run True: trains nothing to evaluate; give the flag to rl.py"),
+    ):
+        result = bash(checkout, "pipeline.sh", PYTHON="echo", **setting)
+        assert result.returncode == 2 and not result.stdout
+        assert result.stderr.startswith(f"pipeline.sh: error: {message}")
+
+
 def test_files_are_found_in_folders_with_any_name(checkout, tmp_path):
     (tmp_path / "d [1]*" / "train").mkdir(parents=True)
     (tmp_path / "d [1]*" / "train" / "Bolts_5.csv").touch()
