@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from helpers import compile_templates_once, curves_undrawn, run_command, sft_flags, write_csv
+from hypothesis import settings
 
 from minionerec import plots
 from minionerec.data.files import read_catalogue
@@ -17,6 +18,9 @@ os.environ.setdefault("MINIONEREC_CARDS", os.environ.get("CUDA_VISIBLE_DEVICES",
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="minionerec-cache-")
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Generated input is the same in every run.
+settings.register_profile("project", max_examples=80, deadline=None, derandomize=True)
+settings.load_profile("project")
 pytest.register_assert_rewrite("plain", "processes", "raw_bolts", "raw_files", "recommended", "recorded", "served")
 
 

@@ -4,7 +4,6 @@ import random
 from pathlib import Path
 
 import pytest
-from hypothesis import settings
 
 from minionerec.errors import InputError
 from minionerec.prepare import cells, cleaning, sources
@@ -15,7 +14,6 @@ from minionerec.prepare.recognize import open_source
 T0 = 1_500_000_000
 ROWS = [("1", "Ä", T0), ("2", "7", T0 + 60), ("1", "9", T0 + 86400)]
 ALWAYS = (0, cells.LATEST)
-generated = settings(max_examples=60, deadline=None, derandomize=True)
 BAD_CSV = [
     b'a,"5,1500000000',  # opens a quote
     b'"a,5,1500000000',

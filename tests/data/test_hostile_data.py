@@ -16,9 +16,6 @@ from minionerec.data.prompts import load_prompts
 from minionerec.decoding.trie import Trie
 from minionerec.errors import InputError
 
-settings.register_profile("project", max_examples=150, deadline=None, derandomize=True)
-settings.load_profile("project")
-
 TOKENS = st.builds("<{}_{}>".format, st.sampled_from("abcde"), st.integers(0, 300))
 SIDS = st.lists(TOKENS, min_size=1, max_size=5).map("".join)
 TEXTS = st.text(st.characters(exclude_categories=["Cs"]), max_size=40)
@@ -90,6 +87,7 @@ def read_or_refuse(function, *args, **kwargs):
         return None
 
 
+@settings(max_examples=150)
 @given(
     st.lists(st.tuples(st.lists(st.tuples(SIDS, TEXTS), min_size=1, max_size=6), SIDS, TEXTS), min_size=1, max_size=6)
 )
@@ -120,6 +118,7 @@ ROWS = st.one_of(
 )
 
 
+@settings(max_examples=150)
 @given(st.lists(ROWS, max_size=5), st.booleans())
 def test_any_cells_are_read_or_refused(rows, known):
     with written(csv_bytes(rows)) as path:
@@ -152,6 +151,7 @@ def test_hostile_cells_in_every_column_and_field(cell):
             f"{item.sid}{item.title}{item.description}".encode()
 
 
+@settings(max_examples=150)
 @given(st.one_of(st.binary(max_size=300), st.text(max_size=200).map(lambda t: t.encode("utf-16", "surrogatepass"))))
 def test_any_bytes_are_read_or_refused(content):
     header = (",".join(COLUMNS) + "\n").encode()
@@ -180,6 +180,7 @@ FIELDS = st.one_of(
 SID_LISTS = st.one_of(st.lists(TOKENS, min_size=1, max_size=5), st.lists(JSON, max_size=3), JSON)
 
 
+@settings(max_examples=150)
 @given(st.dictionaries(st.integers(0, 5).map(str), SID_LISTS), FIELDS)
 def test_any_catalogue_is_read_or_refused(index, metadata):
     metadata = dict.fromkeys(index, metadata)
@@ -191,6 +192,7 @@ def test_any_catalogue_is_read_or_refused(index, metadata):
         f"{item.sid}{item.title}{item.description}".encode()
 
 
+@settings(max_examples=150)
 @given(
     st.lists(
         st.tuples(SIDS, st.text(st.characters(exclude_characters="\t\n\r", exclude_categories=["Cs"]))), min_size=1
@@ -206,6 +208,7 @@ def test_a_valid_catalogue_and_its_info_file_survive(items):
     assert [item.sid for item in catalogue.items.values()] == [sid for sid, _ in items]
 
 
+@settings(max_examples=150)
 @given(st.lists(st.text(max_size=60), max_size=8))
 def test_any_info_lines_are_read_or_refused(lines):
     with written("\n".join(lines).encode("utf-8", "surrogatepass")) as path:
@@ -213,6 +216,7 @@ def test_any_info_lines_are_read_or_refused(lines):
     assert sids is None or (sids and all(sid == sid.strip() != "" for sid in sids))
 
 
+@settings(max_examples=150)
 @given(st.lists(st.lists(st.integers(1, 6), min_size=1, max_size=5), min_size=1, max_size=40))
 def test_a_trie_holds_sids_of_any_length(sequences):
     trie = Trie(sequences, 0)

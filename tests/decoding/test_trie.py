@@ -38,7 +38,7 @@ def test_sids_that_cannot_be_decoded_are_refused(sids):
 
 
 @given(st.lists(st.lists(st.integers(1, 5), min_size=1, max_size=4), min_size=1, max_size=20), st.data())
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_a_node_may_be_entered_where_an_allowed_sid_is_below(sids, data):
     trie = Trie(sids, EOS)
     allowed = torch.tensor([data.draw(st.lists(st.booleans(), min_size=len(trie), max_size=len(trie)))])

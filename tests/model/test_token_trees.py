@@ -12,7 +12,7 @@ import pytest
 import torch
 from architectures import build
 from datasets import Dataset
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from models import ARCHITECTURES, adapted, make_model
 from plain import with_adapter
@@ -32,7 +32,6 @@ model_without_window = cache(make_model)
 
 
 @given(batches_of_rows, st.sampled_from([0.01, 0.1, 1.0]), st.sampled_from([1, 16]))
-@settings(max_examples=80, deadline=None)
 def test_a_tree_holds_every_beginning_once_and_every_response_token(rows, hidden_size, multiple):
     batch = TreeCollator(0, hidden_size, multiple)(rows)
     assert batch["input_ids"].shape[1] % multiple == 0
@@ -66,7 +65,6 @@ def test_a_tree_holds_every_beginning_once_and_every_response_token(rows, hidden
 
 
 @given(batches_of_rows, st.integers(1, 6), st.integers(1, 9), st.integers(1, 9))
-@settings(max_examples=50, deadline=None)
 def test_a_split_makes_the_largest_part_small(rows, parts, of_nodes, of_responses):
     prefixes = Prefixes(Dataset.from_list(rows))
     order, common = prefixes.sorted(np.arange(len(rows)))

@@ -255,7 +255,7 @@ HOSTILE_IDS = st.one_of(st.text(st.characters(exclude_categories=["Cs"]), min_si
 
 
 # To shrink a failure would take minutes.
-@settings(max_examples=25, deadline=None, derandomize=True, phases=[Phase.explicit, Phase.generate])
+@settings(max_examples=25, phases=[Phase.explicit, Phase.generate])
 @given(
     st.lists(
         st.tuples(HOSTILE_IDS, HOSTILE, HOSTILE), min_size=1, max_size=8, unique_by=lambda row: str(row[0]).strip()

@@ -4,14 +4,13 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from raw_files import read
 
 from minionerec.errors import InputError
 from minionerec.prepare import cells, cleaning
 
-generated = settings(max_examples=80, deadline=None, derandomize=True)
 # (user, item, time): few of each, so that duplicates, ties and cores occur
 INTERACTIONS = st.lists(st.tuples(st.integers(0, 9), st.integers(0, 6), st.integers(0, 9)), max_size=120)
 NUM_ITEMS = 7
@@ -55,7 +54,6 @@ def plain_core(rows, least):
         rows = kept
 
 
-@generated
 @given(INTERACTIONS)
 def test_order_and_duplicates(tmp_path_factory, rows):
     spool = spooled(rows, tmp_path_factory.mktemp("spool") / "s")
@@ -63,7 +61,6 @@ def test_order_and_duplicates(tmp_path_factory, rows):
     assert by_user(held(spool)) == plain_order(rows)
 
 
-@generated
 @given(INTERACTIONS, st.integers(1, 6))
 def test_the_core_is_the_largest_in_which_all_have_enough(tmp_path_factory, rows, least):
     spool = spooled(sorted(rows), tmp_path_factory.mktemp("spool") / "s")
@@ -85,7 +82,6 @@ def plain_rows(rows, max_history):
     return made
 
 
-@generated
 @given(INTERACTIONS, st.integers(1, 12), st.sampled_from(["time", "last"]))
 def test_rows_histories_and_splits(tmp_path_factory, rows, max_history, split):
     folder = tmp_path_factory.mktemp("spool")

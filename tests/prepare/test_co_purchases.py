@@ -9,7 +9,7 @@ from collections import Counter
 import numpy as np
 import pytest
 from helpers import ROOT
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from minionerec.prepare import co_purchases, semantic_ids
@@ -18,7 +18,6 @@ from minionerec.prepare.co_purchases import CoPurchases, joined
 ITEMS = 12
 item = st.integers(0, ITEMS - 1)
 a_row = st.tuples(item, st.lists(item, min_size=1, max_size=4), st.integers(0, 2))  # target, history, split
-generated = settings(max_examples=60, deadline=None, derandomize=True)
 
 
 def batch_of(rows) -> np.ndarray:
@@ -41,7 +40,6 @@ def baskets(users: int, items: int = 300, groups: int = 10) -> np.ndarray:
     return batch_of(rows)
 
 
-@generated
 @given(st.lists(a_row, max_size=30), st.integers(1, 4))
 def test_pairs_of_training_rows_are_counted_as_by_hand(rows, parts):
     together, bought = Counter(), Counter()

@@ -9,7 +9,7 @@ from raw_files import BAD_CSV, T0, problems_of, read_items, read_seconds, writte
 from minionerec.prepare import delimited, sources
 
 
-@settings(max_examples=30, deadline=None, derandomize=True)
+@settings(max_examples=30)
 @given(
     st.lists(st.one_of(st.integers(0, 13), st.sampled_from("aqbmu")), min_size=1, max_size=25),
     st.sampled_from([b"\n", b"\r\n", b"\r"]),

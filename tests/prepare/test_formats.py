@@ -5,9 +5,9 @@ import json
 
 import pytest
 from helpers import encoded
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
-from raw_files import BAD_CSV, T0, generated, problems_of, read, read_seconds, written
+from raw_files import BAD_CSV, T0, problems_of, read, read_seconds, written
 
 from minionerec.data.files import present
 from minionerec.errors import InputError
@@ -29,7 +29,6 @@ BAD_JSON = [
 ]
 
 
-@settings(max_examples=80, deadline=None, derandomize=True)
 @given(st.lists(st.one_of(GOOD_ROW, st.integers(0, 100)), min_size=1, max_size=25), st.booleans())
 def test_rows_read_and_rows_refused_add_up(tmp_path_factory, rows, as_json):
     bad = BAD_JSON if as_json else BAD_CSV
@@ -75,7 +74,6 @@ def by_user(rows):
     return order
 
 
-@generated
 @given(ROWS, st.sampled_from(FORMATS), st.booleans())
 def test_every_format_gives_the_same_interactions(tmp_path_factory, rows, form, zipped):
     path = tmp_path_factory.mktemp("raw") / "file"
@@ -84,7 +82,6 @@ def test_every_format_gives_the_same_interactions(tmp_path_factory, rows, form, 
     assert by_user(read(path)) == by_user((user, item, time * 1_000_000) for user, item, time in rows)
 
 
-@generated
 @given(st.one_of(st.binary(max_size=200), st.text(max_size=100).map(lambda t: t.encode("utf-16", "surrogatepass"))))
 def test_any_bytes_are_read_or_refused(tmp_path_factory, content):
     header = b"user,item,time\n"

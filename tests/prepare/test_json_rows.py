@@ -3,7 +3,7 @@
 from helpers import encoded
 from hypothesis import given
 from hypothesis import strategies as st
-from raw_files import generated, read, read_items
+from raw_files import read, read_items
 
 from minionerec.errors import InputError
 
@@ -14,7 +14,6 @@ CELLS = st.recursive(
 )
 
 
-@generated
 @given(st.lists(st.fixed_dictionaries({"user": CELLS, "asin": CELLS, "time": CELLS, "title": CELLS}), min_size=1))
 def test_any_json_cells_are_read_or_refused(tmp_path_factory, rows):
     path = tmp_path_factory.mktemp("raw") / "file"

@@ -5,14 +5,12 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from minionerec.prepare import semantic_ids
 from minionerec.prepare.item_embeddings import TextModel
 from minionerec.prepare.settings import COLLISIONS
-
-generated = settings(max_examples=60, deadline=None, derandomize=True)
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +23,6 @@ def clusters() -> np.ndarray:
     return points.astype(np.float32)
 
 
-@generated
 @given(st.integers(0, 10_000), st.integers(1, 60), st.integers(1, 12), st.integers(0, 10), st.booleans())
 def test_no_code_takes_more_than_its_capacity(seed, points, codes, spare, alike):
     rng = np.random.default_rng(seed)
@@ -130,7 +127,6 @@ def test_new_items_take_known_codes(clusters):
     np.testing.assert_allclose(left, clusters - codebooks[0][again[:, 0]], atol=1e-6)
 
 
-@generated
 @given(st.lists(st.integers(0, 10**6), min_size=1, max_size=8))
 def test_tokens_are_read_back(codes):
     tokens = semantic_ids.tokens(codes)

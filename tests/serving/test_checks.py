@@ -70,7 +70,7 @@ KEYS = st.sampled_from(["history", "K", "exclude_seen", "allow", "deny", "where"
 
 
 @given(st.lists(st.binary(max_size=40) | st.dictionaries(KEYS, VALUES, max_size=6), min_size=1, max_size=8))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_no_body_ends_in_a_traceback(plain_app, bodies):
     async def steps(client):
         for body in bodies:

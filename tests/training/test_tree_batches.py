@@ -12,7 +12,7 @@ import pytest
 import torch
 from datasets import Dataset
 from helpers import run_command, sft_flags
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from models import adapted
 from processes import assert_same_run, two_processes
@@ -38,7 +38,6 @@ def plan(rows: list[dict], step_rows: int, micro_rows: int, epochs=1, seed=3, pa
 
 
 @given(batches_of_rows, st.integers(1, 5), st.data())
-@settings(max_examples=50, deadline=None)
 def test_nodes_are_counted_without_their_tokens(rows, step_rows, data):
     inputs = inputs_of(rows)
     prefixes = Prefixes(Dataset.from_list(rows))
