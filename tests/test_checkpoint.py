@@ -2,7 +2,6 @@
 
 import json
 import random
-import time
 from pathlib import Path
 
 import pytest
@@ -75,9 +74,7 @@ WHOLE = [
 @pytest.mark.parametrize(("prompts", "message"), [({**GOOD, "tasks": tasks}, m) for tasks, m in PROMPTS] + WHOLE)
 def test_recorded_prompts_pass_the_checks_of_a_prompt_file(files, tmp_path, prompts, message):
     checkpoint = record(tmp_path / "c", prompts)
-    started = time.perf_counter()
     (problem,) = problems_of(evaluate.evaluate, **evaluation(files, checkpoint))
-    assert time.perf_counter() - started < 2
     assert problem.startswith(f"{checkpoint}/minionerec.json, prompts: ") and message in problem
     assert problem.endswith("; correct it there, or give rl.py and evaluate.py --category and a --prompt_file")
     # And the remedy is one: what is recorded then plays no part.

@@ -4,7 +4,6 @@ import os
 import re
 import shutil
 import signal
-import time
 from pathlib import Path
 
 import pytest
@@ -83,9 +82,8 @@ def test_bad_input_on_one_node_ends_all_of_them(files, base, tmp_path, bad):
     """The first one holds the store in which they find each other."""
     flags = [sft_flags(files, base, tmp_path / "run", **ONE) for _ in range(2)]
     flags[bad]["train_file"] = tmp_path / "missing.csv"
-    begun = time.monotonic()
     nodes = start_nodes("command", *(["sft.py", *flag_words(one)] for one in flags))
-    assert nodes.wait(60) == [2, 2] and time.monotonic() - begun < 30, nodes.errors[-3000:]
+    assert nodes.wait(60) == [2, 2], nodes.errors[-3000:]
     missing = f"--train_file {tmp_path}/missing.csv: no such file"
     name = os.uname().nodename
     said = {f"sft.py: error: on {name}, process {bad}: {missing}", f"process {bad} on {name} has failed: {missing}"}
