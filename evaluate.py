@@ -29,7 +29,7 @@ from minionerec.data.files import (
     shorten,
 )
 from minionerec.data.items import ExcludeSeen, Items, left_out, read_targets, share_sids
-from minionerec.data.prompts import RECOMMENDATION, Prompts, Task
+from minionerec.data.prompts import RECOMMENDATION, Prompts
 from minionerec.errors import InputError, Problems
 from minionerec.flags import (
     BlendFlags,
@@ -159,11 +159,6 @@ class EvaluateInput:
     eval_file: str
     weighed: list[Interaction]
     notes: list[str]
-
-    @property
-    def task(self) -> Task:
-        """What is asked of every row."""
-        return self.prompts.tasks[RECOMMENDATION]
 
 
 def read_input(flags: EvaluateFlags) -> EvaluateInput:

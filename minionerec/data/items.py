@@ -20,7 +20,6 @@ from minionerec.data.files import (
     is_text,
     read_interactions,
     read_item_ids,
-    read_json_object,
     shorten,
 )
 from minionerec.errors import InputError
@@ -241,11 +240,8 @@ def read_item_list(path: str, flag: str, items: Items) -> frozenset[int]:
 class ItemColumns:
     """The columns of an item file (`*.item.json`), to choose items by their values."""
 
-    def __init__(self, item_meta_path: str, items: Items, metadata: dict | None = None):
-        """`metadata` is what the file has, if it was read. Raises InputError where it cannot be read, or has none of
-        the items."""
-        if metadata is None:
-            metadata = read_json_object(item_meta_path, "item_meta_path")
+    def __init__(self, item_meta_path: str, items: Items, metadata: dict):
+        """`metadata` is what the file has. Raises InputError where that is none of the items."""
         self.path = item_meta_path
         self.rows = [metadata.get(item.id) for item in items.all]
         self.names = sorted({name for row in self.rows if isinstance(row, dict) for name in row})

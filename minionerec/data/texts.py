@@ -13,10 +13,9 @@ R = TypeVar("R", Interaction, Item)
 
 @dataclass(frozen=True)
 class CheckedFile:
-    """An interactions file whose rows are right: how many they are, how many of them have the texts of at least one
-    task, and a line for each task that skips some."""
+    """An interactions file whose rows are right: how many of them have the texts of at least one task, and a line for
+    each task that skips some."""
 
-    num_rows: int = 0
     num_usable: int = 0
     notes: list[str] = field(default_factory=list)
 
@@ -34,9 +33,8 @@ def check_interactions(
     suited = {task.name: sum(count for row, count in rows if task.suits(row)) for task in tasks}
     if suited and not any(suited.values()):
         problems.add(f"--{flag} {path}: no row has the titles that {', '.join(suited)} need; choose other --tasks")
-    num_rows = sum(counted.values())
     usable = sum(count for row, count in rows if any(task.suits(row) for task in tasks))
-    return CheckedFile(num_rows, usable, _left_out(path, num_rows, suited))
+    return CheckedFile(usable, _left_out(path, sum(counted.values()), suited))
 
 
 def _row_with(target: bool, history: bool) -> Interaction:

@@ -28,7 +28,7 @@ class Trie:
         sequences: [S, D], the distinct SIDs with their end-of-sequence token, sorted, padded with PAD.
         source: [S], for every row of `sequences` its index in the input.
         widths: C at every depth.
-        ends: for every depth, whether no path ends there, some do, or all that go so far: 0, 1 or 2.
+        ends: for every depth, whether a path ends there.
 
     Three SIDs as an example, `Trie([[11], [10, 21], [10, 20]], eos_token_id=2)`, with PAD = -1:
 
@@ -46,7 +46,7 @@ class Trie:
         sequences    [[10, 20, 2], [10, 21, 2], [11, 2, -1]]
         source       [2, 1, 0]
         widths       [2, 2, 1]
-        ends         [0, 1, 2]
+        ends         [False, True, True]
 
     The children of node 1 are `first_child[1]` = 3 to `first_child[2] - 1` = 4. Node 5 has none: `first_child[5]` and
     `first_child[6]` are equal. Entry 8 of `first_child` closes the range of the last node.
@@ -71,7 +71,7 @@ class Trie:
         first_row, end_row = [np.array([0])], [np.array([len(rows)])]
         parents = []
         self.widths: list[int] = []
-        self.ends: list[int] = []
+        self.ends: list[bool] = []
         # One depth at a time. Rows are sorted, so a row starts a new node where its tokens so far differ from those of
         # the row above.
         node: np.ndarray = np.zeros(len(rows), dtype=np.int64)  # for every row, the node that its tokens so far lead to
@@ -87,7 +87,7 @@ class Trie:
             row_of.append(np.where(rows[new, depth] == eos_token_id, new, PAD))
             self.widths.append(int(np.bincount(node[new]).max()))
             ended = rows[new, depth] == eos_token_id
-            self.ends.append(int(ended.any()) + int(ended.all()))
+            self.ends.append(bool(ended.any()))
             node = np.where(alive, count + np.cumsum(changed & alive) - 1, node)
             first_row.append(new)
             end_row.append(

@@ -115,7 +115,6 @@ class Alive(TorchDispatchMode):
 
     def __init__(self, before: Iterable[torch.Tensor]):
         super().__init__()
-        self.bytes = self.peak = 0
         self.pieces = [Piece(BEFORE)]
         self.before = [tensor.untyped_storage() for tensor in before]
         self.known: dict[int, object] = {id(storage): None for storage in self.before}
@@ -166,12 +165,9 @@ class Alive(TorchDispatchMode):
 
         def gone(_: object) -> None:
             del self.known[key]
-            self.bytes -= size
             self.pieces[-1].free(size, made_in)
 
         self.known[key] = weakref.ref(storage, gone)
-        self.bytes += size
-        self.peak = max(self.peak, self.bytes)
         made_in.add(size)
 
     def start(self, phase: str, place: int = -1) -> None:

@@ -42,25 +42,17 @@ def rank_penalty(predicted: Sequence[str], targets: Sequence[str], group_size: i
     return rewards
 
 
-# What each SID level counts for in `prefix`, first level first; further levels count as much as the last one here.
-LEVEL_WEIGHTS = (1.0, 1.0, 1.0, 1.0, 1.0)
-
-
 def prefix(predicted: Sequence[str], targets: Sequence[str], levels_of: Mapping[str, Sequence[str]]) -> list[float]:
-    """The weighted fraction of SID levels, from the first one on, that are the target's. Only the target gets 1.
+    """The fraction of SID levels, from the first one on, that are the target's. Only the target gets 1.
 
     `levels_of`: SID -> its levels, such as the tokens <a_3>, <b_7>, <c_1>; SIDs may have different numbers of them.
     """
-
-    def weight(levels: int) -> float:
-        return sum(LEVEL_WEIGHTS[min(level, len(LEVEL_WEIGHTS) - 1)] for level in range(levels))
-
     rewards = []
     for sid, target in zip(predicted, targets, strict=True):
         found, wanted = levels_of[sid], levels_of[target]
         equal = [one == other for one, other in zip(found, wanted, strict=False)]
         common = equal.index(False) if False in equal else len(equal)
-        rewards.append(weight(common) / weight(max(len(found), len(wanted))))
+        rewards.append(common / max(len(found), len(wanted)))
     return rewards
 
 

@@ -1,7 +1,5 @@
 """Items chosen by the columns of an item file: a value of text, or a number to compare with."""
 
-import json
-
 import pytest
 
 from minionerec.data import items as data_items
@@ -13,10 +11,9 @@ PRICES = ["$3.40", "1,299.00 USD", "3,50 €", 20, 19.99, "$5 - $8.50", "free", 
 
 
 @pytest.fixture
-def columns(tmp_path) -> ItemColumns:
+def columns() -> ItemColumns:
     rows = {str(i): {"price": price, "brand": "A<B" if i else "3M"} for i, price in enumerate(PRICES)}
-    (tmp_path / "item.json").write_text(json.dumps(rows))
-    return ItemColumns(str(tmp_path / "item.json"), Items([InfoItem(i, "", f"<a_{i}>") for i in rows], "info"))
+    return ItemColumns("item.json", Items([InfoItem(i, "", f"<a_{i}>") for i in rows], "info"), rows)
 
 
 @pytest.mark.parametrize(

@@ -44,12 +44,6 @@ def test_prefix_of_sids_of_different_lengths():
     assert rewards.prefix(["ab", "abc", "x"], ["abc", "ab", "abc"], levels_of) == pytest.approx([2 / 3, 2 / 3, 0])
 
 
-def test_levels_count_by_their_weights(monkeypatch):
-    monkeypatch.setattr(rewards, "LEVEL_WEIGHTS", (1.0, 3.0))
-    levels_of = {"abc": ["a", "b", "c"], "ab!": ["a", "b", "!"], "a!!": ["a", "!", "!"]}
-    assert rewards.prefix(["ab!", "a!!"], ["abc", "abc"], levels_of) == pytest.approx([4 / 7, 1 / 7])
-
-
 def test_semantic_is_the_cosine():
     embeddings = {"a": np.array([1.0, 0.0]), "b": np.array([3.0, 4.0]), "zero": np.zeros(2)}
     assert rewards.semantic(["a", "b", "zero"], ["a", "a", "b"], embeddings) == pytest.approx([1.0, 0.6, 0.0])
