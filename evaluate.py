@@ -28,7 +28,7 @@ from minionerec.data.files import (
     sample_rows,
     shorten,
 )
-from minionerec.data.items import ExcludeSeen, Items, left_out, read_targets, share_sids
+from minionerec.data.items import ExcludeSeen, Items, read_targets, seen_sids, share_sids
 from minionerec.data.prompts import RECOMMENDATION, Prompts
 from minionerec.errors import InputError, Problems
 from minionerec.flags import (
@@ -210,17 +210,12 @@ def read_input(flags: EvaluateFlags) -> EvaluateInput:
     known = set(sids)
     if outside := sum(example.sid not in known for example in examples):
         notes.append(f"{outside} of {len(examples)} rows have a target that --info_file lacks; they count as misses")
-    if lost := sum(row.sid in seen_of(row, flags.exclude_seen) for row in examples):
+    if lost := sum(row.sid in seen_sids(row, flags.exclude_seen) for row in examples):
         notes.append(f"{lost} of {len(examples)} rows have a target that --exclude_seen leaves out")
     pairs = [(item.id, item.sid) for item in listed]
     notes += checkpoint.notes_on_catalogue(pairs, f"--info_file {flags.info_file}")
     notes += checkpoint.notes_on_wording(prompts, flags.category, flags.prompt_file)
     return EvaluateInput(*(checkpoint, base, prompts, sids, items, targets, examples, blend, eval_file, weighed, notes))
-
-
-def seen_of(row: Interaction, exclude_seen: ExcludeSeen) -> set[str]:
-    """The SIDs of a row's history that are not ranked."""
-    return left_out([[sid] for sid in row.sid_history], exclude_seen)
 
 
 def _check_targets(
@@ -332,7 +327,7 @@ def evaluate(flags: EvaluateFlags) -> dict[str, float]:
     decode_seconds = time.perf_counter() - decoding
     # A target that --exclude_seen leaves out is a miss, also where the catalogue is so small that it fills a ranking.
     ranked = [
-        [] if row.sid in seen_of(row, flags.exclude_seen) else ranking
+        [] if row.sid in seen_sids(row, flags.exclude_seen) else ranking
         for row, ranking in zip(inputs.examples, rankings, strict=True)
     ]
     ranks = [rank_of(row.sid, ranking) for row, ranking in zip(inputs.examples, ranked, strict=True)]
@@ -445,7 +440,7 @@ def ranks_of_popularity(
     known = set(inputs.sids)
     top = popularity((sid for sid in purchases.sids.elements() if sid in known), len(known))
     places = {sid: place for place, sid in enumerate(top)}
-    return [rank_without(row.sid, places, seen_of(row, exclude_seen), length) for row in inputs.examples]
+    return [rank_without(row.sid, places, seen_sids(row, exclude_seen), length) for row in inputs.examples]
 
 
 def groups_of(

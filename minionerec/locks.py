@@ -94,7 +94,7 @@ def hold(name: str, target: str, place: Callable[[str], str]) -> None:
         if owner := _owner(path):
             raise InputError(_taken(name, target, owner))
         return
-    made = _missing_folders(os.path.dirname(path))
+    made = missing_folders(os.path.dirname(path))
     try:
         if fcntl is None:
             raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
@@ -189,7 +189,8 @@ def _taken(name: str, target: str, owner: str) -> str:
     return f"--{name} {target}: {owner} writes there; wait until it ends, or name another one"
 
 
-def _missing_folders(folder: str) -> list[str]:
+def missing_folders(folder: str) -> list[str]:
+    """Those of an absolute path that do not exist, the deepest first."""
     missing = []
     while not os.path.exists(folder):
         missing.append(folder)

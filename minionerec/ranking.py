@@ -11,7 +11,7 @@ Dimensions: `N` items of the catalogue, `S` distinct SIDs, the rows of the trie.
 import os
 import warnings
 from collections.abc import Callable, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Literal
 
 import numpy as np
@@ -33,7 +33,7 @@ from minionerec.data.files import (
     read_json_object,
     with_original_ids,
 )
-from minionerec.data.items import ExcludeSeen, Items, left_out
+from minionerec.data.items import ExcludeSeen, Items, seen_sids
 from minionerec.data.prompts import RECOMMENDATION, Prompts
 from minionerec.data.sid_tokens import PAD, sid_responses
 from minionerec.decoding.ranking import Second, score_prompts
@@ -209,13 +209,8 @@ class Ranker:
         """The `num_beams` best SIDs of every prompt of `encode`, best first. What `exclude_seen` leaves out of the
         history comes last, where the catalogue has too few others. `blend` and `exclude_seen` need the `rows` that the
         prompts were made from. Raises RunError if a score is NaN."""
-        second = self._second(rows, self.blend.weight or 0.0) if self.blend else None
         allowed = self._unseen(rows, exclude_seen) if exclude_seen else None
-        sizes = self.num_beams, self.batch_size, length_penalty
-        pad, halving = self.tokenizer.pad_token_id, self.halving
-        ranked = score_prompts(
-            self.model, self.trie, prompts, pad, *sizes, allowed=allowed, halving=halving, second=second
-        )
+        ranked = self._score(prompts, length_penalty=length_penalty, allowed=allowed, second=self._blended(rows))
         rankings = [[self.sids[index] for index, _ in ranking[: self.num_beams]] for ranking in ranked]
         for ranking, row in zip(rankings, rows, strict=True) if exclude_seen else ():
             others = (sid for sid in dict.fromkeys(row.sid_history) if sid in self._number and sid not in ranking)
@@ -227,12 +222,9 @@ class Ranker:
     ) -> dict[float, float]:
         """For each weight that SASRec may have, the NDCG of validation rows at the watched cutoff. Rows are ranked
         once: the SIDs that compete are the same with any weight. Raises RunError if a score is NaN."""
-        sizes = self.num_beams, self.batch_size, length_penalty
-        model, trie, prompts = self.model, self.trie, self.encode(rows)
         alone = self._second(rows, weight=0.0)
         allowed = self._unseen(rows, exclude_seen) if exclude_seen else None
-        pad, halving = self.tokenizer.pad_token_id, self.halving
-        found = score_prompts(model, trie, prompts, pad, *sizes, allowed=allowed, halving=halving, second=alone)
+        found = self._score(self.encode(rows), length_penalty=length_penalty, allowed=allowed, second=alone)
         others = []
         for start in range(0, len(rows), self.batch_size):
             part = range(start, min(start + self.batch_size, len(rows)))
@@ -240,11 +232,22 @@ class Ranker:
             others += [table[i - start, self._row_of_sid[[n for n, _ in found[i]]]].tolist() for i in part]
         return metrics_by_weight(found, others, [self._number.get(row.sid) for row in rows], self.length)
 
+    @property
+    def _score(self) -> partial[list[list[tuple[int, float]]]]:
+        """`score_prompts` by this model, of prompts and what else they come with."""
+        sizes = {"num_beams": self.num_beams, "batch_size": self.batch_size}
+        pad = self.tokenizer.pad_token_id
+        return partial(score_prompts, self.model, self.trie, pad_token_id=pad, halving=self.halving, **sizes)
+
+    def _blended(self, rows: Sequence[Interaction]) -> Second | None:
+        """SASRec with the weight that it has; None where the model ranks alone."""
+        return self._second(rows, self.blend.weight or 0.0) if self.blend else None
+
     def _unseen(self, rows: Sequence[Interaction], exclude_seen: ExcludeSeen) -> Callable[[int], np.ndarray]:
         """For the number of a row the mask [S] of the trie that leaves SIDs of its history out."""
 
         def mask(number: int) -> np.ndarray:
-            seen = left_out([[sid] for sid in rows[number].sid_history], exclude_seen)
+            seen = seen_sids(rows[number], exclude_seen)
             allowed: np.ndarray = np.ones(len(self.trie), dtype=bool)
             allowed[self._row_of_sid[[self._number[sid] for sid in seen if sid in self._number]]] = False
             return allowed
@@ -300,18 +303,12 @@ class Ranker:
         (the log-probability of its SID, in nats, and with `blend` its weight times that under SASRec); fewer where
         fewer are allowed. `bar` and `chunk` are those of `score_prompts`. Raises RunError if a score is NaN."""
         rows = [self._row_of(request) for request in requests]
-        ranked = score_prompts(
-            self.model,
-            self.trie,
+        ranked = self._score(
             self.encode(rows),
-            self.tokenizer.pad_token_id,
-            self.num_beams,
-            self.batch_size,
             allowed=lambda i: self._allowed_rows(requests[i]),
             bar=bar if bar is not None else tqdm(disable=True),
             chunk=chunk,
-            halving=self.halving,
-            second=self._second(rows, self.blend.weight or 0.0) if self.blend else None,
+            second=self._blended(rows),
         )
         return [self._expand(*one) for one in zip(requests, ranked, strict=True)]
 

@@ -217,27 +217,24 @@ def batches(rows: Iterable, size: int) -> Iterator[list]:
         yield batch
 
 
-def left_padded(
-    sequences: Sequence[Sequence[int] | np.ndarray], pad_token_id: int
-) -> tuple[torch.Tensor, torch.Tensor]:
+Rows = Sequence[Sequence[int] | np.ndarray]
+
+
+def left_padded(prompts: Rows, pad_token_id: int) -> tuple[torch.Tensor, torch.Tensor]:
     """input_ids and attention_mask [B, P] of prompts (lists or arrays), padded on the left."""
-    width = max(len(ids) for ids in sequences)
-    input_ids: np.ndarray = np.full((len(sequences), width), pad_token_id, dtype=np.int64)
-    attention_mask = np.zeros_like(input_ids)
-    for i, ids in enumerate(sequences):
-        input_ids[i, width - len(ids) :] = ids
-        attention_mask[i, width - len(ids) :] = 1
-    return torch.from_numpy(input_ids), torch.from_numpy(attention_mask)
+    return _padded(prompts, pad_token_id, on_the_left=True)
 
 
-def right_padded(
-    sequences: Sequence[Sequence[int] | np.ndarray], pad_token_id: int
-) -> tuple[torch.Tensor, torch.Tensor]:
+def right_padded(completions: Rows, pad_token_id: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The same [B, C] of completions, padded on the right."""
-    width = max(len(ids) for ids in sequences)
-    ids_of: np.ndarray = np.full((len(sequences), width), pad_token_id, dtype=np.int64)
-    mask = np.zeros_like(ids_of)
-    for i, ids in enumerate(sequences):
-        ids_of[i, : len(ids)] = ids
-        mask[i, : len(ids)] = 1
-    return torch.from_numpy(ids_of), torch.from_numpy(mask)
+    return _padded(completions, pad_token_id, on_the_left=False)
+
+
+def _padded(rows: Rows, pad_token_id: int, on_the_left: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    width = max(map(len, rows))
+    input_ids: np.ndarray = np.full((len(rows), width), pad_token_id, dtype=np.int64)
+    mask = np.zeros_like(input_ids)
+    for i, ids in enumerate(rows):
+        place = slice(width - len(ids), None) if on_the_left else slice(len(ids))
+        input_ids[i, place], mask[i, place] = ids, 1
+    return torch.from_numpy(input_ids), torch.from_numpy(mask)

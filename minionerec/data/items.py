@@ -16,6 +16,7 @@ from minionerec.data.files import (
     ITEM_COLUMN,
     FileProblems,
     InfoItem,
+    Interaction,
     check_is_file,
     is_text,
     read_interactions,
@@ -185,6 +186,11 @@ def left_out(history: Sequence[Collection[T]], exclude_seen: ExcludeSeen) -> set
     "earlier" all but what the last entry stands for, or nothing."""
     seen = {one for entry in history for one in entry} if exclude_seen else set[T]()
     return seen.difference(*history[-1:]) if exclude_seen == "earlier" else seen
+
+
+def seen_sids(row: Interaction, exclude_seen: ExcludeSeen) -> set[str]:
+    """The SIDs of a row's history that are not recommended again."""
+    return left_out([[sid] for sid in row.sid_history], exclude_seen)
 
 
 def share_sids(listed: Sequence[InfoItem]) -> bool:

@@ -325,7 +325,7 @@ def _forward(
     elif dropout:
         seed = draw_seed()
         dropped = redrawn(flat, dropout, seed).mul_(flat)
-    low = _scaled(dropped, factors.a.T, factors.scale)
+    low = scaled_product(dropped, factors.a.T, factors.scale)
     out.addmm_(low, factors.b.T)
     return out, kept, mask, low, seed
 
@@ -368,7 +368,7 @@ class _Grouped(torch.autograd.Function):
             return None if grad_x is None else grad_x.view(ctx.shape).to(ctx.given), *[None] * 4
         dropped, mask, low, *_ = ctx.saved_tensors  # raises if an optimizer has moved the parameters
         drawn = redrawn(dropped, ctx.dropout, ctx.seed) if ctx.seed is not None else None
-        grad_low = _scaled(gradient, factors.b, factors.scale)
+        grad_low = scaled_product(gradient, factors.b, factors.scale)
         grad_x = None
         if ctx.needs_input_grad[0]:
             grad_x = torch.mm(grad_low, factors.a)
@@ -401,7 +401,7 @@ def _parts(out: torch.Tensor, leading: torch.Size, sizes: list[int]) -> tuple[to
     return tuple(parts)
 
 
-def _scaled(left: torch.Tensor, right: torch.Tensor, scale: float) -> torch.Tensor:
+def scaled_product(left: torch.Tensor, right: torch.Tensor, scale: float) -> torch.Tensor:
     """The matmul of two matrices times a number, in one kernel."""
     out = left.new_empty(left.shape[0], right.shape[1])
     return torch.addmm(out, left, right, beta=0, alpha=scale, out=out)

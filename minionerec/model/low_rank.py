@@ -24,8 +24,7 @@ from peft.tuners import lora
 from torch import nn
 from torch.autograd.function import FunctionCtx
 
-from minionerec.model.groups import Group
-from minionerec.model.groups import draw_seed as _draw_seed
+from minionerec.model.groups import Group, draw_seed, scaled_product
 
 if TYPE_CHECKING:
     from peft.tuners.lora import Linear as _Layer  # what `_LeanForward` is mixed into
@@ -87,8 +86,8 @@ class _LowRankUpdate(torch.autograd.Function):
         dropped = x.to(ctx.dtype)
         mask = _dropout_mask(dropped, ctx.dropout, ctx.seed) if ctx.dropout else None
         flat = gradient.to(ctx.dtype).flatten(0, -2)
-        grad_b = _scaled_matmul(flat.T, low, ctx.scale)
-        grad_low = _scaled_matmul(flat, b.to(ctx.dtype), ctx.scale)
+        grad_b = scaled_product(flat.T, low, ctx.scale)
+        grad_low = scaled_product(flat, b.to(ctx.dtype), ctx.scale)
         grad_x = None
         if ctx.needs_input_grad[1]:
             grad_x = grad_low @ a.to(ctx.dtype)
@@ -102,11 +101,6 @@ class _LowRankUpdate(torch.autograd.Function):
         grad_a = grad_low.T @ dropped.flatten(0, -2)
         grad_result = gradient if ctx.needs_input_grad[0] else None
         return grad_result, grad_x, grad_a.to(a.dtype), grad_b.to(b.dtype), *[None] * 6
-
-
-def _scaled_matmul(a: torch.Tensor, b: torch.Tensor, scale: float) -> torch.Tensor:
-    out = a.new_empty(a.shape[0], b.shape[1])
-    return torch.addmm(out, a, b, beta=0, alpha=scale, out=out)
 
 
 def _kept_fraction(dropout: float) -> float:
@@ -151,7 +145,7 @@ class _LeanForward(_Layer):
                 return super().forward(x, *args, **kwargs)
             a, b = self.lora_A[adapter].weight, self.lora_B[adapter].weight
             dropout = getattr(self.lora_dropout[adapter], "p", 0.0) if self.training else 0.0
-            seed = _draw_seed() if dropout else 0
+            seed = draw_seed() if dropout else 0
             dtype = autocast or a.dtype
             matmul: tuple = ()
             if result is None and _is_frozen_matmul(base) and (autocast or base.weight.dtype == x.dtype == dtype):

@@ -10,7 +10,7 @@ from typing import TypeVar
 
 from accelerate.utils import broadcast_object_list, gather_object
 
-from minionerec import world
+from minionerec import locks, world
 from minionerec.checkpoint import RUN_FILE, digest
 from minionerec.errors import InputError
 from minionerec.sasrec_files import WEIGHTS_FILE
@@ -70,7 +70,9 @@ def check_output_shared(output_dir: str) -> None:
     if not world.on_several_nodes():
         return
     name = first_decides(lambda: f".{uuid.uuid4().hex}")
-    made = _make(output_dir)
+    made = locks.missing_folders(os.path.abspath(output_dir))
+    with suppress(OSError):  # then the mark is not seen here either
+        os.makedirs(output_dir, exist_ok=True)
     mark = os.path.join(output_dir, name)
     if world.rank() == 0:
         with open(mark, "w"):
@@ -84,7 +86,7 @@ def check_output_shared(output_dir: str) -> None:
     if world.rank() == 0:
         os.remove(mark)
     if blind:
-        for folder in reversed(made):
+        for folder in made:
             with suppress(OSError):
                 os.rmdir(folder)
         raise InputError(
@@ -92,15 +94,3 @@ def check_output_shared(output_dir: str) -> None:
             "give a folder on storage that all nodes share",
             everywhere=True,
         )
-
-
-def _make(folder: str) -> list[str]:
-    """Makes a folder and those above it; returns those that were missing."""
-    missing: list[str] = []
-    above = os.path.abspath(folder)
-    while not os.path.isdir(above):
-        missing.insert(0, above)
-        above = os.path.dirname(above)
-    with suppress(OSError):  # then the mark is not seen here either
-        os.makedirs(folder, exist_ok=True)
-    return missing
