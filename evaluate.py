@@ -29,7 +29,7 @@ from minionerec.data.files import (
     shorten,
 )
 from minionerec.data.items import ExcludeSeen, Items, read_targets, seen_sids, share_sids
-from minionerec.data.prompts import RECOMMENDATION, Prompts
+from minionerec.data.prompts import Prompts
 from minionerec.errors import InputError, Problems
 from minionerec.flags import (
     BlendFlags,
@@ -165,11 +165,7 @@ def read_input(flags: EvaluateFlags) -> EvaluateInput:
     """Checks the flags, the checkpoint and every row of the files. Raises InputError with everything that is wrong."""
     problems = Problems()
     flags.check(problems)
-    before = len(problems)
-    checkpoint, base = read_model(problems, "base_model", flags.base_model, flags.adapter)
-    prompts = None
-    if checkpoint and len(problems) == before:  # a wrong path is no reason to ask for --category
-        prompts = problems.attempt(checkpoint.prompts, flags.category, flags.prompt_file, RECOMMENDATION)
+    checkpoint, base, prompts = read_model(problems, "base_model", flags.base_model, flags.adapter, flags)
     listed = problems.attempt(read_info_items, flags.info_file) or []
     sids = list(dict.fromkeys(item.sid for item in listed))
     titles = prompts.need_titles if prompts else False

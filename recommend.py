@@ -28,7 +28,7 @@ from minionerec.data.files import (
     with_original_ids,
 )
 from minionerec.data.items import ItemColumns, Items, read_item_list
-from minionerec.data.prompts import RECOMMENDATION, Prompts
+from minionerec.data.prompts import Prompts
 from minionerec.errors import InputError, Problems
 from minionerec.flags import BlendFlags, DeviceFlags, PromptFlags, above_zero, command, flag, number_or_auto
 from minionerec.locks import hold, lock_of_new
@@ -198,11 +198,7 @@ def read_input(flags: RecommendFlags) -> RecommendInput:
 
 def read_files(problems: Problems, flags: RecommendFlags) -> RecommendInput:
     """`read_input` after the flags were checked: a server reads its files again when it takes a new checkpoint."""
-    before = len(problems)
-    checkpoint, base = read_model(problems, "model", flags.model, flags.adapter)
-    prompts = None
-    if checkpoint and len(problems) == before:  # a wrong path is no reason to ask for --category
-        prompts = problems.attempt(checkpoint.prompts, flags.category, flags.prompt_file, RECOMMENDATION)
+    checkpoint, base, prompts = read_model(problems, "model", flags.model, flags.adapter, flags)
     purchases = problems.attempt(read_item_ids, flags.train_file, "train_file") if flags.train_file else None
     listed = problems.attempt(read_info_items, flags.info_file)
     path = flags.item_meta_path

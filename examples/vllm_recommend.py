@@ -28,10 +28,9 @@ from minionerec import cli
 from minionerec.checkpoint import is_adapter, read_model
 from minionerec.data.files import Interaction, read_info_items
 from minionerec.data.items import Items
-from minionerec.data.prompts import RECOMMENDATION
 from minionerec.data.sid_tokens import PAD
 from minionerec.errors import InputError, Problems
-from minionerec.flags import check_new_file, check_positive
+from minionerec.flags import PromptFlags, check_new_file, check_positive
 from minionerec.output import whole_file
 from minionerec.ranking import Ranker
 from minionerec.serving.requests import Request, RequestReader
@@ -156,10 +155,9 @@ def recommend(
     for name, path in (("info_file", info_file), ("histories", histories)):
         if path and os.path.realpath(path) == os.path.realpath(output):
             problems.add(f"--output {output}: would overwrite --{name} {path}; name another file")
-    checkpoint, _ = read_model(problems, "model", model, "")
+    checkpoint, _, prompts = read_model(problems, "model", model, "", PromptFlags())
     if is_adapter(model):
         problems.add(f"--model {model}: is an adapter; merge it with merge_lora.py")
-    prompts = checkpoint and problems.attempt(checkpoint.prompts, "", None, RECOMMENDATION)
     listed = problems.attempt(read_info_items, info_file)
     items = listed and problems.attempt(Items, listed, info_file)
     requests = items and problems.attempt(read_requests, items, histories, K, num_beams)

@@ -14,8 +14,8 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from minionerec import sasrec_files
-from minionerec.checkpoint import RUN_FILE, Checkpoint, read_json
-from minionerec.data.files import InfoItem, shorten
+from minionerec.checkpoint import RUN_FILE, Checkpoint
+from minionerec.data.files import InfoItem, read_json, shorten
 from minionerec.errors import InputError
 from minionerec.flags import HEAVIEST, weight_of_blend
 from minionerec.metrics import watched_cutoff

@@ -10,10 +10,11 @@ from hashlib import sha256
 from pathlib import Path
 
 from minionerec import __version__, world
-from minionerec.data.files import Catalogue, sha256_of, shorten
+from minionerec.data.files import Catalogue, read_json, sha256_of, shorten
 from minionerec.data.prompts import RECOMMENDATION, Prompts, load_prompts
 from minionerec.errors import InputError, Problems
-from minionerec.flags import AdapterFlags, engine
+from minionerec.flags import AdapterFlags, PromptFlags, engine
+from minionerec.sasrec_files import WEIGHTS_FILE
 from minionerec.validation import ADAPTER, FLAGS, RUN, TRAINER_STATE, check_values
 
 RUN_FILE = "minionerec.json"  # the resolved configuration of the run that wrote the checkpoint
@@ -76,7 +77,7 @@ def run_record(
 
 def _file_of(path: str) -> str:
     """The file that tells whether the content of a path has changed: of the folder of a SASRec model its weights."""
-    return os.path.join(path, "sasrec.safetensors") if os.path.isdir(path) else path
+    return os.path.join(path, WEIGHTS_FILE) if os.path.isdir(path) else path
 
 
 def digest(path: str) -> str:
@@ -321,14 +322,6 @@ def release_of(version: str) -> tuple[int, int]:
     return int(major), int(minor)
 
 
-def read_json(path: str) -> dict:
-    try:
-        with open(path, encoding="utf-8") as file:
-            return json.load(file)
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path}: cannot be read as JSON: {error}") from None
-
-
 # --- Which folders are checkpoints ------------------------------------------------------------------------------------
 
 
@@ -352,18 +345,26 @@ def check_model(problems: Problems, name: str, path: str) -> None:
 WITH_BASE = "give the folder of the base as --{0}, and this one as --adapter"
 
 
-def read_model(problems: Problems, name: str, path: str, adapter: str) -> tuple[Checkpoint | None, str | None]:
-    """The checkpoint that flags name, and where its base is: `path` (--`name`) is a whole model or an adapter, whose
-    base is then found, or the base of the adapter at `adapter` (--adapter). None where there are problems."""
+def read_model(
+    problems: Problems, name: str, path: str, adapter: str, wording: PromptFlags
+) -> tuple[Checkpoint | None, str | None, Prompts | None]:
+    """The checkpoint that flags name, where its base is, and the wording in which it is asked to recommend: `path`
+    (--`name`) is a whole model or an adapter, whose base is then found, or the base of the adapter at `adapter`
+    (--adapter). None where there are problems."""
+    before = len(problems)
     check_model(problems, name, path)
     if adapter and not is_adapter(adapter):
         problems.add(f"--adapter {adapter}: no adapter_config.json there; give the folder of an adapter checkpoint")
     elif adapter and is_adapter(path):
         problems.add(f"--{name} {path}: is an adapter, not a model; name the base of --adapter {adapter}")
     checkpoint = problems.attempt(Checkpoint.read, adapter or path)
-    if checkpoint is None or adapter:
-        return checkpoint, path
-    return checkpoint, problems.attempt(checkpoint.base, WITH_BASE.format(name))
+    base: str | None = path
+    if checkpoint and not adapter:
+        base = problems.attempt(checkpoint.base, WITH_BASE.format(name))
+    if checkpoint is None or len(problems) > before:  # a wrong path is no reason to ask for --category
+        return checkpoint, base, None
+    prompts = problems.attempt(checkpoint.prompts, wording.category, wording.prompt_file, RECOMMENDATION)
+    return checkpoint, base, prompts
 
 
 def check_base(problems: Problems, base_model: str) -> None:

@@ -23,9 +23,9 @@ from safetensors.torch import save as to_bytes
 from torch import nn
 
 from minionerec.errors import InputError, RunError
+from minionerec.sasrec_files import RECORD, WEIGHTS_FILE
 
 PATIENCE = 5  # training ends after this many epochs without a gain
-CONFIG, WEIGHTS = "sasrec.json", "sasrec.safetensors"
 MOST_SCORES = 16_000_000  # at once while histories are ranked: 64 MB, whatever the catalogue
 _UNREADABLE = ValueError, KeyError, TypeError, ArithmeticError, AssertionError  # what a damaged configuration raises
 
@@ -184,9 +184,9 @@ def save(model: SASRec | Ensemble, folder: str, catalogue: str | None = None, tr
     """Writes the model to a folder; the configuration last, so a folder with a configuration is complete. `catalogue`
     is the fingerprint of its items (`sasrec_files.fingerprint`), `train_file` what it was trained on."""
     os.makedirs(folder, exist_ok=True)
-    with open(os.path.join(folder, WEIGHTS), "wb") as file:  # one of `save_file` could be read by its owner only
+    with open(os.path.join(folder, WEIGHTS_FILE), "wb") as file:  # one of `save_file` could be read by its owner only
         file.write(to_bytes({name: tensor.contiguous() for name, tensor in model.state_dict().items()}))
-    with open(os.path.join(folder, CONFIG), "w", encoding="utf-8") as file:
+    with open(os.path.join(folder, RECORD), "w", encoding="utf-8") as file:
         known = {"catalogue": catalogue, "train_file": train_file, "sids": model.sids}
         json.dump({"settings": model.settings, **known}, file)
 
@@ -195,10 +195,10 @@ def load(folder: str, flag: str = "cf_path") -> SASRec | Ensemble:
     """The model in the folder that a flag names, in evaluation mode. Raises InputError if there is none, or its
     settings do not fit the weights; nothing is allocated for a size that only the settings claim."""
     try:
-        with open(os.path.join(folder, CONFIG), encoding="utf-8") as file:
+        with open(os.path.join(folder, RECORD), encoding="utf-8") as file:
             data = json.load(file)
         sids, settings = data["sids"], dict(data["settings"])
-        weights, models = load_file(os.path.join(folder, WEIGHTS)), settings.pop("models", None)
+        weights, models = load_file(os.path.join(folder, WEIGHTS_FILE)), settings.pop("models", None)
         if not isinstance(sids, list) or not all(isinstance(sid, str) for sid in sids):
             raise ValueError("sids must be a list of texts")
         if not 0 < settings["layers"] * (models or 1) <= len(weights):
@@ -210,7 +210,7 @@ def load(folder: str, flag: str = "cf_path") -> SASRec | Ensemble:
             model = one[0] if models is None else Ensemble(one)
         model.load_state_dict(weights, assign=True)
     except (*_UNREADABLE, OSError, RuntimeError, SafetensorError) as error:
-        missing = f"{CONFIG} has no " if isinstance(error, KeyError) else ""
+        missing = f"{RECORD} has no " if isinstance(error, KeyError) else ""
         reason = missing + " ".join(str(error).split())[:300]
         raise InputError(f"--{flag} {folder}: no SASRec model can be loaded: {reason}; train it again") from None
     return model.eval()

@@ -5,8 +5,7 @@ import os
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from minionerec.checkpoint import read_json
-from minionerec.data.files import shorten
+from minionerec.data.files import read_json, shorten
 from minionerec.errors import InputError
 
 RECORD, WEIGHTS_FILE = "sasrec.json", "sasrec.safetensors"

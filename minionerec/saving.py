@@ -3,7 +3,7 @@
 import json
 import os
 
-from minionerec.checkpoint import read_json
+from minionerec.data.files import read_json
 from minionerec.output import whole_file
 
 

@@ -9,7 +9,7 @@ import sys
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from minionerec import cli
-from minionerec.checkpoint import read_json
+from minionerec.data.files import read_json
 from minionerec.errors import InputError, Problems
 from minionerec.flags import check_new_file
 from minionerec.validation import is_number

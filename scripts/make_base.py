@@ -71,7 +71,7 @@ def make_base(
         problems.add(f"--output_dir {output_dir}: already contains a model; name another folder")
     else:
         locks.check_free(problems, "output_dir", output_dir, locks.lock_of_folder)
-        check_writable(problems, "output_dir", output_dir)
+        check_writable(problems, output_dir)
     if wrong := seed_range(seed):
         problems.add(f"--seed {seed}: {wrong}")
     problems.check()

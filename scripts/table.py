@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from minionerec import cli
-from minionerec.checkpoint import read_json
-from minionerec.data.files import count_rows, read_info_items, read_interactions, shorten
+from minionerec.data.files import count_rows, read_info_items, read_interactions, read_json, shorten
 from minionerec.data.items import Items, read_targets, share_sids
 from minionerec.errors import InputError, Problems
 from minionerec.flags import check_new_file

@@ -160,6 +160,15 @@ def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:
     return data
 
 
+def read_json(path: str) -> dict:
+    """What a file of ours holds. Raises InputError if it cannot be read."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            return json.load(file)
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path}: cannot be read as JSON: {error}") from None
+
+
 def read_json_object(path: str, flag: str) -> dict:
     with open_text(path, flag) as file:
         try:

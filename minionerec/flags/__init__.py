@@ -529,7 +529,7 @@ def check_output_dir(problems: Problems, output_dir: str, resume: str | None) ->
                 "one"
             )
     if output_dir:
-        check_writable(problems, "output_dir", output_dir)
+        check_writable(problems, output_dir)
 
 
 def check_cache(problems: Problems) -> None:
@@ -555,7 +555,7 @@ def check_new_folder(problems: Problems, output_dir: str) -> None:
     elif os.path.lexists(output_dir):  # a link that leads nowhere too
         problems.add(f"--output_dir {output_dir}: exists already; name another folder, or remove it")
     else:
-        check_writable(problems, "output_dir", output_dir)
+        check_writable(problems, output_dir)
 
 
 def check_new_file(problems: Problems, name: str, path: str, what: str) -> None:
@@ -582,10 +582,10 @@ def _fits(problems: Problems, name: str, path: str) -> bool:
     return fits
 
 
-def check_writable(problems: Problems, name: str, path: str) -> None:
-    """A path that can be made, or written where it exists."""
-    if _fits(problems, name, path) and (wrong := not_writable(path)):
-        problems.add(f"--{name} {path}: {wrong}")
+def check_writable(problems: Problems, output_dir: str) -> None:
+    """A folder that can be made, or written to where it exists."""
+    if _fits(problems, "output_dir", output_dir) and (wrong := not_writable(output_dir)):
+        problems.add(f"--output_dir {output_dir}: {wrong}")
 
 
 def not_writable(path: str) -> str:

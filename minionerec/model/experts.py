@@ -41,9 +41,8 @@ else:
 
 
 def grouped(x: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
-    """The matmul of x [S, I] and weight [E, I, O]: expert e gets the rows from offsets[e - 1] to
-    offsets[e], with `offsets` [E].
-    Returns [S, O] in the type of the weight."""
+    """The matmul of x [S, I] and weight [E, I, O], [S, O] in the type of the weight: expert e gets the rows from
+    offsets[e - 1] to offsets[e], with `offsets` [E]."""
     if not len(x):  # which torch refuses
         return x.to(weight.dtype) @ weight[0]
     return moe._grouped_mm(x, weight, offsets)

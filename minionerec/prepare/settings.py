@@ -7,7 +7,7 @@ from zoneinfo import ZoneInfo
 
 from minionerec.checkpoint import check_model
 from minionerec.errors import InputError, Problems
-from minionerec.flags import Check, Flags, above_zero, check_new_folder, flag, one_of
+from minionerec.flags import Check, Flags, above_zero, check_new_folder, flag, one_of, zero_or_more
 
 LEVELS, CODES = 8, 65_536  # at most
 COLLISIONS = ("move", "extend", "keep")
@@ -78,7 +78,7 @@ class PrepareFlags(Flags):
         0.0,
         "minutes without an interaction that end a session; each session then has its own history. 0: one history "
         "per user.",
-        lambda value: None if value >= 0 else "must be 0 or more",
+        zero_or_more,
     )
     min_interactions: int = flag(
         5,

@@ -10,8 +10,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 
-from minionerec.checkpoint import read_json
-from minionerec.data.files import sha256_of
+from minionerec.data.files import read_json, sha256_of
 from minionerec.errors import InputError, RunError
 from minionerec.saving import write_json
 from minionerec.serving.requests import Request

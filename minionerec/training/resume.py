@@ -10,7 +10,8 @@ from safetensors.torch import load_file
 from transformers import TrainerState
 
 from minionerec import world
-from minionerec.checkpoint import Checkpoint, digest, is_complete, newest_checkpoint, read_json
+from minionerec.checkpoint import Checkpoint, digest, is_complete, newest_checkpoint
+from minionerec.data.files import read_json
 from minionerec.errors import InputError
 from minionerec.flags import AdapterFlags, RunFlags, engine
 from minionerec.training import nodes

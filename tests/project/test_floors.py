@@ -16,9 +16,10 @@ FLOORS = [
         "minionerec.plots",
         *("minionerec.process_memory", "minionerec.statistics", "minionerec.world"),
     ],
-    ["minionerec.cli", "minionerec.data", "minionerec.flags", "minionerec.sasrec"],
+    ["minionerec.cli", "minionerec.data", "minionerec.flags"],
+    ["minionerec.sasrec", "minionerec.sasrec_files"],
     [
-        *("minionerec.checkpoint", "minionerec.model_card", "minionerec.sasrec_files", "minionerec.saving"),
+        *("minionerec.checkpoint", "minionerec.model_card", "minionerec.saving"),
         *("minionerec.soft_targets", "minionerec.validation"),
     ],
     ["minionerec.model"],
