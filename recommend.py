@@ -314,11 +314,9 @@ def serve(flags: RecommendFlags) -> None:
         set_keys(app, inputs.keys)  # a key that is no longer in the file opens nothing
         if not again:
             print(f"{flags.url} recommends from {len(inputs.items)} items; Ctrl-C stops", flush=True)
-        return Loaded(
-            inputs.reader, lambda requests: ranker.answer(requests, tqdm(disable=True)), batch_size=ranker.batch_size
-        )
+        return Loaded(inputs.reader, lambda requests: ranker.answer(requests, tqdm(disable=True)), ranker.batch_size)
 
-    app = make_app(load_checkpoint, 8, flags.max_waiting, keys, flags.hosts)
+    app = make_app(load_checkpoint, flags.max_waiting, keys, flags.hosts)
     run(app, flags.host, flags.serve)
     if app.state.worker.thread.is_alive():  # in the middle of a batch or of loading
         sys.stdout.flush()

@@ -72,7 +72,7 @@ class Checkpoints:
     def __call__(self):
         if isinstance(self.models[0], Exception):
             raise self.models.pop(0)
-        return Loaded(self.reader, self.models.pop(0))
+        return Loaded(self.reader, self.models.pop(0), 4)
 
 
 @contextlib.contextmanager

@@ -64,7 +64,6 @@ PAGE_HEADERS = {
 
 def make_app(
     load: Callable[[], Loaded],
-    batch_size: int,
     max_waiting: int,
     keys: Sequence[str] = (),
     allowed_hosts: Sequence[str] = ("*",),
@@ -72,8 +71,7 @@ def make_app(
     """The web application. Its `state` has the `Worker` and the `Metrics`.
 
     Args:
-        load: called in one thread when the application starts, and again for each reload.
-        batch_size: most requests of a call of `Loaded.recommend`, which is made in the same thread.
+        load: called in one thread when the application starts, and again for each reload; that thread asks the model.
         max_waiting: requests that may wait for it; further ones get 503.
         keys: one of which a request must have; none if there are no keys.
         allowed_hosts: names that a request may call the server; `*` for any.
@@ -82,7 +80,7 @@ def make_app(
 
     @asynccontextmanager
     async def lifespan(app: fastapi.FastAPI) -> AsyncIterator[None]:
-        worker = app.state.worker = Worker(load, batch_size, max_waiting, metrics)
+        worker = app.state.worker = Worker(load, max_waiting, metrics)
         metrics.watch(lambda: worker.waiting)
         with contextlib.suppress(RuntimeError, ValueError):  # signals reach the main thread only
             asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, _on_hangup, worker, in_terminal())

@@ -34,12 +34,12 @@ class Loaded:
     """A checkpoint with its catalogue. A request is read and answered by the same one.
 
     Attributes:
-        batch_size: most requests of a call of `recommend`; None for the worker's.
+        batch_size: most requests of a call of `recommend`.
     """
 
     reader: RequestReader
     recommend: Callable[[Sequence[Request]], list[Recommended]]
-    batch_size: int | None = None
+    batch_size: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,8 +62,8 @@ class Worker:
         failing: whether the model failed when it was last asked.
     """
 
-    def __init__(self, load: Callable[[], Loaded], batch_size: int, max_waiting: int, metrics: Metrics):
-        self.load, self.batch_size, self.max_waiting, self.metrics = load, batch_size, max_waiting, metrics
+    def __init__(self, load: Callable[[], Loaded], max_waiting: int, metrics: Metrics):
+        self.load, self.max_waiting, self.metrics = load, max_waiting, metrics
         self.loaded: Loaded | None = None
         self.error: BaseException | None = None
         self.failing = False
@@ -163,11 +163,11 @@ class Worker:
     def _take(self) -> list[_Waiting]:
         """The next batch: requests to one checkpoint, without those whose clients have left."""
         batch: list[_Waiting] = []
-        first = self._waiting[0]
-        most = (first.loaded.batch_size if isinstance(first, _Waiting) else None) or self.batch_size
-        while self._waiting and len(batch) < most:
+        while self._waiting:
             one = self._waiting[0]
-            if not isinstance(one, _Waiting) or (batch and one.loaded is not batch[0].loaded):
+            if not isinstance(one, _Waiting) or len(batch) == one.loaded.batch_size:
+                break
+            if batch and one.loaded is not batch[0].loaded:
                 break
             self._waiting.popleft()
             if one.answer.set_running_or_notify_cancel():

@@ -37,7 +37,7 @@ def ask(reader, model) -> Callable:
 
     def run(steps):
         async def main():
-            async with client_of(make_app(lambda: Loaded(reader, model), batch_size=4, max_waiting=6)) as client:
+            async with client_of(make_app(lambda: Loaded(reader, model, 4), max_waiting=6)) as client:
 
                 def post(body):
                     content = body if isinstance(body, bytes) else json.dumps(body)

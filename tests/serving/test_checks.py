@@ -21,7 +21,7 @@ def test_keys_are_asked_for(reader, model):
         answers = [await client.post("/recommend", json={"history": ["1"]}, headers=headers) for headers in post]
         return codes, answers, await client.get("/metrics", headers=post[0])
 
-    app = make_app(lambda: Loaded(reader, model), 4, 6, keys=["one", "two"])
+    app = make_app(lambda: Loaded(reader, model, 4), 6, keys=["one", "two"])
     codes, answers, metrics = with_client(app, steps)
     assert list(codes.values()) == [200] * 5 + [401] * 3 and metrics.status_code == 200
     assert [answer.status_code for answer in answers] == [200, 200, 401, 401, 401]
@@ -37,7 +37,7 @@ def test_a_body_must_be_json_by_its_type(reader, model):
         answers = [await client.post("/recommend", content=body, headers={"Content-Type": kind}) for kind in kinds]
         return [answer.status_code for answer in answers]
 
-    assert with_client(make_app(lambda: Loaded(reader, model), 4, 6), steps) == list(kinds.values())
+    assert with_client(make_app(lambda: Loaded(reader, model, 4), 6), steps) == list(kinds.values())
 
 
 def test_all_that_is_wrong_with_a_request_comes_together(ask):
@@ -51,7 +51,7 @@ def test_all_that_is_wrong_with_a_request_comes_together(ask):
 
 @pytest.fixture(scope="module")
 def plain_app(reader):
-    return make_app(lambda: Loaded(reader, Model()), batch_size=4, max_waiting=6)
+    return make_app(lambda: Loaded(reader, Model(), 4), max_waiting=6)
 
 
 VALUES = st.recursive(

@@ -22,7 +22,7 @@ def listening(reader, model, monkeypatch):
     monkeypatch.setattr(connections, "SHUTDOWN_SECONDS", 1)
     monkeypatch.setattr(checks, "BODY_SECONDS", 0.5)
     monkeypatch.setattr(connections, "most_connections", lambda: 8)
-    with on_a_socket(make_app(lambda: Loaded(reader, model), 4, 6), monkeypatch) as running:
+    with on_a_socket(make_app(lambda: Loaded(reader, model, 4), 6), monkeypatch) as running:
         yield running
 
 

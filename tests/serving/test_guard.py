@@ -12,7 +12,7 @@ def test_an_endpoint_that_fails_answers_a_plain_500(reader, model, monkeypatch, 
         raise RuntimeError("/secret/path")
 
     monkeypatch.setattr(server_module, "_health", fail)
-    answer = with_client(make_app(lambda: Loaded(reader, model), 4, 6), lambda client: client.get("/ready"))
+    answer = with_client(make_app(lambda: Loaded(reader, model, 4), 6), lambda client: client.get("/ready"))
     assert answer.status_code == 500 and "the server failed" in answer.text and "secret" not in answer.text
     assert "RuntimeError: /secret/path" in caplog.text and answer.headers["x-request-id"] in caplog.text
 
@@ -46,7 +46,7 @@ def test_a_server_answers_to_its_names(reader, model):
         answers = [await client.get("/items?title=a", headers={"Host": host}) for host in hosts]
         return answers, (await client.get("/ready", headers={"Host": "10.0.0.7"})).status_code
 
-    app = make_app(lambda: Loaded(reader, model), 4, 6, allowed_hosts=names)
+    app = make_app(lambda: Loaded(reader, model, 4), 6, allowed_hosts=names)
     answers, ready = with_client(app, steps)
     assert ([answer.status_code for answer in answers], ready) == ([200, 200, 200, 400, 400], 200)
     assert answers[3].json() == {"detail": ["the Host header is no name of this server (--allowed_hosts)"]}

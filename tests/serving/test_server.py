@@ -35,10 +35,10 @@ def test_a_server_that_loads_says_so(reader, model):
 
     def load():
         assert gate.wait(20)
-        return Loaded(reader, model)
+        return Loaded(reader, model, 4)
 
     async def main():
-        app = make_app(load, 4, 6)
+        app = make_app(load, 6)
         async with app.router.lifespan_context(app):
             transport = httpx.ASGITransport(app)
             async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
@@ -58,7 +58,7 @@ def test_a_server_that_loads_says_so(reader, model):
 
 def test_the_signal_sighup_reloads(reader):
     old, new = Model(), Model()
-    app = make_app(Checkpoints(reader, old, new), 4, 6)
+    app = make_app(Checkpoints(reader, old, new), 6)
 
     async def steps(client):
         without_key = await client.post("/reload")
@@ -72,7 +72,7 @@ def test_the_signal_sighup_reloads(reader):
 
 def test_a_closed_terminal_ends_the_server(reader, monkeypatch):
     stopped = []
-    app = make_app(Checkpoints(reader, Model(), Model()), 4, 6)
+    app = make_app(Checkpoints(reader, Model(), Model()), 6)
     before = signal.signal(signal.SIGTERM, lambda *_: stopped.append(True))
     terminal = [True, False]
     monkeypatch.setattr(server_module, "in_terminal", lambda: terminal.pop(0))
@@ -112,7 +112,7 @@ def test_the_server_speaks_of_the_shops_own_ids(files, model):
         posted = [await client.post("/recommend", json={"history": [text]}) for text in ("SKU-7", "7")]
         return (await client.get("/options")).json(), (await client.get("/items?title=SKU-7")).json(), *posted
 
-    options, found, right, wrong = with_client(make_app(lambda: Loaded(reader, model), 4, 6), steps)
+    options, found, right, wrong = with_client(make_app(lambda: Loaded(reader, model, 4), 6), steps)
     assert options["original_ids"] and [(item["id"], item["original_id"]) for item in found] == [("7", "SKU-7")]
     assert right.status_code == 200 and wrong.status_code == 422
     assert "items are named by their original_id" in wrong.json()["detail"][0]
@@ -129,7 +129,7 @@ def test_requests_may_choose_by_the_columns_whose_values_items_share(files, mode
         where = [f"brand={value}" for value in options["columns"][0]["values"]]
         return options, [(await client.post("/recommend", json={"history": ["1"], "where": one})) for one in where]
 
-    options, chosen = with_client(make_app(lambda: Loaded(reader, model), 4, 6), steps)
+    options, chosen = with_client(make_app(lambda: Loaded(reader, model, 4), 6), steps)
     columns = [{"name": "brand", "values": ["Kö", "3M", "Inc", "4"]}]  # prices differ, and titles are no choice
     assert options == {"K": 5, "most": 20, "exclude_seen": False, "original_ids": False, "columns": columns}
     assert [answer.status_code for answer in chosen] == [200] * 4
@@ -190,9 +190,9 @@ def listening_with_a_key(reader, model, monkeypatch):
 
     def load():
         assert gate.wait(20)
-        return Loaded(reader, model)
+        return Loaded(reader, model, 4)
 
-    with on_a_socket(make_app(load, 4, 6, keys=["one"]), monkeypatch) as running:
+    with on_a_socket(make_app(load, 6, keys=["one"]), monkeypatch) as running:
         yield running.port, gate
 
 

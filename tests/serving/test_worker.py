@@ -98,7 +98,7 @@ def test_a_history_that_the_model_fails_on_fails_alone(reader, model, caplog):
 
 def test_a_reload_loses_no_request(reader):
     old, new = Model(), Model()
-    app = make_app(Checkpoints(reader, old, new), 4, 60, keys=["one"])
+    app = make_app(Checkpoints(reader, old, new), 60, keys=["one"])
 
     async def steps(client):
         client.headers["Authorization"] = "Bearer one"
@@ -123,7 +123,7 @@ def test_a_reload_loses_no_request(reader):
 
 def test_a_checkpoint_that_cannot_be_loaded_leaves_the_one_there_is(reader, model, caplog):
     bad = [InputError(["--model x: no such folder", "--info_file y: is empty"]), RuntimeError("/secret/path")]
-    app = make_app(Checkpoints(reader, model, *bad), 4, 6, keys=["one"])
+    app = make_app(Checkpoints(reader, model, *bad), 6, keys=["one"])
 
     async def steps(client):
         client.headers["Authorization"] = "Bearer one"
@@ -153,7 +153,7 @@ def asgi_post(app, body: bytes, messages: list[dict]):
 
 def test_the_work_of_clients_that_left_is_dropped(reader, model, caplog):
     caplog.set_level("INFO", "minionerec.serve")
-    app = make_app(lambda: Loaded(reader, model), batch_size=4, max_waiting=6)
+    app = make_app(lambda: Loaded(reader, model, 4), max_waiting=6)
     gone = [{"type": "http.disconnect"}]
 
     async def steps(client):
@@ -187,7 +187,7 @@ def until_true(condition) -> None:
 
 def test_a_client_with_all_waiting_requests_does_not_keep_others_out(reader, model):
     """The last requests of the one that waits for most are refused in their place, and no more than is fair."""
-    worker = Worker(lambda: Loaded(reader, model), 1, 6, Metrics())
+    worker = Worker(lambda: Loaded(reader, model, 1), 6, Metrics())
 
     def submit(client: str):
         return worker.submit(reader.read({"history": ["1"]}), worker.loaded, "id", client)
@@ -235,7 +235,7 @@ def test_what_is_replaced_or_fails_is_not_kept(reader, monkeypatch):
         loaded.append(weakref.ref(model))
         if len(loaded) == 2:
             raise InputError("half of it")
-        return Loaded(reader, model)
+        return Loaded(reader, model, 1)
 
     async def steps(client):
         def ask():
@@ -267,7 +267,7 @@ def test_what_is_replaced_or_fails_is_not_kept(reader, monkeypatch):
 
     monkeypatch.setattr(worker.log, "exception", lambda *_: None)  # pytest keeps what is logged, with its frames
     key = {"Authorization": "Bearer one"}
-    app = make_app(load, 1, 6, keys=["one"])
+    app = make_app(load, 6, keys=["one"])
     app.dependency_overrides[check_key] = lambda: None
     gc.collect()
     gc.disable()
