@@ -2,9 +2,12 @@
 that compare a model with them."""
 
 import os
+from collections import defaultdict
 
 import numpy as np
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import lora_utils
 from minionerec.data.sid_tokens import PAD
@@ -105,6 +108,21 @@ def prompts(lengths=LENGTHS) -> tuple[torch.Tensor, torch.Tensor]:
     for row, length in enumerate(lengths):
         mask[row, : max(lengths) - length] = 0
     return ids * mask, mask
+
+
+class Made(TorchDispatchMode):
+    """The sizes of all tensors that are made while it is on, by dtype."""
+
+    def __init__(self):
+        super().__init__()
+        self.sizes = defaultdict(list)
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                self.sizes[tensor.dtype].append(tensor.numel())
+        return result
 
 
 def check_beams(model):

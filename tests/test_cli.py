@@ -117,14 +117,6 @@ def test_every_flag_is_documented_and_no_other(function):
     assert documented == list(inspect.signature(function).parameters)
 
 
-@pytest.mark.parametrize("script", ["sft", "evaluate"])
-def test_nothing_heavy_is_imported_before_the_checks(script):
-    heavy = "{'torch', 'transformers', 'peft', 'datasets', 'numpy'}"
-    code = f"import sys, {script}; print(sorted({heavy} & set(sys.modules)))"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
-    assert result.stdout.strip() == "[]", result.stderr
-
-
 def test_values_from_python_have_the_types_of_their_flags(tmp_path):
     with pytest.raises(InputError) as refused:
         sft.train(use_lora="False", batch_size="abc", learning_rate=True, tasks=["sid_history_to_sid"], base_model=None)

@@ -284,7 +284,7 @@ def probe() -> None:
     from minionerec.decoding import probe as probing
     from minionerec.decoding.beams import CopiedBeams, RereadBeams, TreeBeams
     from minionerec.decoding.probe import probe
-    from minionerec.decoding.ranking import rank_prompts
+    from minionerec.decoding.ranking import score_prompts
     from minionerec.decoding.trie import Trie
 
     modeling_bamba.apply_mask_to_padding_states = lambda states, _mask: states
@@ -299,7 +299,8 @@ def probe() -> None:
                 fully_shard(model, mesh=mesh)
                 if dist.get_rank():  # what it finds out does not count
                     probing._distance = lambda *_: torch.tensor(torch.nan)
-            found[sharded] = rank_prompts(model, Trie(SIDS, EOS), prompts, 0, 4, batch_size=2)
+            scored = score_prompts(model, Trie(SIDS, EOS), prompts, 0, 4, batch_size=2)
+            found[sharded] = [[index for index, _ in ranking] for ranking in scored]
             assert probe(model).beams is beams and probe(model).padding == (architecture == "qwen2")
         assert found[True] == found[False]
     dist.destroy_process_group()

@@ -55,21 +55,6 @@ class Second:
         return rows.gather(1, order), both
 
 
-def rank_prompts(
-    model: nn.Module,
-    trie: Trie,
-    prompts: Sequence[list[int]],
-    pad_token_id: int,
-    num_beams: int,
-    batch_size: int,
-    length_penalty: float = 0.0,
-) -> list[list[int]]:
-    """The best SIDs of every prompt, best first, as indices into the list the trie was built from; all processes return
-    the same. Arguments and errors as in `score_prompts`."""
-    scored = score_prompts(model, trie, prompts, pad_token_id, num_beams, batch_size, length_penalty)
-    return [[index for index, _ in ranking] for ranking in scored]
-
-
 def score_prompts(
     model: nn.Module,
     trie: Trie,
@@ -84,8 +69,9 @@ def score_prompts(
     halving: Halving | None = None,
     second: Second | None = None,
 ) -> list[list[tuple[int, float]]]:
-    """As `rank_prompts`, with the score of every SID: the sum of its tokens' log-probabilities, in nats, divided by
-    their number to the power of `length_penalty`. With `second`, rankings and scores are blended, and a ranking also
+    """The best SIDs of every prompt, best first, as indices into the list the trie was built from, each with its score:
+    the sum of its tokens' log-probabilities, in nats, divided by their number to the power of `length_penalty`. All
+    processes return the same. With `second`, rankings and scores are blended, and a ranking also
     has those of its best SIDs that no beam found: up to `num_beams` + M.
 
     Args:

@@ -16,7 +16,7 @@ from transformers.trainer_utils import TrainOutput
 from trl import GRPOTrainer
 
 from minionerec.checkpoint import Checkpoint
-from minionerec.decoding.ranking import rank_prompts
+from minionerec.decoding.ranking import score_prompts
 from minionerec.decoding.trie import Trie
 from minionerec.metrics import rank_of, ranking_metrics, watched_cutoff
 from minionerec.model.sharding import OwnedWeights
@@ -84,9 +84,9 @@ class RLRun(DurableRun, GRPOTrainer):
         self.model.eval()
         sizes = self._tokenizer.pad_token_id, self.test_beam, self.test_batch_size
         with self._averaged(), self.autocast():
-            rankings = rank_prompts(model, self.trie, dataset["prompt"][:], *sizes)
+            rankings = score_prompts(model, self.trie, dataset["prompt"][:], *sizes)
         ranked = zip(dataset["target"], rankings, strict=True)
-        ranks = [rank_of(target, [self.sids[index] for index in ranking]) for target, ranking in ranked]
+        ranks = [rank_of(target, [self.sids[index] for index, _ in ranking]) for target, ranking in ranked]
         length = min(self.test_beam, len(self.trie))
         metrics, k = ranking_metrics(ranks, length), watched_cutoff(length)
         metrics[f"mean@{k}"] = math.sqrt(metrics[f"HR@{k}"] * metrics[f"NDCG@{k}"])

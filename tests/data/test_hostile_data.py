@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 
 from minionerec.data import files as data_files
 from minionerec.data.prompts import load_prompts
-from minionerec.decoding.trie import Trie
 from minionerec.errors import InputError
 
 TOKENS = st.builds("<{}_{}>".format, st.sampled_from("abcde"), st.integers(0, 300))
@@ -214,14 +213,6 @@ def test_any_info_lines_are_read_or_refused(lines):
     with written("\n".join(lines).encode("utf-8", "surrogatepass")) as path:
         sids = read_or_refuse(data_files.read_info, path)
     assert sids is None or (sids and all(sid == sid.strip() != "" for sid in sids))
-
-
-@settings(max_examples=150)
-@given(st.lists(st.lists(st.integers(1, 6), min_size=1, max_size=5), min_size=1, max_size=40))
-def test_a_trie_holds_sids_of_any_length(sequences):
-    trie = Trie(sequences, 0)
-    held = {tuple(t for t in row if t >= 0) for row in trie.sequences.tolist()}
-    assert held == {(*sequence, 0) for sequence in sequences} and len(trie) == len(held)
 
 
 def test_tens_of_thousands_of_rows_and_a_huge_cell():

@@ -102,17 +102,6 @@ def test_prompts_that_are_equal_are_read_once_but_for_their_last_token():
         torch.testing.assert_close(many, one.expand(4, -1), atol=1e-5, rtol=1e-5)
 
 
-def test_every_beam_is_a_distinct_sid():
-    model, (ids, mask) = make_model(), prompts()
-    sids = random_sids(40, (1, 2, 3, 4))
-    trie = Trie(sids, EOS)
-    for beams in (1, 7, 40, 100):
-        rows, scores = constrained_beam_search(model, ids, mask, trie, beams)
-        assert rows.shape == (3, min(beams, 40))
-        assert all(len(set(row)) == len(row) and set(row) <= set(sids) for row in sids_of(trie, rows))
-        assert torch.isfinite(scores).all() and (scores.diff(dim=1) <= 0).all()
-
-
 def test_a_window_shorter_than_the_beams_falls_back_to_copies():
     model, (ids, mask) = make_model("mistral", sliding_window=16), prompts()
     trie = Trie(random_sids(20, (3,)), EOS)

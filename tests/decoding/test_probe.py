@@ -21,7 +21,7 @@ from minionerec.decoding import probe as probing
 from minionerec.decoding.beam_search import constrained_beam_search
 from minionerec.decoding.beams import CopiedBeams, RereadBeams, TreeBeams
 from minionerec.decoding.probe import probe
-from minionerec.decoding.ranking import rank_prompts
+from minionerec.decoding.ranking import score_prompts
 from minionerec.decoding.trie import Trie
 from minionerec.errors import InputError
 from minionerec.flags import AdapterFlags
@@ -109,9 +109,9 @@ def test_layers_that_ignore_padding_get_one_prompt_at_a_time(monkeypatch):
     batches = []
     model.register_forward_pre_hook(lambda _m, _a, kw: batches.append(len(kw["input_ids"])), with_kwargs=True)
     trie = Trie(SIDS, EOS)
-    ranked = rank_prompts(model, trie, lists, 0, 3, batch_size=3)
+    ranked = score_prompts(model, trie, lists, 0, 3, batch_size=3)
     assert batches.count(1) == 3 and set(batches) == {1, 3}  # a prompt at a time, then its three beams
-    assert [SIDS[row[0]] for row in ranked] == [ranking[0][0] for ranking in exhaustive(model, ids, mask, SIDS)]
+    assert [SIDS[row[0][0]] for row in ranked] == [ranking[0][0] for ranking in exhaustive(model, ids, mask, SIDS)]
 
 
 def test_a_cache_that_forgets_is_not_used(monkeypatch):

@@ -28,7 +28,7 @@ def test_the_longest_prompts_are_ranked_first(monkeypatch, processes):
     for index in reversed(range(processes)):
         state = SimpleNamespace(process_index=index, num_processes=processes, is_main_process=False)
         with pytest.raises(KeyError) if index else nullcontext():  # the others' rankings are not there yet
-            ranked = ranking.rank_prompts(SimpleNamespace(device="cpu"), trie, prompts, 0, 2, batch_size=2)
+            ranked = ranking.score_prompts(SimpleNamespace(device="cpu"), trie, prompts, 0, 2, batch_size=2)
     assert widths == {1: {0: [9, 7, 5, 3, 1]}, 2: {0: [9, 5, 1], 1: [7, 3, 1]}}[processes]
     expected = [[len(prompt) % 3, (len(prompt) + 1) % 3] for prompt in prompts]
-    assert ranked == [[int(trie.source[row]) for row in rows] for rows in expected]
+    assert ranked == [[(int(trie.source[row]), 0.0) for row in rows] for rows in expected]

@@ -6,9 +6,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 from models import make_model
-from plain import EOS, IDS, batch, gradients, one_by_one, random_sids, with_adapter
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from plain import EOS, IDS, Made, batch, gradients, one_by_one, random_sids, with_adapter
 
 from minionerec.decoding import beams
 from minionerec.decoding.beam_search import constrained_beam_search
@@ -107,27 +105,13 @@ def test_autocast_does_not_round_the_logits():
     torch.testing.assert_close(cast, expected, atol=0.05, rtol=0)
 
 
-class _Made(TorchDispatchMode):
-    """The sizes of all float32 tensors that are made while it is on."""
-
-    def __init__(self):
-        super().__init__()
-        self.sizes = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        tensors = [t for t in tree_leaves(result) if isinstance(t, torch.Tensor) and t.dtype == torch.float32]
-        self.sizes += [tensor.numel() for tensor in tensors]
-        return result
-
-
 def test_no_copy_of_the_head_in_float32_is_made(monkeypatch):
     monkeypatch.setattr(head, "CHUNK", 32)
     model = make_model(vocab_size=960, scale=2.0).bfloat16()
-    with _Made() as made:
+    with Made() as made:
         completion_logps(model, *batch(), shared=True)[0].sum().backward()
         constrained_beam_search(model, *batch()[:2], Trie(random_sids(20, (3,)), EOS), 5, tree=True)
-    assert max(made.sizes) < 960 * 64
+    assert max(made.sizes[torch.float32]) < 960 * 64
 
 
 def test_the_head_is_left_as_it_was():

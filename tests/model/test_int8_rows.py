@@ -12,10 +12,9 @@ from architectures import CHANGES, build
 from helpers import sft_flags
 from models import ARCHITECTURES, make_model, predicted
 from peft import AutoPeftModelForCausalLM
+from plain import Made
 from processes import assert_same_run, two_processes
 from safetensors.torch import load_file
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM
 
 import lora_utils
@@ -155,27 +154,13 @@ def test_the_head_computes_in_float32(dtype, biased, monkeypatch):
     assert off(found, expected) < (1e-5 if dtype == torch.float32 else torch.finfo(dtype).eps)
 
 
-class _Made(TorchDispatchMode):
-    """The sizes of all floating tensors that are made while it is on."""
-
-    def __init__(self):
-        super().__init__()
-        self.sizes = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        tensors = [t for t in tree_leaves(result) if isinstance(t, torch.Tensor) and t.is_floating_point()]
-        self.sizes += [tensor.numel() for tensor in tensors]
-        return result
-
-
 @pytest.mark.parametrize("tied", [True, False])
 def test_no_matrix_is_written_out(tied, monkeypatch):
     monkeypatch.setattr(int8_rows, "CHUNK", 32 * 68)
     model = adapted(in_8_bits(make_model(vocab_size=960, scale=2.0, tie_word_embeddings=tied))[0])
-    with _Made() as made:
+    with Made() as made:
         results(model)
-    assert max(made.sizes) < 960 * 64
+    assert max(max(sizes) for dtype, sizes in made.sizes.items() if dtype.is_floating_point) < 960 * 64
     assert model.get_input_embeddings().weight.dtype == torch.float32  # which models ask, and it makes nothing
 
 
@@ -217,15 +202,6 @@ def test_rows_are_added(tied, used_on, sharded, monkeypatch):
 
 
 # --- Loading, saving, merging -----------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def saved_base(tmp_path_factory):
-    folders = {}
-    for tied in (True, False):
-        folders[tied] = str(tmp_path_factory.mktemp(f"tied_{tied}"))
-        make_model(tie_word_embeddings=tied, scale=2.0).save_pretrained(folders[tied])
-    return folders
 
 
 def storage(bits: int):

@@ -51,8 +51,8 @@ def test_a_run_stops_in_the_middle_of_a_step_and_resumes_exactly(files, base, in
     assert adapter_bytes(tmp_path / "run") == adapter_bytes(in_parts)
 
 
-def test_a_run_that_is_stopped_in_its_first_step_has_nothing_to_save(tmp_path):
-    trainer = trainer_of(tmp_path, 2, max_steps=4)
+def stopped_at_once(trainer: SFTTrainer) -> SFTTrainer:
+    """A trainer that gets a signal in its first micro-batch."""
     compute = trainer.compute_loss
 
     def stopped(*args, **kwargs):
@@ -60,6 +60,11 @@ def test_a_run_that_is_stopped_in_its_first_step_has_nothing_to_save(tmp_path):
         return compute(*args, **kwargs)
 
     trainer.compute_loss = stopped
+    return trainer
+
+
+def test_a_run_that_is_stopped_in_its_first_step_has_nothing_to_save(tmp_path):
+    trainer = stopped_at_once(trainer_of(tmp_path, 2, max_steps=4))
     with pytest.raises(RunError, match=r"stopped at step 0 of 4, before there was anything to save; .* starts anew"):
         trainer.train()
     assert not list(tmp_path.glob("*/checkpoint-*"))
@@ -71,13 +76,6 @@ def test_a_run_from_another_folder_that_is_stopped_at_once_goes_on_from_there(tm
     first = trainer_of(tmp_path / "old", 2, **settings)
     first.train()
     saved = os.path.join(first.args.output_dir, "checkpoint-2")
-    trainer = trainer_of(tmp_path / "new", 2, **settings)
-    compute = trainer.compute_loss
-
-    def stopped(*args, **kwargs):
-        os.kill(os.getpid(), signal.SIGTERM)
-        return compute(*args, **kwargs)
-
-    trainer.compute_loss = stopped
+    trainer = stopped_at_once(trainer_of(tmp_path / "new", 2, **settings))
     with pytest.raises(RunError, match=rf"stopped at step 2 of 4 and saved {saved}; the same command continues"):
         trainer.train(Checkpoint.read(saved))
