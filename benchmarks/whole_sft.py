@@ -15,7 +15,6 @@ import tempfile
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from statistics import median
-from typing import TYPE_CHECKING
 
 from benchmarks.common import (
     answer,
@@ -33,9 +32,6 @@ from minionerec import cli
 from minionerec.data.prompts import load_prompts
 from minionerec.errors import Problems
 from minionerec.flags import above_zero, check_batch, command, flag
-
-if TYPE_CHECKING:
-    pass
 
 FILES = ("train.csv", "valid.csv", "*.index.json", "*.item.json")
 

@@ -353,32 +353,17 @@ class MicroBatches:
         return StepSize(positions, sum(len(b["predicting"]) for b in batches), trees.accumulation * world.size())
 
 
-def largest_micro_batch(
-    flags: SFTFlags,
-    inputs: Inputs,
-    dataset: Dataset,
-    memory: float,
-    predicted: Callable[[SFTFlags], float] | None = None,
-) -> int:
+def largest_micro_batch(flags: SFTFlags, inputs: Inputs, dataset: Dataset, memory: float) -> int:
     """How many rows of sft.py to compute in one forward pass: the most that divide the rows of a step on one process
-    and are predicted to fit `memory` (GB) on a GPU, but 1 at least; as on a CPU where nothing can be predicted.
-
-    Args:
-        predicted: of flags, the memory in GB; None for the prediction of the dry run.
-    """
-    total_of = predicted
-    if total_of is None:
-        length, prompt = (np.array(dataset[name][:]) for name in ("length", "prompt_length"))
-        merged = dataset if flags.rows_together > 0 and may_share_rows(inputs.config) else None
-        micro_batches = MicroBatches(inputs, int(length.max()), int((length - prompt).max()), merged, on_gpu=True)
-
-        def total_of(flags: SFTFlags) -> float:
-            return inputs.predict(micro_batches.largest(flags), flags, on_gpu=True).total
-
+    and are predicted to fit `memory` (GB) on a GPU, but 1 at least; as on a CPU where nothing can be predicted."""
+    length, prompt = (np.array(dataset[name][:]) for name in ("length", "prompt_length"))
+    merged = dataset if flags.rows_together > 0 and may_share_rows(inputs.config) else None
+    micro_batches = MicroBatches(inputs, int(length.max()), int((length - prompt).max()), merged, on_gpu=True)
     sizes = _divisors(flags.batch_size // world.size())
 
     def fits(rows: int) -> bool:
-        return total_of(replace(flags, micro_batch_size=rows)) <= (1 - SPARE) * memory
+        sized = replace(flags, micro_batch_size=rows)
+        return inputs.predict(micro_batches.largest(sized), sized, on_gpu=True).total <= (1 - SPARE) * memory
 
     try:
         return sizes[bisect_left(sizes, True, hi=len(sizes) - 1, key=fits)]

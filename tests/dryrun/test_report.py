@@ -21,6 +21,8 @@ from minionerec.process_memory import rss_gb
 from rl import RLFlags
 from sft import SFTFlags
 
+ONE_ROW = {"length": [9], "prompt_length": [7]}
+
 
 @pytest.mark.parametrize("architecture", ["bloom", "mamba", "gpt_neo", "mpt", "lfm2", "qwen3_5_text"])
 def test_a_dry_run_of_rl_takes_plain_rows_where_rl_does(architecture, monkeypatch, capsys):
@@ -86,8 +88,8 @@ def test_what_cannot_be_predicted_trains_as_its_flags_say(monkeypatch):
     flags = RLFlags(train_batch_size=4, gradient_accumulation_steps=6, num_generations=4)
     inputs = report.Inputs(config_of("qwen2"), range(96), IDS, None, None, lora_utils.adapt)
     assert report.largest_pass(flags, inputs, 200, 4, False, 80.0) == 4
-    auto = SFTFlags(batch_size=24, micro_batch_size="auto")
-    assert report.largest_micro_batch(auto, None, None, 80.0, refuse) == auto.micro_rows
+    auto = SFTFlags(batch_size=24, micro_batch_size="auto", pack_rows=0)
+    assert report.largest_micro_batch(auto, SimpleNamespace(predict=refuse), ONE_ROW, 80.0) == auto.micro_rows
 
 
 def parts_of_rl(**flags) -> dict[str, float]:
@@ -114,14 +116,14 @@ def test_the_logits_of_an_evaluation_count():
 
 def test_a_micro_batch_of_sft_is_as_large_as_the_memory():
     """Of the divisors of the rows of a process."""
-    flags, tried = SFTFlags(batch_size=24, micro_batch_size="auto"), []
+    flags, tried = SFTFlags(batch_size=24, micro_batch_size="auto", pack_rows=0), []
 
-    def rows_in(memory: float) -> int:
-        return report.largest_micro_batch(
-            flags, None, None, memory, lambda changed: tried.append(changed.micro_rows) or float(changed.micro_rows)
-        )
+    def predict(step: Step, *_: object, **__: object) -> SimpleNamespace:
+        tried.append(step.rows)
+        return SimpleNamespace(total=float(step.rows))
 
-    found = [rows_in(rows / (1 - report.SPARE) + 1e-9) for rows in (100, 23, 7, 3, 0.5)]
+    room = [rows / (1 - report.SPARE) + 1e-9 for rows in (100, 23, 7, 3, 0.5)]
+    found = [report.largest_micro_batch(flags, SimpleNamespace(predict=predict), ONE_ROW, memory) for memory in room]
     assert found == [24, 12, 6, 3, 1] and not set(tried) - {1, 2, 3, 4, 6, 8, 12, 24}
     assert [SFTFlags(batch_size=rows, micro_batch_size="auto").micro_rows for rows in (128, 12, 5)] == [8, 6, 5]
 
