@@ -14,6 +14,7 @@ import numpy as np
 import tokenizers
 from tokenizers import AddedToken, Tokenizer, models
 
+from minionerec.data.control_tokens import OTHER
 from minionerec.data.encoding import Encoder, batches
 from minionerec.data.files import Catalogue, shorten
 from minionerec.data.prompts import SEPARATOR, Task
@@ -24,7 +25,6 @@ if TYPE_CHECKING:  # slow to import, and needed for annotations only
 
 PAD = -1  # fills rows of token ids after the end of a shorter sequence
 UNKNOWN = -2  # in place of a token id, for text that is not a known token
-OTHER = "\0"  # stands for text that is not a token
 SIDS_OF_A_PROMPT = 100  # put into one prompt by a check
 
 Refuse = Callable[[int, str], NoReturn]  # raises InputError about the SID in a row of the check

@@ -93,11 +93,6 @@ def may_share_rows(config: PreTrainedConfig) -> bool:
     return text.model_type not in IGNORE_MASKS and not getattr(text, "alibi", False)
 
 
-def shares_rows(model: nn.Module, prompt: int, row: int) -> bool:
-    """Whether completions may share a row of `row` tokens with their prompt of `prompt`; raises what `probe` raises."""
-    return probe(model, prompt, row).shared
-
-
 def _non_attention_layers(config: PreTrainedConfig) -> set[str]:
     """The types of layers in a configuration that do not follow a 4-D mask, such as recurrent ones."""
     return set(getattr(config, "layer_types", None) or ()) - MASKED

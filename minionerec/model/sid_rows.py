@@ -38,9 +38,11 @@ class SidRows(TrainableTokensLayer):
             # changed yet gives exactly the logits of its base.
             rows = (self.trainable_tokens_original if self.disable_adapters else self.trainable_tokens_delta)[adapter]
             if isinstance(self.base_layer, nn.Embedding):
-                result = self._overwrite_embeddings(result, x, rows, adapter)
+                row = self._row_of(adapter, x.device)[x]
+                # Gemma scales its embeddings in the layer itself.
+                result = _overwritten_embeddings(result, row, rows, self._get_embed_scale())
             else:
-                result = self._overwrite_logits(result, x, rows, adapter)
+                result = _overwritten_logits(result, x, rows, self._ids(adapter, x.device), self.base_layer.bias)
         return result
 
     def update_layer(self, adapter_name: str, **kwargs: object) -> None:
@@ -79,18 +81,6 @@ class SidRows(TrainableTokensLayer):
             row_of[ids] = torch.arange(len(ids), device=device)
             cache[adapter, device] = row_of
         return cache[adapter, device]
-
-    def _overwrite_embeddings(
-        self, result: torch.Tensor, token_ids: torch.Tensor, rows: torch.Tensor, adapter: str
-    ) -> torch.Tensor:
-        row = self._row_of(adapter, token_ids.device)[token_ids]
-        # Gemma scales its embeddings in the layer itself.
-        return _overwritten_embeddings(result, row, rows, self._get_embed_scale())
-
-    def _overwrite_logits(
-        self, result: torch.Tensor, hidden: torch.Tensor, rows: torch.Tensor, adapter: str
-    ) -> torch.Tensor:
-        return _overwritten_logits(result, hidden, rows, self._ids(adapter, hidden.device), self.base_layer.bias)
 
 
 def _overwritten_embeddings(

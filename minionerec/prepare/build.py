@@ -67,7 +67,7 @@ def read_items(
         wanted: whether an item with this id counts.
         other: the file of interactions, whose columns may have the names that flags give.
     """
-    layout = problems.attempt(layout_of, flags) or Layout()
+    layout = problems.attempt(layout_of, flags)
     source = problems.attempt(open_source, getattr(flags, flag), flag, layout)
     read = None
     if source:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from minionerec.decoding.probe import shares_rows
+from minionerec.decoding.probe import probe
 from minionerec.model import graphs
 from minionerec.model.head import float32_head, head_on
 from minionerec.model.packed_rows import Packed, plain_rows, shared_rows
@@ -56,7 +56,7 @@ def completion_logps(
     recorded = graphs.of(inner)
     in_tree = shared is None and attends_in_blocks(inner) and not recorded
     if shared is None:
-        shared = shares_rows(inner, width, width + len(completion_ids) * completion_ids.shape[1])
+        shared = probe(inner, width, width + len(completion_ids) * completion_ids.shape[1]).shared
     pack: Callable[..., Packed] = plain_rows if not shared else tree_rows if in_tree else shared_rows
 
     def logps_of(
