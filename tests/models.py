@@ -79,10 +79,7 @@ def adapted(architecture: str, tied: bool, method: str):
     model = make_model(architecture, scale=2.0, tie_word_embeddings=tied)
     if method == "lora":
         model = lora_utils.add_lora(model, lora_utils.lora_config(model, IDS, AdapterFlags(lora_dropout=0.0)))
-        torch.manual_seed(4)
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.data += 0.05 * torch.randn_like(parameter)
+        return plain.moved(model, seed=4)
     return model
 
 

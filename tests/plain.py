@@ -22,7 +22,8 @@ LENGTHS = (5, 31, 42)  # of prompts in one batch
 # Two prompts of different lengths with three completions each, and one with a single completion; of 1 to 3 tokens.
 PROMPTS = [[5, 6, 7, 90, 8]] * 3 + [[9, 10, 91]] * 3 + [[11, 12, 13, 14]]
 COMPLETIONS = [[90, 5, 1], [91, 1], [90, 6, 1], [90, 5, 1], [1], [91, 6, 1], [91, 91, 1]]
-IDS = [90, 91, 5]
+IDS = [90, 91, 5]  # of SID rows
+TOKENS = torch.tensor([[1, 90, 5, 7, 91, 3, 8, 9, 10], [2, 5, 90, 91, 8, 4, 3, 2, 1]])
 
 
 def fuzz_seeds(count: int) -> range:
@@ -57,9 +58,20 @@ def one_by_one(model, prompt_ids, prompt_mask, completion_ids, completion_mask, 
     return logps, entropies
 
 
+def moved(model, seed: int = 1, by: float = 0.05):
+    """The model, of which all that trains has moved a little."""
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(by * torch.randn_like(parameter))
+    return model
+
+
 def with_adapter(model, dropout=0.0):
     torch.manual_seed(4)
-    model = lora_utils.add_lora(model, lora_utils.lora_config(model, IDS, AdapterFlags(lora_r=4, lora_dropout=dropout)))
+    flags = AdapterFlags(lora_r=4, lora_dropout=dropout)
+    model = lora_utils.add_lora(model, lora_utils.lora_config(model, IDS, flags))
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:

@@ -5,6 +5,7 @@ import torch
 from architectures import build
 from models import config_of, make_model, numbers_as_words
 from peft import PeftModel
+from plain import moved
 from transformers import AutoModelForCausalLM
 
 import lora_utils
@@ -49,12 +50,8 @@ def adapter_of(folder, path, **settings):
     tokenizer = loading.load_tokenizer(str(folder))
     model = loading.load_base(str(folder), quantization_config(flags))
     ids = loading.add_sid_tokens(model, tokenizer, ["<a_1>", "<a_2>"])
-    model = lora_utils.adapt(model, flags, ids).eval()
-    torch.manual_seed(1)
+    model = moved(lora_utils.adapt(model, flags, ids).eval())
     with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.05 * torch.randn_like(parameter))
         logits = model(input_ids=TOKENS.clamp(max=95)).logits.float()
     model.save_pretrained(path)
     tokenizer.save_pretrained(path)

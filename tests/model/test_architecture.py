@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from architectures import CHANGES, build, configuration
 from models import predicted, rl_trainer
 from peft import AutoPeftModelForCausalLM
+from plain import IDS, TOKENS, moved
 from transformers import AutoModelForCausalLM
 
 import lora_utils
@@ -16,9 +17,6 @@ from minionerec.dryrun.passes import Step
 from minionerec.errors import InputError
 from minionerec.flags import AdapterFlags
 from minionerec.model import adapters, architecture, loading
-
-IDS = [90, 91, 5]  # of SID rows
-TOKENS = torch.tensor([[1, 90, 5, 7, 91, 3, 8, 9, 10], [2, 5, 90, 91, 8, 4, 3, 2, 1]])
 
 DIRECT = "weight read directly"
 OTHER = "not a linear layer"
@@ -80,12 +78,7 @@ def logits(model) -> torch.Tensor:
 def adapted(model, **settings):
     """The model with an adapter that has moved."""
     config = lora_utils.lora_config(model, IDS, AdapterFlags(**{"lora_r": 8, **settings}))
-    model = lora_utils.add_lora(model, config)
-    torch.manual_seed(1)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data += 0.05 * torch.randn_like(parameter)
-    return model
+    return moved(lora_utils.add_lora(model, config))
 
 
 def untrained(model) -> list[str]:

@@ -7,14 +7,13 @@ import pytest
 import torch
 from architectures import build, configuration
 from peft import AutoPeftModelForCausalLM, get_peft_model
+from plain import IDS, TOKENS
 
 import lora_utils
 from minionerec.errors import InputError
 from minionerec.flags import AdapterFlags
 from minionerec.model import adapters, architecture, experts, loading
 
-IDS = [90, 91, 5]
-TOKENS = torch.tensor([[1, 90, 5, 7, 91, 3, 8, 9, 10], [2, 5, 90, 91, 8, 4, 3, 2, 1]])
 # Multiplied from the left; from the right, with biases; without routing; next to a shared expert; next to dense layers.
 KINDS = ["mixtral", "gpt_oss", "llama4_text", "qwen2_moe", "deepseek_v3"]
 

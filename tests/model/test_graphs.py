@@ -12,7 +12,7 @@ from architectures import build
 from as_on_gpu import starts_kernels
 from datasets import Dataset
 from models import IDS, adapted, make_model
-from plain import EOS, batch, prompts, random_sids
+from plain import EOS, batch, moved, prompts, random_sids
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -65,13 +65,7 @@ def prepared(model, method: str, dropout: float = 0.0):
     if method == "full":
         return model
     flags = AdapterFlags(use_lora=True, lora_r=4, lora_dropout=dropout, use_dora=method == "dora")
-    model = lora_utils.add_lora(model, lora_utils.lora_config(model, IDS, flags))
-    torch.manual_seed(4)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.05 * torch.randn_like(parameter))
-    return model
+    return moved(lora_utils.add_lora(model, lora_utils.lora_config(model, IDS, flags)), seed=4)
 
 
 def train(model, losses_of, steps: int = 4, parts: int = 2):

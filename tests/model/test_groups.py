@@ -11,6 +11,7 @@ from helpers import rl_flags, run_command, sft_flags
 from models import make_model
 from peft import LoraConfig, get_peft_model
 from peft.helpers import rescale_adapter_scale
+from plain import IDS, TOKENS, moved
 from processes import assert_same_run, two_processes
 from transformers import AutoModelForCausalLM
 
@@ -18,22 +19,10 @@ import lora_utils
 from minionerec.flags import AdapterFlags
 from minionerec.model import adapters, device, fewer_kernels, groups, loading
 
-IDS = [90, 91, 5]
-TOKENS = torch.tensor([[1, 90, 5, 7, 91, 3, 8, 9, 10], [2, 5, 90, 91, 8, 4, 3, 2, 1]])
-
 
 @pytest.fixture(autouse=True)
 def on_gpu(monkeypatch):
     monkeypatch.setattr(device, "starts_kernels", starts_kernels)
-
-
-def moved(model, seed=1):
-    torch.manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.05 * torch.randn_like(parameter))
-    return model
 
 
 def with_adapter(model, **settings):

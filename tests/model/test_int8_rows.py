@@ -12,7 +12,7 @@ from architectures import CHANGES, build
 from helpers import sft_flags
 from models import ARCHITECTURES, make_model, predicted
 from peft import AutoPeftModelForCausalLM
-from plain import Made
+from plain import IDS, TOKENS, Made
 from processes import assert_same_run, two_processes
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -24,9 +24,7 @@ from minionerec.dryrun.passes import Step
 from minionerec.flags import AdapterFlags
 from minionerec.model import adapters, device, int8_rows, loading
 
-IDS = [90, 91, 5]  # of SID rows
 EXPERTS = {"gpt_oss", "kimi_linear", "qwen3_next"}  # the predictions of their tiny models hang on single experts
-TOKENS = torch.tensor([[1, 90, 5, 7, 91, 3, 8, 9, 10], [2, 5, 90, 91, 8, 4, 3, 2, 1]])
 CPU = torch.device("cpu")
 AS_ON_GPU = torch.device("cpu", 0)  # not the device that torch.device("cpu") is, as a GPU is not
 QLORA = AdapterFlags(use_qlora=True, lora_dropout=0.0)

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from models import make_model
+from plain import moved
 
 import lora_utils
 from minionerec.model.sharding import local_shard, overwrite, whole_tensors, with_sid_rows_merged
@@ -13,10 +14,7 @@ from minionerec.model.sharding import local_shard, overwrite, whole_tensors, wit
 @pytest.mark.parametrize("tied", [True, False])
 def test_sid_rows_are_merged_in_a_state_as_in_a_model(tied):
     model = lora_utils.train_sid_rows_only(make_model("qwen2", tie_word_embeddings=tied), [90, 91, 92])
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn_like(parameter))
+    moved(model, by=1.0)
     base = model.get_base_model()
     state = with_sid_rows_merged(base, {name: tensor.clone() for name, tensor in model.state_dict().items()})
     merged = copy.deepcopy(model).merge_and_unload().state_dict()

@@ -6,7 +6,7 @@ import pytest
 import torch
 from models import make_model
 from peft import get_peft_model
-from plain import IDS
+from plain import IDS, moved
 
 import lora_utils
 from minionerec.flags import AdapterFlags
@@ -19,11 +19,7 @@ def test_row_only_forward_equals_pefts_layer(architecture, tied):
     model = make_model(architecture, scale=2.0, tie_word_embeddings=tied)
     config = lora_utils.lora_config(model, IDS, AdapterFlags(lora_dropout=0.0))
     plain = get_peft_model(copy.deepcopy(model), copy.deepcopy(config))
-    fast = lora_utils.add_lora(model, config)
-    torch.manual_seed(2)
-    for parameter in fast.parameters():
-        if parameter.requires_grad:
-            parameter.data += 0.1 * torch.randn_like(parameter)
+    fast = moved(lora_utils.add_lora(model, config), seed=2, by=0.1)
     plain.load_state_dict(fast.state_dict())
     ids = torch.tensor([[1, 90, 5, 7, 91, 3], [2, 5, 90, 91, 8, 4]])
     outputs = [m(input_ids=ids, labels=ids) for m in (plain, fast)]
