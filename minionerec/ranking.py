@@ -235,9 +235,15 @@ class Ranker:
     @property
     def _score(self) -> partial[list[list[tuple[int, float]]]]:
         """`score_prompts` by this model, of prompts and what else they come with."""
-        sizes = {"num_beams": self.num_beams, "batch_size": self.batch_size}
-        pad = self.tokenizer.pad_token_id
-        return partial(score_prompts, self.model, self.trie, pad_token_id=pad, halving=self.halving, **sizes)
+        return partial(
+            score_prompts,
+            self.model,
+            self.trie,
+            pad_token_id=self.tokenizer.pad_token_id,
+            num_beams=self.num_beams,
+            batch_size=self.batch_size,
+            halving=self.halving,
+        )
 
     def _blended(self, rows: Sequence[Interaction]) -> Second | None:
         """SASRec with the weight that it has; None where the model ranks alone."""
