@@ -7,7 +7,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from helpers import compile_templates_once, curves_undrawn, run_command, sft_flags, write_csv
+from helpers import compile_templates_once, curves_undrawn, sft_flags, succeed, write_csv
 from hypothesis import settings
 
 from minionerec import plots
@@ -77,7 +77,7 @@ def files(tmp_path_factory) -> dict[str, str]:
 def base(files, tmp_path_factory) -> str:
     """A tiny Qwen2 base with its own tokenizer."""
     folder = str(tmp_path_factory.mktemp("base") / "base")
-    result = run_command(
+    succeed(
         "scripts/make_base.py",
         item_meta_path=files["item"],
         output_dir=folder,
@@ -86,7 +86,6 @@ def base(files, tmp_path_factory) -> str:
         num_hidden_layers=2,
         intermediate_size=128,
     )
-    assert result.returncode == 0, result.stderr
     return folder
 
 
@@ -99,8 +98,7 @@ def sft_run(files, base, tmp_path_factory):
         if method not in runs:
             output = tmp_path_factory.mktemp("sft") / method
             flags = {"full": {}, "lora": {"use_lora": True}, "qlora": {"use_qlora": True}}[method]
-            result = run_command("sft.py", **sft_flags(files, base, output, **flags, learning_rate=1e-2))
-            assert result.returncode == 0, result.stderr[-3000:]
+            result = succeed("sft.py", **sft_flags(files, base, output, **flags, learning_rate=1e-2))
             assert "deprecated" not in result.stderr
             runs[method] = output
         return runs[method]

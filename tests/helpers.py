@@ -75,6 +75,13 @@ def run_command(script: str, *extra: str, **flags: object) -> subprocess.Complet
     return subprocess.CompletedProcess(argv, code, output.getvalue(), errors.getvalue())
 
 
+def succeed(script: str, *extra: str, **flags: object) -> subprocess.CompletedProcess:
+    """`run_command` of a command that must succeed."""
+    result = run_command(script, *extra, **flags)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return result
+
+
 def compile_templates_once() -> None:
     """PEFT writes a model card with every checkpoint, and jinja2 compiles its template anew, a tenth of a small run."""
     jinja2.Environment.compile = cache(jinja2.Environment.compile)
@@ -189,8 +196,7 @@ def encoded(rows: list[dict], form: str, zipped: bool = False) -> bytes:
 
 def run_rl(files, start, output, **more) -> tuple[dict, subprocess.CompletedProcess]:
     """The metrics of a run of rl.py, and the run."""
-    result = run_command("rl.py", **rl_flags(files, start, output, **more))
-    assert result.returncode == 0, result.stderr[-3000:]
+    result = succeed("rl.py", **rl_flags(files, start, output, **more))
     return json.loads((output / "metrics.json").read_text()), result
 
 

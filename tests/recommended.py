@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from helpers import run_command
+from helpers import succeed
 
 
 def flags_of(files, checkpoint, output=None, **more) -> dict:
@@ -13,8 +13,7 @@ def flags_of(files, checkpoint, output=None, **more) -> dict:
 
 
 def recommended(files, checkpoint, output, **more) -> list[dict]:
-    done = run_command("recommend.py", **flags_of(files, checkpoint, output, **more))
-    assert done.returncode == 0, done.stderr[-3000:]
+    succeed("recommend.py", **flags_of(files, checkpoint, output, **more))
     assert not list(output.parent.glob("*.partial*"))
     return [json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()]
 

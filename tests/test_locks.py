@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers import ROOT, evaluate_flags, rl_flags, run_command, sft_flags
+from helpers import ROOT, evaluate_flags, rl_flags, run_command, sft_flags, succeed
 
 from minionerec import locks
 from minionerec.errors import InputError, Problems
@@ -89,8 +89,7 @@ def test_a_killed_run_locks_nothing(files, base, tmp_path, held):
     first.kill()
     first.wait()
     assert os.listdir(out) == [".lock"]
-    done = run_command("sft.py", **sft_flags(files, base, out, use_lora=True, sample=4, resume_from_checkpoint=True))
-    assert done.returncode == 0, done.stderr[-2000:]
+    succeed("sft.py", **sft_flags(files, base, out, use_lora=True, sample=4, resume_from_checkpoint=True))
     assert ".lock" not in os.listdir(out) and (out / "final_checkpoint").is_dir()
 
 
@@ -147,5 +146,4 @@ def test_a_file_system_without_locks_is_named(tmp_path, monkeypatch, capsys, num
 
 def test_the_dry_run_locks_nothing(files, base, tmp_path, held):
     held(tmp_path / "run")
-    done = run_command("sft.py", **sft_flags(files, base, tmp_path / "run", use_lora=True, dry_run=True))
-    assert done.returncode == 0, done.stderr[-2000:]
+    succeed("sft.py", **sft_flags(files, base, tmp_path / "run", use_lora=True, dry_run=True))

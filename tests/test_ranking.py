@@ -6,7 +6,7 @@ import warnings
 from pathlib import Path
 
 import pytest
-from helpers import run_command
+from helpers import succeed
 
 from minionerec import InputError, Ranker, ranking
 
@@ -15,14 +15,13 @@ from minionerec import InputError, Ranker, ranking
 def test_a_ranker_recommends_what_the_command_does(files, sft_run, tmp_path, method):
     checkpoint, history = sft_run(method) / "final_checkpoint", ["12", "30", "7"]
     (tmp_path / "requests.jsonl").write_text(json.dumps({"history": history, "K": 5, "exclude_seen": True}) + "\n")
-    done = run_command(
+    succeed(
         "recommend.py",
         model=checkpoint,
         info_file=files["info"],
         histories=tmp_path / "requests.jsonl",
         output=tmp_path / "out.jsonl",
     )
-    assert done.returncode == 0, done.stderr
     ranker = Ranker.load(checkpoint, info_file=files["info"])
     found = ranker.recommend(history, k=5, exclude_seen=True)
     assert found == json.loads((tmp_path / "out.jsonl").read_text())["items"]

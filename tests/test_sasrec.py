@@ -2,7 +2,7 @@ import json
 
 import pytest
 import torch
-from helpers import run_command
+from helpers import run_command, succeed
 from recorded import problems_of
 
 from minionerec import sasrec
@@ -99,10 +99,9 @@ def test_a_training_that_diverges_ends_in_one_line(files, tmp_path):
 
 def test_the_command_trains_saves_and_evaluates(files, tmp_path):
     flags = {"train_file": files["train"], "eval_file": files["valid"], "info_file": files["info"]}
-    result = run_command(
+    result = succeed(
         "scripts/train_sasrec.py", **flags, test_data_path=files["test"], output_dir=tmp_path / "m", num_epochs=2
     )
-    assert result.returncode == 0, result.stderr
     assert sasrec.load(str(tmp_path / "m")).scores([["<a_0><b_0><c_0>"]], ["<a_2><b_0><c_2>"])
     metrics = json.loads((tmp_path / "m" / "result.metrics.json").read_text())
     assert 0 <= metrics["NDCG@10"] <= metrics["HR@10"] <= 1
@@ -118,8 +117,7 @@ def test_several_models_are_those_of_their_seeds(files, tmp_path):
     flags = {"train_file": files["train"], "eval_file": files["valid"], "info_file": files["info"], "num_epochs": 3}
 
     def trained(name: str, **more: object) -> tuple[sasrec.Recommender, dict]:
-        result = run_command("scripts/train_sasrec.py", **flags, output_dir=tmp_path / name, **more)
-        assert result.returncode == 0, result.stderr
+        succeed("scripts/train_sasrec.py", **flags, output_dir=tmp_path / name, **more)
         return sasrec.load(str(tmp_path / name)), json.loads((tmp_path / name / "metrics.json").read_text())
 
     ones, costs = zip(*(trained(f"seed{seed}", seed=seed) for seed in (7, 8)), strict=True)

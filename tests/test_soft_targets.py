@@ -3,7 +3,7 @@
 import json
 
 import torch
-from helpers import run_command, sft_flags
+from helpers import sft_flags, succeed
 
 from minionerec import sasrec
 from minionerec.data.files import Interaction, read_info
@@ -55,7 +55,6 @@ def test_sft_learns_them_next_to_the_purchases(files, base, tmp_path):
     for name, more in {"plain": {}, "taught": {"cf_path": tmp_path / "sasrec"}}.items():
         # A task that writes titles does not get the sampled rows.
         flags = sft_flags(files, base, tmp_path / name, tasks="sid_history_to_sid,sid_history_to_title", **more)
-        done = run_command("sft.py", **{**flags, "num_epochs": 1, "eval_step": 0.5, "use_lora": True})
-        assert done.returncode == 0, done.stderr[-3000:]
+        succeed("sft.py", **{**flags, "num_epochs": 1, "eval_step": 0.5, "use_lora": True})
         counts[name] = json.loads((tmp_path / name / "metrics.json").read_text())["train_examples"]
     assert counts["taught"] * 2 == counts["plain"] * 3

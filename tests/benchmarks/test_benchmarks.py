@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from helpers import ROOT, run_command
+from helpers import ROOT, run_command, succeed
 from processes import quick_python, start_fork_server
 
 from benchmarks import common
@@ -25,8 +25,7 @@ def quick(monkeypatch):
 def test_the_phases_of_a_start_add_up(files, base, quick):
     paths = {"train_file": files["train"], "sid_index_path": files["index"], "item_meta_path": files["item"]}
     paths["eval_file"] = files["valid"]
-    result = run_command("benchmarks/startup.py", base_model=base, category="bolts", **paths)
-    assert result.returncode == 0, result.stderr
+    result = succeed("benchmarks/startup.py", base_model=base, category="bolts", **paths)
     record = json.loads(result.stdout.splitlines()[-1])
     phases = ("checks", "imports", "tokenizer and base", "adapter", "examples", "trainer", "first step")
     for row, cache in zip(record["table"], ("cold", "warm"), strict=True):
@@ -35,8 +34,7 @@ def test_the_phases_of_a_start_add_up(files, base, quick):
 
 
 def test_what_bounds_a_machine_is_measured():
-    result = run_command("benchmarks/card.py", width=64, copied=1000, calls=20)
-    assert result.returncode == 0, result.stderr
+    result = succeed("benchmarks/card.py", width=64, copied=1000, calls=20)
     record = json.loads(result.stdout.splitlines()[-1])
     assert record["tflops"] > 0 and record["tb_per_second"] > 0
     assert len(record["host"]) == 6 and all(row["host (us)"] > 0 for row in record["host"])
@@ -47,8 +45,7 @@ def test_a_server_under_load_answers_as_the_batch_command(files, sft_run, quick)
     for package in ("fastapi", "prometheus_client"):
         pytest.importorskip(package, reason="pip install fastapi uvicorn prometheus-client")
     flags = {"model": sft_run("lora") / "final_checkpoint", "info_file": files["info"], "histories": files["test"]}
-    result = run_command("benchmarks/serve.py", **flags, requests=12, clients=4, batch_size=4, num_beams=10)
-    assert result.returncode == 0, result.stderr
+    result = succeed("benchmarks/serve.py", **flags, requests=12, clients=4, batch_size=4, num_beams=10)
     record = json.loads(result.stdout.splitlines()[-1])
     for row in record["table"]:
         assert row["lost"] == row["wrong"] == 0 and 0 < row["p50 (ms)"] <= row["p99 (ms)"]
@@ -56,11 +53,9 @@ def test_a_server_under_load_answers_as_the_batch_command(files, sft_run, quick)
 
 def test_what_sasrec_costs_is_measured(files, sft_run, tmp_path):
     paths = {"train_file": files["train"], "eval_file": files["valid"], "info_file": files["info"]}
-    trained = run_command("scripts/train_sasrec.py", **paths, output_dir=tmp_path / "sasrec", num_epochs=1)
-    assert trained.returncode == 0, trained.stderr
+    succeed("scripts/train_sasrec.py", **paths, output_dir=tmp_path / "sasrec", num_epochs=1)
     flags = {"model": sft_run("lora") / "final_checkpoint", "blend": tmp_path / "sasrec", "histories": files["test"]}
-    result = run_command("benchmarks/blend.py", **flags, info_file=files["info"], requests=2, repeats=1, num_beams=10)
-    assert result.returncode == 0, result.stderr
+    result = succeed("benchmarks/blend.py", **flags, info_file=files["info"], requests=2, repeats=1, num_beams=10)
     record = json.loads(result.stdout.splitlines()[-1])
     assert [row["requests at once"] for row in record["results"]] == [1, 8]
     assert all(row["ratio"] > 0 for row in record["results"])
@@ -83,8 +78,7 @@ def test_a_benchmark_trains_the_rows_of_a_folder(files, tmp_path, quick, script,
     shape = "--num_hidden_layers 1 --hidden_size 32 --num_attention_heads 2 --intermediate_size 64 --vocab_size 2048"
     sizes = "--rows 16 --micro_batch_size 4"
     words = [*shape.split(), *sizes.split(), *flags]
-    result = run_command(f"benchmarks/{script}.py", "--data", str(tmp_path), *words)
-    assert result.returncode == 0, result.stderr
+    result = succeed(f"benchmarks/{script}.py", "--data", str(tmp_path), *words)
     record = json.loads(result.stdout.splitlines()[-1])
     assert results <= set(record) and all(record[name] > 0 for name in results)
     if script == "trees":
@@ -106,10 +100,7 @@ def test_peers_train_the_same_from_the_same_start(files, base, tmp_path, quick):
     # All rows are in one step, so that the first loss does not depend on their order.
     sizes = {"rows": -1, "batch_size": 40, "micro_batch_size": 8, "epochs": 2, "num_beams": 10}
     ways = ["ours", "trl_padding_free"]
-    result = run_command(
-        "benchmarks/peers.py", data=data, base_model=base, category="bolts", ways=",".join(ways), **sizes
-    )
-    assert result.returncode == 0, result.stderr
+    result = succeed("benchmarks/peers.py", data=data, base_model=base, category="bolts", ways=",".join(ways), **sizes)
     record = json.loads(result.stdout.splitlines()[-1])
     ours, *others = record["table"]
     assert [row["way"] for row in record["table"]] == ways and ours["ours times as fast"] == 1
@@ -195,6 +186,5 @@ def test_what_the_script_runs_on_a_card_runs_small_on_a_cpu(tmp_path, quick, par
     asked = gpu(tmp_path / "out", part, PYTHON=recorder(tmp_path)).stdout
     (command,) = (line for line in asked.splitlines() if line.startswith("runs -m benchmarks."))
     module, *words = command.removeprefix("runs -m benchmarks.").split()
-    result = run_command(f"benchmarks/{module}.py", *words)
-    assert result.returncode == 0, result.stderr
+    result = succeed(f"benchmarks/{module}.py", *words)
     assert found in result.stdout

@@ -4,7 +4,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from helpers import evaluate_flags, refused, run_command
+from helpers import evaluate_flags, refused, run_command, succeed
 from processes import start_command
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -13,8 +13,7 @@ from minionerec.metrics import format_metrics, popularity, rank_of, ranking_metr
 
 
 def evaluated(files, result, **more) -> tuple[list, dict, str]:
-    done = run_command("evaluate.py", **evaluate_flags(files, result, **more))
-    assert done.returncode == 0, done.stderr[-3000:]
+    done = succeed("evaluate.py", **evaluate_flags(files, result, **more))
     metrics = json.loads(result.with_suffix(".metrics.json").read_text())
     return json.loads(result.read_text()), metrics, done.stdout
 

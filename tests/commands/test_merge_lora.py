@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import largest_file, refused, run_command, sft_flags
+from helpers import largest_file, refused, run_command, sft_flags, succeed
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -28,10 +28,7 @@ def digests(folder: Path) -> dict[str, str]:
 def untied_base(files, tmp_path_factory) -> str:
     folder = str(tmp_path_factory.mktemp("untied") / "base")
     size = {"vocab_size": 400, "hidden_size": 64, "num_hidden_layers": 2, "intermediate_size": 128}
-    done = run_command(
-        "scripts/make_base.py", item_meta_path=files["item"], output_dir=folder, tie_word_embeddings=False, **size
-    )
-    assert done.returncode == 0, done.stderr
+    succeed("scripts/make_base.py", item_meta_path=files["item"], output_dir=folder, tie_word_embeddings=False, **size)
     return folder
 
 
@@ -46,8 +43,7 @@ def trained(files, base, untied_base, tmp_path_factory) -> dict[str, str]:
         ("8 bits", base, {"use_lora": True, "load_in_8bit": True}),
     ):
         output = tmp_path_factory.mktemp("trained") / "run"
-        done = run_command("sft.py", **sft_flags(files, on, output, sample=20, learning_rate=2e-2, **flags))
-        assert done.returncode == 0, done.stderr[-3000:]
+        succeed("sft.py", **sft_flags(files, on, output, sample=20, learning_rate=2e-2, **flags))
         checkpoints[name] = str(output / "final_checkpoint")
     return checkpoints
 
@@ -110,8 +106,7 @@ def test_four_bit_weights_are_merged_as_what_they_stand_for(trained, base):
 
 
 def test_into_the_original_base_says_how_the_rankings_differ(trained, files, tmp_path):
-    done = run_command("merge_lora.py", adapter=trained["4 bits"], output_dir=tmp_path / "m", into="original", sample=5)
-    assert done.returncode == 0, done.stderr
+    done = succeed("merge_lora.py", adapter=trained["4 bits"], output_dir=tmp_path / "m", into="original", sample=5)
     assert "5 rows: the same first item in" in done.stdout
     report = Checkpoint.read(str(tmp_path / "m")).run["merged"]
     assert report["compared_rows"] == 5 and 0 < report["same_of_10"] <= 1
@@ -209,7 +204,7 @@ def test_evaluation_of_the_merged_checkpoint_ranks_the_same(trained, files, tmp_
     merge(adapter=trained["untied"], output_dir=str(tmp_path / "merged"))
     rankings = []
     for checkpoint in (trained["untied"], tmp_path / "merged"):
-        done = run_command(
+        succeed(
             "evaluate.py",
             base_model=checkpoint,
             info_file=files["info"],
@@ -217,7 +212,6 @@ def test_evaluation_of_the_merged_checkpoint_ranks_the_same(trained, files, tmp_
             result_json_data=tmp_path / "r.json",
             num_beams=10,
         )
-        assert done.returncode == 0, done.stderr
         rankings.append(json.loads((tmp_path / "r.json").read_text()))
     assert rankings[0] == rankings[1]
 

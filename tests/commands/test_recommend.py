@@ -11,7 +11,7 @@ from unittest import mock
 
 import pytest
 import torch
-from helpers import ROOT, evaluate_flags, run_command
+from helpers import ROOT, evaluate_flags, run_command, succeed
 from recommended import flags_of, recommended, requests_file
 
 import lora_utils
@@ -24,8 +24,7 @@ from minionerec.model import loading
 
 def one(files, checkpoint, history: str, **more) -> list[list[str]]:
     """Score, id, SID and title of the items for a history on the command line."""
-    done = run_command("recommend.py", **flags_of(files, checkpoint, history=history, **more))
-    assert done.returncode == 0, done.stderr[-3000:]
+    done = succeed("recommend.py", **flags_of(files, checkpoint, history=history, **more))
     lines = [line.split(maxsplit=4) for line in done.stdout.splitlines()]
     assert [line[0] for line in lines] == [str(i + 1) for i in range(len(lines))]
     return [line[1:] for line in lines]
@@ -49,16 +48,14 @@ def scored_one_by_one(checkpoint: str, text: str, sids: list[str]) -> dict[str, 
 @pytest.fixture(scope="module")
 def merged(checkpoint, tmp_path_factory) -> str:
     folder = tmp_path_factory.mktemp("merged") / "merged"
-    done = run_command("merge_lora.py", adapter=checkpoint, output_dir=folder)
-    assert done.returncode == 0, done.stderr
+    succeed("merge_lora.py", adapter=checkpoint, output_dir=folder)
     return str(folder)
 
 
 @pytest.mark.parametrize("kind", ["lora", "qlora", "merged"])
 def test_rankings_and_scores_are_those_of_evaluate(files, sft_run, merged, tmp_path, kind):
     checkpoint = merged if kind == "merged" else str(sft_run(kind) / "final_checkpoint")
-    done = run_command("evaluate.py", **evaluate_flags(files, tmp_path / "r.json", base_model=checkpoint))
-    assert done.returncode == 0, done.stderr[-3000:]
+    succeed("evaluate.py", **evaluate_flags(files, tmp_path / "r.json", base_model=checkpoint))
     expected = json.loads((tmp_path / "r.json").read_text())
     rows = recommended(files, checkpoint, tmp_path / "out.jsonl", batch_size=4)
     items = {item.id: item for item in read_info_items(files["info"])}

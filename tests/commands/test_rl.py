@@ -9,7 +9,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import ADAPTER, STATE, WHOLE, newest, rl_flags, run_command, run_rl, sft_flags, tensors_of, write_csv
+from helpers import (
+    ADAPTER,
+    STATE,
+    WHOLE,
+    newest,
+    rl_flags,
+    run_command,
+    run_rl,
+    sft_flags,
+    succeed,
+    tensors_of,
+    write_csv,
+)
 from peft import AutoPeftModelForCausalLM
 from processes import start_command
 from safetensors.torch import load_file
@@ -334,8 +346,7 @@ def test_a_checkpoint_keeps_its_wording_and_its_cut(files, base, tmp_path):
         "tasks": "sid_history_to_sid",
         "prompt_file": tmp_path / "prompts.json",
     }
-    done = run_command("sft.py", **sft_flags(files, base, tmp_path / "sft", sample=20, **flags))
-    assert done.returncode == 0, done.stderr[-2000:]
+    succeed("sft.py", **sft_flags(files, base, tmp_path / "sft", sample=20, **flags))
     flags = {"use_lora": True, "tasks": "title_history_to_sid", "category": "", "test_during_training": False}
     run_rl(files, tmp_path / "sft" / "final_checkpoint", tmp_path / "rl", **flags)
     recorded = Checkpoint.read(tmp_path / "rl" / "final_checkpoint").run
@@ -354,15 +365,13 @@ def test_a_small_catalogue_is_watched_at_a_shorter_cut(files, base, tmp_path):
     Path(small["info"]).write_text("".join(lines))
     for split in ("train", "valid"):
         write_csv(Path(small[split]), [[u % 7, (u + 1) % 7, (u + 3) % 7] for u in range(16)], index, items)
-    done = run_command("sft.py", **sft_flags(small, base, tmp_path / "sft", use_lora=True))
-    assert done.returncode == 0, done.stderr[-2000:]
+    succeed("sft.py", **sft_flags(small, base, tmp_path / "sft", use_lora=True))
     metrics, _ = run_rl(small, tmp_path / "sft" / "final_checkpoint", tmp_path / "rl", use_lora=True)
     assert metrics["best_eval_mean@5"] > 0
 
 
 def test_sid_rows_alone_are_no_start(files, base, tmp_path):
-    done = run_command("sft.py", **sft_flags(files, base, tmp_path / "sft", freeze_LLM=True))
-    assert done.returncode == 0, done.stderr[-2000:]
+    succeed("sft.py", **sft_flags(files, base, tmp_path / "sft", freeze_LLM=True))
     start = next((tmp_path / "sft").glob("checkpoint-*"))
     result = run_command("rl.py", **rl_flags(files, start, tmp_path / "rl", use_lora=True))
     assert result.returncode == 2 and "is a checkpoint from the middle of a --freeze_LLM run" in result.stderr

@@ -5,7 +5,7 @@ import time
 
 import pytest
 import torch
-from helpers import ADAPTER, STATE, WHOLE, run_command, sft_flags
+from helpers import ADAPTER, STATE, WHOLE, sft_flags, succeed
 from peft import AutoPeftModelForCausalLM
 from processes import start_command
 from safetensors.torch import load_file
@@ -15,8 +15,7 @@ from minionerec.model import adapters, loading
 
 
 def run_sft(files, base, output, **flags) -> dict:
-    result = run_command("sft.py", **sft_flags(files, base, output, **flags))
-    assert result.returncode == 0, result.stderr[-3000:]
+    result = succeed("sft.py", **sft_flags(files, base, output, **flags))
     assert "deprecated" not in result.stderr
     return json.loads((output / "metrics.json").read_text())
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import evaluate_flags, rl_flags, run_command, sft_flags
+from helpers import evaluate_flags, rl_flags, sft_flags, succeed
 from prepending import prepending_tokenizer
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
@@ -244,8 +244,7 @@ def hostile(files, tmp_path_factory) -> dict[str, str]:
 def test_commands_count_them_and_find_such_titles(hostile, base, tmp_path):
     title = json.loads(Path(hostile["item"]).read_text(encoding="utf-8"))["7"]["title"]
     run, tasks = tmp_path / "sft", "sid_history_to_sid,title_history_to_sid,sid_to_title"
-    trained = run_command("sft.py", **sft_flags(hostile, base, run, sample=24, tasks=tasks))
-    assert trained.returncode == 0, trained.stderr[-2000:]
+    trained = succeed("sft.py", **sft_flags(hostile, base, run, sample=24, tasks=tasks))
     line = "titles and descriptions with control tokens such as '<|endoftext|>': 1; there these are tokenized as text"
     assert line in trained.stdout.splitlines()
 
@@ -256,18 +255,15 @@ def test_commands_count_them_and_find_such_titles(hostile, base, tmp_path):
     requests, output = tmp_path / "requests.jsonl", tmp_path / "answers.jsonl"
     requests.write_text(json.dumps({"history": [title]}) + "\n")
     flags = {"model": final, "info_file": hostile["info"], "histories": requests, "output": output, "num_beams": 5}
-    answered = run_command("recommend.py", **flags, K=3, prompt_file=prompts)
-    assert answered.returncode == 0, answered.stderr[-2000:]
+    answered = succeed("recommend.py", **flags, K=3, prompt_file=prompts)
     assert line in answered.stdout.splitlines()
     result = tmp_path / "result.json"
     flags = evaluate_flags(hostile, result, base_model=final, prompt_file=prompts)
-    evaluated = run_command("evaluate.py", **flags)
-    assert evaluated.returncode == 0, evaluated.stderr[-2000:]
+    evaluated = succeed("evaluate.py", **flags)
     assert line in evaluated.stdout.splitlines()
     assert any("Bolt 7<|endoftext|><a_0>," in row["input"] for row in json.loads(result.read_text()))
     flags = rl_flags(hostile, final, tmp_path / "rl", tasks="title_history_to_sid", learning_rate=1e-6)
-    rewarded = run_command("rl.py", **flags, test_during_training=False, sample_train=False)
-    assert rewarded.returncode == 0, rewarded.stderr[-2000:]
+    rewarded = succeed("rl.py", **flags, test_during_training=False, sample_train=False)
     assert line in rewarded.stdout.splitlines()
 
 

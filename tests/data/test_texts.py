@@ -3,7 +3,7 @@ import json
 from pathlib import Path
 
 import pytest
-from helpers import COLUMNS, rl_flags, run_command, sft_flags
+from helpers import COLUMNS, rl_flags, run_command, sft_flags, succeed
 
 from minionerec.data.files import read_interactions
 from minionerec.data.prompts import load_prompts
@@ -60,8 +60,7 @@ def test_both_trainings_sample_their_validation_and_say_so(files, base, checkpoi
             files, checkpoint_of("qwen2", num_key_value_heads=2), tmp_path / "run", eval_sample=3, num_train_epochs=1
         )
         said = "3 to validate"
-    result = run_command(command, **flags)
-    assert result.returncode == 0, result.stderr[-2000:]
+    result = succeed(command, **flags)
     assert f"{files['valid']}: validating on 3 of 10 rows (--eval_sample)" in result.stdout and said in result.stdout
 
 

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from architectures import configuration
-from helpers import refused, rl_flags, run_command, sft_flags
+from helpers import refused, rl_flags, run_command, sft_flags, succeed
 from models import IDS, config_of
 
 import lora_utils
@@ -130,8 +130,7 @@ def test_a_micro_batch_of_sft_is_as_large_as_the_memory():
 
 def test_a_dry_run_sizes_the_micro_batch(files, base, tmp_path):
     flags = sft_flags(files, base, tmp_path / "run", batch_size=32, micro_batch_size="auto", use_lora=True)
-    done = run_command("sft.py", **flags, dry_run=True, gpu_memory="12GB")
-    assert done.returncode == 0, done.stderr
+    done = succeed("sft.py", **flags, dry_run=True, gpu_memory="12GB")
     assert "--micro_batch_size auto: 32 rows" in done.stdout and "fits a GPU with 12GB" in done.stdout
     refused(
         "sft.py", "--micro_batch_size 'most' is not valid; expected a whole number or auto", micro_batch_size="most"
@@ -141,12 +140,10 @@ def test_a_dry_run_sizes_the_micro_batch(files, base, tmp_path):
 
 def test_a_dry_run_of_sft(files, base, tmp_path):
     flags = sft_flags(files, base, tmp_path / "run", use_lora=True, dry_run=True)
-    done = run_command("sft.py", **flags, gpu_memory="24GB")
-    assert done.returncode == 0, done.stderr
+    done = succeed("sft.py", **flags, gpu_memory="24GB")
     assert "title_history_to_sid" in done.stdout and "240 examples; 15 steps an epoch" in done.stdout
     assert "fits a GPU with 24GB" in done.stdout and '"lora_r": 16' in done.stdout
-    trained = run_command("sft.py", **sft_flags(files, base, tmp_path / "run", use_lora=True, sample=8))
-    assert trained.returncode == 0, trained.stderr
+    trained = succeed("sft.py", **sft_flags(files, base, tmp_path / "run", use_lora=True, sample=8))
     printed = next(line for line in done.stdout.splitlines() if line.startswith("trainable parameters: "))
     assert trained.stdout.startswith(printed)
 
@@ -159,13 +156,11 @@ def test_a_dry_run_of_sft(files, base, tmp_path):
 
 
 def test_a_dry_run_of_rl(files, base, tmp_path):
-    sft = run_command("sft.py", **sft_flags(files, base, tmp_path / "sft", use_lora=True, sample=8, lora_r=8))
-    assert sft.returncode == 0, sft.stderr
+    succeed("sft.py", **sft_flags(files, base, tmp_path / "sft", use_lora=True, sample=8, lora_r=8))
     flags = rl_flags(
         files, tmp_path / "sft" / "final_checkpoint", tmp_path / "rl", use_lora=True, dry_run=True, lora_r=4
     )
-    done = run_command("rl.py", **flags)
-    assert done.returncode == 0, done.stderr
+    done = succeed("rl.py", **flags)
     assert re.search(r"\nsid_history_to_sid +40 +1 ", done.stdout)
     assert "40 prompts of" in done.stdout and "10 steps" in done.stdout and "cache" in done.stdout
     assert "--lora_r 4 is ignored: " in done.stdout and "was trained with 8\n" in done.stdout
@@ -299,13 +294,11 @@ def test_rl_is_not_told_of_a_flag_that_it_lacks():
 
 def test_a_dry_run_estimates_the_time_on_a_card_that_is_named(files, base, sft_run, tmp_path):
     flags = sft_flags(files, base, tmp_path / "run", use_lora=True, dry_run=True)
-    done = run_command("sft.py", **flags, gpu="rtx 4090")
-    assert done.returncode == 0, done.stderr
+    done = succeed("sft.py", **flags, gpu="rtx 4090")
     assert "\nfits RTX 4090: " in done.stdout and " of 24.0 GB\n" in done.stdout
     assert "\nestimated for RTX 4090: " in done.stdout and " h in all, without evaluations. Of a step, " in done.stdout
     flags = rl_flags(files, sft_run("lora") / "final_checkpoint", tmp_path / "rl", use_lora=True, dry_run=True)
-    done = run_command("rl.py", **flags, gpu="T4")
-    assert done.returncode == 0, done.stderr
+    done = succeed("rl.py", **flags, gpu="T4")
     assert "\nfits T4: " in done.stdout and "\nestimated for T4: " in done.stdout and " s a step, " in done.stdout
     done = run_command("rl.py", **flags)  # on this machine
     assert done.returncode == 0 and " s a step, " in done.stdout, done.stderr

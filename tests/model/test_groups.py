@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from architectures import CHANGES, build
 from as_on_gpu import starts_kernels
-from helpers import rl_flags, run_command, sft_flags
+from helpers import rl_flags, sft_flags, succeed
 from models import make_model
 from peft import LoraConfig, get_peft_model
 from peft.helpers import rescale_adapter_scale
@@ -302,14 +302,12 @@ def test_two_processes_train_as_one_does(files, base, tmp_path, monkeypatch):
     monkeypatch.setenv("AS_ON_GPU", "float32")
     monkeypatch.setattr(device, "compute_dtype", lambda quantized=False: torch.float32)
     flags = {"use_lora": True, "lora_dropout": 0.0, "batch_size": 8, "micro_batch_size": 2}
-    one = run_command("sft.py", **sft_flags(files, base, tmp_path / "one", **flags))
-    assert one.returncode == 0, one.stderr[-3000:]
+    succeed("sft.py", **sft_flags(files, base, tmp_path / "one", **flags))
     two_processes("torchrun", tmp_path, "sft.py", sft_flags(files, base, tmp_path / "two", **flags))
     assert_same_run(tmp_path / "one", tmp_path / "two", 1e-4)
     start = tmp_path / "one" / "final_checkpoint"
     flags = {"use_lora": True, "add_gt": True}
-    one = run_command("rl.py", **rl_flags(files, start, tmp_path / "rl", **flags))
-    assert one.returncode == 0, one.stderr[-3000:]
+    succeed("rl.py", **rl_flags(files, start, tmp_path / "rl", **flags))
     flags = rl_flags(files, start, tmp_path / "rl two", **flags)
     two_processes("torchrun", tmp_path, "rl.py", {**flags, "train_batch_size": flags["train_batch_size"] // 2})
     assert_same_run(tmp_path / "rl", tmp_path / "rl two", 1e-4)

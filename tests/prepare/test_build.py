@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers import ROOT, encoded, run_command
+from helpers import ROOT, encoded, run_command, succeed
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from raw_bolts import CATEGORY, KINDS, contents, csv_rows, flags_of, path_of, refused, review_rows
@@ -191,8 +191,7 @@ def test_too_few_rows_for_three_splits(tmp_path):
 
 
 def test_the_command_line(raw, tmp_path):
-    result = run_command("scripts/prepare_data.py", **flags_of(raw, tmp_path / "d"))
-    assert result.returncode == 0, result.stderr
+    result = succeed("scripts/prepare_data.py", **flags_of(raw, tmp_path / "d"))
     assert f"DATA={tmp_path / 'd'} CATEGORY='{CATEGORY}' bash scripts/pipeline.sh" in result.stdout
     again = run_command("scripts/prepare_data.py", "--levls", "3", **flags_of(raw, tmp_path / "d"))
     assert again.returncode == 2 and "unknown flag --levls; did you mean --levels?" in again.stderr
@@ -225,10 +224,9 @@ def test_the_benchmark_rebuilds_what_a_release_was_made_from(tmp_path):
     for split in ("train", "valid", "test"):
         os.rename(path_of(tmp_path / "demo", split), release / f"{split}.csv")
     os.rename(path_of(tmp_path / "demo", "item"), release / "demo.item.json")
-    result = run_command(
+    result = succeed(
         "benchmarks/prepare.py", release_dir=release, raw_dir=tmp_path / "raw", min_interactions=1, codes=16
     )
-    assert result.returncode == 0, result.stderr
     record = json.loads(result.stdout.splitlines()[-1])
     assert record["benchmark"] == "prepare" and record["table"][0]["seconds"] > 0
     made = {}

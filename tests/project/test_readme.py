@@ -5,7 +5,7 @@ import re
 import shlex
 
 import pytest
-from helpers import ROOT, run_command
+from helpers import ROOT, run_command, succeed
 
 # What is tested elsewhere: test_scripts.py runs the scripts.
 ELSEWHERE = ("bash scripts/quickstart.sh", "source .venv", "DATA=out/tools CATEGORY=Tools METHOD=lora")
@@ -33,7 +33,7 @@ def after_a_quick_start(base, tmp_path, monkeypatch):
     some = set(sorted({row[0] for row in rows})[::10])
     with open("purchases.csv", "w", encoding="utf-8", newline="") as file:
         csv.writer(file).writerows([header, *(row for row in rows if row[0] in some)])
-    prepared = run_command(
+    succeed(
         "scripts/prepare_data.py",
         interactions="purchases.csv",
         items="examples/demo/items.csv",
@@ -42,7 +42,6 @@ def after_a_quick_start(base, tmp_path, monkeypatch):
         codes=16,
         min_interactions=1,
     )
-    assert prepared.returncode == 0, prepared.stderr
     (tmp_path / "out" / "quickstart" / "base").mkdir()
     (tmp_path / "out" / "quickstart" / "base" / "final_checkpoint").symlink_to(base)
     return tmp_path

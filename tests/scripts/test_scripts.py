@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers import ROOT, run_command
+from helpers import ROOT, succeed
 from processes import quick_python
 
 import evaluate
@@ -418,8 +418,7 @@ def test_help_explains_a_script_and_starts_nothing(checkout, script):
 
 def run(line: str) -> str:
     script, *words = line.split()
-    done = run_command(script, *words)
-    assert done.returncode == 0, done.stderr[-3000:]
+    done = succeed(script, *words)
     return done.stdout
 
 

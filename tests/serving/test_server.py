@@ -16,7 +16,7 @@ from types import SimpleNamespace
 
 import pytest
 from browser import Browser, needs_browser
-from helpers import ROOT, refused, run_command
+from helpers import ROOT, refused, succeed
 from processes import free_port, start_command
 from served import Checkpoints, Model, httpx, on_a_socket, until, with_client
 
@@ -222,8 +222,7 @@ def test_the_server_answers_as_the_batch_command(files, server, tmp_path):
     rows = [{"history": [i, i + 3], "exclude_seen": i % 2 == 0, "deny": ["7"]} for i in range(12)]
     (tmp_path / "r.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     flags = {"model": checkpoint, "info_file": files["info"], "num_beams": 20, "K": 5}
-    done = run_command("recommend.py", **flags, histories=tmp_path / "r.jsonl", output=tmp_path / "o.jsonl")
-    assert done.returncode == 0, done.stderr
+    succeed("recommend.py", **flags, histories=tmp_path / "r.jsonl", output=tmp_path / "o.jsonl")
     expected = [json.loads(line) for line in (tmp_path / "o.jsonl").read_text().splitlines()]
 
     async def main():

@@ -11,7 +11,7 @@ import processes
 import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
-from helpers import ROOT, flag_words, rl_flags, run_command, sft_flags
+from helpers import ROOT, flag_words, rl_flags, sft_flags, succeed
 from processes import ENGINES, ENGINES_AND_STARTS, assert_same_run, two_processes
 from safetensors.torch import load_file
 
@@ -39,8 +39,7 @@ def trained(files, base, tmp_path_factory):
     def folder(method: str) -> Path:
         if method not in runs:
             output = tmp_path_factory.mktemp("one") / method
-            one = run_command("sft.py", **sft_flags(files, base, output, **METHODS[method], **SMALL_STEPS))
-            assert one.returncode == 0, one.stderr[-3000:]
+            succeed("sft.py", **sft_flags(files, base, output, **METHODS[method], **SMALL_STEPS))
             runs[method] = output
         return runs[method]
 
@@ -70,8 +69,7 @@ def test_rows_that_no_trees_share_out_train_once_on_three_processes(files, base,
     """The last step, or the only one, has too few rows for all processes: some have micro-batches without any."""
     flags = {"batch_size": 12, "micro_batch_size": 2, "num_epochs": 3 if rows > 12 else 10, "learning_rate": 1e-3}
     flags |= {"pack_rows": 0, "tasks": "sid_history_to_sid", "sample": rows, "eval_step": 0.3, **METHODS[method]}
-    one = run_command("sft.py", **sft_flags(files, base, tmp_path / "one", **flags))
-    assert one.returncode == 0, one.stderr[-3000:]
+    succeed("sft.py", **sft_flags(files, base, tmp_path / "one", **flags))
     three = processes.start_command("sft.py", sft_flags(files, base, tmp_path / "three", **flags), ranks=3)
     assert three.wait() == [0, 0, 0], three.errors[-3000:]
     assert_same_run(tmp_path / "one", tmp_path / "three", 1e-5)
@@ -113,8 +111,7 @@ def as_older_release(checkpoint: str) -> None:
 def test_an_engine_does_the_same_rl(files, trained, tmp_path, engine):
     start = trained("lora") / "final_checkpoint"
     flags = {"use_lora": True, "add_gt": True}
-    one = run_command("rl.py", **rl_flags(files, start, tmp_path / "one", **flags))
-    assert one.returncode == 0, one.stderr[-3000:]
+    succeed("rl.py", **rl_flags(files, start, tmp_path / "one", **flags))
     flags = rl_flags(files, start, tmp_path / "two", **flags)
     two_processes(engine, tmp_path, "rl.py", {**flags, "train_batch_size": flags["train_batch_size"] // 2})
     assert_same_run(tmp_path / "one", tmp_path / "two", 1e-4)

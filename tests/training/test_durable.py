@@ -8,7 +8,7 @@ import signal
 from pathlib import Path
 
 import pytest
-from helpers import adapter_bytes, largest_file, refused, run_command, sft_flags
+from helpers import adapter_bytes, largest_file, refused, run_command, sft_flags, succeed
 from processes import start_command
 
 from minionerec.errors import Problems
@@ -20,8 +20,7 @@ FLAGS = {"use_lora": True, "num_epochs": 4, "eval_step": 0.2, "learning_rate": 1
 @pytest.fixture(scope="module")
 def whole(files, base, tmp_path_factory) -> Path:
     output = tmp_path_factory.mktemp("whole") / "run"
-    done = run_command("sft.py", **sft_flags(files, base, output, **FLAGS))
-    assert done.returncode == 0, done.stderr[-3000:]
+    succeed("sft.py", **sft_flags(files, base, output, **FLAGS))
     return output
 
 
@@ -39,8 +38,7 @@ def test_a_stopped_run_saves_and_says_how_to_go_on(files, base, whole, tmp_path,
     step, saved = said.groups()
     assert saved == str(output / f"checkpoint-{step}") and os.path.isfile(f"{saved}/trainer_state.json")
     assert not (output / "final_checkpoint").exists()
-    done = run_command("sft.py", **sft_flags(files, base, output, **FLAGS, resume_from_checkpoint=True))
-    assert done.returncode == 0, done.stderr[-3000:]
+    succeed("sft.py", **sft_flags(files, base, output, **FLAGS, resume_from_checkpoint=True))
     assert adapter_bytes(output) == adapter_bytes(whole)
 
 
@@ -61,8 +59,7 @@ def test_no_room_to_write_keeps_the_last_good_checkpoint(files, base, whole, tmp
     assert re.search(rf"^sft.py: error: the checkpoint of step .* last good checkpoint is {good}\.", full.stderr, re.M)
     assert {path.name: path.read_bytes() for path in good.iterdir()} == before
     assert [path.name for path in output.glob("checkpoint-*")] == [good.name]
-    done = run_command("sft.py", **flags)
-    assert done.returncode == 0, done.stderr[-3000:]
+    succeed("sft.py", **flags)
     assert adapter_bytes(output) == adapter_bytes(whole)
 
 
@@ -114,8 +111,7 @@ def test_a_loss_that_is_no_number_stops_the_run(files, base, tmp_path):
 def test_resuming_a_finished_run_says_that_nothing_is_left(files, base, whole, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(whole, run)
-    done = run_command("sft.py", **sft_flags(files, base, run, **FLAGS, resume_from_checkpoint=True))
-    assert done.returncode == 0, done.stderr[-3000:]
+    done = succeed("sft.py", **sft_flags(files, base, run, **FLAGS, resume_from_checkpoint=True))
     assert re.search(r"nothing is left to train: \S+ is at step (\d+) of \1;", done.stdout)
     assert "do not match" not in done.stderr
     assert adapter_bytes(run) == adapter_bytes(whole)

@@ -12,7 +12,7 @@ import processes
 import pytest
 import yaml
 from accelerate.commands import launch as accelerate_launch
-from helpers import ROOT, flag_words, refused, rl_flags, run_command, sft_flags
+from helpers import ROOT, flag_words, refused, rl_flags, run_command, sft_flags, succeed
 from processes import ONE, assert_same_run, errors_of, launcher_environment, start_nodes, two_processes
 
 
@@ -69,8 +69,7 @@ def test_storage_that_is_not_shared_is_said_before_training(files, base, tmp_pat
 @pytest.mark.parametrize("engine", ["torchrun", "fsdp"])
 def test_a_signal_to_one_process_stops_all_in_the_middle_of_a_step(files, base, tmp_path, engine):
     flags = sft_flags(files, base, tmp_path / "run", **{**ONE, "micro_batch_size": 1, "pack_rows": 0})
-    one = run_command("sft.py", **{**flags, "output_dir": tmp_path / "one"})
-    assert one.returncode == 0, one.stderr[-3000:]
+    succeed("sft.py", **{**flags, "output_dir": tmp_path / "one"})
     errors = two_processes(engine, tmp_path, "sft.py", flags, "stops_in_a_step", code=130)
     assert f"stopped at step 2 of 15 and saved {tmp_path}/run/checkpoint-2; " in errors
     two_processes(engine, tmp_path, "sft.py", {**flags, "resume_from_checkpoint": True})
@@ -92,8 +91,7 @@ def test_two_processes_sample_what_one_does(files, sft_run, tmp_path):
 def test_an_engine_trains_one_model_on_two_machines(files, base, tmp_path):
     """By `accelerate launch`, once on each, which starts torchrun's agents."""
     engine = "zero2" if find_spec("deepspeed") else "fsdp"
-    one = run_command("sft.py", **sft_flags(files, base, tmp_path / "one", **ONE))
-    assert one.returncode == 0, one.stderr[-3000:]
+    succeed("sft.py", **sft_flags(files, base, tmp_path / "one", **ONE))
     argv = ["tests/workers.py", "watched", tmp_path, "sft.py"]
     argv += flag_words(sft_flags(files, base, tmp_path / "run", **ONE))
     port, agents = processes.free_port(), []

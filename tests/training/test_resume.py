@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import ROOT, logged, refused, run_command, tensors_of
+from helpers import ROOT, logged, refused, succeed, tensors_of
 from models import trainer_of
 from recorded import problems_of, record
 from safetensors.torch import load_file
@@ -67,8 +67,7 @@ def test_a_run_of_0_1_0_ends_with_the_weights_that_0_1_0_gave_it(stored, command
     expected = tensors_of(run / "final_checkpoint")
     shutil.move(run / "final_checkpoint", stored / "start" if command == "rl" else stored / "ended")
     flags = flags_of(run)
-    done = run_command(f"{command}.py", **flags)
-    assert done.returncode == 0, done.stderr[-3000:]
+    done = succeed(f"{command}.py", **flags)
     assert "resuming from" in done.stdout and "warning" not in done.stdout, done.stdout
     found = tensors_of(run / "final_checkpoint")
     assert found.keys() == expected.keys()

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import newest, rl_flags, run_command, sft_flags, tensors_of
+from helpers import newest, rl_flags, run_command, sft_flags, succeed, tensors_of
 from plain import fuzz_seeds
 
 from minionerec.training import arguments
@@ -119,8 +119,7 @@ def interrupted(script: str, flags: dict, output: Path, steps: int, rng: random.
 def check(script: str, flags: dict, rng: random.Random, folder: Path, ends_at) -> None:
     flags.pop("output_dir", None)
     ends_at(None)
-    result = run_command(script, **flags, output_dir=folder / "whole")
-    assert result.returncode == 0, result.stderr[-3000:]
+    result = succeed(script, **flags, output_dir=folder / "whole")
     steps = json.loads((folder / "whole" / "metrics.json").read_text())["steps"]
     ends = interrupted(script, flags, folder / "parts", steps, rng, ends_at)
     print(ends)  # what pytest shows of a failure

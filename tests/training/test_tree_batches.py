@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from helpers import run_command, sft_flags
+from helpers import run_command, sft_flags, succeed
 from hypothesis import given
 from hypothesis import strategies as st
 from models import adapted
@@ -223,8 +223,7 @@ def test_a_run_on_trees_continues_exactly_in_its_second_epoch(tmp_path):
 def test_layers_that_ignore_the_mask_get_rows_one_by_one(files, checkpoint_of, tmp_path):
     lfm2 = checkpoint_of("lfm2", num_key_value_heads=2, block_ff_dim=64, layer_types=["conv", "full_attention"])
     flags = sft_flags(files, lfm2, tmp_path / "run", sample=8, tasks="sid_history_to_sid")
-    done = run_command("sft.py", **flags)
-    assert done.returncode == 0, done.stderr[-3000:]
+    done = succeed("sft.py", **flags)
     way = [line for line in done.stdout.splitlines() if line.startswith("token trees: ")]
     assert way == ["token trees: off; every row is computed by itself, since conv layers ignore a tree mask"]
     dry = run_command("sft.py", **{**flags, "output_dir": tmp_path / "dry"}, dry_run=True)
@@ -238,8 +237,7 @@ def test_two_processes_train_as_one_which_goes_on_in_the_second_epoch(files, bas
     flags |= {"tasks": "sid_history_to_sid,title_to_sid", "sample": 21, "batch_size": 8, "micro_batch_size": 2}
     flags |= {"pack_rows": 4}
     one, two = (sft_flags(files, base, tmp_path / name, **flags) for name in ("one", "two"))
-    done = run_command("sft.py", **one)
-    assert done.returncode == 0, done.stderr[-3000:]
+    done = succeed("sft.py", **one)
     said = re.search(r"^token trees: .*", done.stdout, re.M)[0]
     rows, tokens, nodes = (int(n.replace(",", "")) for n in re.findall(r"[\d,]*\d", said))
     assert rows == 8 and 0 < nodes < 0.8 * tokens
@@ -252,8 +250,7 @@ def test_two_processes_train_as_one_which_goes_on_in_the_second_epoch(files, bas
     shutil.rmtree(tmp_path / "two" / "final_checkpoint")
     state = json.loads((Path(newest_checkpoint(str(tmp_path / "two"))) / "trainer_state.json").read_text())
     assert 1 < state["epoch"] < 2
-    done = run_command("sft.py", **two, resume_from_checkpoint=True)
-    assert done.returncode == 0, done.stderr[-3000:]
+    succeed("sft.py", **two, resume_from_checkpoint=True)
     assert_same_run(tmp_path / "one", tmp_path / "two", 1e-5)
 
 
@@ -266,10 +263,9 @@ def test_rows_of_a_user_are_a_32nd_of_a_step_unless_a_flag_says_otherwise():
 def test_steps_at_random_give_the_curve_of_the_plain_way(files, base, tmp_path):
     flags = {"use_lora": True, "lora_dropout": 0.0, "learning_rate": 1e-3, "sample": 25, "tasks": "sid_history_to_sid"}
     for name, pack_rows in (("rows", 0), ("trees", 1)):
-        done = run_command(
+        done = succeed(
             "sft.py",
             **sft_flags(files, base, tmp_path / name, batch_size=2, micro_batch_size=2, pack_rows=pack_rows, **flags),
         )
-        assert done.returncode == 0, done.stderr[-3000:]
         assert ("token trees: off" in done.stdout) == (name == "rows")
     assert_same_run(tmp_path / "rows", tmp_path / "trees", 1e-5)
