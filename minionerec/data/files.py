@@ -161,7 +161,7 @@ def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:
 
 
 def read_json(path: str) -> dict:
-    """What a file of ours holds. Raises InputError if it cannot be read."""
+    """What a JSON file holds. Raises InputError if it cannot be read."""
     try:
         with open(path, encoding="utf-8") as file:
             return json.load(file)

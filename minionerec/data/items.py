@@ -247,7 +247,7 @@ class ItemColumns:
     """The columns of an item file (`*.item.json`), to choose items by their values."""
 
     def __init__(self, item_meta_path: str, items: Items, metadata: dict):
-        """`metadata` is what the file has. Raises InputError where that is none of the items."""
+        """`metadata` is what the file has. Raises InputError where it has none of the items."""
         self.path = item_meta_path
         self.rows = [metadata.get(item.id) for item in items.all]
         self.names = sorted({name for row in self.rows if isinstance(row, dict) for name in row})

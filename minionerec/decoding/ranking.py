@@ -71,8 +71,8 @@ def score_prompts(
 ) -> list[list[tuple[int, float]]]:
     """The best SIDs of every prompt, best first, as indices into the list the trie was built from, each with its score:
     the sum of its tokens' log-probabilities, in nats, divided by their number to the power of `length_penalty`. All
-    processes return the same. With `second`, rankings and scores are blended, and a ranking also
-    has those of its best SIDs that no beam found: up to `num_beams` + M.
+    processes return the same. With `second`, rankings and scores are blended, and a ranking also has those of its best
+    SIDs that no beam found: up to `num_beams` + M.
 
     Args:
         prompts: token ids, one list per prompt.
