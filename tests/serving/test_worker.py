@@ -89,7 +89,7 @@ def test_a_history_that_the_model_fails_on_fails_alone(reader, model, caplog):
         model.gate.set()
         return [await post for post in [first, *posts]], await client.get("/health")
 
-    app = make_app(lambda: Loaded(reader, recommend), 4, 6)
+    app = make_app(lambda: Loaded(reader, recommend, 4), 6)
     answers, health = with_client(app, steps)
     assert [answer.status_code for answer in answers] == [200, 200, 500, 200] and health.status_code == 200
     assert answers[3].json()["items"][0]["id"] == "2"
