@@ -116,8 +116,11 @@ def embed_with_model(path: str, texts: Sequence[str]) -> np.ndarray:
         model = AutoModel.from_pretrained(
             path, dtype=device.compute_dtype(), device_map={"": device.local_device()}
         ).eval()
-    except (OSError, ValueError, SafetensorError) as error:
-        raise InputError(f"--encoder {path}: cannot be loaded: {str(error).strip().splitlines()[0]}") from None
+    except (OSError, ValueError, EOFError, RuntimeError, SafetensorError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        first = (str(error).strip() or "a file ends early").splitlines()[0]
+        raise InputError(f"--encoder {path}: cannot be loaded: {first}") from None
     if model.config.is_encoder_decoder:
         model = model.get_encoder()
     if tokenizer.pad_token_id is None:

@@ -2,7 +2,8 @@
 
 While it runs, rows go to OUTPUT.partial, and what they depend on stands in OUTPUT.partial.json. A run with the same
 settings keeps the rows that are there. Scores depend on the rows that share a forward pass, in their last digits, so a
-continued run forms the same batches: the output is that of an uninterrupted run, byte for byte.
+continued run forms the same batches: the output is that of an uninterrupted run, byte for byte. With --batch_size auto
+on a GPU, another amount of free memory may give other batches.
 """
 
 import json

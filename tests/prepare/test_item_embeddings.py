@@ -1,6 +1,7 @@
 """Embeddings of items: of words, of a model, or a file of the user."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -96,6 +97,11 @@ def test_a_model_embeds_by_the_mean_of_its_last_states(tmp_path, kind):
             assert np.isfinite(embedding).all()
     with pytest.raises(InputError, match=r"--encoder .*nowhere: cannot be loaded"):
         item_embeddings.embed_with_model(str(tmp_path / "nowhere"), ["a"])
+    shutil.copytree(tmp_path, tmp_path / "cut", ignore=shutil.ignore_patterns("*.safetensors"))
+    for content in (b"", b"PK\x03\x04 the start of a zip file"):
+        (tmp_path / "cut" / "pytorch_model.bin").write_bytes(content)
+        with pytest.raises(InputError, match=r"--encoder .*cut: cannot be loaded"):
+            item_embeddings.embed_with_model(str(tmp_path / "cut"), ["a"])
     torch.nn.init.constant_(model.get_input_embeddings().weight[1 + WORDS.index("rope")], torch.nan)
     model.save_pretrained(tmp_path)
     with pytest.raises(InputError, match=r"embeds 5 of 20 items as NaN or infinity; its weights are damaged"):
