@@ -256,7 +256,7 @@ def _num_learned(rows: Sequence[Interaction], path: str) -> int:
 
 @command(EvaluateFlags)
 def evaluate(flags: EvaluateFlags) -> dict[str, float]:
-    """Evaluates a checkpoint on a test file."""
+    """Prints HR@K, NDCG@K and MRR of a checkpoint on a test file, and writes its rankings."""
     # Check the flags, the checkpoint and every row of the files, before anything heavy is imported.
     inputs = read_input(flags)
     checkpoint, sids = inputs.checkpoint, inputs.sids

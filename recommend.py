@@ -83,7 +83,9 @@ class RecommendFlags(PromptFlags, BlendFlags, DeviceFlags):
         "meet it are recommended.",
     )
     item_meta_path: str = flag(
-        "", "JSON of item id to title, description and other columns, for where; and original_id, the shop's own id."
+        "",
+        "JSON of item id to title, description and other columns. It is needed for where, and for requests that name "
+        "items by the shop's own ids (original_id).",
     )
     original_ids: bool = flag(
         False,

@@ -6,7 +6,8 @@ resuming, and input that is checked before anything is loaded.
 
     python rl.py --model_path out/lora/final_checkpoint --train_file train.csv --eval_file valid.csv \\
         --info_file info.txt --sid_index_path index.json --item_meta_path item.json --output_dir out/rl \\
-        --use_lora True --beam_search True --reward_type ranking --learning_rate 1e-5
+        --use_lora True --reward_type rule,prefix --add_gt True --sft_weight 1 --beta 0 --average_weights True \\
+        --num_generations 4 --learning_rate 1e-5
     python rl.py ... --output_dir out/rl_qlora --use_qlora True
 """
 

@@ -34,7 +34,7 @@ def make_base(
     tie_word_embeddings: bool = True,
     seed: int = 42,
 ) -> None:
-    """Writes a loadable model folder: config.json, model.safetensors and the tokenizer.
+    """Writes a small Qwen2 with random weights, and a tokenizer trained on the catalogue, as a model folder.
 
     Args:
         item_meta_path: JSON of item id to title and description; the tokenizer is trained on their text.

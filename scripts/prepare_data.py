@@ -24,7 +24,7 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 @command(PrepareFlags)
 def prepare_data(flags: PrepareFlags) -> None:
-    """Prepares a data set, or adds items to one."""
+    """Turns purchases and items into the files that training reads, or adds new items to such a data set."""
     problems = Problems()
     flags.check(problems)
     if not problems:

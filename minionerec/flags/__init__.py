@@ -214,7 +214,10 @@ def weight_of_blend(value: float) -> str | None:
 class BlendFlags(Flags):
     """A second recommender that ranks with the model."""
 
-    blend: str = flag("", "folder of a SASRec model (scripts/train_sasrec.py) that ranks with the model.")
+    blend: str = flag(
+        "",
+        "folder of a SASRec model that ranks with the model; scripts/train_sasrec.py trains it, on the same info_file.",
+    )
     blend_weight: float | Literal["auto"] = flag(
         "auto",
         "weight of blend: its log-probabilities are multiplied by this. auto takes the weight that evaluate.py chose "
