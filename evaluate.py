@@ -40,6 +40,7 @@ from minionerec.flags import (
     flag,
     not_writable,
     number_or_auto,
+    zero_or_more,
 )
 from minionerec.locks import hold, lock_of_new
 from minionerec.metrics import (
@@ -107,6 +108,11 @@ class EvaluateFlags(PromptFlags, BlendFlags, DeviceFlags):
         False,
         "do not rank the SIDs of the history; earlier: all but the last one. For metrics of what recommend.py gives "
         "with this flag.",
+    )
+    seen_penalty: float = flag(
+        0.0,
+        "subtracted from the scores of SIDs in the history (nats), which a model tends to find too likely.",
+        zero_or_more,
     )
     temperature: float = flag(
         1.0, "accepted for MiniOneRec's argument lists; no effect, because beams are not sampled.", above_zero
@@ -298,6 +304,7 @@ def evaluate(flags: EvaluateFlags) -> dict[str, float]:
         num_beams=flags.num_beams,
         batch_size=flags.batch_size,
         blend=inputs.blend,
+        seen_penalty=flags.seen_penalty,
     )
     depth = ranker.trie.depth
     if depth > flags.max_new_tokens:
@@ -350,8 +357,9 @@ def evaluate(flags: EvaluateFlags) -> dict[str, float]:
         blend = {"blend": {"folder": flags.blend, "weight": ranker.blend.weight}} if ranker.blend else {}
         purchases = read_purchases(flags.train_file, inputs.items) if flags.train_file else None
         groups = groups_of(inputs, ranks, of_items, purchases, length)
-        excluded = {"exclude_seen": flags.exclude_seen} if flags.exclude_seen else {}
-        summary = {**metrics, **({"items": by_item} if by_item else {}), **groups, **blend, **excluded}
+        of_seen = ("exclude_seen", "seen_penalty")
+        seen = {name: value for name in of_seen if (value := getattr(flags, name))}
+        summary = {**metrics, **({"items": by_item} if by_item else {}), **groups, **blend, **seen}
         with writing(flags.metrics_path):
             write_json(flags.metrics_path, {**summary, "rows": len(results), **seconds})
         print(format_metrics(metrics))

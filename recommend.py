@@ -30,7 +30,16 @@ from minionerec.data.files import (
 from minionerec.data.items import ItemColumns, Items, read_item_list
 from minionerec.data.prompts import Prompts
 from minionerec.errors import InputError, Problems
-from minionerec.flags import BlendFlags, DeviceFlags, PromptFlags, above_zero, command, flag, number_or_auto
+from minionerec.flags import (
+    BlendFlags,
+    DeviceFlags,
+    PromptFlags,
+    above_zero,
+    command,
+    flag,
+    number_or_auto,
+    zero_or_more,
+)
 from minionerec.locks import hold, lock_of_new
 from minionerec.process_memory import importing
 from minionerec.serving.requests import Request, RequestReader
@@ -74,6 +83,11 @@ class RecommendFlags(PromptFlags, BlendFlags, DeviceFlags):
     train_file: str = flag("", "CSV of training interactions; items that share a SID are ordered by popularity there.")
     exclude_seen: bool | Literal["earlier"] = flag(
         False, "do not recommend items of the history; earlier: all but the last one."
+    )
+    seen_penalty: float = flag(
+        0.0,
+        "subtracted from the scores of items of the history (nats); evaluate.py measures what it gains.",
+        zero_or_more,
     )
     allow: str = flag("", "file of item ids, one per line; no others are recommended.")
     deny: str = flag("", "file of item ids, one per line, that are not recommended.")
@@ -288,6 +302,7 @@ def load(flags: RecommendFlags, inputs: RecommendInput) -> "Ranker":
         num_beams=flags.num_beams,
         batch_size=flags.batch_size,
         blend=inputs.blend,
+        seen_penalty=flags.seen_penalty,
     ).load_model(inputs.base, fast=True)
 
 

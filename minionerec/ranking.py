@@ -10,7 +10,7 @@ Dimensions: `N` items of the catalogue, `S` distinct SIDs, the rows of the trie.
 
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property, partial
 from typing import Literal
 
@@ -36,7 +36,7 @@ from minionerec.data.files import (
 from minionerec.data.items import ExcludeSeen, Items, seen_sids
 from minionerec.data.prompts import RECOMMENDATION, Prompts
 from minionerec.data.sid_tokens import PAD, sid_responses
-from minionerec.decoding.ranking import Second, score_prompts
+from minionerec.decoding.ranking import Second, Seen, score_prompts
 from minionerec.decoding.search_memory import ON_A_CPU, largest_batch
 from minionerec.decoding.trie import Trie
 from minionerec.errors import InputError
@@ -63,6 +63,7 @@ class Ranker:
         batch_size: rows per forward pass. For auto it is set when there is a model: as many as the memory of the GPU is
             predicted to hold, or 8 on a CPU.
         blend: a SASRec model that ranks with the model; None for none.
+        seen_penalty: subtracted from the scores of SIDs in the history (nats).
     """
 
     model: PreTrainedModel | PeftModel
@@ -82,6 +83,7 @@ class Ranker:
         num_beams: int = 50,
         batch_size: int | Literal["auto"] = 8,
         blend: Blend | None = None,
+        seen_penalty: float = 0.0,
         compile: bool = True,
     ):
         """Checks that every SID becomes its own tokens, before a weight is loaded.
@@ -99,7 +101,7 @@ class Ranker:
         self.num_beams, self.halving = num_beams, Halving("batches of prompts")
         self._sizes_batches = batch_size == "auto"
         self.batch_size = ON_A_CPU if batch_size == "auto" else batch_size
-        self.blend = blend
+        self.blend, self.seen_penalty = blend, seen_penalty
         if blend:
             self._sasrec = sasrec.load(blend.folder, "blend")
         self._compile = compile
@@ -123,6 +125,7 @@ class Ranker:
         batch_size: int | Literal["auto"] = 8,
         blend: str | os.PathLike[str] = "",
         blend_weight: float | Literal["auto"] = "auto",
+        seen_penalty: float = 0.0,
     ) -> "Ranker":
         """A checkpoint with its weights, ready to recommend.
 
@@ -141,6 +144,7 @@ class Ranker:
             blend: the folder of a SASRec model that ranks with the checkpoint.
             blend_weight: what its log-probabilities are multiplied by; auto for the weight that evaluate.py chose and
                 recorded.
+            seen_penalty: subtracted from the scores of items in the history (nats).
 
         Raises InputError for files that cannot be used or do not belong together.
         """
@@ -168,6 +172,7 @@ class Ranker:
             num_beams=num_beams,
             batch_size=batch_size,
             blend=blended,
+            seen_penalty=seen_penalty,
         )
         return ranker.load_model(base, fast=True)
 
@@ -207,10 +212,11 @@ class Ranker:
         exclude_seen: ExcludeSeen = False,
     ) -> list[list[str]]:
         """The `num_beams` best SIDs of every prompt of `encode`, best first. What `exclude_seen` leaves out of the
-        history comes last, where the catalogue has too few others. `blend` and `exclude_seen` need the `rows` that the
-        prompts were made from. Raises RunError if a score is NaN."""
+        history comes last, where the catalogue has too few others. `blend`, `seen_penalty` and `exclude_seen` need the
+        `rows` that the prompts were made from. Raises RunError if a score is NaN."""
         allowed = self._unseen(rows, exclude_seen) if exclude_seen else None
-        ranked = self._score(prompts, length_penalty=length_penalty, allowed=allowed, second=self._blended(rows))
+        more = {"second": self._blended(rows), "seen": self._seen(rows)}
+        ranked = self._score(prompts, length_penalty=length_penalty, allowed=allowed, **more)
         rankings = [[self.sids[index] for index, _ in ranking[: self.num_beams]] for ranking in ranked]
         for ranking, row in zip(rankings, rows, strict=True) if exclude_seen else ():
             others = (sid for sid in dict.fromkeys(row.sid_history) if sid in self._number and sid not in ranking)
@@ -224,7 +230,8 @@ class Ranker:
         once: the SIDs that compete are the same with any weight. Raises RunError if a score is NaN."""
         alone = self._second(rows, weight=0.0)
         allowed = self._unseen(rows, exclude_seen) if exclude_seen else None
-        found = self._score(self.encode(rows), length_penalty=length_penalty, allowed=allowed, second=alone)
+        more = {"second": alone, "seen": self._seen(rows)}
+        found = self._score(self.encode(rows), length_penalty=length_penalty, allowed=allowed, **more)
         others = []
         for start in range(0, len(rows), self.batch_size):
             part = range(start, min(start + self.batch_size, len(rows)))
@@ -249,16 +256,24 @@ class Ranker:
         """SASRec with the weight that it has; None where the model ranks alone."""
         return self._second(rows, self.blend.weight or 0.0) if self.blend else None
 
+    def _seen(self, rows: Sequence[Interaction]) -> Seen | None:
+        """The SIDs in the histories of rows by their numbers; None where they cost nothing."""
+        seen = Seen(lambda number: self._rows_of_sids(seen_sids(rows[number], True)), self.seen_penalty)
+        return seen if self.seen_penalty else None
+
     def _unseen(self, rows: Sequence[Interaction], exclude_seen: ExcludeSeen) -> Callable[[int], np.ndarray]:
         """For the number of a row the mask [S] of the trie that leaves SIDs of its history out."""
 
         def mask(number: int) -> np.ndarray:
-            seen = seen_sids(rows[number], exclude_seen)
             allowed: np.ndarray = np.ones(len(self.trie), dtype=bool)
-            allowed[self._row_of_sid[[self._number[sid] for sid in seen if sid in self._number]]] = False
+            allowed[self._rows_of_sids(seen_sids(rows[number], exclude_seen))] = False
             return allowed
 
         return mask
+
+    def _rows_of_sids(self, sids: Iterable[str]) -> np.ndarray:
+        """The rows of the trie of those SIDs that are ranked."""
+        return self._row_of_sid[[self._number[sid] for sid in sids if sid in self._number]]
 
     def _second(self, rows: Sequence[Interaction], weight: float) -> Second:
         """SASRec, asked for the histories of rows by their numbers."""
@@ -306,8 +321,9 @@ class Ranker:
         self, requests: Sequence[Request], bar: tqdm | None = None, chunk: int | None = None
     ) -> list[list[dict[str, object]]]:
         """For every request its K items, best first, each with id, original id if that is known, title, SID and score
-        (the log-probability of its SID, in nats, and with `blend` its weight times that under SASRec); fewer where
-        fewer are allowed. `bar` and `chunk` are those of `score_prompts`. Raises RunError if a score is NaN."""
+        (the log-probability of its SID, in nats, with `blend` its weight times that under SASRec, less `seen_penalty`
+        where the SID is in the history); fewer where fewer are allowed. `bar` and `chunk` are those of `score_prompts`.
+        Raises RunError if a score is NaN."""
         rows = [self._row_of(request) for request in requests]
         ranked = self._score(
             self.encode(rows),
@@ -315,6 +331,7 @@ class Ranker:
             bar=bar if bar is not None else tqdm(disable=True),
             chunk=chunk,
             second=self._blended(rows),
+            seen=self._seen(rows),
         )
         return [self._expand(*one) for one in zip(requests, ranked, strict=True)]
 

@@ -143,9 +143,9 @@ def test_the_weight_is_chosen_once_and_recorded(files, checkpoint, plain, other,
     assert json.loads(path.read_text())["weight"] == best
 
 
-@pytest.mark.parametrize("exclude_seen", [False, True, "earlier"])
-def test_weights_are_tried_on_the_rankings_that_they_give(files, checkpoint, other, exclude_seen):
-    ranker = Ranker.load(checkpoint, files["info"], num_beams=39, blend=other, blend_weight=0)
+@pytest.mark.parametrize(("exclude_seen", "penalty"), [(False, 0), (True, 0), ("earlier", 0.5), (False, 1.5)])
+def test_weights_are_tried_on_the_rankings_that_they_give(files, checkpoint, other, exclude_seen, penalty):
+    ranker = Ranker.load(checkpoint, files["info"], num_beams=39, blend=other, blend_weight=0, seen_penalty=penalty)
     rows = [row for file in ("valid", "test") for row in read_interactions(files[file], "eval_file")]
     tried = ranker.weigh(rows, exclude_seen=exclude_seen)
     for weight in (0.0, 0.5, 3.0):

@@ -6,7 +6,7 @@ import warnings
 from pathlib import Path
 
 import pytest
-from helpers import succeed
+from helpers import evaluate_flags, succeed
 
 from minionerec import InputError, Ranker, ranking
 
@@ -27,6 +27,35 @@ def test_a_ranker_recommends_what_the_command_does(files, sft_run, tmp_path, met
     assert found == json.loads((tmp_path / "out.jsonl").read_text())["items"]
     assert len(found) == 5 and not {item["id"] for item in found} & set(history)
     assert ranker.recommend([found[0]["sid"]], k=2) == ranker.recommend([found[0]["id"]], k=2)
+
+
+def test_what_was_seen_counts_for_less(files, sft_run, tmp_path):
+    """The scores of SIDs in the history fall by the penalty, by every way of asking."""
+    checkpoint, result, output = sft_run("lora") / "final_checkpoint", tmp_path / "r.json", tmp_path / "out.jsonl"
+    more = {"num_beams": 40, "seen_penalty": 0.75}
+    asked = {"model": checkpoint, "info_file": files["info"], "histories": files["test"], "output": output, "K": 5}
+    succeed("recommend.py", **asked, **more)
+    succeed("evaluate.py", **evaluate_flags(files, result, base_model=checkpoint, **more))
+    assert json.loads((tmp_path / "r.metrics.json").read_text())["seen_penalty"] == 0.75
+    plain = Ranker.load(checkpoint, info_file=files["info"], num_beams=40)
+    ranker = Ranker.load(checkpoint, info_file=files["info"], **more)
+    moved = 0
+    lines = map(json.loads, output.read_text().splitlines())
+    for line, row in zip(lines, json.loads(result.read_text()), strict=True):
+        before = _score_of_sid(plain.recommend(line["history"], k=40))
+        expected = {sid: score - 0.75 * (sid in line["history"]) for sid, score in before.items()}
+        order = sorted(expected, key=lambda sid: -expected[sid])
+        found = _score_of_sid(ranker.recommend(line["history"], k=40))
+        assert found == pytest.approx(expected, abs=1e-5) and list(found) == order == row["predict"]
+        asked_by_file = list(_score_of_sid(line["items"]))
+        assert asked_by_file == order[: len(asked_by_file)]
+        moved += order != list(before)
+    assert moved > 3
+
+
+def _score_of_sid(items: list[dict]) -> dict[str, float]:
+    """The scores of the SIDs of items, in their order. Items 0 and 1 share one."""
+    return {item["sid"]: item["score"] for item in items}
 
 
 def test_a_ranker_says_what_is_wrong(files, sft_run):

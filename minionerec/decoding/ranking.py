@@ -55,6 +55,28 @@ class Second:
         return rows.gather(1, order), both
 
 
+@dataclass(frozen=True)
+class Seen:
+    """SIDs that a prompt's user had before, which a model tends to find too likely.
+
+    Attributes:
+        rows: called with the number of a prompt, gives their rows of `trie.sequences`.
+        penalty: subtracted from their scores (nats).
+    """
+
+    rows: Callable[[int], np.ndarray]
+    penalty: float
+
+    def lowered(
+        self, batch: Sequence[int], found: torch.Tensor, scores: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The rows [B, K] that were found for the prompts of a batch, and their scores, best first; on the CPU."""
+        found, scores = found.cpu(), scores.cpu()
+        seen = np.stack([np.isin(of_prompt, self.rows(i)) for i, of_prompt in zip(batch, found.numpy(), strict=True)])
+        scores, order = (scores - self.penalty * torch.from_numpy(seen)).sort(dim=1, descending=True, stable=True)
+        return found.gather(1, order), scores
+
+
 def score_prompts(
     model: nn.Module,
     trie: Trie,
@@ -68,11 +90,12 @@ def score_prompts(
     chunk: int | None = None,
     halving: Halving | None = None,
     second: Second | None = None,
+    seen: Seen | None = None,
 ) -> list[list[tuple[int, float]]]:
     """The best SIDs of every prompt, best first, as indices into the list the trie was built from, each with its score:
     the sum of its tokens' log-probabilities, in nats, divided by their number to the power of `length_penalty`. All
     processes return the same. With `second`, rankings and scores are blended, and a ranking also has those of its best
-    SIDs that no beam found: up to `num_beams` + M.
+    SIDs that no beam found: up to `num_beams` + M. With `seen`, its penalty is subtracted from what was found.
 
     Args:
         prompts: token ids, one list per prompt.
@@ -117,6 +140,8 @@ def score_prompts(
         )
         if second and logps is not None:
             beams, scores = second.blended(beams, scores, logps)
+        if seen:
+            beams, scores = seen.lowered(batch, beams, scores)
         return list(zip(batch, beams.tolist(), scores.tolist(), strict=True))
 
     own = tqdm(total=sum(map(len, mine)), unit="row", leave=False, disable=bar is not None or not state.is_main_process)
