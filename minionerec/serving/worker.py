@@ -189,17 +189,19 @@ class Worker:
             self.failing = False
             for one, items in zip(batch, answers, strict=True):
                 one.answer.set_result(items)
+            return
         except Exception as error:  # whatever it is, those who wait must know, and the next batch may do
-            if isinstance(error, RunError) and len(batch) > 1:  # one history may be what makes the model give NaN
+            one_fails = isinstance(error, RunError) and len(batch) > 1
+            if not one_fails:
+                self.failing = True
+                self.metrics.failures.inc()
+                log.exception("the model failed on %s", ", ".join(one.id for one in batch))
                 for one in batch:
-                    self._answer([one])
-                return
-            self.failing = True
-            self.metrics.failures.inc()
-            log.exception("the model failed on %s", ", ".join(one.id for one in batch))
-            for one in batch:
-                if not one.answer.done():
-                    one.answer.set_exception(_without_frames(error))
+                    if not one.answer.done():
+                        one.answer.set_exception(_without_frames(error))
+        if one_fails:  # one history may be what makes the model give NaN; halves find it in few passes
+            self._answer(batch[: len(batch) // 2])
+            self._answer(batch[len(batch) // 2 :])
 
     def _replace(self, reload: "Future[Loaded]") -> None:
         """Loads the checkpoint again. If that fails, the one of now stays."""
