@@ -277,6 +277,7 @@ def train(flags: RLFlags) -> "dict | Prediction":
 
     # Load the policy. Probed before the weights are sharded, and for the longest rows that any process can have.
     model = load_policy(inputs, tokenizer, fingerprint)
+    saved_dtype = None if flags.adapted else loading.saved_dtype(inputs.base)  # the start may be removed meanwhile
     pass_size = size_of_passes(inputs, predictor, train_dataset, trie.depth, memory, state)
     in_a_pass = pass_size + pass_size // flags.num_generations + 2  # with the targets of all groups that it touches
     beams = max(flags.test_beam, flags.num_generations * 3 // 2, in_a_pass)
@@ -331,10 +332,10 @@ def train(flags: RLFlags) -> "dict | Prediction":
     }
     if flags.test_during_training:
         metrics["improved"], verdict = compared_with_start(trainer, watched, cutoff)
-    saved_dtype = None if flags.adapted else loading.saved_dtype(inputs.base)
     metrics = finish(trainer, metrics, RL_PANELS, dtype=saved_dtype)
     if saved_dtype is not None and state.is_main_process:
-        print(lost_in_rounding(trainer, inputs.base, saved_dtype), end="")
+        for line in lost_in_rounding(trainer, inputs.base, saved_dtype):
+            print(line)
     if flags.test_during_training:
         state.print(verdict)
     return metrics
@@ -520,24 +521,27 @@ def compared_with_start(trainer: "ReReTrainer", watched: str, cutoff: int) -> tu
     return improved, f"{beats} on the validation file ({', '.join(shown)}); final_checkpoint is {final}"
 
 
-def lost_in_rounding(trainer: "ReReTrainer", start: str, dtype: "torch.dtype") -> str:
+def lost_in_rounding(trainer: "ReReTrainer", start: str, dtype: "torch.dtype") -> list[str]:
     """A line if most of the weights that trained in float32 are those of `start` again where they are saved in `dtype`:
-    what was evaluated is then not what is saved. Else nothing."""
+    what was evaluated is then not what is saved."""
     from minionerec.model import loading
 
     if dtype.itemsize == 4 or trainer.best_checkpoint == "start":
-        return ""
+        return []
     trained = {name for name, parameter in trainer.model.named_parameters() if parameter.requires_grad}
-    kept = loading.share_kept(os.path.join(trainer.args.output_dir, "final_checkpoint"), start, trained)
+    try:
+        kept = loading.share_kept(os.path.join(trainer.args.output_dir, "final_checkpoint"), start, trained)
+    except OSError:  # the start was removed while the run trained
+        return []
     if kept <= 0.5:
-        return ""
+        return []
     whole = trainer.best_checkpoint or f"checkpoint-{trainer.state.global_step}"
     precision = str(dtype).removeprefix("torch.")
-    return (
+    return [
         f"warning: {kept:.1%} of the trained weights in final_checkpoint are still those of {start}: their changes are "
         f"smaller than a step of {precision} and are lost. {whole} has them in float32; a larger --learning_rate loses "
-        "less, and an adapter (--use_lora True) nothing\n"
-    )
+        "less, and an adapter (--use_lora True) nothing"
+    ]
 
 
 def load_policy(inputs: RLInput, tokenizer: "PreTrainedTokenizerFast", fingerprint: str | None) -> "PreTrainedModel":

@@ -165,6 +165,7 @@ def train(flags: SFTFlags) -> "dict | Prediction":
     for line in inputs.notes:
         state.print(line)
     model, sid_token_ids = load_model(flags, inputs.catalogue, tokenizer, new_tokens)
+    saved_dtype = None if flags.adapted else loading.saved_dtype(flags.base_model)  # the base may be removed meanwhile
     support = probe(model, name=f"--base_model {flags.base_model}")
     if support.why:
         state.print(f"decoding: {support}")
@@ -220,7 +221,6 @@ def train(flags: SFTFlags) -> "dict | Prediction":
         "best_eval_loss": trainer.best_metric,
         "best_checkpoint": trainer.best_checkpoint,
     }
-    saved_dtype = None if flags.adapted else loading.saved_dtype(flags.base_model)
     return finish(trainer, metrics, SFT_PANELS, merge=flags.freeze_LLM, dtype=saved_dtype)
 
 

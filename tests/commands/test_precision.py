@@ -21,6 +21,7 @@ import sft
 from minionerec.decoding import ranking
 from minionerec.errors import RunError
 from minionerec.model import device, loading
+from minionerec.training.durable import DurableRun
 
 # --- Full runs --------------------------------------------------------------------------------------------------------
 
@@ -69,6 +70,25 @@ def test_reinforcement_says_that_rounding_loses_its_changes(files, sft_run, tmp_
     printed = capsys.readouterr().out
     assert (f"of the trained weights in final_checkpoint are still those of {start}:" in printed) == lost
     assert ("checkpoint-10 has them in float32" in printed) == lost
+
+
+@pytest.mark.parametrize("command", ["sft", "rl"])
+def test_a_start_that_is_removed_during_a_full_run_is_not_missed(files, sft_run, tmp_path, monkeypatch, command):
+    """As to make room for checkpoints."""
+    start, run, trains = tmp_path / "start", tmp_path / "run", DurableRun.train
+    shutil.copytree(sft_run("full") / "final_checkpoint", start)
+    loading.load_base(str(start)).to(torch.bfloat16).save_pretrained(start)
+
+    def train(*args):
+        shutil.rmtree(start)
+        return trains(*args)
+
+    monkeypatch.setattr(DurableRun, "train", train)
+    if command == "sft":
+        sft.train(**strings(sft_flags(files, start, run, sample=10)))
+    else:
+        rl.train(**strings(rl_flags(files, start, run, test_during_training=False)))
+    assert {t.dtype for t in tensors_of(run / "final_checkpoint").values()} == {torch.bfloat16}
 
 
 def test_a_full_run_in_16_bits_follows_the_curve_of_float32(files, base, tmp_path, monkeypatch):
