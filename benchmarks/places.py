@@ -14,8 +14,7 @@ import os
 
 from benchmarks.common import print_table
 from minionerec import cli
-from minionerec.checkpoint import read_json
-from minionerec.data.files import read_info_items
+from minionerec.data.files import read_info_items, read_interactions, read_json
 from minionerec.data.items import read_targets
 from minionerec.errors import InputError
 from minionerec.metrics import rank_of
@@ -72,8 +71,10 @@ def places_of(name: str, result: str, test_data_path: str, info_file: str, train
     """The columns of a run."""
     items, targets = read_targets(read_info_items(info_file), info_file, train_file, test_data_path)
     rows = read_json(result)
-    if len(rows) != len(targets) or any(len(row["predict"]) < min(LENGTH, len(items.sids)) for row in rows):
-        raise InputError(f"--add {result}: does not rank {LENGTH} SIDs for each of {len(targets)} rows")
+    sids = [row.sid for row in read_interactions(test_data_path, "test_data_path", titles=False)]
+    longest = min(LENGTH, len(items.sids))
+    if [row["output"] for row in rows] != sids or any(len(row["predict"]) < longest for row in rows):
+        raise InputError(f"--add {result}: does not rank {LENGTH} SIDs for each row of {test_data_path}")
     of_sids, of_items = [], []
     for row, target in zip(rows, targets, strict=True):
         ranking = row["predict"][:LENGTH]

@@ -59,6 +59,8 @@ def test_places_of_sids_and_items_are_kept_and_compared(tmp_path):
 def test_a_ranking_of_other_rows_is_refused(tmp_path):
     (tmp_path / "info.txt").write_text("".join(f"{sid}\titem {item}\t{item}\n" for item, sid in enumerate(SIDS)))
     (tmp_path / "result.json").write_text(json.dumps([{"output": SIDS[0], "predict": SIDS[:3]}]))
-    flags = {"test_data_path": write_rows(tmp_path / "test.csv", [0, 1]), "info_file": tmp_path / "info.txt"}
-    result = run_command("benchmarks/places.py", add=f"x={tmp_path / 'result.json'}", **flags)
-    assert result.returncode == 2 and "does not rank" in result.stderr
+    flags = {"info_file": tmp_path / "info.txt", "path": tmp_path / "places.csv"}
+    for others in ([0, 1], [1]):
+        flags["test_data_path"] = write_rows(tmp_path / "test.csv", others)
+        result = run_command("benchmarks/places.py", add=f"x={tmp_path / 'result.json'}", **flags)
+        assert result.returncode == 2 and "does not rank" in result.stderr
