@@ -214,7 +214,7 @@ def read_input(flags: EvaluateFlags) -> EvaluateInput:
         notes.append(f"{outside} of {len(examples)} rows have a target that --info_file lacks; they count as misses")
     if lost := sum(row.sid in seen_sids(row, flags.exclude_seen) for row in examples):
         notes.append(f"{lost} of {len(examples)} rows have a target that --exclude_seen leaves out")
-    pairs = [(item.id, item.sid) for item in listed]
+    pairs = ((item.id, item.sid) for item in listed)
     notes += checkpoint.notes_on_catalogue(pairs, f"--info_file {flags.info_file}")
     notes += checkpoint.notes_on_wording(prompts, flags.category, flags.prompt_file)
     return EvaluateInput(*(checkpoint, base, prompts, sids, items, targets, examples, blend, eval_file, weighed, notes))

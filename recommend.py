@@ -247,7 +247,7 @@ def read_files(problems: Problems, flags: RecommendFlags) -> RecommendInput:
     problems.check()
     assert keys is not None
     assert checkpoint and base and prompts and items and reader  # nothing was wrong
-    pairs = [(item.id, item.sid) for item in items.all]
+    pairs = ((item.id, item.sid) for item in items.all)
     notes = checkpoint.notes_on_catalogue(pairs, f"--info_file {flags.info_file}")
     notes += notes_on_titles(items.all, metadata or {}, f"--item_meta_path {path}")
     notes += checkpoint.notes_on_wording(prompts, flags.category, flags.prompt_file) + items.notes

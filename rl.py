@@ -180,8 +180,8 @@ def read_input(flags: RLFlags) -> RLInput:
         notes.append(f"{outside:,} SIDs of the index are not in {flags.info_file}; tasks on items leave them out")
 
     # What differs from the checkpoint. The shape of an adapter stays what it was.
-    pairs = [(name, item.sid) for name, item in catalogue.items.items()]
-    notes += checkpoint.notes_on_catalogue(pairs, f"--sid_index_path {flags.sid_index_path}")
+    sid_of_item = ((name, item.sid) for name, item in catalogue.items.items())
+    notes += checkpoint.notes_on_catalogue(sid_of_item, f"--sid_index_path {flags.sid_index_path}")
     notes += checkpoint.notes_on_wording(prompts, flags.category, flags.prompt_file)
     if checkpoint.adapter is not None:
         notes += _how_it_continues(checkpoint, flags)

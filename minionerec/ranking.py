@@ -152,7 +152,7 @@ class Ranker:
         base = base_model or read.base(NAME_BASE)
         prompts = read.prompts(category, os.fspath(prompt_file), RECOMMENDATION)
         listed, meta = read_info_items(os.fspath(info_file)), os.fspath(item_meta_path)
-        notes = read.notes_on_catalogue([(item.id, item.sid) for item in listed], os.fspath(info_file))
+        notes = read.notes_on_catalogue(((item.id, item.sid) for item in listed), os.fspath(info_file))
         metadata = read_json_object(meta, "item_meta_path") if meta else {}
         notes += notes_on_titles(listed, metadata, meta)
         for note in notes + read.notes_on_wording(prompts, category, os.fspath(prompt_file)):
