@@ -178,8 +178,7 @@ def test_rows_that_sasrec_has_learned_are_warned_of(files, base, tmp_path):
     flags = {"eval_file": files["valid"], "info_file": files["info"], "num_epochs": 1, "hidden_size": 4}
     for train_file, warned in (("train", True), ("test", False)):
         folder = tmp_path / train_file
-        done = run_command("scripts/train_sasrec.py", train_file=files[train_file], output_dir=folder, **flags)
-        assert done.returncode == 0, done.stderr
+        succeed("scripts/train_sasrec.py", train_file=files[train_file], output_dir=folder, **flags)
         more = {"base_model": base, "category": "bolts", "eval_file": files["valid"], "blend": str(folder)}
         flags_read = evaluate.EvaluateFlags(**evaluate_flags(files, str(tmp_path / "r.json"), **more))
         warning = (

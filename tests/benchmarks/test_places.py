@@ -3,7 +3,7 @@
 import json
 import random
 
-from helpers import run_command
+from helpers import run_command, succeed
 
 from minionerec.metrics import ranking_metrics
 
@@ -19,9 +19,7 @@ def write_rows(path, targets):
 
 
 def run_places(**flags):
-    result = run_command("benchmarks/places.py", **flags)
-    assert result.returncode == 0, result.stderr
-    return result.stdout
+    return succeed("benchmarks/places.py", **flags).stdout
 
 
 def test_places_of_sids_and_items_are_kept_and_compared(tmp_path):
