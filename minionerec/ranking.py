@@ -8,6 +8,7 @@
 Dimensions: `N` items of the catalogue, `S` distinct SIDs, the rows of the trie.
 """
 
+import math
 import os
 import warnings
 from collections.abc import Callable, Iterable, Sequence
@@ -162,6 +163,8 @@ class Ranker:
         blended = None
         if blend_weight != "auto" and not is_weight(blend_weight):
             raise InputError(f"blend_weight {blend_weight!r}: must be auto or a number from 0 to {HEAVIEST}")
+        if not 0 <= seen_penalty < math.inf:
+            raise InputError(f"seen_penalty {seen_penalty!r}: must be a number from 0")
         if blend:
             blended = Blend.read(os.fspath(blend), blend_weight, read, listed, os.fspath(info_file)).ready()
         remedy = f"{os.fspath(info_file)} belongs to a different catalogue"
