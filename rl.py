@@ -312,6 +312,7 @@ def train(flags: RLFlags) -> "dict | Prediction":
         dynamic_sampling=flags.dynamic_sampling,
         mask_all_zero=flags.mask_all_zero,
         sft_weight=flags.sft_weight,
+        listwise=flags.listwise,
         average_weights=flags.average_weights,
         pass_size=pass_size,
         test_beam=flags.test_beam,

@@ -121,6 +121,12 @@ class RLFlags(TrainingFlags):
         "token. It keeps what SFT has learned (not in the original).",
         zero_or_more,
     )
+    listwise: bool = flag(
+        False,
+        "take each group of beams as a list: the loss is minus the log of its expected reward, with each item counted "
+        "by its share of the list's probability. GRPO counts a beam as a draw, however improbable it is. Needs "
+        "beam_search, and the rewards rule or prefix (not in the original).",
+    )
     average_weights: bool = flag(
         False,
         "evaluate and save an average of the weights after all steps, in which later steps count more; the learning "
@@ -189,6 +195,8 @@ class RLFlags(TrainingFlags):
             )
         if self.dapo and self.gspo:
             problems.add("--dapo and --gspo exclude each other; keep one")
+        if self.listwise:
+            self._check_lists(problems)
         if self.sync_ref_model and not self.beta:
             problems.add("--sync_ref_model needs a reference, and --beta 0 drops it; give --beta above 0")
         if self.test_during_training and not _is_multiple(self.save_fraction, self.eval_step):
@@ -201,6 +209,25 @@ class RLFlags(TrainingFlags):
             problems.add(
                 f"--ada_path {self.ada_path!r}: --reward_type semantic needs a file of item embeddings, .npy or "
                 ".safetensors, row i for item id i"
+            )
+
+    def _check_lists(self, problems: Problems) -> None:
+        if not self.beam_search:
+            problems.add(
+                "--listwise weighs beams by their probability, and draws have it already; give --beam_search True"
+            )
+        if self.add_gt:
+            problems.add(
+                "--listwise and --add_gt exclude each other: a list has each item once. --sft_weight 1 learns targets"
+            )
+        if self.dapo or self.gspo:
+            problems.add("--listwise has a loss of its own, so --dapo and --gspo have no effect; drop them")
+        if others := [name for name in self.reward_names if name not in ("rule", "prefix")]:
+            problems.add(f"--listwise needs rewards from 0 to 1, rule or prefix, and {others[0]} may be negative")
+        if self.train_batch_size % self.num_generations:
+            problems.add(
+                f"--num_generations {self.num_generations} does not divide --train_batch_size {self.train_batch_size}; "
+                "with --listwise a forward pass has whole groups"
             )
 
 

@@ -1,6 +1,6 @@
-"""The loss of GRPO on completions whose advantages are known, and what the log says of it.
+"""The loss of GRPO on completions whose advantages are known, the loss of lists, and what the log says of both.
 
-Dimensions: `B` completions, `C` completion tokens.
+Dimensions: `B` completions, `C` completion tokens, `L` lists, `G` completions of a list.
 """
 
 from collections.abc import Callable
@@ -16,6 +16,23 @@ from minionerec.training.rollouts import Completed, Rollouts
 LogProbs = Callable[[nn.Module, Completed], tuple[torch.Tensor, torch.Tensor]]
 
 
+def listwise_loss(logps: torch.Tensor, rewards: torch.Tensor) -> torch.Tensor:
+    """[L], minus the log of the expected reward of each list (nats), where a completion counts by its share of the
+    list's probability; 0 for a list without a reward. Beams are not draws: how probable they are is in the loss. With a
+    reward of 1 for one item it is the cross-entropy of that item among those of the list.
+
+    Args:
+        logps: [L, G], of whole completions (nats).
+        rewards: [L, G], 0 or more.
+
+    Source: the expected reward is that of Shen et al., Minimum Risk Training (2016), without sharpening.
+    """
+    share = logps.float().log_softmax(dim=1)
+    rewarded = rewards.amax(dim=1) > 0
+    worth = torch.where(rewarded.unsqueeze(1), rewards.float(), 1.0).log()
+    return torch.where(rewarded, -(share + worth).logsumexp(dim=1), 0.0)
+
+
 class PolicyLoss:
     """The loss of passes.
 
@@ -26,6 +43,7 @@ class PolicyLoss:
         sft_weight: weight of the supervised loss, see `ReReTrainer`.
         log: of the steps.
         processes: how many average their gradients.
+        listwise: the loss is `listwise_loss`, and advantages are rewards; passes then have whole groups.
     """
 
     def __init__(
@@ -36,9 +54,10 @@ class PolicyLoss:
         sft_weight: float,
         log: RLLog,
         processes: int,
+        listwise: bool = False,
     ):
         self.args, self.logps, self.reference, self.sft_weight = args, logps, reference, sft_weight
-        self.log, self.processes = log, processes
+        self.log, self.processes, self.listwise = log, processes, listwise
 
     def of_pass(
         self, model: nn.Module, part: Rollouts, count: int, accumulation: int = 1, first: bool = True
@@ -64,6 +83,8 @@ class PolicyLoss:
         found["entropy"] = entropies
         if divergence is not None:
             found["kl"] = divergence
+        if self.listwise:
+            loss = loss + self._of_lists(part, logps, first) / count / accumulation
         for name, values in found.items():
             self.log.add_mean(name, (values.detach() * mask).sum(), tokens, first)
         if supervised is not None:
@@ -71,6 +92,14 @@ class PolicyLoss:
             self.log.add_mean("sft_loss", supervised.detach() * share, torch.full_like(supervised, share), first)
             loss = loss + self.sft_weight * share * supervised / accumulation
         return loss
+
+    def _of_lists(self, part: Rollouts, logps: torch.Tensor, first: bool) -> torch.Tensor:
+        """The sum over completions of the loss of their list, per token as the other losses are."""
+        size, mask = self.args.num_generations, part.completion_mask
+        losses = listwise_loss((logps * mask).sum(dim=1).view(-1, size), part.advantages.view(-1, size))
+        learned = part.advantages.view(-1, size).amax(dim=1) > 0
+        self.log.add_mean("list_loss", losses.detach().sum(), learned.sum(), first)
+        return (losses * size * size / mask.sum(dim=1).view(-1, size).sum(dim=1).clamp(min=1.0)).sum()
 
     def _with_supervised(self, model: nn.Module, part: Rollouts) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """What `logps` gives, and the supervised loss of the targets, which are one more completion of their prompt in
@@ -90,7 +119,8 @@ class PolicyLoss:
 
         Source: Shao et al., DeepSeekMath (2024); Zheng et al., Group Sequence Policy Optimization (2025).
         """
-        args, mask, advantages, old = self.args, part.completion_mask, part.advantages.unsqueeze(1), part.old_logps
+        args, mask, old = self.args, part.completion_mask, part.old_logps
+        advantages = torch.zeros_like(mask) if self.listwise else part.advantages.unsqueeze(1)
         below, above = 1 - args.epsilon, 1 + (args.epsilon if args.epsilon_high is None else args.epsilon_high)
         of_sequence = args.importance_sampling_level == "sequence"  # ratios of whole completions (GSPO)
         log_ratio = logps - (logps.detach() if old is None else old)

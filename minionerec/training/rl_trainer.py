@@ -66,6 +66,7 @@ class ReReTrainer(RLRun):
         dynamic_sampling: bool = False,
         mask_all_zero: bool = False,
         sft_weight: float = 0.0,
+        listwise: bool = False,
         average_weights: bool = False,
         pass_size: int | None = None,
         test_beam: int = 20,
@@ -82,6 +83,8 @@ class ReReTrainer(RLRun):
             mask_all_zero: groups without any advantage add nothing to the loss, not even KL, and cost nothing.
             sft_weight: weight of the supervised loss: the mean over completions of the mean negative log-probability of
                 their target's tokens (nats), at `args.temperature`.
+            listwise: the loss is `policy_loss.listwise_loss` of each group of beams, instead of GRPO's; rewards must
+                not be negative, and a micro-batch must have whole groups.
             average_weights: evaluate and save the average of the weights over the steps; the policy itself trains on.
             pass_size: completions of a forward pass at most, and prompts of a search: a micro-batch is made in as many
                 passes as it needs, which changes no gradient. None for one pass. Halved when memory runs out.
@@ -108,10 +111,12 @@ class ReReTrainer(RLRun):
             trie, list(sid_of), self.num_generations, *switches, args.temperature, args.seed, self._pad
         )
         self.mask_all_zero, self.pass_size = mask_all_zero, pass_size or args.per_device_train_batch_size
+        if listwise:  # a pass has whole groups
+            self.pass_size = max(self.pass_size // self.num_generations, 1) * self.num_generations
         self.search_halving = Halving("searches for completions")
         self.step_log = RLLog(self._metrics["train"], self._logs, self.reward_func_names, self.accelerator)
         processes = self.accelerator.num_processes
-        self.loss = PolicyLoss(args, self.logps, self.reference, sft_weight, self.step_log, processes)
+        self.loss = PolicyLoss(args, self.logps, self.reference, sft_weight, self.step_log, processes, listwise)
         self.test_beam, self.test_batch_size = test_beam, test_batch_size
         self.average_weights = average_weights
         self.add_callback(EarlyWarning(self.reward_func_names, beam_search))
@@ -206,8 +211,8 @@ class ReReTrainer(RLRun):
         return completions
 
     def _score(self, columns: Columns, completions: list[list[int]]) -> tuple[torch.Tensor, np.ndarray]:
-        """The advantage of every completion, [B], and whether all rewards of its group are equal, [B] of bool; both on
-        the CPU. Logs them."""
+        """The advantage of every completion, [B], which in lists is the reward; and whether all rewards of its group
+        are equal, [B] of bool. Both on the CPU. Logs them."""
         prompts, count, group = columns["prompt"], len(completions), self.num_generations
         texts = self._tokenizer.batch_decode(completions, skip_special_tokens=True)
         given = {name: values for name, values in columns.items() if name != "prompt"}
@@ -219,7 +224,8 @@ class ReReTrainer(RLRun):
         total[rewards.isnan().all(dim=1)] = math.nan
         # Where all rewards are equal, rounding leaves advantages that are not quite 0.
         silent = equal_in_group(total, group).repeat_interleave(group)
-        advantages = advantages_of(total, group, self.scale_rewards).masked_fill(silent, 0.0)
+        worth = total.nan_to_num() if self.loss.listwise else advantages_of(total, group, self.scale_rewards)
+        advantages = worth.masked_fill(silent, 0.0)
         self.step_log.add_rewards(rewards, total, silent)
         self.step_log.add_samples(prompts, texts, advantages)
         own = slice(self.accelerator.process_index * count, (self.accelerator.process_index + 1) * count)

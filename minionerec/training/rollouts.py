@@ -61,7 +61,7 @@ class Rollouts(Completed):
     """Completions that are scored.
 
     Attributes:
-        advantages: [B].
+        advantages: [B]; where the loss is that of lists, the reward itself.
         tokens: how many the completions of all processes have, also those that do not count.
         target_ids, target_mask: [B, T], padded on the right; None where targets are not learned.
         old_logps: [B, C], of the policy that made the completions (nats); None where that is this one.

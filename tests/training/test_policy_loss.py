@@ -7,6 +7,7 @@ from rl_trainers import STARTS, generated, loss_settings, make_trainer
 
 from minionerec.model import device
 from minionerec.training.logprobs import completion_logps
+from minionerec.training.policy_loss import listwise_loss
 
 
 def plain_loss(mode, logps, old, ref, mask, advantages, beta, epsilon=0.2):
@@ -68,6 +69,34 @@ def test_completions_of_one_length_have_the_same_gradient_under_every_loss(sft, 
     for gradients in found[1:]:
         for name, gradient in gradients.items():
             torch.testing.assert_close(gradient, found[0][name], atol=1e-7, rtol=1e-5)
+
+
+def test_the_loss_of_lists_is_the_expected_reward():
+    """Written down item by item; a list without a reward teaches nothing, nor does one whose rewards are all equal."""
+    torch.manual_seed(0)
+    logps = torch.randn(4, 5, dtype=torch.float64, requires_grad=True)
+    rewards = torch.tensor([[0, 0, 1, 0, 0], [1, 0.5, 0, 0, 0.5], [0, 0, 0, 0, 0], [0.7] * 5], dtype=torch.float64)
+    expected = []
+    for of_list, worth in zip(logps, rewards, strict=True):
+        chance = of_list.exp() / of_list.exp().sum()
+        reward = sum(p * r for p, r in zip(chance, worth, strict=True))
+        expected.append(-reward.log() if worth.any() else 0.0 * reward)
+    plain = torch.stack(expected)
+    (wanted,) = torch.autograd.grad(plain.sum(), logps)
+    found = listwise_loss(logps, rewards)
+    torch.testing.assert_close(found.double(), plain, atol=1e-6, rtol=1e-6)
+    (gradient,) = torch.autograd.grad(found.sum(), logps)
+    torch.testing.assert_close(gradient, wanted, atol=1e-6, rtol=1e-6)
+    assert not gradient[2].any()
+
+
+def test_lists_that_no_policy_would_make_have_finite_gradients():
+    """Log-probabilities far apart: the target's share is 0 in float32, and its gradient still is 1."""
+    logps = torch.tensor([[0.0, -300.0, -5.0]], requires_grad=True)
+    loss = listwise_loss(logps, torch.tensor([[0.0, 1.0, 0.0]]))
+    (gradient,) = torch.autograd.grad(loss.sum(), logps)
+    assert loss.item() == pytest.approx(300.0067, abs=1e-3)
+    assert gradient[0, 1].item() == pytest.approx(-1.0, abs=1e-4) and gradient.isfinite().all()
 
 
 @pytest.mark.parametrize("start", STARTS)

@@ -46,6 +46,14 @@ def rl_settings(rng: random.Random) -> dict:
     flags |= rng.choice([{}, {"dapo": True}, {"gspo": True}]) | {"sample_train": rng.random() < 0.5}
     flags |= rng.choice([{}, {"train_batch_size": 8, "gradient_accumulation_steps": 2}])
     flags["optim"] = rng.choice(["adamw_torch_fused", "adamw_torch", "lion_32bit", "sgd", "adagrad"])
+    if rng.random() < 0.25:
+        flags |= {
+            "listwise": True,
+            "beam_search": True,
+            "add_gt": False,
+            "reward_type": rng.choice(["rule", "rule,prefix"]),
+        }
+        flags |= {"dapo": False, "gspo": False}
     return {**flags, "num_train_epochs": rng.choice([1, 2]), "seed": rng.randrange(100)}
 
 

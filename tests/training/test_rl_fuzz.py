@@ -50,13 +50,19 @@ class Settings:
         self.accumulation = chance.choice([n for n in range(1, count + 1) if count % n == 0])
         self.temperature = chance.choice([1.0, 1.0, 0.6, 1.7])
         self.beta = chance.choice([0.0, 0.04, 0.5])
-        self.mode = chance.choice(["plain", "dapo", "gspo"])
+        self.mode = chance.choice(["plain", "dapo", "gspo", "listwise"])
         self.sft_weight = chance.choice([0.0, 0.0, 0.7])
         names = chance.sample(sorted(COLUMNS), chance.randint(1, 3))
         self.weights = {name: chance.choice([1.0, 0.7, 1 / 3, 2.5]) for name in names}
         self.switches = {
             name: chance.random() < 0.5 for name in ("beam_search", "add_gt", "dynamic_sampling", "mask_all_zero")
         }
+        if self.mode == "listwise":
+            self.weights = {
+                name: self.weights.get(name, 1.0) for name in chance.choice(["rule", "prefix", "rule prefix"]).split()
+            }
+            self.switches |= {"beam_search": True, "add_gt": False}
+            self.accumulation = chance.choice([n for n in range(1, self.groups + 1) if self.groups % n == 0])
         self.checkpointing, self.tied = chance.random() < 0.2, chance.random() < 0.5
         self.adapter = {"use_dora": chance.random() < 0.2, "lora_target_modules": chance.choice(["all", "all", "qkv"])}
         # A catalogue whose SIDs have 1 to 4 tokens, some of which others start with; and prompts with their targets.
@@ -158,6 +164,7 @@ def run_step(settings: Settings, model, tokenizer, trie: Trie, rewards, weights,
         trie=trie,
         sids=sids,
         sft_weight=settings.sft_weight,
+        listwise=settings.mode == "listwise",
         **settings.switches,
     )
     move(trainer.model, settings.seed + 1)
@@ -207,6 +214,17 @@ def logps_by_hand(model, prompt: list[int], completion: list[int], temperature: 
     return torch.stack([logps[len(prompt) - 1 + i, token] for i, token in enumerate(completion)])
 
 
+def list_by_hand(settings: Settings, model, step: Step, first: int, rewards: np.ndarray) -> torch.Tensor | float:
+    """The loss of the list that begins with a completion: minus the log of its expected reward, by token."""
+    if not rewards.any():
+        return 0.0
+    completions = step.completions[first : first + settings.group_size]
+    prompt = step.rows[first]["prompt"]
+    likely = [logps_by_hand(model, prompt, completion, settings.temperature).sum().exp() for completion in completions]
+    expected = sum(p * reward for p, reward in zip(likely, rewards, strict=True)) / sum(likely)
+    return -expected.log() * len(completions) / sum(map(len, completions))
+
+
 def loss_by_hand(settings: Settings, model, reference: list, step: Step, totals: np.ndarray, eos: int) -> float:
     """The loss of a step, whose gradients are left in `model`. `reference` has the log-probabilities of every
     completion, `totals` the rewards, group by group."""
@@ -218,6 +236,10 @@ def loss_by_hand(settings: Settings, model, reference: list, step: Step, totals:
         if not silent:
             advantage = (group[i % settings.group_size] - group.mean()) / (group.std(ddof=1) + 1e-4)
         parts = []
+        if settings.mode == "listwise":
+            advantage = 0.0
+            if i % settings.group_size == 0 and not silent:
+                parts.append(list_by_hand(settings, model, step, i, group) / (count // settings.group_size))
         if not (silent and settings.switches["mask_all_zero"]):
             logps = logps_by_hand(model, row["prompt"], completion, settings.temperature)
             change = logps - logps.detach()
