@@ -15,11 +15,11 @@ from typing import NoReturn
 
 # Learning rates to choose from, where the environment names none.
 SFT_RATES = {"full": "1e-4 3e-4 1e-3", "lora": "3e-4 1e-3 3e-3", "qlora": "3e-4 1e-3 3e-3"}
-RL_RATES = {"full": "1e-6 1e-5", "lora": "1e-5 1e-4", "qlora": "1e-5 1e-4"}
+RL_RATES = {"full": "1e-4", "lora": "5e-4", "qlora": "5e-4"}
 FIRST_SEED = 42  # of the runs that choose the rates
 # What all runs in a folder must share.
 SHARED = ["BASE_MODEL", "PRESET", "CATEGORY", "SFT_FLAGS", "TRY_SFT", "RL_FLAGS", "EVAL_FLAGS"]
-SHARED += ["TRAIN_FILE", "EVAL_FILE", "TEST_FILE", "INFO_FILE", "INDEX_FILE", "ITEM_FILE"]
+SHARED += ["TRAIN_FILE", "RL_FILE", "EVAL_FILE", "TEST_FILE", "INFO_FILE", "INDEX_FILE", "ITEM_FILE"]
 STAGE = ("bash", "-c", 'source scripts/stages.sh; "$@"', "compare.sh")  # then a function of stages.sh and its flags
 
 
@@ -70,6 +70,10 @@ def check_rates(method: str) -> None:
         for rate in rates:
             if not re.fullmatch(r"\d*\.?\d+(?:[eE][+-]?\d+)?", rate):
                 fail(f"{name}={' '.join(rates)}: {rate} is no learning rate; separate them by spaces")
+    if len(rates) > 1 and setting("RL_FILE") == setting("EVAL_FILE"):
+        fail(
+            f"{name}={' '.join(rates)}: RL learns the validation rows, so they choose no rate; name one, or RL_FILE=..."
+        )
     if len(rates) > 1 and re.search(r"(?:^| )--test[_-]during[_-]training[= ](?i:false)", setting("RL_FLAGS")):
         fail(f"RL_FLAGS: without evaluations none of {', '.join(rates)} is the best rate; name one: {name}={rates[0]}")
 

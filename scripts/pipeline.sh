@@ -1,8 +1,7 @@
 #!/usr/bin/env bash
-# Runs SFT, RL and the evaluation of both, and of the second with SASRec, which trains next to them in minutes:
+# Runs SFT, RL on the validation rows, the evaluation of both, and of each with SASRec, which trains in minutes:
 #   METHOD=qlora PRESET=best NPROC=4 bash scripts/pipeline.sh --wandb_project recommender
-# RL runs at rates that are a careful guess, and may end with the model of SFT (docs/rl.md); for SFT alone there are
-# sft_lora.sh, sft_qlora.sh and evaluate.sh. Flags go to both trainings; SFT_FLAGS, RL_FLAGS and EVAL_FLAGS are for one
+# For SFT alone there are sft_lora.sh, sft_qlora.sh and evaluate.sh. Flags go to both trainings; SFT_FLAGS, RL_FLAGS and EVAL_FLAGS are for one
 # stage. Settings: scripts/stages.sh.
 source "$(dirname "$0")/stages.sh"
 unset MODEL_PATH # RL starts from the SFT of this pipeline
@@ -25,6 +24,8 @@ rl "$@" ${RL_FLAGS:-}
 evaluate "$OUT/sft" ${EVAL_FLAGS:-}
 evaluate "$OUT/rl" ${EVAL_FLAGS:-}
 sasrec
-evaluate "$OUT/rl" --result_json_data "$OUT/rl/blended.json" --blend "$OUT/sasrec" --eval_file "$EVAL_FILE" ${EVAL_FLAGS:-}
+# SFT chooses the weight of SASRec on the validation rows, which RL has learned.
+evaluate "$OUT/sft" --result_json_data "$OUT/sft/blended.json" --blend "$OUT/sasrec" --eval_file "$EVAL_FILE" ${EVAL_FLAGS:-}
+evaluate "$OUT/rl" --result_json_data "$OUT/rl/blended.json" --blend "$OUT/sasrec" ${EVAL_FLAGS:-}
 "$PYTHON" scripts/table.py --train_file "$TRAIN_FILE" --test_data_path "$TEST_FILE" --info_file "$INFO_FILE" \
-    --runs "SASRec=$OUT/sasrec,$METHOD SFT=$OUT/sft,$METHOD SFT + RL=$OUT/rl,$METHOD SFT + RL with SASRec=$OUT/rl/blended.json"
+    --runs "SASRec=$OUT/sasrec,$METHOD SFT=$OUT/sft,$METHOD SFT + RL=$OUT/rl,$METHOD SFT with SASRec=$OUT/sft/blended.json,$METHOD SFT + RL with SASRec=$OUT/rl/blended.json"

@@ -7,6 +7,8 @@
 #   CONFIG=configs/zero2.yaml (or zero3, fsdp) to train with that engine instead of plain data parallelism
 #   BASE_MODEL, CATEGORY, DATA (folder with train, valid, test, info, index), OUT (folder for results)
 #   TRAIN_FILE, EVAL_FILE, TEST_FILE, INFO_FILE, INDEX_FILE, ITEM_FILE instead of the files in DATA
+#   RL_FILE=$EVAL_FILE, the rows that RL learns: the newest, which SFT has not learned. With another file, RL is evaluated
+#   on EVAL_FILE while it trains, and its best model is kept.
 #   Relative paths start at the root of the repository.
 #   PYTHON=python to use your own environment instead of .venv
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
@@ -34,10 +36,12 @@ INFO_FILE="${INFO_FILE:-$(first info .txt INFO_FILE)}"
 INDEX_FILE="${INDEX_FILE:-$DATA/index/$CATEGORY.index.json}"
 ITEM_FILE="${ITEM_FILE:-$DATA/index/$CATEGORY.item.json}"
 
-# The flags of METHOD and PRESET, and the default learning rates.
-RL_RATE=1e-5
+RL_FILE="${RL_FILE:-$EVAL_FILE}"
+
+# The flags of METHOD and PRESET, and the default learning rates; that of RL with full fine-tuning is a guess.
+RL_RATE=5e-4
 case "$METHOD" in
-full) METHOD_FLAGS=() RL_RATE=1e-6 ;;
+full) METHOD_FLAGS=() RL_RATE=1e-4 ;;
 lora) METHOD_FLAGS=(--use_lora True) ;;
 qlora) METHOD_FLAGS=(--use_qlora True) ;;
 *) fail "METHOD=$METHOD: must be full, lora or qlora" ;;
@@ -55,8 +59,7 @@ esac
 [[ "$NPROC" =~ ^[1-9][0-9]*$ ]] || fail "NPROC=$NPROC: must be a number from 1"
 [ -z "${CONFIG:-}" ] || [ -f "$CONFIG" ] || fail "CONFIG=$CONFIG: no such file; choose one of $(echo configs/*.yaml)"
 [[ "$OUT" != *,* ]] || fail "OUT=$OUT: must not contain a comma"
-FILES=(--train_file "$TRAIN_FILE" --eval_file "$EVAL_FILE" --category "$CATEGORY"
-    --sid_index_path "$INDEX_FILE" --item_meta_path "$ITEM_FILE")
+FILES=(--eval_file "$EVAL_FILE" --category "$CATEGORY" --sid_index_path "$INDEX_FILE" --item_meta_path "$ITEM_FILE")
 
 launch() {
     if [ "$NPROC" -gt 1 ]; then
@@ -75,23 +78,26 @@ launch_training() {
 sft() {
     [ $((64 % NPROC)) = 0 ] || [[ " ${*//-/_}" =~ " __batch_size"[=\ ] ]] ||
         fail "NPROC=$NPROC: does not divide the 64 rows of an SFT step; take 1, 2, 4, 8, 16, 32 or 64, or --batch_size"
-    launch_training sft.py --base_model "$BASE_MODEL" --output_dir "$OUT/sft" "${FILES[@]}" \
-        --tasks sid_history_to_sid,title_to_sid --batch_size 64 --micro_batch_size auto --num_epochs 3 \
+    launch_training sft.py --base_model "$BASE_MODEL" --output_dir "$OUT/sft" --train_file "$TRAIN_FILE" \
+        "${FILES[@]}" --tasks sid_history_to_sid,title_to_sid --batch_size 64 --micro_batch_size auto --num_epochs 3 \
         --learning_rate "$SFT_RATE" --sid_learning_rate 3e-3 "${METHOD_FLAGS[@]}" "${PRESET_FLAGS[@]}" "$@"
 }
-rl_batch() { # rl_batch flags...: sets RL_BATCH; an RL step has 32 prompts with 4 completions, rl.py counts per process
-    local share=$((NPROC < 128 ? 128 / NPROC : 1)) pass
-    [ $((32 % NPROC)) = 0 ] || [[ " ${*//-/_}" =~ " __train_batch_size"[=\ ] ]] ||
-        fail "NPROC=$NPROC: does not divide the 32 prompts of an RL step; take 1, 2, 4, 8, 16 or 32, or --train_batch_size"
+rl_batch() { # rl_batch flags...: sets RL_BATCH; an RL step has 64 prompts with 16 completions, rl.py counts per process
+    local share=$((NPROC < 1024 ? 1024 / NPROC : 1)) pass
+    [ $((64 % NPROC)) = 0 ] || [[ " ${*//-/_}" =~ " __train_batch_size"[=\ ] ]] ||
+        fail "NPROC=$NPROC: does not divide the 64 prompts of an RL step; take 1, 2, 4, 8, 16, 32 or 64, or --train_batch_size"
     pass=$((share < 64 ? share : 64))
     RL_BATCH=(--train_batch_size "$pass" --gradient_accumulation_steps "$((share / pass))")
 }
 rl() {
+    local evaluations=(--eval_batch_size 128)
+    [ "$RL_FILE" != "$EVAL_FILE" ] || evaluations=(--test_during_training False) # on rows that it learns they say nothing
     rl_batch "$@"
-    launch_training rl.py --model_path "${MODEL_PATH:-$OUT/sft/final_checkpoint}" --output_dir "$OUT/rl" "${FILES[@]}" \
-        --info_file "$INFO_FILE" "${RL_BATCH[@]}" --tasks sid_history_to_sid --num_generations 4 \
-        --num_train_epochs 3 --eval_batch_size 128 --reward_type rule,prefix --add_gt True --sft_weight 1 --beta 0 \
-        --learning_rate "$RL_RATE" --average_weights True "${METHOD_FLAGS[@]}" "${PRESET_FLAGS[@]}" "$@"
+    launch_training rl.py --model_path "${MODEL_PATH:-$OUT/sft/final_checkpoint}" --output_dir "$OUT/rl" \
+        --train_file "$RL_FILE" "${FILES[@]}" --info_file "$INFO_FILE" "${RL_BATCH[@]}" "${evaluations[@]}" \
+        --tasks sid_history_to_sid --num_generations 16 --beam_search True --listwise True --reward_type rule \
+        --mask_all_zero True --sft_weight 1 --beta 0 --num_train_epochs 3 --learning_rate "$RL_RATE" \
+        "${METHOD_FLAGS[@]}" "${PRESET_FLAGS[@]}" "$@"
 }
 sasrec() { # trains SASRec and evaluates it, in $OUT/sasrec, unless it is there
     [ -f "$OUT/sasrec/result.json" ] || "$PYTHON" scripts/train_sasrec.py --train_file "$TRAIN_FILE" \

@@ -456,7 +456,12 @@ class TrainingFlags(DataFlags, RunFlags, AdapterFlags, DeviceFlags):
 
     @property
     def notes(self) -> list[str]:
-        return super().notes + same_rows(self.train_file, self.eval_file)
+        return super().notes + (same_rows(self.train_file, self.eval_file) if self.chooses_best else [])
+
+    @property
+    def chooses_best(self) -> bool:
+        """Whether the run keeps the checkpoint that is best on the validation file."""
+        return True
 
 
 def same_rows(train_file: str, eval_file: str) -> list[str]:

@@ -179,6 +179,10 @@ class RLFlags(TrainingFlags):
         weights = [float(weight) for weight in _names(self.reward_weights)] or [1.0] * len(names)
         return dict(zip(names, weights, strict=True))
 
+    @property
+    def chooses_best(self) -> bool:
+        return self.test_during_training
+
     def check(self, problems: Problems) -> None:
         super().check(problems)
         rewards, weights = self.reward_names, _names(self.reward_weights)

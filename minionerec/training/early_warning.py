@@ -24,10 +24,11 @@ class EarlyWarning(TrainerCallback):
     """Says, once each, that most groups have no signal and that KL explodes, soon after the start; and at the end, that
     no group had a signal. The lines name what helps. A resumed run judges from the logs of the whole run."""
 
-    def __init__(self, reward_names: Sequence[str], beam_search: bool):
+    def __init__(self, reward_names: Sequence[str], ranks: bool, supervised: bool):
+        """`ranks`: the loss takes `ranking`. `supervised`: every row teaches its target, whatever its rewards are."""
         self.dense = bool(DENSE & set(reward_names))
-        self.suggested = "ranking,prefix" if beam_search else "rule,prefix"  # sampled completions have no rank
-        self.judged = self.drifted = False
+        self.suggested = "ranking,prefix" if ranks else "rule,prefix"
+        self.judged, self.drifted = supervised, False
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object) -> None:
         step, idle = state.global_step, _idle(state)

@@ -119,7 +119,7 @@ class ReReTrainer(RLRun):
         self.loss = PolicyLoss(args, self.logps, self.reference, sft_weight, self.step_log, processes, listwise)
         self.test_beam, self.test_batch_size = test_beam, test_batch_size
         self.average_weights = average_weights
-        self.add_callback(EarlyWarning(self.reward_func_names, beam_search))
+        self.add_callback(EarlyWarning(self.reward_func_names, beam_search and not listwise, sft_weight > 0))
         if self.reference and self.reference.follows:
             self.add_callback(self.reference)
 

@@ -1,5 +1,6 @@
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,7 @@ from helpers import COLUMNS, refused, rl_flags, run_command, sft_flags
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import lora_utils
-from minionerec import SFTFlags
+from minionerec import RLFlags, SFTFlags
 
 SFT = [
     ({"use_lroa": True}, "unknown flag --use_lroa; did you mean --use_lora?"),
@@ -127,6 +128,8 @@ def test_validating_on_the_training_file_is_warned_of(files):
     flags = SFTFlags(train_file=files["train"], eval_file=files["train"])
     assert flags.notes[-1].startswith(f"warning: --eval_file {files['train']} is the training file")
     assert not SFTFlags(train_file=files["train"], eval_file=files["valid"]).notes
+    chooses = RLFlags(train_file=files["train"], eval_file=files["train"])
+    assert chooses.notes == flags.notes and not replace(chooses, test_during_training=False).notes
 
 
 def test_an_info_file_of_another_catalogue_is_refused(files, base, tmp_path):

@@ -79,9 +79,15 @@ def test_the_pipeline_runs_from_the_default_paths(checkout, base):
     )  # fmt: skip
     assert result.returncode == 0, result.stderr[-3000:]
     assert "| lora SFT + RL |" in result.stdout and "| lora SFT + RL with SASRec |" in result.stdout
+    assert "| lora SFT with SASRec |" in result.stdout
     out = checkout / "output" / "Bolts_lora"
     flags = json.loads((out / "rl" / "final_checkpoint" / "minionerec.json").read_text())["flags"]
-    assert flags["seed"] == 7 and flags["add_gt"] and flags["sft_weight"] == 1 and flags["num_generations"] == 8
+    assert flags["seed"] == 7 and flags["listwise"] and flags["sft_weight"] == 1 and flags["num_generations"] == 8
+    assert (
+        flags["train_file"]
+        == flags["eval_file"]
+        != json.loads((out / "sft" / "final_checkpoint" / "minionerec.json").read_text())["flags"]["train_file"]
+    )
     adapter = json.loads((out / "rl" / "final_checkpoint" / "adapter_config.json").read_text())
     assert adapter["r"] == 8 and len(adapter["target_modules"]) == 4
     again = bash(checkout, "evaluate.sh", "rl", "--num_beams", "5", METHOD="lora", PYTHON=quick_python())
@@ -109,7 +115,7 @@ def test_an_engine_gets_the_flags_of_a_plain_run(checkout):
         ]
         for setting in ({}, {"CONFIG": "configs/zero2.yaml"})
     )
-    assert plain == engine and "--sid_learning_rate 3e-3" in plain[0] and "--average_weights True" in plain[1]
+    assert plain == engine and "--sid_learning_rate 3e-3" in plain[0] and "--listwise True" in plain[1]
 
 
 @pytest.mark.parametrize("setting", [{"METHOD": "lori"}, {"PRESET": "fast"}, {"NPROC": "x"}, {"CONFIG": "zero2"}])
@@ -120,20 +126,20 @@ def test_unknown_settings_are_refused(checkout, setting):
 
 
 def test_an_rl_step_has_the_same_prompts_with_any_number_of_processes(checkout):
-    for processes in (1, 2, 4, 8, 16, 32):
+    for processes in (1, 2, 4, 8, 16, 32, 64):
         result = bash(checkout, "rl_lora.sh", PYTHON="echo", NPROC=str(processes))
         words = result.stdout.split()
         batch, passes = (int(words[words.index(f"--{name}") + 1]) for name in RL_STEP)
-        assert batch * passes * processes == 128 and batch % 4 == 0 and batch <= 64
+        assert batch * passes * processes == 1024 and batch % 16 == 0 and batch <= 64
     for script in ("pipeline.sh", "compare.sh"):  # before SFT trains
         result = bash(checkout, script, PYTHON="echo", NPROC="3")
-        assert result.returncode == 2 and "NPROC=3: does not divide the 32 prompts" in result.stderr
+        assert result.returncode == 2 and "NPROC=3: does not divide the 64 prompts" in result.stderr
         assert not result.stdout
     for given in (["--train_batch_size", "40"], ["--train_batch_size=40"], ["--train-batch-size", "40"]):
         result = bash(checkout, "rl_lora.sh", *given, PYTHON="echo", NPROC="3")
         assert result.returncode == 0 and result.stdout.replace("-", "_").count("__train_batch_size") == 2
     given = "--train_batch_size", "4"  # the only size of a process that its step does not have anyway
-    result = bash(checkout, "rl_lora.sh", *given, PYTHON="echo", NPROC="256")
+    result = bash(checkout, "rl_lora.sh", *given, PYTHON="echo", NPROC="512")
     assert result.returncode == 0 and not result.stderr
     result = bash(checkout, "sft_lora.sh", "--micro_batch_size", "3", PYTHON="echo", NPROC="3")
     assert result.returncode == 2 and "NPROC=3: does not divide the 64 rows of an SFT step" in result.stderr
@@ -218,7 +224,8 @@ def test_a_file_of_a_category_is_not_another_that_begins_with_it(checkout, tmp_p
         ((), {"METHODS": "full,lora"}),
         (("--num_epochs", "1"), {}),
         ((), {"RL_RATES_lora": "1e-4, 1e-5"}),
-        ((), {"RL_FLAGS": "--test_during_training False"}),
+        ((), {"RL_RATES_lora": "1e-4 1e-5"}),
+        ((), {"RL_RATES_lora": "1e-4 1e-5", "RL_FILE": "rl.csv", "RL_FLAGS": "--test_during_training False"}),
         ((), {"SFT_FLAGS": "--batch_size 32 --seed 7"}),
         ((), {"RL_FLAGS": "--learning-rate=1e-5"}),
         ((), {"TRY_SFT": "--dry_run True"}),
@@ -289,6 +296,7 @@ def test_a_comparison_chooses_rates_and_repeats_the_best_with_other_seeds(checko
     settings = {
         "METHODS": "full lora", "SEEDS": "2", "OUT": "output/compared", "PRESET": "quick", "PYTHON": stand_in,
         "SFT_RATES_full": "1e-3", "RL_RATES_full": "1e-5", "SFT_RATES_lora": "1e-2 1e-3", "RL_RATES_lora": "1e-5 1e-3",
+        "RL_FILE": "more.csv",
         "TRY_SFT": "--num_epochs 1", "SFT_FLAGS": "--batch_size 64", "RL_FLAGS": "--test_beam 7", "EVAL_FLAGS": "--K 9",
     }  # fmt: skip
     done = bash(checkout, "compare.sh", **settings)
@@ -370,14 +378,14 @@ def test_wrong_flags_of_later_stages_are_refused_before_sft_trains(checkout, bas
 
 
 def test_flags_that_do_not_fit_the_processes_are_refused_before_sft_trains(checkout, base, tmp_path):
-    """A process of 16 has 8 completions of a step: no whole group of 16."""
+    """A process of 64 has 16 completions of a step: no whole group of 32."""
     python = tmp_path / "python"  # starts no launcher
     python.write_text(f'#!/bin/sh\n[ "$1" != -m ] || exit 9\nexec {sys.executable} "$@"\n')
     python.chmod(0o755)
-    settings = {"PYTHON": str(python), "BASE_MODEL": base, "OUT": str(tmp_path / "none"), "NPROC": "16"}
-    refused = bash(checkout, "pipeline.sh", **settings, RL_FLAGS="--num_generations 16")
+    settings = {"PYTHON": str(python), "BASE_MODEL": base, "OUT": str(tmp_path / "none"), "NPROC": "64"}
+    refused = bash(checkout, "pipeline.sh", **settings, RL_FLAGS="--num_generations 32")
     assert refused.returncode == 2 and refused.stderr.startswith(
-        "rl.py: error: --num_generations 16 does not divide --train_batch_size 8 x --gradient_accumulation_steps 1 "
+        "rl.py: error: --num_generations 32 does not divide --train_batch_size 16 x --gradient_accumulation_steps 1 "
     )
     assert bash(checkout, "pipeline.sh", **settings, RL_FLAGS="--num_generations 8").returncode == 9
 

@@ -11,11 +11,12 @@ from minionerec.training.early_warning import EarlyWarning
 
 
 def said(
-    capsys, entries: list[dict], steps: int, names=("rule", "rank_penalty"), ends=False, first=True, beam_search=True
+    capsys, entries: list[dict], steps: int, names=("rule", "rank_penalty"), ends=False, first=True, **about_loss: bool
 ) -> list[str]:
     """What is said about a run of `steps` steps with these entries of the log, one a step."""
     args = SimpleNamespace(num_generations=8, learning_rate=1e-3, beta=0.01)
-    state, watch = TrainerState(max_steps=steps, is_world_process_zero=first), EarlyWarning(names, beam_search)
+    state = TrainerState(max_steps=steps, is_world_process_zero=first)
+    watch = EarlyWarning(names, **{"ranks": True, "supervised": False, **about_loss})
     for step, entry in enumerate(entries, 1):
         state.global_step = step
         state.log_history.append({"step": step, **entry})
@@ -46,8 +47,12 @@ def test_a_dense_reward_is_not_told_to_be_dense(capsys):
 
 
 def test_a_penalty_by_rank_is_not_suggested_where_nothing_has_a_rank(capsys):
-    (line,) = said(capsys, idle(*[0.7] * 3), 20, names=("rule",), beam_search=False)
+    (line,) = said(capsys, idle(*[0.7] * 3), 20, names=("rule",), ranks=False)
     assert "Add a dense reward, such as --reward_type rule,prefix, or try" in line
+
+
+def test_idle_groups_that_learn_their_targets_are_no_waste(capsys):
+    assert not said(capsys, idle(*[0.9] * 20), 20, supervised=True)
 
 
 def test_a_policy_that_runs_away_is_named_once(capsys):
