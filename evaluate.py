@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import TYPE_CHECKING, Literal
 
 from minionerec import blending, cli, world
@@ -32,15 +33,14 @@ from minionerec.data.items import ExcludeSeen, Items, read_targets, seen_sids, s
 from minionerec.data.prompts import Prompts
 from minionerec.errors import InputError, Problems
 from minionerec.flags import (
-    BlendFlags,
     DeviceFlags,
     PromptFlags,
+    ScoreFlags,
     above_zero,
     command,
     flag,
     not_writable,
     number_or_auto,
-    zero_or_more,
 )
 from minionerec.locks import hold, lock_of_new
 from minionerec.metrics import (
@@ -67,7 +67,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateFlags(PromptFlags, BlendFlags, DeviceFlags):
+class EvaluateFlags(PromptFlags, ScoreFlags, DeviceFlags):
     """The flags of evaluate.py."""
 
     base_model: str = flag("", "a whole checkpoint, or an adapter, which names its base.")
@@ -79,8 +79,9 @@ class EvaluateFlags(PromptFlags, BlendFlags, DeviceFlags):
     )
     eval_file: str = flag(
         "",
-        "CSV of validation interactions on which the weight of blend is chosen. Without it the recorded weight is "
-        "used; if there is none, the weight is chosen on the validation file of the checkpoint's run.",
+        "CSV of validation interactions on which the weight of blend and seen_penalty are chosen, where they are auto. "
+        "Without it the recorded ones are used; what is not recorded is chosen on the validation file of the "
+        "checkpoint's run.",
     )
     info_file: str = flag("", "the catalogue: a line per item with SID, title and item id, separated by tabs.")
     test_data_path: str = flag("", "CSV of test interactions.")
@@ -96,7 +97,7 @@ class EvaluateFlags(PromptFlags, BlendFlags, DeviceFlags):
         number_or_auto,
     )
     K: int = flag(0, "an additional cut-off next to 1, 3, 5, 10, 20, 50; 0 for none (the original ignores the flag).")
-    seed: int = flag(42, "seed of the choice of validation rows for the weight of blend; nothing else is random.")
+    seed: int = flag(42, "seed of the choice of rows of eval_file; nothing else is random.")
     length_penalty: float = flag(
         0.0,
         "beam scores are divided by their length to this power; no effect if all SIDs have the same length.",
@@ -108,11 +109,6 @@ class EvaluateFlags(PromptFlags, BlendFlags, DeviceFlags):
         False,
         "do not rank the SIDs of the history; earlier: all but the last one. For metrics of what recommend.py gives "
         "with this flag.",
-    )
-    seen_penalty: float = flag(
-        0.0,
-        "subtracted from the scores of SIDs in the history (nats), which a model tends to find too likely.",
-        zero_or_more,
     )
     temperature: float = flag(
         1.0, "accepted for MiniOneRec's argument lists; no effect, because beams are not sampled.", above_zero
@@ -137,8 +133,10 @@ class EvaluateFlags(PromptFlags, BlendFlags, DeviceFlags):
         world.check_world(problems)
         if not 0 <= self.K <= self.num_beams:
             problems.add(f"--K {self.K}: must be between 0 and --num_beams {self.num_beams}, the length of a ranking")
-        if self.eval_file and (not self.blend or self.blend_weight != "auto"):
-            problems.add("--eval_file has no effect without --blend and --blend_weight auto")
+        if self.eval_file and not self.automatic:
+            problems.add("--eval_file has no effect without --blend and --blend_weight auto, or --seen_penalty auto")
+        if self.seen_penalty == "auto" and self.exclude_seen is True:
+            problems.add("--seen_penalty auto: --exclude_seen True leaves out all that it lowers; give one of them")
         self.check_output(problems, "result_json_data", "the rankings", self.metrics_path)
 
 
@@ -149,9 +147,9 @@ class EvaluateInput:
     Attributes:
         items, targets: where items share SIDs, the items and the number of each row's target; None for a target that is
             not among them. Both None where no items share a SID, or the test file does not tell them apart.
-        blend: a SASRec model that ranks with the checkpoint.
-        eval_file, weighed: the validation file and its rows that the weight of `blend` is chosen on; none where it is
-            known.
+        scoring: what changes the model's scores.
+        eval_file, weighed: the validation file and its rows that numbers of `scoring` are chosen on; none where they
+            are known.
     """
 
     checkpoint: Checkpoint
@@ -161,7 +159,7 @@ class EvaluateInput:
     items: Items | None
     targets: list[int | None] | None
     examples: list[Interaction]
-    blend: blending.Blend | None
+    scoring: blending.Scoring
     eval_file: str
     weighed: list[Interaction]
     notes: list[str]
@@ -180,33 +178,29 @@ def read_input(flags: EvaluateFlags) -> EvaluateInput:
     _check_targets(problems, examples or [], f"--test_data_path {flags.test_data_path}", sids, flags.info_file)
     if flags.train_file:
         problems.attempt(count_rows, flags.train_file, "train_file", titles=False)
-    blend, eval_file, weighed = None, "", list[Interaction]()
-    if flags.blend and checkpoint and listed:
-        which = flags.blend, flags.blend_weight, checkpoint, listed, flags.info_file
-        blend = problems.attempt(blending.Blend.read, *which)
-        if blend and flags.blend_weight == "auto" and (flags.eval_file or blend.weight is None):
+    scoring, eval_file, weighed = None, "", list[Interaction]()
+    if checkpoint and listed:
+        scoring = problems.attempt(blending.Scoring.read, flags, checkpoint, listed, flags.info_file)
+        if scoring and flags.automatic and (flags.eval_file or None in scoring.numbers):
             eval_file, weighed = _validation_rows(problems, flags, checkpoint, titles)
             _check_targets(problems, weighed, f"--eval_file {eval_file}", sids, flags.info_file)
     problems.check()
-    assert checkpoint and base and prompts and sids and examples  # nothing was wrong
+    assert checkpoint and base and prompts and sids and examples and scoring  # nothing was wrong
     items, targets, notes = None, None, flags.notes
     if share_sids(listed):
         try:
             items, targets = read_targets(listed, flags.info_file, flags.train_file, flags.test_data_path)
         except InputError as error:
             notes.append(f"items share SIDs, and metrics are those of SIDs only: {error.problems[0]}")
-    if blend and not weighed:
-        of_record = f", as recorded in {blend.path}" if flags.blend_weight == "auto" else ""
-        notes.append(f"weight of {flags.blend}: {blend.weight:g}{of_record}")
-    trained = [(checkpoint.path, checkpoint.flags.get("train_file", ""), "counts for too little")]
-    trained += [(flags.blend, blend.train_file, "counts for too much")] if blend else []
-    for name, train_file, wrong in trained:
-        if weighed and (learned := _num_learned(weighed, train_file)) > len(weighed) / 2:
-            rows = f"{learned} of {len(weighed)} rows of --eval_file {eval_file}"
-            notes.append(
-                f"warning: {name} was trained on {rows}, so SASRec {wrong}; give --blend_weight, the weight of a run "
-                "that has not learned them"
-            )
+    notes += _notes_on_learned(flags, checkpoint, scoring, eval_file, weighed)
+    if not weighed:
+        of_record = f", as recorded in {scoring.path}"
+        if scoring.blend:
+            weight = f"weight of {flags.blend}: {scoring.blend.weight:g}"
+            notes.append(weight + (of_record if flags.blend_weight == "auto" else ""))
+        if flags.seen_penalty == "auto":
+            notes.append(f"seen_penalty: {scoring.seen_penalty:g}{of_record}")
+        notes += scoring.notes(flags.num_beams)
     if len(sids) < flags.K:
         notes.append(f"--K {flags.K} has no metrics: {flags.info_file} has {len(sids)} SIDs to rank")
     known = set(sids)
@@ -217,7 +211,9 @@ def read_input(flags: EvaluateFlags) -> EvaluateInput:
     pairs = ((item.id, item.sid) for item in listed)
     notes += checkpoint.notes_on_catalogue(pairs, f"--info_file {flags.info_file}")
     notes += checkpoint.notes_on_wording(prompts, flags.category, flags.prompt_file)
-    return EvaluateInput(*(checkpoint, base, prompts, sids, items, targets, examples, blend, eval_file, weighed, notes))
+    return EvaluateInput(
+        *(checkpoint, base, prompts, sids, items, targets, examples, scoring, eval_file, weighed, notes)
+    )
 
 
 def _check_targets(
@@ -234,19 +230,51 @@ def _check_targets(
 def _validation_rows(
     problems: Problems, flags: EvaluateFlags, checkpoint: Checkpoint, titles: bool
 ) -> tuple[str, list[Interaction]]:
-    """The validation file that the weight of --blend is chosen on, and a sample of its rows."""
+    """The validation file that the numbers of --blend_weight and --seen_penalty are chosen on, and a sample of its
+    rows."""
     path = flags.eval_file or str(checkpoint.flags.get("eval_file", ""))
+    examples = {"blend_weight": "--blend_weight 0.5", "seen_penalty": "--seen_penalty 1"}
+    numbers = " ".join(examples[name] for name in flags.automatic)
+    what = "weight" if "blend_weight" in flags.automatic else "penalty"
+    flag_of_model = "--adapter" if flags.adapter else "--base_model"
+    folder = flags.blend or checkpoint.path  # the name of a model of the hub is none
     if not os.path.isfile(path):
+        auto = " and ".join(f"--{name} auto" for name in flags.automatic)
         where = f"--eval_file {path}: no such file" if path else f"{checkpoint.path} recorded no validation file"
-        problems.add(f"--blend_weight auto: {where}; give --eval_file, or a number such as --blend_weight 0.5")
+        problems.add(f"{auto}: {where}; give --eval_file, or numbers such as {numbers}")
     elif os.path.isfile(flags.test_data_path) and os.path.samefile(path, flags.test_data_path):
-        problems.add(f"--eval_file {path}: is --test_data_path; a weight that is chosen on the test rows says nothing")
-    elif wrong := not_writable(flags.blend):
-        problems.add(f"--blend {flags.blend}: {wrong}, where the weight is to be recorded; or give --blend_weight 0.5")
+        problems.add(f"--eval_file {path}: is --test_data_path; a {what} that is chosen on the test rows says nothing")
+    elif wrong := not_writable(folder) if os.path.isdir(folder) else "is no folder":
+        named = f"{'--blend' if flags.blend else flag_of_model} {folder}"
+        problems.add(f"{named}: {wrong}, where the {what} is to be recorded; or give {numbers}")
     else:
         rows = problems.attempt(list, read_interactions(path, "eval_file", titles=titles)) or []
         return path, list(sample_rows(rows, len(rows), blending.ROWS, flags.seed))
     return path, []
+
+
+def _notes_on_learned(
+    flags: EvaluateFlags,
+    checkpoint: Checkpoint,
+    scoring: blending.Scoring,
+    eval_file: str,
+    rows: Sequence[Interaction],
+) -> list[str]:
+    """A warning for each model that was trained on most of the rows that numbers are to be chosen on. It finds their
+    targets so likely that nothing else counts, and nothing in the history comes before them."""
+    trained = [(checkpoint.path, checkpoint.flags.get("train_file", ""), "little")]
+    trained += [(flags.blend, scoring.blend.train_file, "much")] if scoring.blend else []
+    notes = []
+    for name, train_file, wrong in trained:
+        if rows and (learned := _num_learned(rows, train_file)) > len(rows) / 2:
+            effects = {"blend_weight": f"SASRec counts for too {wrong}", "seen_penalty": "the penalty is too small"}
+            effect = " and ".join(effects[number] for number in flags.automatic)
+            give = " and ".join(f"--{number}" for number in flags.automatic)
+            notes.append(
+                f"warning: {name} was trained on {learned} of {len(rows)} rows of --eval_file {eval_file}, so {effect}"
+                f"; give {give} as chosen for a run that has not learned them"
+            )
+    return notes
 
 
 def _num_learned(rows: Sequence[Interaction], path: str) -> int:
@@ -279,10 +307,10 @@ def evaluate(flags: EvaluateFlags) -> dict[str, float]:
     started = time.perf_counter()
     state = device.process_state()
     nodes.check_same(flags.to_dict())
-    if inputs.blend:  # another evaluation may have recorded a weight since the first process looked for one
-        found = inputs.blend.weight, inputs.weighed
-        weight, weighed = nodes.first_decides(lambda: found)
-        inputs = replace(inputs, blend=replace(inputs.blend, weight=weight), weighed=weighed)
+    # Another evaluation may have recorded what the first process looked for, since then.
+    found = inputs.scoring.numbers, inputs.weighed
+    numbers, weighed = nodes.first_decides(lambda: found)
+    inputs = replace(inputs, scoring=inputs.scoring.with_numbers(*numbers), weighed=weighed)
     for line in inputs.notes:
         state.print(line)
     rows_of = {
@@ -303,8 +331,8 @@ def evaluate(flags: EvaluateFlags) -> dict[str, float]:
         compile=flags.compile,
         num_beams=flags.num_beams,
         batch_size=flags.batch_size,
-        blend=inputs.blend,
-        seen_penalty=flags.seen_penalty,
+        blend=inputs.scoring.blend,
+        seen_penalty=inputs.scoring.seen_penalty or 0.0,
     )
     depth = ranker.trie.depth
     if depth > flags.max_new_tokens:
@@ -324,7 +352,7 @@ def evaluate(flags: EvaluateFlags) -> dict[str, float]:
         state.print(f"--batch_size auto: {ranker.batch_size} prompts")
     state.print(f"decoding: {probe(model, longest, longest + length * depth, f'--base_model {inputs.base}')}")
     if inputs.weighed:
-        choose_weight(flags, inputs, ranker, state.is_main_process)
+        choose(flags, inputs, ranker, state.is_main_process)
     decoding = time.perf_counter()
     rankings = ranker.rank(prompts, flags.length_penalty, inputs.examples, flags.exclude_seen)
     decode_seconds = time.perf_counter() - decoding
@@ -357,8 +385,8 @@ def evaluate(flags: EvaluateFlags) -> dict[str, float]:
         blend = {"blend": {"folder": flags.blend, "weight": ranker.blend.weight}} if ranker.blend else {}
         purchases = read_purchases(flags.train_file, inputs.items) if flags.train_file else None
         groups = groups_of(inputs, ranks, of_items, purchases, length)
-        of_seen = ("exclude_seen", "seen_penalty")
-        seen = {name: value for name in of_seen if (value := getattr(flags, name))}
+        of_seen = {"exclude_seen": flags.exclude_seen, "seen_penalty": ranker.seen_penalty}
+        seen = {name: value for name, value in of_seen.items() if value}
         summary = {**metrics, **({"items": by_item} if by_item else {}), **groups, **blend, **seen}
         with writing(flags.metrics_path):
             write_json(flags.metrics_path, {**summary, "rows": len(results), **seconds})
@@ -378,21 +406,39 @@ def evaluate(flags: EvaluateFlags) -> dict[str, float]:
     return metrics
 
 
-def choose_weight(flags: EvaluateFlags, inputs: EvaluateInput, ranker: "Ranker", is_main: bool) -> None:
-    """Lets SASRec count as much as is best on the validation rows, says so, and records it in its folder."""
+def choose(flags: EvaluateFlags, inputs: EvaluateInput, ranker: "Ranker", is_main: bool) -> None:
+    """Lets the ranker use the best weight of SASRec and penalty by the validation rows, as far as they are auto; prints
+    and records them."""
     from minionerec.training import nodes
 
-    weighed = ranker.weigh(inputs.weighed, flags.length_penalty, flags.exclude_seen)
-    found = nodes.first_decides(lambda: weighed)  # their devices may round differently
-    assert ranker.blend  # else there is nothing to weigh
-    ranker.blend = ranker.blend.chosen(found)
+    weights = blending.WEIGHTS if "blend_weight" in flags.automatic else (inputs.scoring.numbers[0] or 0.0,)
+    penalties = blending.PENALTIES if flags.seen_penalty == "auto" else (flags.seen_penalty,)
+    pairs = [*product(weights, penalties)]
+    weighed = ranker.weigh(inputs.weighed, pairs, flags.length_penalty, flags.exclude_seen)
+    tried = nodes.first_decides(lambda: weighed)  # their devices may round differently
+    weight, penalty = blending.best_pair(tried)
+    scoring = inputs.scoring.with_numbers(weight, penalty)
+    ranker.blend, ranker.seen_penalty = scoring.blend, penalty
     if is_main:
-        metric = f"NDCG@{watched_cutoff(ranker.length)}"
-        print(f"weight of {flags.blend}, {metric} on {len(inputs.weighed)} rows of {inputs.eval_file}:")
-        print("  ".join(f"{weight:g}: {value:.4f}" for weight, value in found.items()))
-        alike = ": all weights give the same ranking of these rows" if len(set(found.values())) == 1 else ""
-        print(f"weight {ranker.blend.weight:g} is used{alike}")
-        ranker.blend.record(inputs.checkpoint.path, inputs.eval_file, len(inputs.weighed), found, metric)
+        metric, rows = f"NDCG@{watched_cutoff(ranker.length)}", len(inputs.weighed)
+        both = len(flags.automatic) == 2
+        if "blend_weight" in flags.automatic:
+            with_other = f" with seen_penalty {penalty:g}" if both else ""
+            print(f"weight of {flags.blend}{with_other}, {metric} on {rows} rows of {inputs.eval_file}:")
+            print_tried("weight", weight, {other: tried[other, penalty] for other in weights})
+        if "seen_penalty" in flags.automatic:
+            with_other = f" with weight {weight:g}" if both else ""
+            print(f"seen_penalty{with_other}, {metric} on {rows} rows of {inputs.eval_file}:")
+            print_tried("seen_penalty", penalty, {other: tried[weight, other] for other in penalties})
+        by = {"checkpoint": inputs.checkpoint.path, "eval_file": inputs.eval_file, "rows": rows, "metric": metric}
+        scoring.record(flags.automatic, flags.num_beams, tried, **by)
+
+
+def print_tried(name: str, used: float, tried: dict[float, float]) -> None:
+    """The metric of each number that was tried, and which is used."""
+    print("  ".join(f"{number:g}: {value:.4f}" for number, value in tried.items()))
+    alike = ": all give the same ranking of these rows" if len(set(tried.values())) == 1 else ""
+    print(f"{name} {used:g} is used{alike}")
 
 
 @dataclass(frozen=True)

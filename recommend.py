@@ -17,7 +17,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Literal
 
 from minionerec import cli, world
-from minionerec.blending import Blend
+from minionerec.blending import Scoring
 from minionerec.checkpoint import Checkpoint, read_model
 from minionerec.data.files import (
     notes_on_titles,
@@ -31,14 +31,13 @@ from minionerec.data.items import ItemColumns, Items, read_item_list
 from minionerec.data.prompts import Prompts
 from minionerec.errors import InputError, Problems
 from minionerec.flags import (
-    BlendFlags,
     DeviceFlags,
     PromptFlags,
+    ScoreFlags,
     above_zero,
     command,
     flag,
     number_or_auto,
-    zero_or_more,
 )
 from minionerec.locks import hold, lock_of_new
 from minionerec.process_memory import importing
@@ -56,7 +55,7 @@ def _port(value: int) -> str | None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RecommendFlags(PromptFlags, BlendFlags, DeviceFlags):
+class RecommendFlags(PromptFlags, ScoreFlags, DeviceFlags):
     """The flags of recommend.py."""
 
     model: str = flag("", "a whole checkpoint, or an adapter, which names its base.")
@@ -83,11 +82,6 @@ class RecommendFlags(PromptFlags, BlendFlags, DeviceFlags):
     train_file: str = flag("", "CSV of training interactions; items that share a SID are ordered by popularity there.")
     exclude_seen: bool | Literal["earlier"] = flag(
         False, "do not recommend items of the history; earlier: all but the last one."
-    )
-    seen_penalty: float = flag(
-        0.0,
-        "subtracted from the scores of items of the history (nats); evaluate.py measures what it gains.",
-        zero_or_more,
     )
     allow: str = flag("", "file of item ids, one per line; no others are recommended.")
     deny: str = flag("", "file of item ids, one per line, that are not recommended.")
@@ -183,7 +177,7 @@ class RecommendInput:
     """What recommends, checked: the checkpoint, where its base is, the wording, the catalogue, and what reads requests.
 
     Attributes:
-        blend: a SASRec model that ranks with the checkpoint; None for none.
+        scoring: what changes the model's scores.
         requests: how many `histories` has.
         request: of --history.
         settings, done: of an output file (see `serving.batch`).
@@ -195,7 +189,7 @@ class RecommendInput:
     prompts: Prompts
     items: Items
     reader: RequestReader
-    blend: Blend | None
+    scoring: Scoring
     request: Request | None
     requests: int
     settings: dict[str, object]
@@ -223,10 +217,10 @@ def read_files(problems: Problems, flags: RecommendFlags) -> RecommendInput:
     by_original = flags.original_ids and metadata is not None
     items = listed and problems.attempt(Items, listed, flags.info_file, purchases or (), by_original)
     reader = items and _reader(problems, flags, items, metadata)
-    blend = None
-    if flags.blend and checkpoint and listed:
-        which = flags.blend, flags.blend_weight, checkpoint, listed, flags.info_file
-        blend = problems.attempt(lambda: Blend.read(*which).ready())
+    scoring = None
+    if checkpoint and listed:
+        which = flags, checkpoint, listed, flags.info_file
+        scoring = problems.attempt(lambda: Scoring.read(*which).ready())
     request, count = None, 0
     if reader and flags.history:
         request = problems.attempt(lambda: reader.read({"history": reader.parse_history(flags.history)}))
@@ -234,24 +228,29 @@ def read_files(problems: Problems, flags: RecommendFlags) -> RecommendInput:
         count = problems.attempt(lambda: sum(1 for _ in reader.read_file(flags.histories, "histories"))) or 0
     settings: dict[str, object] = {}
     done = 0
-    if checkpoint and not problems and flags.output:
+    if checkpoint and scoring and not problems and flags.output:
         from minionerec.serving.batch import check_output, settings_of
 
         names = ("info_file", "histories", "train_file", "allow", "deny", "item_meta_path", "prompt_file")
-        files = [path for name in names if (path := getattr(flags, name))] + (blend.files if blend else [])
-        weight = {"blend_weight": blend.weight} if blend else {}
-        settings = settings_of({**flags.to_dict(), "output": "", **weight}, files, checkpoint.path)
+        files = [path for name in names if (path := getattr(flags, name))]
+        files += scoring.blend.files if scoring.blend else []
+        weight = {"blend_weight": scoring.blend.weight} if scoring.blend else {}
+        numbers = {**weight, "seen_penalty": scoring.seen_penalty}
+        settings = settings_of({**flags.to_dict(), "output": "", **numbers}, files, checkpoint.path)
         problems.attempt(hold, "output", flags.output, lock_of_new)  # before the rows that are there are counted
         done = problems.attempt(check_output, flags.output, settings) or 0
     keys = problems.attempt(_read_keys, flags.api_key_file) if flags.api_key_file else []
     problems.check()
     assert keys is not None
-    assert checkpoint and base and prompts and items and reader  # nothing was wrong
+    assert checkpoint and base and prompts and items and reader and scoring  # nothing was wrong
     pairs = ((item.id, item.sid) for item in items.all)
     notes = checkpoint.notes_on_catalogue(pairs, f"--info_file {flags.info_file}")
     notes += notes_on_titles(items.all, metadata or {}, f"--item_meta_path {path}")
     notes += checkpoint.notes_on_wording(prompts, flags.category, flags.prompt_file) + items.notes
-    return RecommendInput(checkpoint, base, prompts, items, reader, blend, request, count, settings, done, keys, notes)
+    notes += scoring.notes(flags.num_beams)
+    return RecommendInput(
+        checkpoint, base, prompts, items, reader, scoring, request, count, settings, done, keys, notes
+    )
 
 
 def _read_keys(path: str) -> list[str]:
@@ -301,8 +300,8 @@ def load(flags: RecommendFlags, inputs: RecommendInput) -> "Ranker":
         compile=flags.compile,
         num_beams=flags.num_beams,
         batch_size=flags.batch_size,
-        blend=inputs.blend,
-        seen_penalty=flags.seen_penalty,
+        blend=inputs.scoring.blend,
+        seen_penalty=inputs.scoring.seen_penalty or 0.0,
     ).load_model(inputs.base, fast=True)
 
 
@@ -361,9 +360,9 @@ def recommend(flags: RecommendFlags) -> None:
 
     state = device.process_state()
     nodes.check_same(flags.to_dict())
-    if inputs.blend:  # an evaluation may have recorded another weight since the first process read it
-        weight = inputs.blend.weight
-        inputs = replace(inputs, blend=replace(inputs.blend, weight=nodes.first_decides(lambda: weight)))
+    # An evaluation may have recorded other numbers since the first process read them.
+    scoring = inputs.scoring
+    inputs = replace(inputs, scoring=scoring.with_numbers(*nodes.first_decides(lambda: scoring.numbers)))
     for line in inputs.notes:
         state.print(line)
     ranker = load(flags, inputs)

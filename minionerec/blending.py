@@ -1,7 +1,9 @@
-"""SASRec together with the model when items are ranked: whether it fits the catalogue, and how much it counts.
+"""What changes a model's scores when items are ranked: SASRec, and a penalty on items of the history.
 
-The score of an item is its log-probability under the model, and `weight` times that under SASRec. Both rank the best
-items of either. The folder of a SASRec model keeps the weight that was chosen for a checkpoint, in a file of its own.
+The score of an item is its log-probability under the model, and `weight` times that under SASRec, less `seen_penalty`
+if it is in the history. With SASRec, the best items of either are ranked. evaluate.py chooses both numbers together, on
+validation rows, because they depend on each other. It records them for a checkpoint: in the folder of the SASRec model
+that ranks with it, or, for the penalty of a checkpoint that ranks alone, in its own.
 
 Only the standard library is imported.
 """
@@ -9,29 +11,44 @@ Only the standard library is imported.
 import hashlib
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
 
 from minionerec import sasrec_files
-from minionerec.checkpoint import RUN_FILE, Checkpoint
+from minionerec.checkpoint import PENALTY_FILE, RUN_FILE, Checkpoint
 from minionerec.data.files import InfoItem, read_json, shorten
-from minionerec.errors import InputError
-from minionerec.flags import HEAVIEST, weight_of_blend
+from minionerec.errors import InputError, Problems
+from minionerec.flags import HEAVIEST, ScoreFlags, penalty_of_seen, weight_of_blend
 from minionerec.metrics import watched_cutoff
 from minionerec.output import writing
 from minionerec.saving import write_json
-from minionerec.validation import check_values
+from minionerec.validation import check_values, is_number
 
 BEST = 15  # of SASRec's SIDs that are ranked with the beams
 WEIGHTS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0, 1.5, 2.0, 3.0, 5.0, 10.0)  # that are tried
-ROWS = 2000  # of a validation file on which a weight is chosen, at most
+PENALTIES = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 3.0, 5.0)  # that are tried; the last nearly leaves out
+ROWS = 2000  # of a validation file on which they are chosen, at most
 _PART = 1_000_000  # bytes at both ends of a file of weights that tell checkpoints apart
+
+Pair = tuple[float, float]  # a weight of SASRec, 0 for none, and a penalty on items of the history
 
 
 def is_weight(value: object) -> bool:
     """Whether a value can be the weight of a second recommender."""
-    return isinstance(value, int | float) and type(value) is not bool and weight_of_blend(value) is None
+    return is_number(value) and weight_of_blend(value) is None
+
+
+def is_penalty(value: object) -> bool:
+    """Whether a value can be a penalty on items of the history."""
+    return is_number(value) and penalty_of_seen(value) is None
+
+
+RECORD = {
+    "weight": (is_weight, f"a number from 0 to {HEAVIEST}"),
+    "seen_penalty": (is_penalty, "a number from 0"),
+    "num_beams": (lambda value: type(value) is int and value >= 1, "a whole number from 1"),
+    "chosen": (lambda value: isinstance(value, list), "a list of flags"),
+}
 
 
 @dataclass(frozen=True)
@@ -41,82 +58,135 @@ class Blend:
     Attributes:
         folder: of the model, written by scripts/train_sasrec.py.
         weight: how much it counts; None until one is chosen.
-        path: the file that keeps the weight for this checkpoint.
         train_file: what the model was trained on; empty if that is not known.
     """
 
     folder: str
     weight: float | None
-    path: str
     train_file: str
-
-    @classmethod
-    def read(
-        cls,
-        folder: str,
-        weight: float | Literal["auto"],
-        checkpoint: Checkpoint,
-        items: Sequence[InfoItem],
-        info_file: str,
-    ) -> "Blend":
-        """Checks that the model in a folder was trained on this catalogue. A weight of auto is the recorded one. Raises
-        InputError with one line for what is wrong."""
-        known = sasrec_files.known(folder, "blend")
-        _check_catalogue(folder, known, items, info_file)
-        path = os.path.join(folder, f"weight-{_digest(checkpoint.path)}.json")
-        return cls(folder, _recorded(path) if weight == "auto" else float(weight), path, known.train_file)
 
     @property
     def files(self) -> list[str]:
         """What the model consists of."""
         return sasrec_files.files(self.folder)
 
-    def ready(self) -> "Blend":
-        """Itself. Raises InputError if no weight is known."""
-        if self.weight is None:
-            raise InputError(
-                f"--blend {self.folder}: no weight is recorded for this checkpoint; evaluate.py with --blend chooses "
-                "one on the validation file, or give --blend_weight 0.5"
+
+@dataclass(frozen=True)
+class Scoring:
+    """What changes the scores of a checkpoint, and what is recorded about it.
+
+    Attributes:
+        blend: a SASRec model that ranks with the checkpoint; None for none.
+        seen_penalty: subtracted from the scores of SIDs in the history (nats); None until it is chosen.
+        path: where one of the numbers is auto, the file that keeps both for this checkpoint and this SASRec model.
+        recorded: what is there: the numbers, the number of beams, and which of the two flags were `chosen`, not given.
+    """
+
+    blend: Blend | None
+    seen_penalty: float | None
+    path: str
+    recorded: dict
+
+    @classmethod
+    def read(cls, flags: ScoreFlags, checkpoint: Checkpoint, items: Sequence[InfoItem], info_file: str) -> "Scoring":
+        """Checks that the SASRec model was trained on this catalogue. Numbers that are auto are the recorded ones, of
+        penalties only one that was chosen: a weight may have been chosen with none. Raises InputError with one line for
+        what is wrong."""
+        known = None
+        if flags.blend:
+            known = sasrec_files.known(flags.blend, "blend")
+            _check_catalogue(flags.blend, known, items, info_file)
+        path, recorded = "", {}
+        if flags.automatic:
+            name = f"{'weight-' if known else PENALTY_FILE}{_digest(checkpoint.path)}.json"
+            path = os.path.join(flags.blend or checkpoint.path, name)
+            recorded = _recorded(path)
+        chosen = recorded.get("seen_penalty") if "seen_penalty" in recorded.get("chosen", ()) else None
+        weight = recorded.get("weight") if flags.blend_weight == "auto" else flags.blend_weight
+        penalty = chosen if flags.seen_penalty == "auto" else flags.seen_penalty
+        return cls(known and Blend(flags.blend, weight, known.train_file), penalty, path, recorded)
+
+    @property
+    def numbers(self) -> tuple[float | None, float | None]:
+        """The weight, 0 without SASRec, and the penalty; None for what is not known yet."""
+        return self.blend.weight if self.blend else 0.0, self.seen_penalty
+
+    def with_numbers(self, weight: float | None, seen_penalty: float | None) -> "Scoring":
+        """With another weight and penalty."""
+        return replace(self, blend=self.blend and replace(self.blend, weight=weight), seen_penalty=seen_penalty)
+
+    def ready(self) -> "Scoring":
+        """Itself. Raises InputError for what is not known yet."""
+        problems = Problems()
+        if self.blend and self.blend.weight is None:
+            problems.add(
+                f"--blend {self.blend.folder}: no weight is recorded for this checkpoint; evaluate.py with --blend "
+                "chooses one on the validation file, or give --blend_weight 0.5"
             )
+        if self.seen_penalty is None:
+            pair = f" with --blend {self.blend.folder}" if self.blend else ""
+            problems.add(
+                f"--seen_penalty auto: no penalty is recorded for this checkpoint{pair}; evaluate.py with "
+                "--seen_penalty auto chooses one on the validation file, or give a number such as --seen_penalty 1"
+            )
+        problems.check()
         return self
 
-    def chosen(self, found: dict[float, float]) -> "Blend":
-        """With the best of weights, by the metric that each has; of equals the smallest."""
-        return replace(self, weight=max(found, key=lambda weight: (found[weight], -weight)))
+    def notes(self, num_beams: int) -> list[str]:
+        """A line if what is recorded was chosen with other numbers than those that rank now."""
+        weight, penalty = self.numbers
+        now = {"blend_weight": weight, "seen_penalty": penalty, "num_beams": num_beams}
+        then = {**self.recorded, "blend_weight": self.recorded.get("weight")}
+        other = [name for name in now if then.get(name) not in (None, now[name])]
+        if not other:
+            return []
+        was, is_now = (" ".join(f"--{name} {of[name]:g}" for name in other) for of in (then, now))
+        return [f"{self.path} was chosen with {was}, not {is_now}; evaluate.py with --eval_file chooses it again"]
 
-    def record(self, checkpoint: str, eval_file: str, rows: int, found: dict[float, float], metric: str) -> None:
-        """Writes the weight and what it was chosen by into the folder of the model. Raises RunError if it cannot be
-        written."""
-        tried = {f"{weight:g}": value for weight, value in found.items()}
-        chosen = {"weight": self.weight, "checkpoint": checkpoint, "eval_file": eval_file, "rows": rows}
+    def record(self, chosen: list[str], num_beams: int, found: dict[Pair, float], **more: object) -> None:
+        """Writes the numbers, which flags were chosen, and by what. Raises RunError if that cannot be written."""
+        weight, penalty = self.numbers
+        tried: dict[str, dict[str, float]] = {}
+        for (of_weight, of_penalty), value in found.items():
+            tried.setdefault(f"{of_weight:g}", {})[f"{of_penalty:g}"] = value
+        numbers = {"weight": weight, "seen_penalty": penalty, "num_beams": num_beams, "chosen": chosen}
         with writing(self.path):
-            write_json(self.path, {**chosen, "metric": metric, "tried": tried})
+            write_json(self.path, {**numbers, **more, "tried": tried})
 
 
-def metrics_by_weight(
+def metrics_of_pairs(
     candidates: Sequence[Sequence[tuple[int, float]]],
     others: Sequence[Sequence[float]],
+    seen: Sequence[Collection[int]],
     targets: Sequence[int | None],
     length: int,
-) -> dict[float, float]:
-    """For each of WEIGHTS the NDCG at the cutoff that `length` SIDs are watched by.
+    pairs: Sequence[Pair],
+) -> dict[Pair, float]:
+    """For each pair of a weight and a penalty the NDCG at the cutoff that `length` SIDs are watched by.
 
     Args:
         candidates: of each row the number and the model's score of every SID that is ranked.
-        others: their log-probabilities under SASRec.
+        others: their log-probabilities under SASRec; zeros for none.
+        seen: the numbers of the SIDs in each row's history.
         targets: the number of each row's target; None where the catalogue lacks it.
     """
     cutoff = watched_cutoff(length)
-    gains = dict.fromkeys(WEIGHTS, 0.0)
-    for ranked, other, target in zip(candidates, others, targets, strict=True):
+    gains = dict.fromkeys(pairs, 0.0)
+    for ranked, other, of_history, target in zip(candidates, others, seen, targets, strict=True):
         place = next((place for place, (number, _) in enumerate(ranked) if number == target), None)
         if place is None:
             continue
-        for weight in WEIGHTS:
-            scores = [score + weight * more for (_, score), more in zip(ranked, other, strict=True)]
+        rows = [(score, more, n in of_history) for (n, score), more in zip(ranked, other, strict=True)]
+        for weight, penalty in pairs:
+            scores = [score + weight * more - penalty * was_seen for score, more, was_seen in rows]
             rank = sum(score > scores[place] for score in scores)
-            gains[weight] += 1 / math.log2(rank + 2) if rank < cutoff else 0.0
-    return {weight: gain / len(targets) for weight, gain in gains.items()}
+            gains[weight, penalty] += 1 / math.log2(rank + 2) if rank < cutoff else 0.0
+    return {pair: gain / len(targets) for pair, gain in gains.items()}
+
+
+def best_pair(found: dict[Pair, float]) -> Pair:
+    """The pair with the best metric; of equals that of the smallest weight, then of the smallest penalty."""
+    return max(found, key=lambda pair: (found[pair], -pair[0], -pair[1]))
 
 
 def _check_catalogue(folder: str, known: sasrec_files.Known, items: Sequence[InfoItem], info_file: str) -> None:
@@ -130,12 +200,10 @@ def _check_catalogue(folder: str, known: sasrec_files.Known, items: Sequence[Inf
     sasrec_files.check_items(folder, "blend", known, [(item.id, item.sid) for item in items], info_file)
 
 
-def _recorded(path: str) -> float | None:
+def _recorded(path: str) -> dict:
     if not os.path.isfile(path):
-        return None
-    remedy = "remove the file, and choose the weight again with evaluate.py"
-    data = check_values(path, read_json(path), {"weight": (is_weight, f"a number from 0 to {HEAVIEST}")}, remedy)
-    return float(data["weight"]) if "weight" in data else None
+        return {}
+    return check_values(path, read_json(path), RECORD, "remove the file, and choose again with evaluate.py")
 
 
 def _digest(checkpoint: str) -> str:

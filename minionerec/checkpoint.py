@@ -19,6 +19,7 @@ from minionerec.validation import ADAPTER, FLAGS, RUN, TRAINER_STATE, check_valu
 
 RUN_FILE = "minionerec.json"  # the resolved configuration of the run that wrote the checkpoint
 ADAPTER_FILE = "adapter_config.json"
+PENALTY_FILE = "penalty-"  # starts the name of a file that evaluate.py adds: no part of the model
 NAME_BASE = "name it with --base_model"
 RECORDED_ITEMS = 64  # enough to tell catalogues apart, few beside an adapter
 # What runs of 0.1 did, by the flags that it lacked. A new flag that its runs can resume with belongs here too.

@@ -8,7 +8,6 @@
 Dimensions: `N` items of the catalogue, `S` distinct SIDs, the rows of the trie.
 """
 
-import math
 import os
 import warnings
 from collections.abc import Callable, Iterable, Sequence
@@ -23,7 +22,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from minionerec import sasrec
-from minionerec.blending import BEST, Blend, is_weight, metrics_by_weight
+from minionerec.blending import BEST, Blend, Pair, Scoring, is_penalty, is_weight, metrics_of_pairs
 from minionerec.checkpoint import NAME_BASE, Checkpoint
 from minionerec.data.encoding import Encoder
 from minionerec.data.files import (
@@ -41,7 +40,7 @@ from minionerec.decoding.ranking import Second, Seen, score_prompts
 from minionerec.decoding.search_memory import ON_A_CPU, largest_batch
 from minionerec.decoding.trie import Trie
 from minionerec.errors import InputError
-from minionerec.flags import HEAVIEST
+from minionerec.flags import HEAVIEST, ScoreFlags
 from minionerec.model import device, graphs, loading
 from minionerec.model.adapted import load_checkpoint
 from minionerec.model.halving import Halving
@@ -126,7 +125,7 @@ class Ranker:
         batch_size: int | Literal["auto"] = 8,
         blend: str | os.PathLike[str] = "",
         blend_weight: float | Literal["auto"] = "auto",
-        seen_penalty: float = 0.0,
+        seen_penalty: float | Literal["auto"] = 0.0,
     ) -> "Ranker":
         """A checkpoint with its weights, ready to recommend.
 
@@ -145,7 +144,8 @@ class Ranker:
             blend: the folder of a SASRec model that ranks with the checkpoint.
             blend_weight: what its log-probabilities are multiplied by; auto for the weight that evaluate.py chose and
                 recorded.
-            seen_penalty: subtracted from the scores of items in the history (nats).
+            seen_penalty: subtracted from the scores of items in the history (nats); auto for the penalty that
+                evaluate.py chose and recorded, for the checkpoint with `blend` or alone.
 
         Raises InputError for files that cannot be used or do not belong together.
         """
@@ -156,17 +156,17 @@ class Ranker:
         notes = read.notes_on_catalogue(((item.id, item.sid) for item in listed), os.fspath(info_file))
         metadata = read_json_object(meta, "item_meta_path") if meta else {}
         notes += notes_on_titles(listed, metadata, meta)
-        for note in notes + read.notes_on_wording(prompts, category, os.fspath(prompt_file)):
+        notes += read.notes_on_wording(prompts, category, os.fspath(prompt_file))
+        if blend_weight != "auto" and not is_weight(blend_weight):
+            raise InputError(f"blend_weight {blend_weight!r}: must be auto or a number from 0 to {HEAVIEST}")
+        if seen_penalty != "auto" and not is_penalty(seen_penalty):
+            raise InputError(f"seen_penalty {seen_penalty!r}: must be auto or a number from 0")
+        flags = ScoreFlags(blend=os.fspath(blend), blend_weight=blend_weight, seen_penalty=seen_penalty)
+        scoring = Scoring.read(flags, read, listed, os.fspath(info_file)).ready()
+        for note in notes + scoring.notes(num_beams):
             warnings.warn(note.removeprefix("warning: "), stacklevel=2)
         listed = with_original_ids(listed, metadata)
         items = Items(listed, os.fspath(info_file), only_original_ids=original_ids)
-        blended = None
-        if blend_weight != "auto" and not is_weight(blend_weight):
-            raise InputError(f"blend_weight {blend_weight!r}: must be auto or a number from 0 to {HEAVIEST}")
-        if not 0 <= seen_penalty < math.inf:
-            raise InputError(f"seen_penalty {seen_penalty!r}: must be a number from 0")
-        if blend:
-            blended = Blend.read(os.fspath(blend), blend_weight, read, listed, os.fspath(info_file)).ready()
         remedy = f"{os.fspath(info_file)} belongs to a different catalogue"
         device.process_state()
         ranker = cls(
@@ -174,8 +174,8 @@ class Ranker:
             items=items,
             num_beams=num_beams,
             batch_size=batch_size,
-            blend=blended,
-            seen_penalty=seen_penalty,
+            blend=scoring.blend,
+            seen_penalty=scoring.seen_penalty or 0.0,
         )
         return ranker.load_model(base, fast=True)
 
@@ -227,20 +227,28 @@ class Ranker:
         return rankings
 
     def weigh(
-        self, rows: Sequence[Interaction], length_penalty: float = 0.0, exclude_seen: ExcludeSeen = False
-    ) -> dict[float, float]:
-        """For each weight that SASRec may have, the NDCG of validation rows at the watched cutoff. Rows are ranked
-        once: the SIDs that compete are the same with any weight. Raises RunError if a score is NaN."""
-        alone = self._second(rows, weight=0.0)
+        self,
+        rows: Sequence[Interaction],
+        pairs: Sequence[Pair],
+        length_penalty: float = 0.0,
+        exclude_seen: ExcludeSeen = False,
+    ) -> dict[Pair, float]:
+        """For each pair of a weight of SASRec (0 without `blend`) and a penalty on what was seen, the NDCG of
+        validation rows at the watched cutoff. Rows are ranked once: the SIDs that compete are the same with any pair.
+        Raises RunError if a score is NaN."""
+        alone = self._second(rows, weight=0.0) if self.blend else None
         allowed = self._unseen(rows, exclude_seen) if exclude_seen else None
-        more = {"second": alone, "seen": self._seen(rows)}
-        found = self._score(self.encode(rows), length_penalty=length_penalty, allowed=allowed, **more)
-        others = []
-        for start in range(0, len(rows), self.batch_size):
-            part = range(start, min(start + self.batch_size, len(rows)))
-            table = alone.logps(part).cpu()
-            others += [table[i - start, self._row_of_sid[[n for n, _ in found[i]]]].tolist() for i in part]
-        return metrics_by_weight(found, others, [self._number.get(row.sid) for row in rows], self.length)
+        found = self._score(self.encode(rows), length_penalty=length_penalty, allowed=allowed, second=alone)
+        others = [[0.0] * len(ranked) for ranked in found]
+        if alone:
+            for start in range(0, len(rows), self.batch_size):
+                part = range(start, min(start + self.batch_size, len(rows)))
+                table = alone.logps(part).cpu()
+                for i in part:
+                    others[i] = table[i - start, self._row_of_sid[[n for n, _ in found[i]]]].tolist()
+        seen = [{self._number[sid] for sid in row.sid_history if sid in self._number} for row in rows]
+        targets = [self._number.get(row.sid) for row in rows]
+        return metrics_of_pairs(found, others, seen, targets, self.length, pairs)
 
     @property
     def _score(self) -> partial[list[list[tuple[int, float]]]]:

@@ -5,6 +5,7 @@ Each table has the values that later commands read, by name: a check, and what t
 
 import re
 import sys
+from typing import TypeGuard
 
 from minionerec.data.files import shorten
 from minionerec.errors import InputError
@@ -14,7 +15,7 @@ def _is_whole(least: int):
     return lambda value: type(value) is int and value >= least
 
 
-def is_number(value: object) -> bool:
+def is_number(value: object) -> TypeGuard[float]:
     """Whether a value is a finite number, and no whole number that is too large for a float."""
     return isinstance(value, int | float) and type(value) is not bool and abs(value) <= sys.float_info.max
 

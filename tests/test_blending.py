@@ -1,11 +1,15 @@
-"""SASRec ranks with the model: against brute force over the catalogue, under constraints, and through the commands."""
+"""SASRec ranks with the model, and what was seen costs a penalty: against brute force over the catalogue, under
+constraints, and through the commands."""
 
+import csv
 import json
 import os
 import random
 import shutil
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -15,9 +19,10 @@ from safetensors.torch import save_file
 import evaluate
 import recommend
 from minionerec import InputError, Ranker, blending, sasrec
-from minionerec.blending import BEST, WEIGHTS
+from minionerec.blending import BEST, PENALTIES, WEIGHTS, best_pair, metrics_of_pairs
 from minionerec.data.files import read_info_items, read_interactions
 from minionerec.data.items import left_out
+from minionerec.errors import Problems
 from minionerec.metrics import rank_of, ranking_metrics
 from minionerec.sasrec_files import fingerprint
 from minionerec.serving.requests import RequestReader
@@ -117,7 +122,7 @@ def test_the_weight_is_chosen_once_and_recorded(files, checkpoint, plain, other,
     (path,) = (tmp_path / "sasrec").glob("weight-*.json")
     record = json.loads(path.read_text())
     assert record["weight"] == best and record["eval_file"] == files["valid"] and record["rows"] == 10
-    assert {float(weight): value for weight, value in record["tried"].items()} == pytest.approx(by_hand)
+    assert {float(weight): of["0"] for weight, of in record["tried"].items()} == pytest.approx(by_hand)
     assert f"weight {best:g} is used" in first.stdout
 
     record["weight"] = 2.5  # what stands there is used
@@ -143,21 +148,198 @@ def test_the_weight_is_chosen_once_and_recorded(files, checkpoint, plain, other,
     assert json.loads(path.read_text())["weight"] == best
 
 
-@pytest.mark.parametrize(("exclude_seen", "penalty"), [(False, 0), (True, 0), ("earlier", 0.5), (False, 1.5)])
-def test_weights_are_tried_on_the_rankings_that_they_give(files, checkpoint, other, exclude_seen, penalty):
-    ranker = Ranker.load(checkpoint, files["info"], num_beams=39, blend=other, blend_weight=0, seen_penalty=penalty)
+@pytest.mark.parametrize(("blended", "exclude_seen"), [(True, False), (True, "earlier"), (True, True), (False, False)])
+def test_numbers_are_tried_on_the_rankings_that_they_give(files, checkpoint, other, blended, exclude_seen):
+    blend = {"blend": other, "blend_weight": 0} if blended else {}
+    ranker = Ranker.load(checkpoint, files["info"], num_beams=39, **blend)
     rows = [row for file in ("valid", "test") for row in read_interactions(files[file], "eval_file")]
-    tried = ranker.weigh(rows, exclude_seen=exclude_seen)
-    for weight in (0.0, 0.5, 3.0):
-        ranker.blend = replace(ranker.blend, weight=weight)
+    pairs = [*product((0.0, 0.5, 3.0) if blended else (0.0,), (0.0, 0.5, 1.5, 5.0))]
+    tried = ranker.weigh(rows, pairs, exclude_seen=exclude_seen)
+    for weight, penalty in pairs:
+        ranker.blend, ranker.seen_penalty = ranker.blend and replace(ranker.blend, weight=weight), penalty
         rankings = ranker.rank(ranker.encode(rows), rows=rows, exclude_seen=exclude_seen)
         seen = [left_out([[sid] for sid in row.sid_history], exclude_seen) for row in rows]
         ranks = [
             None if row.sid in of_row else rank_of(row.sid, ranking)
             for row, ranking, of_row in zip(rows, rankings, seen, strict=True)
         ]
-        assert tried[weight] == pytest.approx(ranking_metrics(ranks, 39)["NDCG@10"])
+        assert tried[weight, penalty] == pytest.approx(ranking_metrics(ranks, 39)["NDCG@10"])
     assert len(set(tried.values())) > 1
+
+
+@pytest.mark.parametrize(("seed", "beams"), [(0, 30), (1, 30), (2, 12), (3, 7)])
+def test_the_best_pair_is_that_of_brute_force_over_the_catalogue(seed, beams):
+    """On random scores, of catalogues of 30 SIDs. No penalty brings in what no beam found."""
+    chance = random.Random(seed)
+    rows = [[{n: chance.gauss(0, scale) for n in range(30)} for scale in (2, 1)] for _ in range(60)]
+    seen = [chance.sample(range(30), 4) for _ in rows]
+    found = [sorted(scores, key=lambda n, of=scores: -of[n])[:beams] for scores, _ in rows]
+    likely = [chance.choice([of_row[0], of_row[1], of_row[2], chance.randrange(30)]) for of_row in found]
+    targets = [None if n % 9 == 0 else target for n, target in enumerate(likely)]
+    pairs = [*product(WEIGHTS, PENALTIES)]
+    by_hand = {}
+    for weight, penalty in pairs:
+        ranks = []
+        for (scores, more), of_row, before, target in zip(rows, found, seen, targets, strict=True):
+            total = {n: scores[n] + weight * more[n] - (penalty if n in before else 0) for n in range(30)}
+            ranks.append(rank_of(target, [n for n in sorted(total, key=lambda n: -total[n]) if n in of_row]))
+        by_hand[weight, penalty] = ranking_metrics(ranks, beams)["NDCG@10" if beams >= 10 else "NDCG@5"]
+    candidates = [[(n, scores[n]) for n in of_row] for (scores, _), of_row in zip(rows, found, strict=True)]
+    others = [[more[n] for n in of_row] for (_, more), of_row in zip(rows, found, strict=True)]
+    tried = metrics_of_pairs(candidates, others, seen, targets, beams, pairs)
+    assert tried == pytest.approx(by_hand) and len(set(by_hand.values())) > 50
+    best = max(by_hand.values())
+    assert by_hand[best_pair(tried)] == pytest.approx(best)
+
+
+def test_of_equals_the_smallest_numbers_are_taken():
+    assert best_pair({(1.0, 0.0): 0.5, (0.5, 2.0): 0.5, (0.5, 1.0): 0.5, (0.0, 0.0): 0.4}) == (0.5, 1.0)
+
+
+def valid_file(path: Path, files, ranker: Ranker, weight: float, penalty: float) -> str:
+    """The rows of the test file, asking for the first SID that the penalty brings up, or what comes first anyhow."""
+    with open(files["test"], encoding="utf-8", newline="") as file:
+        cells = list(csv.DictReader(file))
+    rows, rankings = list(read_interactions(files["test"], "eval_file")), []
+    ranker.blend = ranker.blend and replace(ranker.blend, weight=weight)
+    for ranker.seen_penalty in (0.0, penalty):
+        rankings.append(ranker.rank(ranker.encode(rows), rows=rows))
+    with open(path, "w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, cells[0])
+        writer.writeheader()
+        for row, *both in zip(cells, *rankings, strict=True):
+            up = next((b for a, b in zip(*both, strict=True) if a != b), both[0][0])
+            writer.writerow({**row, "item_sid": up})
+    return str(path)
+
+
+def tried_by_hand(scores: list[dict], rows: list, weights, penalties) -> dict[tuple[float, float], float]:
+    """The NDCG of each pair, from both scores of the whole catalogue for each row."""
+    found = {}
+    for weight, penalty in product(weights, penalties):
+        totals = [
+            {sid: a + weight * b - penalty * (sid in row.sid_history) for sid, (a, b) in of_row.items()}
+            for of_row, row in zip(scores, rows, strict=True)
+        ]
+        rankings = [sorted(total, key=lambda sid, of=total: -of[sid]) for total in totals]
+        ranks = [rank_of(row.sid, ranking) for row, ranking in zip(rows, rankings, strict=True)]
+        found[weight, penalty] = ranking_metrics(ranks, 10)["NDCG@10"]
+    return found
+
+
+def tried_in(record: dict) -> dict[tuple[float, float], float]:
+    return {(float(w), float(p)): value for w, of_weight in record["tried"].items() for p, value in of_weight.items()}
+
+
+def ids_of(printed: str) -> list[str]:
+    """The item ids that recommend.py printed for a history."""
+    return [line.split()[2] for line in printed.splitlines() if line[:1] == " "]
+
+
+def reloaded(**flags) -> recommend.RecommendInput:
+    """What a server reads at every reload, before it loads the model."""
+    return recommend.read_files(Problems(), recommend.RecommendFlags(**flags, serve=1))
+
+
+def test_the_penalty_is_chosen_once_and_recorded(files, checkpoint, plain, tmp_path):
+    """For a checkpoint that ranks alone, in its own folder; recommend.py, its server and a Ranker take it."""
+    copy = str(shutil.copytree(checkpoint, tmp_path / "copy"))
+    asked = {"model": copy, "info_file": files["info"], "num_beams": 39, "seen_penalty": "auto"}
+    missing = "--seen_penalty auto: no penalty is recorded for this checkpoint; evaluate.py with --seen_penalty auto"
+    refused("recommend.py", missing, **asked, history="12, 30")
+    with pytest.raises(InputError, match="no penalty is recorded for this checkpoint"):
+        Ranker.load(copy, files["info"], seen_penalty="auto")
+    given = Ranker.load(copy, files["info"], num_beams=39)
+    valid = valid_file(tmp_path / "valid.csv", files, given, 0.0, 1.5)
+    flags = evaluate_flags(files, str(tmp_path / "r.json"), base_model=copy, seen_penalty="auto", num_beams=39)
+    printed = succeed("evaluate.py", **flags, eval_file=valid).stdout
+
+    rows = list(read_interactions(valid, "eval_file"))
+    scores = [{item["sid"]: (item["score"], 0.0) for item in plain.recommend(row.sid_history, k=40)} for row in rows]
+    by_hand = tried_by_hand(scores, rows, (0.0,), PENALTIES)
+    _, best = best_pair(by_hand)
+    (path,) = (tmp_path / "copy").glob("penalty-*.json")
+    record = json.loads(path.read_text())
+    assert record["seen_penalty"] == best > 0 and (record["num_beams"], record["rows"]) == (39, 10)
+    assert tried_in(record) == pytest.approx(by_hand) and f"seen_penalty {best:g} is used" in printed
+    assert json.loads((tmp_path / "r.metrics.json").read_text())["seen_penalty"] == best
+    given.seen_penalty = best
+    expected = [item["id"] for item in given.recommend(["12", "30"])]
+    assert ids_of(succeed("recommend.py", **asked, history="12, 30").stdout) == expected
+    ranker = Ranker.load(copy, files["info"], num_beams=39, seen_penalty="auto")
+    assert ranker.seen_penalty == best and [item["id"] for item in ranker.recommend(["12", "30"])] == expected
+
+    path.write_text(json.dumps({**record, "seen_penalty": 0.6}))  # what stands there is used, after a reload too
+    assert reloaded(**asked).scoring.numbers == (0.0, 0.6)
+    again = evaluate.read_input(evaluate.EvaluateFlags(**flags))
+    assert not again.weighed and f"seen_penalty: 0.6, as recorded in {path}" in again.notes
+    note = f"{path} was chosen with --num_beams 39, not --num_beams 20; evaluate.py with --eval_file chooses it again"
+    assert note in evaluate.read_input(evaluate.EvaluateFlags(**{**flags, "num_beams": 20})).notes
+    assert note in reloaded(**{**asked, "num_beams": 20}).notes and note not in reloaded(**asked).notes
+    path.write_text('{"seen_penalty": -1, "chosen": ["seen_penalty"]}')
+    refused("recommend.py", f"{path}: seen_penalty is -1 and must be a number from 0", **asked, history="12")
+
+
+def test_weight_and_penalty_are_chosen_together(files, checkpoint, plain, other, tmp_path):
+    """On one search, for the pair of both models; what is chosen for it is used as a pair."""
+    given = Ranker.load(checkpoint, files["info"], num_beams=39, blend=other, blend_weight=0)
+    valid = valid_file(tmp_path / "valid.csv", files, given, 0.1, 1.5)
+    asked = {"model": checkpoint, "info_file": files["info"], "num_beams": 39, "blend": other, "seen_penalty": "auto"}
+    flags = evaluate_flags(files, str(tmp_path / "r.json"), base_model=checkpoint, blend=other, num_beams=39)
+    succeed("evaluate.py", **flags, eval_file=valid)  # a weight for the penalty that is given, here none
+    (path,) = (tmp_path / "sasrec").glob("weight-*.json")
+    assert json.loads(path.read_text())["seen_penalty"] == 0
+    pair = f"--seen_penalty auto: no penalty is recorded for this checkpoint with --blend {other}; evaluate.py"
+    with pytest.raises(InputError, match=pair):  # nobody chose it
+        reloaded(**asked)
+    searches, real = [], Ranker._score.fget
+    with mock.patch.object(Ranker, "_score", property(lambda self: searches.append(1) or real(self))):
+        printed = succeed("evaluate.py", **flags, eval_file=valid, seen_penalty="auto").stdout
+    assert len(searches) == 2  # of the validation rows and the test rows
+
+    rows = list(read_interactions(valid, "eval_file"))
+    by_hand = tried_by_hand([both_scores(plain, other, row.sid_history) for row in rows], rows, WEIGHTS, PENALTIES)
+    record = json.loads(path.read_text())
+    chosen = record["weight"], record["seen_penalty"]
+    assert tried_in(record) == pytest.approx(by_hand) and by_hand[chosen] == pytest.approx(max(by_hand.values()))
+    assert record["chosen"] == ["blend_weight", "seen_penalty"] and record["num_beams"] == 39 and chosen[1] > 0
+    assert f"weight {chosen[0]:g} is used" in printed and f"seen_penalty {chosen[1]:g} is used" in printed
+    metrics = json.loads((tmp_path / "r.metrics.json").read_text())
+    assert (metrics["blend"]["weight"], metrics["seen_penalty"]) == chosen
+    assert reloaded(**asked).scoring.numbers == chosen
+    given.blend, given.seen_penalty = replace(given.blend, weight=chosen[0]), chosen[1]
+    expected = [item["id"] for item in given.recommend(["12", "30"])]
+    assert ids_of(succeed("recommend.py", **asked, history="12, 30").stdout) == expected
+
+    note = f"{path} was chosen with --seen_penalty {chosen[1]:g} --num_beams 39, not --seen_penalty 0 --num_beams 20;"
+    notes = evaluate.read_input(evaluate.EvaluateFlags(**{**flags, "num_beams": 20})).notes
+    assert any(line.startswith(note) for line in notes)
+    with pytest.raises(
+        InputError, match="no penalty is recorded for this checkpoint;"
+    ):  # that of the pair is no other's
+        reloaded(**{**asked, "blend": ""})
+    # A penalty for a weight that is given: the pair is recorded.
+    succeed("evaluate.py", **flags, eval_file=valid, seen_penalty="auto", blend_weight=2)
+    of_two = {pair: value for pair, value in by_hand.items() if pair[0] == 2}
+    record = json.loads(path.read_text())
+    assert (record["weight"], record["chosen"]) == (2, ["seen_penalty"]) and tried_in(record) == pytest.approx(of_two)
+    assert reloaded(**asked).scoring.numbers == (2, record["seen_penalty"])
+
+
+def test_a_penalty_is_recorded_in_a_folder_only_and_where_something_is_lowered(files, checkpoint, base, tmp_path):
+    flags = evaluate_flags(files, str(tmp_path / "r.json"), seen_penalty="auto", eval_file=files["valid"])
+    hub = "hub/name"  # refused before it is asked for
+    message = f"--base_model {hub}: is no folder, where the penalty is to be recorded; or give --seen_penalty 1"
+    refused("evaluate.py", message, **flags, base_model=hub, category="bolts")
+    message = "--seen_penalty auto: --exclude_seen True leaves out all that it lowers; give one of them"
+    refused("evaluate.py", message, **flags, base_model=checkpoint, exclude_seen=True)
+    del flags["eval_file"]
+    message = f"--seen_penalty auto: {base} recorded no validation file; give --eval_file, or numbers such as --seen"
+    refused("evaluate.py", message, **flags, base_model=base, category="bolts")
+    del flags["seen_penalty"]
+    for number in (-1, float("inf"), float("nan")):  # of a call from Python
+        with pytest.raises(InputError, match=r"--seen_penalty .*: must be a number from 0"):
+            evaluate.evaluate(**flags, base_model=checkpoint, seen_penalty=number)
 
 
 def test_a_weight_that_is_chosen_on_learned_rows_is_warned_of(files, checkpoint, other, tmp_path):
@@ -165,12 +347,14 @@ def test_a_weight_that_is_chosen_on_learned_rows_is_warned_of(files, checkpoint,
     copy = shutil.copytree(checkpoint, tmp_path / "copy")
     record = json.loads((copy / "minionerec.json").read_text())
     warning = f"warning: {copy} was trained on 10 of 10 rows of --eval_file {files['valid']}, so SASRec counts for too"
+    small = warning.replace("so SASRec counts for too", "so the penalty is too small; give --seen_penalty as chosen")
     for train_file, warned in ((files["train"], True), (files["test"], False), ("gone.csv", False)):
         record["flags"]["train_file"] = train_file
         (copy / "minionerec.json").write_text(json.dumps(record))
-        flags = evaluate_flags(files, str(tmp_path / "r.json"), base_model=str(copy), blend=other)
-        notes = evaluate.read_input(evaluate.EvaluateFlags(**flags)).notes
-        assert any(note.startswith(warning) for note in notes) == warned
+        flags = evaluate_flags(files, str(tmp_path / "r.json"), base_model=str(copy))
+        for more, start in (({"blend": other}, warning), ({"seen_penalty": "auto"}, small)):
+            notes = evaluate.read_input(evaluate.EvaluateFlags(**flags, **more)).notes
+            assert any(note.startswith(start) for note in notes) == warned
 
 
 def test_rows_that_sasrec_has_learned_are_warned_of(files, base, tmp_path):
@@ -192,8 +376,13 @@ def test_the_first_process_decides_how_much_sasrec_counts(files, checkpoint, oth
     """The others may have found another weight, and must rank what it ranks."""
 
     def first_has(weight):
-        known = {tuple: (weight, []), float: weight}  # of an evaluation, and of recommendations
-        monkeypatch.setattr(nodes, "first_decides", lambda decide: known.get(type(found := decide()), found))
+        def decided(decide):
+            found = decide()
+            if isinstance(found, tuple):  # of recommendations the numbers, of an evaluation them and the rows
+                return ((weight, 0.0), []) if isinstance(found[1], list) else (weight, 0.0)
+            return found
+
+        monkeypatch.setattr(nodes, "first_decides", decided)
 
     first_has(3.0)
     flags = evaluate_flags(files, str(tmp_path / "r.json"), base_model=checkpoint, blend=other)

@@ -69,8 +69,8 @@ def test_a_ranker_says_what_is_wrong(files, sft_run):
         ranker.recommend(["12"], k=11)
     with pytest.raises(InputError, match="no such file"):
         Ranker.load(checkpoint, info_file="nowhere.txt")
-    for penalty in (-1, float("nan"), float("inf")):
-        with pytest.raises(InputError, match=r"seen_penalty .*: must be a number from 0"):
+    for penalty in (-1, float("nan"), float("inf"), "Auto"):
+        with pytest.raises(InputError, match=r"seen_penalty .*: must be auto or a number from 0"):
             Ranker.load(checkpoint, info_file=files["info"], seen_penalty=penalty)
 
 

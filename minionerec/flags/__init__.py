@@ -210,9 +210,14 @@ def weight_of_blend(value: float) -> str | None:
     return None if 0 <= value <= HEAVIEST else f"must be from 0 to {HEAVIEST}"
 
 
+def penalty_of_seen(value: float) -> str | None:
+    """What is wrong with a penalty on items of the history."""
+    return None if 0 <= value < math.inf else "must be a number from 0"
+
+
 @dataclass(frozen=True, kw_only=True)
-class BlendFlags(Flags):
-    """A second recommender that ranks with the model."""
+class ScoreFlags(Flags):
+    """What changes the model's scores: a second recommender, and a penalty on items of the history."""
 
     blend: str = flag(
         "",
@@ -224,6 +229,18 @@ class BlendFlags(Flags):
         "and recorded.",
         lambda value: None if value == "auto" else weight_of_blend(value),
     )
+    seen_penalty: float | Literal["auto"] = flag(
+        0.0,
+        "subtracted from the scores of SIDs in the history (nats), which a model tends to find too likely. auto takes "
+        "the penalty that evaluate.py chose and recorded for the model, or for the model with blend.",
+        lambda value: None if value == "auto" else penalty_of_seen(value),
+    )
+
+    @property
+    def automatic(self) -> list[str]:
+        """The flags of the numbers that evaluate.py chooses."""
+        names = ["blend_weight"] if self.blend and self.blend_weight == "auto" else []
+        return names + (["seen_penalty"] if self.seen_penalty == "auto" else [])
 
     def check(self, problems: Problems) -> None:
         super().check(problems)

@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 
+from minionerec.checkpoint import PENALTY_FILE
 from minionerec.data.files import read_json, sha256_of
 from minionerec.errors import InputError, RunError
 from minionerec.saving import write_json
@@ -21,9 +22,10 @@ BATCHES = 16  # that are sorted by length together
 
 def settings_of(flags: dict[str, object], files: Iterable[str], model: str) -> dict[str, object]:
     """What the rows of a run depend on: its flags, digests of the files it reads, and the files of the model's folder
-    with their sizes and times."""
+    with their sizes and times. A penalty that is recorded there is among the flags of a run that uses it."""
     folder = sorted(os.scandir(model), key=lambda entry: entry.name) if os.path.isdir(model) else []
-    stats = [[entry.name, entry.stat().st_size, entry.stat().st_mtime_ns] for entry in folder if entry.is_file()]
+    parts = [entry for entry in folder if entry.is_file() and not entry.name.startswith(PENALTY_FILE)]
+    stats = [[entry.name, entry.stat().st_size, entry.stat().st_mtime_ns] for entry in parts]
     return {"flags": flags, "files": {path: sha256_of(path) for path in files}, "model": stats}
 
 

@@ -36,6 +36,16 @@ def test_batches_stay_within_their_chunk(files, checkpoint, tmp_path, monkeypatc
     assert written[0] == written[1] and len(written[0][1]) == 5
 
 
+def test_a_recorded_penalty_is_no_part_of_the_model(tmp_path):
+    """A run with --seen_penalty 1 continues after an evaluation that chose one meanwhile."""
+    (tmp_path / "model.safetensors").write_text("weights")
+    before = batch.settings_of({"seen_penalty": 1.0}, [], str(tmp_path))
+    (tmp_path / "penalty-0123456789ab.json").write_text("{}")
+    assert batch.settings_of({"seen_penalty": 1.0}, [], str(tmp_path)) == before
+    (tmp_path / "adapter_config.json").write_text("{}")
+    assert batch.settings_of({"seen_penalty": 1.0}, [], str(tmp_path)) != before
+
+
 class Killed(BaseException):
     pass
 
