@@ -216,22 +216,24 @@ def read_costs(folder: str) -> dict[str, float]:
 
 
 def notes_on_seen(results: dict[str, list[str]]) -> list[str]:
-    """A line, or none, about runs that leave out what was seen next to others that do not: they answer different
-    questions. Popularity and train_sasrec.py leave nothing out."""
-    names: dict[object, list[str]] = {False: ["popularity"]}
+    """A line for each of the flags about what was seen that some rows have and others have not, or otherwise: they
+    answer different questions. Popularity and train_sasrec.py leave nothing out and lower nothing."""
+    names: dict[str, dict[str, list[str]]] = {flag: {"": ["popularity"]} for flag in ("exclude_seen", "seen_penalty")}
     for name, paths in results.items():
         for path in paths:
             written = f"{os.path.splitext(path)[0]}.metrics.json"  # by evaluate.py
             metrics: object = read_json(written) if os.path.isfile(written) else None
-            excluded = metrics.get("exclude_seen") if isinstance(metrics, dict) else False
-            names.setdefault(excluded if excluded in (True, "earlier") else False, []).append(name)
-    if len(names) == 1:
-        return []
-    rows = [
-        f"{', '.join(dict.fromkeys(of))} {f'with --exclude_seen {value}' if value else 'without it'}"
-        for value, of in sorted(names.items(), key=lambda pair: not pair[0])
-    ]
-    return [f"note: rows that do not compare: {'; '.join(rows)}"]
+            for flag, by_value in names.items():
+                value = metrics.get(flag) if isinstance(metrics, dict) else None
+                by_value.setdefault(f"{value:g}" if type(value) is float else str(value or ""), []).append(name)
+    notes = []
+    for flag, by_value in names.items():
+        rows = [
+            f"{', '.join(dict.fromkeys(of))} {f'with --{flag} {value}' if value else 'without it'}"
+            for value, of in sorted(by_value.items(), key=lambda pair: not pair[0])
+        ]
+        notes += [f"note: rows that do not compare: {'; '.join(rows)}"] if len(rows) > 1 else []
+    return notes
 
 
 def _mean_cell(bootstrap: "Bootstrap", seeds: "Seeds", metric: str, intervals: bool) -> str:

@@ -92,7 +92,7 @@ def test_items_that_share_a_sid_are_ranked_apart(tmp_path, make_run, capsys):
         table(**arguments, info_file=f"{tmp_path}/info.txt", runs=f"x={run}/blended.json")
 
 
-def test_rows_that_leave_out_what_was_seen_are_told_from_others(tmp_path, make_run, capsys):
+def test_rows_that_treat_what_was_seen_otherwise_are_told_from_others(tmp_path, make_run, capsys):
     """As in compare.sh with EVAL_FLAGS="--exclude_seen earlier", where SASRec and popularity leave nothing out."""
     for name in ("train", "test"):
         (tmp_path / f"{name}.csv").write_text("history_item_sid,item_sid\n\"['a']\",a\n\"['a']\",b\n")
@@ -108,6 +108,11 @@ def test_rows_that_leave_out_what_was_seen_are_told_from_others(tmp_path, make_r
     table(**arguments)
     line = "note: rows that do not compare: full, lora with --exclude_seen earlier; popularity, SASRec without it"
     assert capsys.readouterr().err == f"table.py: {line}\n"
+    for name, penalty in (("full", 1.0), ("lora", 1.5), ("SASRec", 1.0)):
+        (tmp_path / name / "result.metrics.json").write_text(json.dumps({"seen_penalty": penalty}))
+    table(**arguments)
+    line = "SASRec, full with --seen_penalty 1; lora with --seen_penalty 1.5; popularity without it"
+    assert capsys.readouterr().err == f"table.py: note: rows that do not compare: {line}\n"
 
 
 @pytest.mark.parametrize("repeated", [True, False])
