@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from minionerec import cli, sasrec_files, soft_targets, world
-from minionerec.checkpoint import check_base, run_record
+from minionerec.checkpoint import LEARNED_OTHERS, Checkpoint, check_base, run_record
 from minionerec.data.files import Catalogue, Interaction, Item, read_catalogue, read_interactions, sample_rows
 from minionerec.data.prompts import Prompts, load_prompts
 from minionerec.data.texts import ValidationRows, check_interactions, items_left_out, usable
@@ -65,6 +65,7 @@ def read_input(flags: SFTFlags) -> SFTInput:
     """Checks the flags and every row of the files. Raises InputError with everything that is wrong."""
     problems = Problems()
     check_base(problems, flags.base_model)
+    base = problems.attempt(Checkpoint.read, flags.base_model)
     flags.check(problems)
     prompts = problems.attempt(load_prompts, flags.category, flags.prompt_file, flags.tasks)
     if prompts and all(task.rows == "item" for task in prompts.tasks.values()):
@@ -81,7 +82,11 @@ def read_input(flags: SFTFlags) -> SFTInput:
     notes = [*checked.notes, *eval_checked.notes]
     notes += items_left_out(catalogue, prompts, flags.item_meta_path) + flags.notes
     problems.check()
-    assert prompts and eval_prompts and catalogue  # nothing was wrong
+    assert base and prompts and eval_prompts and catalogue  # nothing was wrong
+    # A merged model that is updated knows SIDs already. Of random weights only the configuration is taken.
+    if not flags.train_from_scratch:
+        pairs = [(name, item.sid) for name, item in catalogue.items.items()]
+        notes += base.notes_on_catalogue(pairs, f"--sid_index_path {flags.sid_index_path}", LEARNED_OTHERS)
     validation = ValidationRows(
         flags.eval_file, catalogue.sids, eval_prompts, eval_checked.num_usable, flags.eval_sample, flags.seed
     )

@@ -22,6 +22,11 @@ ADAPTER_FILE = "adapter_config.json"
 PENALTY_FILE = "penalty-"  # starts the name of a file that evaluate.py adds: no part of the model
 NAME_BASE = "name it with --base_model"
 RECORDED_ITEMS = 64  # enough to tell catalogues apart, few beside an adapter
+RECOMMENDS_WRONGLY = "what it recommends is wrong; give the file of its training, or train on this catalogue"
+LEARNED_OTHERS = (
+    "what it has learned about a SID is about another item; give rows and index with the SIDs of its training, or "
+    "start from the base that it was trained on"
+)
 # What runs of 0.1 did, by the flags that it lacked. A new flag that its runs can resume with belongs here too.
 LACKED_IN_0_1: dict[str, dict[str, object]] = {
     "sft": {
@@ -233,10 +238,13 @@ class Checkpoint:
             notes.append(f"warning: {self.path} {asked}")
         return notes
 
-    def notes_on_catalogue(self, sid_of_item: Iterable[tuple[str, str]], of: str) -> list[str]:
+    def notes_on_catalogue(
+        self, sid_of_item: Iterable[tuple[str, str]], of: str, then: str = RECOMMENDS_WRONGLY
+    ) -> list[str]:
         """A warning if items have other SIDs in a catalogue, pairs of item id and SID from the file that `of` names,
         than in its training. Its tokenizer may know them all: data that were prepared again have the same tokens, and
-        SIDs that stand for other items. Items that were added since, and left out, do not count."""
+        SIDs that stand for other items. Items that were added since, and left out, do not count. `then` is what comes
+        of it, and the remedy."""
         known = self.run.get("items", {})
         found = {item: sid for item, sid in sid_of_item if item in known}
         other = [item for item, sid in found.items() if sid != known[item]]
@@ -244,8 +252,7 @@ class Checkpoint:
             return []
         return [
             f"warning: {of} belongs to a different catalogue than {self.path}: {len(other)} of {len(found)} items that "
-            f"were compared have other SIDs there, such as {shorten(other[0])}, so what it recommends is wrong; give "
-            "the file of its training, or train on this catalogue"
+            f"were compared have other SIDs there, such as {shorten(other[0])}, so {then}"
         ]
 
     def differing_flags(self, flags: dict, names: tuple[str, ...]) -> list[str]:

@@ -2,6 +2,7 @@
 
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,12 +15,14 @@ import evaluate
 import merge_lora
 import recommend
 import rl
+import sft
 from minionerec import __version__
 from minionerec.checkpoint import HUB_NAME, LACKED_IN_0_1, Checkpoint, newest_checkpoint, run_record
 from minionerec.data.files import Catalogue, Item, read_info_items
 from minionerec.data.prompts import RECOMMENDATION, load_prompts
 from minionerec.errors import InputError
 from minionerec.flags.rl import RLFlags
+from minionerec.flags.sft import SFTFlags
 
 HUGE = "{sid_history:>400000000}"
 
@@ -277,8 +280,8 @@ def test_a_catalogue_that_gives_items_other_sids_is_named(files, tmp_path):
     """As data that were prepared again do. Their SIDs have the same tokens, so the tokenizer knows them all."""
     items = {item.id: item.sid for item in read_info_items(files["info"])}
     moved = dict(zip(items, [*items.values()][5:] + [*items.values()][:5], strict=True))
-    data = {"train_file": files["train"], "eval_file": files["valid"], "info_file": files["info"]}
-    data |= {"sid_index_path": files["index"], "item_meta_path": files["item"], "category": "tools"}
+    data = {"train_file": files["train"], "eval_file": files["valid"], "category": "tools"}
+    data |= {"sid_index_path": files["index"], "item_meta_path": files["item"]}
     for recorded, differs in ((moved, True), (items, False), ({**items, "gone": "<a_1>"}, False), ({}, False)):
         checkpoint = str(record(tmp_path / "checkpoint", items=recorded, version=__version__))
         asked = recommend.RecommendFlags(model=checkpoint, info_file=files["info"], history="1")
@@ -288,12 +291,15 @@ def test_a_catalogue_that_gives_items_other_sids_is_named(files, tmp_path):
             test_data_path=files["test"],
             result_json_data=str(tmp_path / "result.json"),
         )
-        trained = RLFlags(model_path=checkpoint, output_dir=str(tmp_path / "rl"), **data)
-        commands = (recommend.read_input, asked), (evaluate.read_input, tested), (rl.read_input, trained)
-        for read, flags in commands:
+        updated = SFTFlags(base_model=checkpoint, output_dir=str(tmp_path / "sft"), **data)
+        trained = RLFlags(model_path=checkpoint, output_dir=str(tmp_path / "rl"), info_file=files["info"], **data)
+        commands = (recommend.read_input, asked), (evaluate.read_input, tested)
+        for read, flags in (*commands, (rl.read_input, trained), (sft.read_input, updated)):
             found = [note for note in read(flags).notes if "belongs to a different catalogue" in note]
             assert len(found) == differs
             assert all(f"{len(items)} of {len(items)} items that were compared have other SIDs" in n for n in found)
+        anew = sft.read_input(replace(updated, train_from_scratch=True)).notes
+        assert not any("different catalogue" in note for note in anew)  # only a configuration is taken
 
 
 def test_flags_that_an_adapter_of_peft_ignores_are_named(tmp_path):
