@@ -83,6 +83,9 @@ def read_items(
     if source is None or read is None:
         return None
     columns, items, counts, refused = read
+    if flags.text_columns != PrepareFlags.text_columns:  # by default, a description is used if there is one
+        for role in texts_without_column(flags.text_columns, columns):
+            problems.add(f"--text_columns {flags.text_columns}: {source.path} has no {no_text(role)}")
     vectors = None
     if matrix is not None:
         rows = [item.row for item in items]
@@ -246,6 +249,20 @@ def _give_ids(
     _print_advice(flags.levels, flags.codes, num_items, resolved)
     explained = {"before_collisions": before, "after_collisions": after}
     return codebooks, final, {"levels": report, **resolved, "explained": explained, "co_purchases": used}
+
+
+def texts_without_column(texts: str, columns: Sequence[str | None]) -> list[str]:
+    """Those of the `texts` that IDs are made of, separated by commas, that none of the columns of ITEM_ROLES has."""
+    found = {role for role, name in zip(ITEM_ROLES, columns, strict=True) if name is not None}
+    return [
+        text for text in texts.split(",") if text not in found and not (text == "description" and "features" in found)
+    ]
+
+
+def no_text(role: str) -> str:
+    """What a file without the text of a role lacks, and what to do."""
+    remedy = "name it with --description_column" if role == "description" else f"call the column {role} in the file"
+    return f"column that is recognized as the {role}; {remedy}"
 
 
 def texts_of(items: Sequence[sources.RawItem], columns: str) -> list[str]:

@@ -12,7 +12,17 @@ import numpy as np
 from minionerec.data.files import FileProblems, shorten
 from minionerec.errors import InputError, Problems
 from minionerec.prepare import item_embeddings, semantic_ids, sources, writing
-from minionerec.prepare.build import ITEM_ROLES, encoder_of, input_of, print_levels, read_items, software, texts_of
+from minionerec.prepare.build import (
+    ITEM_ROLES,
+    encoder_of,
+    input_of,
+    no_text,
+    print_levels,
+    read_items,
+    software,
+    texts_of,
+    texts_without_column,
+)
 from minionerec.prepare.cleaning import SPLITS
 from minionerec.prepare.settings import PrepareFlags
 
@@ -55,7 +65,8 @@ def add_items(problems: Problems, flags: PrepareFlags) -> writing.Record:
     print("\n".join(read.lines))
 
     # Embed the new items as the old ones were.
-    texts = texts_of(new, record["arguments"].get("text_columns", PrepareFlags.text_columns))
+    made_of = record["arguments"].get("text_columns", PrepareFlags.text_columns)
+    texts = texts_of(new, made_of)
     if given is not None:
         vectors = given
     elif encoder:
@@ -85,6 +96,9 @@ def add_items(problems: Problems, flags: PrepareFlags) -> writing.Record:
     if old["codebooks"].shape[2] > width:
         print("IDs: the new items are placed by their texts, because no purchases of them are known")
     print_levels(report, old["codebooks"].shape[1], len(new), mode, resolved)
+    for role in texts_without_column(made_of, read.columns) if given is None else ():
+        if any(fields.get(role) for fields in old["metadata"].values()):
+            print(f"warning: IDs of old items are made from the {role}, too; {read.source.path} has no {no_text(role)}")
     for note in _notes_on_titles(old, new, vectors if record["embeddings"]["kind"] == "tfidf" else None):
         print(note)
     if unknown:

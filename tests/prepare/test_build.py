@@ -366,7 +366,7 @@ def test_an_item_that_follows_itself_counts_once_in_a_session(tmp_path):
     }
 
 
-def test_ids_may_be_made_of_brand_and_price(tmp_path):
+def test_ids_may_be_made_of_brand_and_price(tmp_path, capsys):
     files = {"interactions": str(tmp_path / "log.csv"), "items": str(tmp_path / "items.csv")}
     log = [f"u{i % 10},{i * 3 % 7},{T0 + i}" for i in range(60)]
     written(tmp_path / "log.csv", "\n".join(["user,item,ts", *log]))
@@ -383,5 +383,30 @@ def test_ids_may_be_made_of_brand_and_price(tmp_path):
     index = json.loads((tmp_path / "more" / "index" / "T.index.json").read_text())
     assert index["7"] in [index[item] for item, brand in brands.items() if brand == "Acme" and item != "7"]
     assert items["0"]["price"] in ("3.50", "4.50") and "price" not in items["7"]
+    assert "made from the price, too; " in capsys.readouterr().out  # of which the new file has none
     told = problems_of(prepare_data, **files, **flags, output_dir=str(tmp_path / "x"), text_columns="title,colour")
     assert "--text_columns 'title,colour': must be some of title, description, brand" in told
+
+
+def test_a_text_that_ids_are_to_be_made_of_needs_its_column(log, tmp_path):
+    """IDs would be those of the other texts, without a word."""
+    told = problems_of(prepare_data, **log, text_columns="title,description,brand")
+    assert f"{log['items']} has no column that is recognized as the brand; call the column brand" in told
+    assert (
+        "recognized as the description; name it with --description_column" in told and told.count("text_columns") == 2
+    )
+    rows = "\n".join(f"{i}\tRed {i}\tSteel" for i in range(12))
+    written(tmp_path / "items.tsv", f"id\tname\tstore\n{rows}")  # as in the metadata of Amazon of 2023
+    prepare_data(**log, text_columns="title,brand", skip_bad_rows=True)
+
+
+def test_new_items_without_the_descriptions_that_old_ids_are_made_of_are_warned_of(log, tmp_path, capsys):
+    rows = "\n".join(f"{i}\tRed nut {i}\tSteel, {i % 3} mm" for i in range(12))
+    written(tmp_path / "items.tsv", f"id\tname\tText\n{rows}")
+    prepare_data(**log, description_column="Text", skip_bad_rows=True)
+    written(tmp_path / "new.tsv", "id\tname\tText\n99\tRed nut 99\tSteel, 2 mm\n")
+    add = {"add_items": str(tmp_path / "new.tsv"), "dataset": log["output_dir"]}
+    capsys.readouterr()
+    for columns, warned in (({}, 1), ({"description_column": "Text"}, 0)):
+        prepare_data(**add, **columns, output_dir=str(tmp_path / f"more{warned}"))
+        assert capsys.readouterr().out.count("warning: IDs of old items are made from the description") == warned
