@@ -4,7 +4,7 @@ import contextlib
 import os
 import platform
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from functools import partial
 from importlib.metadata import version
@@ -48,6 +48,7 @@ class ReadItems:
         items, counts: as `sources.read_items` returns them.
         vectors: the rows of --embeddings that belong to the items, [items, d]; None without that flag.
         lines: about how it was read.
+        lost_zeros: ids that count and have no title -> one that has, and differs by leading zeros only.
     """
 
     source: Source
@@ -56,6 +57,7 @@ class ReadItems:
     counts: dict[str, int]
     vectors: np.ndarray | None
     lines: list[str]
+    lost_zeros: dict[str, str] = field(default_factory=dict)
 
 
 def read_items(
@@ -165,7 +167,7 @@ def build(problems: Problems, flags: PrepareFlags) -> dict[str, object]:
 
         # Clean.
         steps = [Step(step, left) for step, left in raw.steps.items()]
-        sessions = _clean(spool, raw, catalogue, flags, steps)
+        sessions = _clean(spool, raw, sold, flags, steps)
         alive = cleaning.k_core(spool, len(raw.items), flags.min_interactions)
         while flags.drop_repeats and cleaning.drop_repeats(spool):  # an item between two equal ones may be gone
             alive = cleaning.k_core(spool, len(raw.items), flags.min_interactions)
@@ -280,18 +282,44 @@ def _read(problems: Problems, flags: PrepareFlags, spool: cleaning.Spool) -> tup
             other = open_source(flags.items, "items", layout)
     bought = read_interactions(problems, flags, source, other, spool) if source else None
     known = bought.raw.items if bought else {}
-    sold = read_items(problems, flags, "items", known.__contains__, source)
+    zeros = LostZeros(known)
+    sold = read_items(problems, flags, "items", zeros.wanted, source)
     unique = list(dict.fromkeys(problems))
     if unique:
         raise InputError(unique)
     assert bought and sold  # nothing was wrong
-    return bought, sold
+    titled = {item.original_id for item in sold.items}
+    return bought, replace(sold, lost_zeros={ours: other for ours, other in zeros.other.items() if ours not in titled})
+
+
+class LostZeros:
+    """Notices items whose ids are those of interactions but for leading zeros, which programs drop that take ids for
+    numbers: 00012 becomes 12.
+
+    Attributes:
+        known: the ids of the interactions.
+        other: of them -> the id of such an item.
+    """
+
+    def __init__(self, known: dict[str, int]):
+        self.known, self.other = known, dict[str, str]()
+        self._bare = {item.lstrip("0"): item for item in known if item.startswith("0")}
+
+    def wanted(self, item: str) -> bool:
+        """Whether an item of the other file is known by its id."""
+        if item in self.known:
+            return True
+        bare = item.lstrip("0")
+        ours = bare if bare in self.known else self._bare.get(bare)
+        if ours is not None and bare.isdigit():
+            self.other.setdefault(ours, item)
+        return False
 
 
 def _clean(
     spool: cleaning.Spool,
     raw: sources.RawInteractions,
-    catalogue: list[sources.RawItem],
+    sold: ReadItems,
     flags: PrepareFlags,
     steps: list[Step],
 ) -> np.ndarray:
@@ -309,14 +337,22 @@ def _clean(
     cleaning.order_and_drop_duplicates(spool)
     note("without duplicates")
     known: np.ndarray = np.zeros(len(raw.items), bool)
-    known[[raw.items[item.original_id] for item in catalogue]] = True
+    known[[raw.items[item.original_id] for item in sold.items]] = True
     cleaning.keep_items(spool, known)
-    if not note("of items with a title"):
+    left, lost = note("of items with a title"), ""
+    if sold.lost_zeros:
+        ours, other = next(iter(sold.lost_zeros.items()))
+        lost = (
+            f"{len(sold.lost_zeros):,} differ by leading zeros only, such as {ours!r} and {other!r}; write them alike"
+        )
+    if not left:
+        remedy = lost or "do the two files belong together? Name the column of the ids with --item_column"
         raise InputError(
             f"--items {flags.items}: has a title for none of the {len(raw.items)} items of {flags.interactions}, such "
-            f"as {next(iter(raw.items))!r}; do the two files belong together? Name the column of the ids with "
-            "--item_column"
+            f"as {next(iter(raw.items))!r}; {remedy}"
         )
+    if lost:
+        print(f"warning: ids of {flags.interactions} that have no title in {flags.items}: {lost}")
     sessions: np.ndarray = np.empty(0, np.int32)
     if flags.session_gap:  # before repeats are dropped, which may bridge a gap
         sessions = cleaning.split_sessions(spool, round(min(flags.session_gap * 60e6, sources.LATEST)))

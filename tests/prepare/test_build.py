@@ -4,6 +4,7 @@ import ast
 import csv
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -181,6 +182,32 @@ def test_files_that_do_not_belong_together(raw, tmp_path):
         flags_of({**raw, "items": str(tmp_path / "items")}, tmp_path / "d"),
         "has a title for none of the 50 items of",
     )
+
+
+def test_ids_that_lost_leading_zeros_in_one_file_are_named(tmp_path, capsys):
+    """A program that takes ids for numbers writes 00012 as 12: those purchases would be dropped as without a title."""
+    items = ["00012", "00007", "71234", "80000"]
+    purchases = [f"u{user},{items[(user + step) % 4]},{T0 + step}" for user in range(9) for step in range(4)]
+    written(tmp_path / "log.csv", "\n".join(["user,item,time", *purchases]))
+    bare = "\n".join(re.sub(",0+", ",", line) for line in purchases)
+    written(tmp_path / "bare_log.csv", f"user,item,time\n{bare}")
+    named = {
+        "log": "id,title\n00012,A nut\n00007,B nut\n71234,C nut\n80000,D nut\n",
+        "bare": "id,title\n12,A nut\n7,B nut\n",
+    }
+    for name, text in named.items():
+        written(tmp_path / f"{name}_items.csv", text)
+    flags = {"category": "T", "codes": 2, "min_interactions": 1, "output_dir": str(tmp_path / "out")}
+
+    def files(log: str, items: str) -> dict[str, str]:
+        return {"interactions": str(tmp_path / f"{log}.csv"), "items": str(tmp_path / f"{items}_items.csv")}
+
+    told = problems_of(prepare_data, **flags, **files("log", "bare"))
+    assert told.endswith("such as '00012'; 2 differ by leading zeros only, such as '00012' and '12'; write them alike")
+    prepare_data(**{**flags, **files("bare_log", "log"), "output_dir": str(tmp_path / "some")})
+    assert "2 differ by leading zeros only, such as '12' and '00012'; write them alike" in capsys.readouterr().out
+    prepare_data(**flags, **files("log", "log"))
+    assert "leading zeros" not in capsys.readouterr().out
 
 
 def test_too_few_rows_for_three_splits(tmp_path):
