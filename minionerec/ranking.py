@@ -12,6 +12,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property, partial
+from numbers import Integral
 from typing import Literal
 
 import numpy as np
@@ -39,7 +40,7 @@ from minionerec.data.sid_tokens import PAD, sid_responses
 from minionerec.decoding.ranking import Second, Seen, score_prompts
 from minionerec.decoding.search_memory import ON_A_CPU, largest_batch
 from minionerec.decoding.trie import Trie
-from minionerec.errors import InputError
+from minionerec.errors import Problems
 from minionerec.flags import HEAVIEST, ScoreFlags
 from minionerec.model import device, graphs, loading
 from minionerec.model.adapted import load_checkpoint
@@ -147,8 +148,19 @@ class Ranker:
             seen_penalty: subtracted from the scores of items in the history (nats); auto for the penalty that
                 evaluate.py chose and recorded, for the checkpoint with `blend` or alone.
 
-        Raises InputError for files that cannot be used or do not belong together.
+        Raises InputError for values of another type or range, and for files that cannot be used or do not belong
+        together.
         """
+        problems = Problems()
+        if not _is_count(num_beams):
+            problems.add(f"num_beams {num_beams!r}: must be a whole number above 0")
+        if batch_size != "auto" and not _is_count(batch_size):
+            problems.add(f"batch_size {batch_size!r}: must be auto or a whole number above 0")
+        if blend_weight != "auto" and not is_weight(blend_weight):
+            problems.add(f"blend_weight {blend_weight!r}: must be auto or a number from 0 to {HEAVIEST}")
+        if seen_penalty != "auto" and not is_penalty(seen_penalty):
+            problems.add(f"seen_penalty {seen_penalty!r}: must be auto or a number from 0")
+        problems.check()
         read = Checkpoint.read(os.fspath(checkpoint))
         base = base_model or read.base(NAME_BASE)
         prompts = read.prompts(category, os.fspath(prompt_file), RECOMMENDATION)
@@ -157,10 +169,6 @@ class Ranker:
         metadata = read_json_object(meta, "item_meta_path") if meta else {}
         notes += notes_on_titles(listed, metadata, meta)
         notes += read.notes_on_wording(prompts, category, os.fspath(prompt_file))
-        if blend_weight != "auto" and not is_weight(blend_weight):
-            raise InputError(f"blend_weight {blend_weight!r}: must be auto or a number from 0 to {HEAVIEST}")
-        if seen_penalty != "auto" and not is_penalty(seen_penalty):
-            raise InputError(f"seen_penalty {seen_penalty!r}: must be auto or a number from 0")
         flags = ScoreFlags(blend=os.fspath(blend), blend_weight=blend_weight, seen_penalty=seen_penalty)
         scoring = Scoring.read(flags, read, listed, os.fspath(info_file)).ready()
         for note in notes + scoring.notes(num_beams):
@@ -400,6 +408,11 @@ class Ranker:
             if len(found) >= request.K:
                 break
         return found[: request.K]
+
+
+def _is_count(value: object) -> bool:
+    """Whether a value is a whole number above 0, also one of NumPy."""
+    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) > 0
 
 
 def _is_allowed(request: Request, number: int) -> bool:

@@ -69,9 +69,15 @@ def test_a_ranker_says_what_is_wrong(files, sft_run):
         ranker.recommend(["12"], k=11)
     with pytest.raises(InputError, match="no such file"):
         Ranker.load(checkpoint, info_file="nowhere.txt")
-    for penalty in (-1, float("nan"), float("inf"), "Auto"):
-        with pytest.raises(InputError, match=r"seen_penalty .*: must be auto or a number from 0"):
-            Ranker.load(checkpoint, info_file=files["info"], seen_penalty=penalty)
+    for name, wrong in (
+        ("seen_penalty", (-1, float("nan"), float("inf"), "Auto", "1", None)),
+        ("num_beams", (0, -1, 2.5, "10", True)),
+        ("batch_size", (0, "8", None)),
+        ("blend_weight", (-1, "0.5")),
+    ):
+        for value in wrong:
+            with pytest.raises(InputError, match=f"^{name} .*: must be "):
+                Ranker.load(checkpoint, info_file=files["info"], **{name: value})
 
 
 def test_conditions_are_remembered_up_to_a_size(files, sft_run, monkeypatch):
