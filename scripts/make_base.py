@@ -9,6 +9,7 @@ import json
 import os
 import sys
 import tempfile
+from dataclasses import dataclass
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
@@ -16,66 +17,53 @@ from minionerec import cli, locks
 from minionerec.data.files import read_titles_and_descriptions
 from minionerec.data.prompts import TASKS
 from minionerec.errors import Problems
-from minionerec.flags import check_positive, check_writable, seed_range
+from minionerec.flags import Flags, above_zero, check_writable, command, flag, seed_range
 from minionerec.output import writing
 from minionerec.saving import make_readable
 
 
-@locks.releasing()
-def make_base(
-    item_meta_path: str = "",
-    output_dir: str = "",
-    vocab_size: int = 4096,
-    hidden_size: int = 128,
-    num_hidden_layers: int = 4,
-    num_attention_heads: int = 4,
-    num_key_value_heads: int = 2,
-    intermediate_size: int = 512,
-    tie_word_embeddings: bool = True,
-    seed: int = 42,
-) -> None:
-    """Writes a small Qwen2 with random weights, and a tokenizer trained on the catalogue, as a model folder.
+@dataclass(frozen=True, kw_only=True)
+class BaseFlags(Flags):
+    """Where the base is written, and its size."""
 
-    Args:
-        item_meta_path: JSON of item id to title and description; the tokenizer is trained on their text.
-        output_dir: folder to write; it must not contain a model yet.
-        vocab_size: largest size of the vocabulary.
-        hidden_size: width of the model.
-        num_hidden_layers: decoder layers.
-        num_attention_heads: query heads.
-        num_key_value_heads: key and value heads.
-        intermediate_size: width of the feed-forward layers.
-        tie_word_embeddings: one matrix for input embedding and output head.
-        seed: seed of the weights.
-    """
+    item_meta_path: str = flag("", "JSON of item id to title and description; the tokenizer is trained on their text.")
+    output_dir: str = flag("", "folder to write; it must not contain a model yet.")
+    vocab_size: int = flag(4096, "largest size of the vocabulary.", above_zero)
+    hidden_size: int = flag(128, "width of the model.", above_zero)
+    num_hidden_layers: int = flag(4, "decoder layers.", above_zero)
+    num_attention_heads: int = flag(4, "query heads.", above_zero)
+    num_key_value_heads: int = flag(2, "key and value heads.", above_zero)
+    intermediate_size: int = flag(512, "width of the feed-forward layers.", above_zero)
+    tie_word_embeddings: bool = flag(True, "one matrix for input embedding and output head.")
+    seed: int = flag(42, "seed of the weights.", seed_range)
+
+    def check(self, problems: Problems) -> None:
+        super().check(problems)
+        width, heads, shared_heads = self.hidden_size, self.num_attention_heads, self.num_key_value_heads
+        if 0 < self.vocab_size < 300:
+            problems.add(f"--vocab_size {self.vocab_size}: must be 300 or more; the bytes of all texts take 256")
+        if heads > 0 and width % (2 * heads):
+            problems.add(f"--hidden_size {width}: must be a multiple of twice --num_attention_heads")
+        if shared_heads > 0 and heads % shared_heads:
+            problems.add(f"--num_attention_heads {heads}: must be a multiple of --num_key_value_heads")
+        if not self.output_dir:
+            problems.add("--output_dir is missing; give a folder for the model")
+        elif os.path.exists(os.path.join(self.output_dir, "config.json")):
+            problems.add(f"--output_dir {self.output_dir}: already contains a model; name another folder")
+        else:
+            locks.check_free(problems, "output_dir", self.output_dir, locks.lock_of_folder)
+            check_writable(problems, self.output_dir)
+
+
+@command(BaseFlags)
+def make_base(flags: BaseFlags) -> None:
+    """Writes a small Qwen2 with random weights, and a tokenizer trained on the catalogue, as a model folder."""
     problems = Problems()
-    texts = problems.attempt(read_titles_and_descriptions, item_meta_path)
-    check_positive(
-        problems,
-        vocab_size=vocab_size,
-        hidden_size=hidden_size,
-        num_hidden_layers=num_hidden_layers,
-        num_attention_heads=num_attention_heads,
-        num_key_value_heads=num_key_value_heads,
-        intermediate_size=intermediate_size,
-    )
-    if 0 < vocab_size < 300:
-        problems.add(f"--vocab_size {vocab_size}: must be 300 or more; the bytes of all texts take 256")
-    if num_attention_heads > 0 and hidden_size % (2 * num_attention_heads):
-        problems.add(f"--hidden_size {hidden_size}: must be a multiple of twice --num_attention_heads")
-    if num_key_value_heads > 0 and num_attention_heads % num_key_value_heads:
-        problems.add(f"--num_attention_heads {num_attention_heads}: must be a multiple of --num_key_value_heads")
-    if not output_dir:
-        problems.add("--output_dir is missing; give a folder for the model")
-    elif os.path.exists(os.path.join(output_dir, "config.json")):
-        problems.add(f"--output_dir {output_dir}: already contains a model; name another folder")
-    else:
-        locks.check_free(problems, "output_dir", output_dir, locks.lock_of_folder)
-        check_writable(problems, output_dir)
-    if wrong := seed_range(seed):
-        problems.add(f"--seed {seed}: {wrong}")
+    texts = problems.attempt(read_titles_and_descriptions, flags.item_meta_path)
+    flags.check(problems)
     problems.check()
     assert texts  # nothing was wrong
+    output_dir = flags.output_dir
     locks.hold("output_dir", output_dir, locks.lock_of_folder)
 
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -86,7 +74,7 @@ def make_base(
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
+        vocab_size=flags.vocab_size,
         special_tokens=[end],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
@@ -94,15 +82,15 @@ def make_base(
     instructions = [f"{task.instruction}\n{task.input}\nAnswer:\n" for task in TASKS.values()]
     bpe.train_from_iterator([*texts, *instructions * 10], trainer)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=end, pad_token=end)
-    set_seed(seed)
+    set_seed(flags.seed)
     config = Qwen2Config(
         vocab_size=len(tokenizer),
-        hidden_size=hidden_size,
-        num_hidden_layers=num_hidden_layers,
-        num_attention_heads=num_attention_heads,
-        num_key_value_heads=num_key_value_heads,
-        intermediate_size=intermediate_size,
-        tie_word_embeddings=tie_word_embeddings,
+        hidden_size=flags.hidden_size,
+        num_hidden_layers=flags.num_hidden_layers,
+        num_attention_heads=flags.num_attention_heads,
+        num_key_value_heads=flags.num_key_value_heads,
+        intermediate_size=flags.intermediate_size,
+        tie_word_embeddings=flags.tie_word_embeddings,
         max_position_embeddings=4096,
         bos_token_id=tokenizer.eos_token_id,
         eos_token_id=tokenizer.eos_token_id,

@@ -7,72 +7,70 @@
 import os
 import sys
 import time
+from dataclasses import dataclass
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from minionerec import cli, locks, sasrec_files
 from minionerec.data.files import count_rows, read_info_items, read_interactions
 from minionerec.errors import Problems
-from minionerec.flags import check_new_folder, check_positive, same_rows, seed_range
+from minionerec.flags import Flags, above_zero, check_new_folder, command, flag, same_rows, seed_range
 from minionerec.metrics import format_metrics, rank_of, ranking_metrics, watched_cutoff
 from minionerec.output import whole_folder, writing
 
 LENGTH = 50  # items of a ranking
 
 
-@locks.releasing()
-def train_sasrec(
-    train_file: str = "",
-    eval_file: str = "",
-    info_file: str = "",
-    output_dir: str = "",
-    test_data_path: str = "",
-    hidden_size: int = 64,
-    num_epochs: int = 60,
-    batch_size: int = 256,
-    learning_rate: float = 1e-3,
-    dropout: float = 0.3,
-    seed: int = 42,
-    num_models: int = 1,
-) -> dict[str, float]:
-    """Trains SASRec on the training file, and keeps the epoch with the best NDCG@10 on the validation file. Several
-    models are averaged.
+@dataclass(frozen=True, kw_only=True)
+class SASRecFlags(Flags):
+    """The files, and how long which model trains on them."""
 
-    Args:
-        train_file: CSV of training interactions.
-        eval_file: CSV of validation interactions.
-        info_file: the catalogue: a line per item with SID, title and item id, separated by tabs.
-        output_dir: folder for the model, metrics.json, result.json and result.metrics.json.
-        test_data_path: CSV of test interactions; if given, the model is evaluated on it.
-        hidden_size: width of the model.
-        num_epochs: passes over the training file at most.
-        batch_size: histories per optimizer step.
-        learning_rate: learning rate of Adam.
-        dropout: dropout between the layers.
-        seed: seed of every random choice.
-        num_models: models to train, each from a seed of its own, whose log-probabilities are averaged. Three rank
-            clearly better than one, and take three times as long.
-    """
+    train_file: str = flag("", "CSV of training interactions.")
+    eval_file: str = flag("", "CSV of validation interactions.")
+    info_file: str = flag("", "the catalogue: a line per item with SID, title and item id, separated by tabs.")
+    output_dir: str = flag("", "folder for the model, metrics.json, result.json and result.metrics.json.")
+    test_data_path: str = flag("", "CSV of test interactions; if given, the model is evaluated on it.")
+    hidden_size: int = flag(64, "width of the model.", above_zero)
+    num_epochs: int = flag(60, "passes over the training file at most.", above_zero)
+    batch_size: int = flag(256, "histories per optimizer step.", above_zero)
+    learning_rate: float = flag(1e-3, "learning rate of Adam.", above_zero)
+    dropout: float = flag(
+        0.3,
+        "dropout between the layers.",
+        lambda value: None if 0 <= value < 1 else "must be at least 0 and less than 1",
+    )
+    seed: int = flag(42, "seed of every random choice.", seed_range)
+    num_models: int = flag(
+        1,
+        "models to train, each from a seed of its own, whose log-probabilities are averaged. Three rank clearly better "
+        "than one, and take three times as long.",
+        above_zero,
+    )
+
+    def check(self, problems: Problems) -> None:
+        super().check(problems)
+        if self.hidden_size % 2:
+            problems.add(f"--hidden_size {self.hidden_size}: must be even, for two heads")
+        check_new_folder(problems, self.output_dir)
+
+
+@command(SASRecFlags)
+def train_sasrec(flags: SASRecFlags) -> dict[str, float]:
+    """Trains SASRec on the training file, and keeps the epoch with the best NDCG@10 on the validation file. Several
+    models are averaged."""
     problems = Problems()
-    check_positive(problems, hidden_size=hidden_size, num_epochs=num_epochs, batch_size=batch_size)
-    check_positive(problems, learning_rate=learning_rate, num_models=num_models)
-    if hidden_size % 2:
-        problems.add(f"--hidden_size {hidden_size}: must be even, for two heads")
-    if not 0 <= dropout < 1:
-        problems.add(f"--dropout {dropout}: must be at least 0 and less than 1")
-    check_new_folder(problems, output_dir)
-    items = problems.attempt(read_info_items, info_file) or []
+    flags.check(problems)
+    items = problems.attempt(read_info_items, flags.info_file) or []
     sids = list(dict.fromkeys(item.sid for item in items)) or None
-    for flag, path in (("train_file", train_file), ("eval_file", eval_file), ("test_data_path", test_data_path)):
-        if path or flag != "test_data_path":
-            problems.attempt(count_rows, path, flag, sids, titles=False)
-    if wrong := seed_range(seed):
-        problems.add(f"--seed {seed}: {wrong}")
+    for name in ("train_file", "eval_file", "test_data_path"):
+        path = getattr(flags, name)
+        if path or name != "test_data_path":
+            problems.attempt(count_rows, path, name, sids, titles=False)
     problems.check()
     assert sids  # nothing was wrong
-    for note in same_rows(train_file, eval_file):
+    for note in same_rows(flags.train_file, flags.eval_file):
         print(note)
-    locks.hold("output_dir", output_dir, locks.lock_of_new)
+    locks.hold("output_dir", flags.output_dir, locks.lock_of_new)
 
     import torch
 
@@ -97,34 +95,34 @@ def train_sasrec(
     def score(results: list[dict]) -> dict[str, float]:
         return ranking_metrics([rank_of(row["output"], row["predict"]) for row in results], length)
 
-    histories, targets = events(train_file, "train_file")
+    histories, targets = events(flags.train_file, "train_file")
     watched = f"NDCG@{watched_cutoff(len(sids))}"
 
     def validated(model: sasrec.Recommender) -> float:
-        return score(ranked(model, eval_file, "eval_file"))[watched]
+        return score(ranked(model, flags.eval_file, "eval_file"))[watched]
 
     def trained(number: int) -> tuple[sasrec.SASRec, int]:
         """A model from the seed of this number, from 0, as after its best epoch, and that epoch."""
-        torch.manual_seed(seed + number)
-        model = sasrec.SASRec(sids, hidden_size, dropout=dropout).to(device.local_device())
-        which = f"model {number + 1} of {num_models}, " if num_models > 1 else ""
+        torch.manual_seed(flags.seed + number)
+        model = sasrec.SASRec(sids, flags.hidden_size, dropout=flags.dropout).to(device.local_device())
+        which = f"model {number + 1} of {flags.num_models}, " if flags.num_models > 1 else ""
 
         def end_of_epoch(epoch: int, loss: float) -> float:
             value = validated(model)
             print(f"{which}epoch {epoch}: loss {loss:.3f}, validation {watched} {value:.4f}")
             return value
 
-        sizes = num_epochs, batch_size, learning_rate, seed + number
+        sizes = flags.num_epochs, flags.batch_size, flags.learning_rate, flags.seed + number
         return model, sasrec.train(model, histories, targets, *sizes, end_of_epoch)
 
     started = time.perf_counter()
-    models, best_epochs = zip(*map(trained, range(num_models)), strict=True)
-    model = models[0] if num_models == 1 else sasrec.Ensemble(models)
+    models, best_epochs = zip(*map(trained, range(flags.num_models)), strict=True)
+    model = models[0] if flags.num_models == 1 else sasrec.Ensemble(models)
     best = validated(model)
     seconds = time.perf_counter() - started
-    results = ranked(model, test_data_path, "test_data_path") if test_data_path else []
-    with writing(output_dir), whole_folder(output_dir) as partial:
-        sasrec.save(model, partial, sasrec_files.fingerprint((item.id, item.sid) for item in items), train_file)
+    results = ranked(model, flags.test_data_path, "test_data_path") if flags.test_data_path else []
+    with writing(flags.output_dir), whole_folder(flags.output_dir) as partial:
+        sasrec.save(model, partial, sasrec_files.fingerprint((item.id, item.sid) for item in items), flags.train_file)
         parameters = sum(parameter.numel() for parameter in model.parameters())
         metrics = {
             "method": "sasrec",
