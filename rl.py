@@ -230,7 +230,6 @@ def train(flags: RLFlags) -> "dict | Prediction":
         from minionerec.dryrun import report
         from minionerec.model import device, graphs, loading
         from minionerec.plots import RL_PANELS
-        from minionerec.training import nodes
         from minionerec.training.finish import finish
         from minionerec.training.resume import resume_point
         from minionerec.training.rewards import reward_functions
@@ -270,8 +269,6 @@ def train(flags: RLFlags) -> "dict | Prediction":
     fingerprint = loading.fingerprint(inputs.base)
     recorded_flags = {**flags.to_dict(), "cutoff_len": inputs.cutoff_len}
     run = run_record("rl", flags.method, recorded_flags, inputs.wording, fingerprint, inputs.catalogue)
-    nodes.check_same(flags.to_dict(), base=fingerprint)
-    nodes.check_output_shared(flags.output_dir)
     resume = resume_point(flags, run, state.print)
     cutoff = chosen_by(flags, len(trie), resume)
 
@@ -321,19 +318,14 @@ def train(flags: RLFlags) -> "dict | Prediction":
     trainer.train(resume)
 
     # Save the best checkpoint as final_checkpoint, with what the run cost.
-    metrics = {
-        "method": flags.method,
+    counts: dict[str, object] = {
         "trainable_parameters": trainable,
         "total_parameters": total,
         "train_prompts": len(train_dataset),
-        "steps": trainer.state.global_step,
-        "seconds": trainer.seconds,
-        f"best_eval_{watched}": trainer.best_metric,
-        "best_checkpoint": trainer.best_checkpoint,
     }
     if flags.test_during_training:
-        metrics["improved"], verdict = compared_with_start(trainer, watched, cutoff)
-    metrics = finish(trainer, metrics, RL_PANELS, dtype=saved_dtype)
+        counts["improved"], verdict = compared_with_start(trainer, watched, cutoff)
+    metrics = finish(trainer, counts, RL_PANELS, dtype=saved_dtype)
     if saved_dtype is not None and state.is_main_process:
         for line in lost_in_rounding(trainer, inputs.base, saved_dtype):
             print(line)

@@ -124,7 +124,6 @@ def train(flags: SFTFlags) -> "dict | Prediction":
         from minionerec.dryrun import report
         from minionerec.model import device, graphs, loading
         from minionerec.plots import SFT_PANELS
-        from minionerec.training import nodes
         from minionerec.training.finish import finish
         from minionerec.training.resume import resume_point
         from minionerec.training.sft_trainer import SFTTrainer
@@ -160,10 +159,8 @@ def train(flags: SFTFlags) -> "dict | Prediction":
     set_seed(flags.seed)
     state = device.process_state(flags.ddp_timeout)
     memory = device.free_memory_gb()
-    fingerprint = loading.fingerprint(flags.base_model)
-    run = run_record("sft", flags.method, flags.to_dict(), inputs.prompts, fingerprint, inputs.catalogue)
-    nodes.check_same(flags.to_dict(), base=fingerprint)
-    nodes.check_output_shared(flags.output_dir)
+    base = loading.fingerprint(flags.base_model)
+    run = run_record("sft", flags.method, flags.to_dict(), inputs.prompts, base, inputs.catalogue)
     resume = resume_point(flags, run, state.print)
 
     # Load the base and add what trains. What cannot be decoded is not worth training.
@@ -216,17 +213,8 @@ def train(flags: SFTFlags) -> "dict | Prediction":
     trainer.train(resume)
 
     # Save the best checkpoint as final_checkpoint, with what the run cost.
-    metrics = {
-        "method": flags.method,
-        "trainable_parameters": trainable,
-        "total_parameters": total,
-        "train_examples": len(train_dataset),
-        "steps": trainer.state.global_step,
-        "seconds": trainer.seconds,
-        "best_eval_loss": trainer.best_metric,
-        "best_checkpoint": trainer.best_checkpoint,
-    }
-    return finish(trainer, metrics, SFT_PANELS, merge=flags.freeze_LLM, dtype=saved_dtype)
+    counts = {"trainable_parameters": trainable, "total_parameters": total, "train_examples": len(train_dataset)}
+    return finish(trainer, counts, SFT_PANELS, merge=flags.freeze_LLM, dtype=saved_dtype)
 
 
 def load_model(

@@ -57,17 +57,22 @@ def _merge(trainer: Trainer) -> dict[str, torch.Tensor] | None:
 
 
 def finish(
-    trainer: Trainer,
-    metrics: dict,
-    panels: dict,
-    merge: bool = False,
-    dtype: torch.dtype | None = None,
-) -> dict:
-    """Saves final_checkpoint, metrics.json and curves.png in the run's folder; returns the metrics with what they cost.
+    trainer: Trainer, counts: dict, panels: dict, merge: bool = False, dtype: torch.dtype | None = None
+) -> dict[str, object]:
+    """Saves final_checkpoint, metrics.json and curves.png in the run's folder; returns the metrics: `counts`, how well
+    the best checkpoint did, and what the run cost.
 
     Every process must call it; `merge` and `dtype` as in `save_final`.
     """
-    metrics = {**metrics, "peak_memory_gb": trainer.peak_memory_gb}
+    metrics = {
+        "method": trainer.run["method"],
+        **counts,
+        "steps": trainer.state.global_step,
+        "seconds": trainer.seconds,
+        f"best_{trainer.args.metric_for_best_model}": trainer.best_metric,
+        "best_checkpoint": trainer.best_checkpoint,
+        "peak_memory_gb": trainer.peak_memory_gb,
+    }
     output_dir = trainer.args.output_dir
     final = os.path.join(output_dir, "final_checkpoint")
     then = "; make room, then the same command with --resume_from_checkpoint True writes it"

@@ -33,16 +33,19 @@ FIXED = ("optim", "best_by", "sync_ref_model", "average_weights", "sid_learning_
 
 def resume_point(flags: RunFlags, run: dict, say: Callable[[str], None]) -> Checkpoint | None:
     """The checkpoint that `--resume_from_checkpoint` means: that folder, or for True the newest one in the output
-    folder; None for a run that starts anew. Says where other flags differ from those of the run that wrote it.
+    folder; None for a run that starts anew. Says where other flags differ from those of the run that wrote it. Every
+    process must call it.
 
     Args:
         run: what this run will record, see `checkpoint.run_record`.
         say: prints a line in the first process.
 
-    Raises InputError for a checkpoint that was not written to its end, that is not the last one in the output folder,
-    that belongs to a different run (of another command, method, adapter or base), or whose optimizer state does not fit
-    the engine of this run.
+    Raises InputError where nodes do not have the same flags, base and output folder, and for a checkpoint that was not
+    written to its end, that is not the last one in the output folder, that belongs to a different run (of another
+    command, method, adapter or base), or whose optimizer state does not fit the engine of this run.
     """
+    nodes.check_same(flags.to_dict(), base=run["base_fingerprint"])
+    nodes.check_output_shared(flags.output_dir)
     path = nodes.first_decides(lambda: _path_of(flags, say))
     if path is None:
         return None
