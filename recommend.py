@@ -225,7 +225,7 @@ def read_files(problems: Problems, flags: RecommendFlags) -> RecommendInput:
     if reader and flags.history:
         request = problems.attempt(lambda: reader.read({"history": reader.parse_history(flags.history)}))
     elif reader and flags.histories:
-        count = problems.attempt(lambda: sum(1 for _ in reader.read_file(flags.histories, "histories"))) or 0
+        count = problems.attempt(lambda: sum(1 for _ in reader.read_file(flags.histories))) or 0
     settings: dict[str, object] = {}
     done = 0
     if checkpoint and scoring and not problems and flags.output:
@@ -381,7 +381,7 @@ def recommend(flags: RecommendFlags) -> None:
     kept = nodes.first_decides(lambda: inputs.done)
     if kept:
         state.print(f"{flags.output}.partial: {kept} of {inputs.requests} rows are there already")
-    rows = inputs.reader.read_file(flags.histories, "histories")
+    rows = inputs.reader.read_file(flags.histories)
     if flags.batch_size == "auto":
         state.print(f"--batch_size auto: {ranker.batch_size} histories")
     chunk = batch.BATCHES * ranker.batch_size

@@ -47,7 +47,7 @@ def blend(
     ranker = Ranker.load(model, info_file, category=category, num_beams=num_beams, blend=blend, blend_weight=0.5)
     assert ranker.items is not None
     with_sasrec = ranker.blend
-    asked = list(islice(RequestReader(ranker.items, None, 10, num_beams).read_file(histories, "histories"), requests))
+    asked = list(islice(RequestReader(ranker.items, None, 10, num_beams).read_file(histories), requests))
 
     def answer(batch_size: int, blended: bool) -> None:
         ranker.blend = with_sasrec if blended else None

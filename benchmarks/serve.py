@@ -128,7 +128,7 @@ def percentiles(seconds: list[float], *wanted: int) -> dict[str, float]:
 def read_bodies(info_file: str, histories: str, most: int) -> list[bytes]:
     """The bodies of requests for the distinct histories of a file, at most `most`. Raises InputError."""
     items = Items(read_info_items(info_file), info_file)
-    rows = RequestReader(items, None, K=10, most=10).read_file(histories, "histories")
+    rows = RequestReader(items, None, K=10, most=10).read_file(histories)
     return list(islice(dict.fromkeys(json.dumps({"history": row.given}).encode() for row in rows), most))
 
 

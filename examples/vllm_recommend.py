@@ -121,7 +121,7 @@ def beam_search(model: str, ranker: Ranker, prompts: list[list[int]]) -> tuple[l
 
 def read_requests(items: Items, histories: str, K: int, num_beams: int) -> list[Request]:
     """The requests of a file. Raises InputError also for one with constraints, which this search does not have."""
-    requests = list(RequestReader(items, None, K, num_beams).read_file(histories, "histories"))
+    requests = list(RequestReader(items, None, K, num_beams).read_file(histories))
     if any(request.without or request.only for request in requests):
         raise InputError(f"--histories {histories}: has requests with constraints; use recommend.py")
     return requests

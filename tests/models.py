@@ -117,11 +117,11 @@ def trainer_of(tmp_path, micro_batch_size: int, strategy: str = "sequential", co
 
 def predicted(
     config, ids: list[int], step: Step, method: str = "full", on_gpu: bool = False, vocabulary: int = 96,
-    reference_copy: bool = False, few_layers: bool = True, **flags,
+    reference_copy: bool = False, **flags,
 ) -> Prediction:  # fmt: skip
     """The predicted memory of a training by a method, with other adapter flags."""
     chosen = AdapterFlags(use_lora=method == "lora", use_qlora=method == "qlora", **flags)
-    return predict(config, vocabulary, ids, step, chosen, lora_utils.adapt, on_gpu, reference_copy, few_layers)
+    return predict(config, vocabulary, ids, step, chosen, lora_utils.adapt, on_gpu, reference_copy)
 
 
 # --- Methods, and trainers of both kinds ------------------------------------------------------------------------------

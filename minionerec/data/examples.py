@@ -44,9 +44,7 @@ def _record_batch(pairs: list[tuple[list[int], list[int]]]) -> pa.RecordBatch:
     return pa.RecordBatch.from_arrays(columns, schema=SCHEMA)
 
 
-def write_examples(
-    path: str, encoder: Encoder, rows_of: Callable[[str], Iterable[Interaction | Item]], batch_rows: int = BATCH_ROWS
-) -> int:
+def write_examples(path: str, encoder: Encoder, rows_of: Callable[[str], Iterable[Interaction | Item]]) -> int:
     """Writes the examples of all tasks of the encoder's prompts to an Arrow stream file and returns their number.
 
     A row that lacks a text of a task gives no example for it. `rows_of("interaction")` and `rows_of("item")` each start
@@ -61,7 +59,7 @@ def write_examples(
     ):
         for kind in ("interaction", "item"):
             tasks = [task for task in encoder.prompts.tasks.values() if task.rows == kind]
-            for rows in batches(rows_of(kind) if tasks else [], batch_rows):
+            for rows in batches(rows_of(kind) if tasks else [], BATCH_ROWS):
                 for task in tasks:
                     batch = _record_batch(encoder.encode(task, list(filter(task.suits, rows))))
                     for _ in range(task.weight):

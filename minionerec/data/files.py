@@ -485,24 +485,25 @@ def count_rows(path: str, flag: str, sids: Iterable[str] | None = None, titles: 
     return sum(check_rows(path, flag, sids, titles).values())
 
 
-def read_histories(path: str, flag: str, problems: FileProblems) -> Iterator[tuple[int, list]]:
-    """The histories of a CSV file, each with its line: of the column HISTORY_COLUMN, whose lists may name items as
-    requests do, or else the SIDs of an interactions file. The file needs no other column: those who are to get
-    recommendations have no next item yet. Bad cells go to `problems`. Raises InputError where the file cannot be read.
+def read_histories(path: str, problems: FileProblems) -> Iterator[tuple[int, list]]:
+    """The histories of a CSV file of --histories, each with its line: of the column HISTORY_COLUMN, whose lists may
+    name items as requests do, or else the SIDs of an interactions file. The file needs no other column: those who are
+    to get recommendations have no next item yet. Bad cells go to `problems`. Raises InputError where the file cannot be
+    read.
     """
-    with open_text(path, flag, newline="") as file:
+    with open_text(path, "histories", newline="") as file:
         try:
             header = next(csv.reader(file), [])
             column = HISTORY_COLUMN if HISTORY_COLUMN in header else SID_COLUMNS[0]
             ignored = [name for name in REQUEST_COLUMNS if name in header]
             if ignored:
                 raise InputError(
-                    f"--{flag} {path}: of a CSV file only the histories are read, not {', '.join(ignored)}; give JSON "
-                    "lines, or drop the column"
+                    f"--histories {path}: of a CSV file only the histories are read, not {', '.join(ignored)}; give "
+                    "JSON lines, or drop the column"
                 )
         except (UnicodeDecodeError, csv.Error):
             column = SID_COLUMNS[0]  # `_csv_rows` says what is wrong
-    for line, (cell,) in _csv_rows(path, flag, (column,)):
+    for line, (cell,) in _csv_rows(path, "histories", (column,)):
         history = "the row ends before it" if cell is None else _history(cell, column)
         if isinstance(history, str):
             problems.add(f", line {line}", history)

@@ -93,7 +93,6 @@ def predict(
     adapt: Adapt,
     on_gpu: bool,
     reference_copy: bool = False,
-    few_layers: bool = True,
 ) -> Prediction:
     """Predicts the memory of a training from the configuration of its base.
 
@@ -106,7 +105,6 @@ def predict(
             fine-tuning on a GPU takes 16 bytes per parameter (weight, gradient, two moments), and autocast's 16-bit
             copy of the weights counts as activations.
         reference_copy: a second, frozen model is held too, with its linear layers in 16 bits.
-        few_layers: measure few layers where that is possible.
 
     Returns:
         the parts weights, adapter, gradients, optimizer, logits, activations and runtime.
@@ -120,7 +118,7 @@ def predict(
         runtime = CUDA_CONTEXT + CUBLAS_WORKSPACES if on_gpu else _runtime_on_cpu(planned, measured, flags)
         return _prediction(planned, measured, runtime, reference_copy)
 
-    return on_few_layers(predicted) if few_layers else predicted(False)
+    return on_few_layers(predicted)
 
 
 def plan(

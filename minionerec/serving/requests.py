@@ -138,15 +138,15 @@ class RequestReader:
             raise InputError(f'"where" must be text such as "brand=3M", found {shorten(condition)}')
         return self.columns.where(condition)
 
-    def read_file(self, path: str, flag: str) -> Iterator[Request]:
-        """The requests of a file, streamed: a CSV file with histories, or JSON lines.
+    def read_file(self, path: str) -> Iterator[Request]:
+        """The requests of the file of --histories, streamed: a CSV file with histories, or JSON lines.
 
         Raises InputError after the last row, naming the lines of the first bad ones.
         """
-        problems = FileProblems(f"--{flag} {path}")
+        problems = FileProblems(f"--histories {path}")
         count = 0
         read = _csv_histories if path.lower().endswith(".csv") else _json_lines
-        for line, data in read(path, flag, problems):
+        for line, data in read(path, problems):
             count += 1
             try:
                 yield self.read(data)
@@ -155,7 +155,7 @@ class RequestReader:
                     problems.add(f", line {line}", problem)
         problems.check()
         if not count:
-            raise InputError(f"--{flag} {path}: has no rows")
+            raise InputError(f"--histories {path}: has no rows")
 
     def parse_history(self, text: str) -> object:
         """The history on a command line: a JSON list, one item, or ids and SIDs separated by commas."""
@@ -183,13 +183,13 @@ def _texts(name: str, value: object, most: int | None) -> list[str]:
     return texts
 
 
-def _csv_histories(path: str, flag: str, problems: FileProblems) -> Iterator[tuple[int, object]]:
-    for line, history in read_histories(path, flag, problems):
+def _csv_histories(path: str, problems: FileProblems) -> Iterator[tuple[int, object]]:
+    for line, history in read_histories(path, problems):
         yield line, {"history": history}
 
 
-def _json_lines(path: str, flag: str, problems: FileProblems) -> Iterator[tuple[int, object]]:
-    with open_text(path, flag) as file:
+def _json_lines(path: str, problems: FileProblems) -> Iterator[tuple[int, object]]:
+    with open_text(path, "histories") as file:
         try:
             for line, text in enumerate(file, 1):
                 if text.strip():
@@ -198,4 +198,4 @@ def _json_lines(path: str, flag: str, problems: FileProblems) -> Iterator[tuple[
                     except (ValueError, RecursionError) as error:
                         problems.add(f", line {line}", f"is not JSON: {error}")
         except UnicodeDecodeError as error:
-            raise InputError(f"--{flag} {path}: is not UTF-8 text: {error.reason} at byte {error.start}") from None
+            raise InputError(f"--histories {path}: is not UTF-8 text: {error.reason} at byte {error.start}") from None

@@ -35,6 +35,10 @@ def deep(architecture: str, layers: int = 8, **changes):
     return CONFIG_MAPPING[architecture](**settings)
 
 
+def on_all_layers():
+    return mock.patch.object(memory, "on_few_layers", lambda measure: measure(False))
+
+
 @pytest.mark.parametrize("architecture", DEEP)
 @pytest.mark.parametrize(
     ("method", "checkpointing"), [("full", False), pytest.param("lora", True, marks=pytest.mark.slow)]
@@ -43,9 +47,9 @@ def test_few_layers_predict_what_all_do(architecture, method, checkpointing):
     changes, measured = DEEP[architecture]
     config = deep(architecture, **changes)
 
-    def prediction(few_layers: bool) -> Prediction:
+    def prediction() -> Prediction:
         flags = {"lora_dropout": 0.0, "gradient_checkpointing": checkpointing}
-        return predicted(config, [90, 91], Step(2, 40, 6), method, True, few_layers=few_layers, **flags)
+        return predicted(config, [90, 91], Step(2, 40, 6), method, True, **flags)
 
     found, run = [], memory.run
 
@@ -54,9 +58,10 @@ def test_few_layers_predict_what_all_do(architecture, method, checkpointing):
         return run(planned, *more)
 
     with mock.patch.object(memory, "run", side_effect=watched):
-        few = prediction(True)
+        few = prediction()
     assert len(found[0].layers) == measured and len(found) == 1
-    every = prediction(False)
+    with on_all_layers():
+        every = prediction()
     assert few.parts == pytest.approx(every.parts, rel=1e-3) and few.total == pytest.approx(every.total, rel=1e-3)
     assert config.num_hidden_layers == 8
     assert few.trainable == every.trainable
@@ -69,7 +74,8 @@ def test_few_layers_weigh_what_all_do_in_fewer_bits(bits):
     step = Step(4, 8, 4, shared=True, accumulate=False, rewarded=True)
     arguments = (deep("qwen2", 20), [90, 91], step, "qlora" if bits == 4 else "lora")
     few = predicted(*arguments, load_in_8bit=bits == 8)
-    every = predicted(*arguments, load_in_8bit=bits == 8, few_layers=False)
+    with on_all_layers():
+        every = predicted(*arguments, load_in_8bit=bits == 8)
     few.parts.pop("runtime"), every.parts.pop("runtime")  # of this process, which grows
     assert few.parts == pytest.approx(every.parts, rel=1e-9) and few.trainable == every.trainable
 
