@@ -161,7 +161,9 @@ class _Pass:
             parameter.grad = gradient = self.owner.gradient_of(parameter)
             versions.append(gradient._version)
         try:
-            torch.autograd.backward([tensor for tensor in outputs if tensor.requires_grad], self.given)
+            # Autocast, in which the pass may be, would round sums of gradients to 16 bits; a Trainer leaves it first.
+            with torch.autocast(self.owner.model.device.type, enabled=False):
+                torch.autograd.backward([tensor for tensor in outputs if tensor.requires_grad], self.given)
             now = [self.owner.gradient_of(parameter)._version for parameter in trained]
             self.learns = [p for p, old, new in zip(trained, versions, now, strict=True) if new > old]
         finally:
