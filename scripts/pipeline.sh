@@ -26,6 +26,7 @@ evaluate "$OUT/rl" ${EVAL_FLAGS:-}
 sasrec
 # SFT chooses the weight of SASRec on the validation rows, which RL has learned.
 evaluate "$OUT/sft" --result_json_data "$OUT/sft/blended.json" --blend "$OUT/sasrec" --eval_file "$EVAL_FILE" ${EVAL_FLAGS:-}
-evaluate "$OUT/rl" --result_json_data "$OUT/rl/blended.json" --blend "$OUT/sasrec" ${EVAL_FLAGS:-}
+weight="$("$PYTHON" -c 'import json, sys; print(json.load(open(sys.argv[1]))["blend"]["weight"])' "$OUT/sft/blended.metrics.json")"
+evaluate "$OUT/rl" --result_json_data "$OUT/rl/blended.json" --blend "$OUT/sasrec" --blend_weight "$weight" ${EVAL_FLAGS:-}
 "$PYTHON" scripts/table.py --train_file "$TRAIN_FILE" --test_data_path "$TEST_FILE" --info_file "$INFO_FILE" \
     --runs "SASRec=$OUT/sasrec,$METHOD SFT=$OUT/sft,$METHOD SFT + RL=$OUT/rl,$METHOD SFT with SASRec=$OUT/sft/blended.json,$METHOD SFT + RL with SASRec=$OUT/rl/blended.json"

@@ -334,8 +334,8 @@ def fork(environment: dict[str, str], log: str, mode: str, argv: list[str]) -> N
 
 
 def as_python(streams: list, environment: dict[str, str], folder: str, words: list[str]) -> None:
-    """Makes this fork what `python WORDS` starts in a folder, but for the libraries, which are imported: a script, or a
-    module after -m, with its flags, on the code of its own checkout."""
+    """Makes this fork what `python WORDS` starts in a folder, but for the libraries, which are imported: a script, a
+    module after -m or a program after -c, with its flags, on the code of its own checkout."""
     gc.freeze()
     os.environ.clear()
     os.environ.update(environment)
@@ -351,6 +351,9 @@ def as_python(streams: list, environment: dict[str, str], folder: str, words: li
         sys.argv = words[1:]
         sys.path.insert(0, folder)
         runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+    elif words[0] == "-c":
+        sys.argv = ["-c", *words[2:]]
+        exec(words[1], {"__name__": "__main__"})
     else:
         sys.argv = words
         sys.path.insert(0, str(Path(words[0]).absolute().parent))
