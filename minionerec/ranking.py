@@ -277,8 +277,11 @@ class Ranker:
 
     def _seen(self, rows: Sequence[Interaction]) -> Seen | None:
         """The SIDs in the histories of rows by their numbers; None where they cost nothing."""
-        seen = Seen(lambda number: self._rows_of_sids(seen_sids(rows[number], True)), self.seen_penalty)
-        return seen if self.seen_penalty else None
+        return self._penalized(lambda number: seen_sids(rows[number], True))
+
+    def _penalized(self, sids: Callable[[int], Iterable[str]]) -> Seen | None:
+        """The `sids` that a user had, called with the number of a prompt; None where they cost nothing."""
+        return Seen(lambda number: self._rows_of_sids(sids(number)), self.seen_penalty) if self.seen_penalty else None
 
     def _unseen(self, rows: Sequence[Interaction], exclude_seen: ExcludeSeen) -> Callable[[int], np.ndarray]:
         """For the number of a row the mask [S] of the trie that leaves SIDs of its history out."""
@@ -350,7 +353,8 @@ class Ranker:
             bar=bar if bar is not None else tqdm(disable=True),
             chunk=chunk,
             second=self._blended(rows),
-            seen=self._seen(rows),
+            # Of the whole history, as exclude_seen takes it; a row ends where the model can read no more.
+            seen=self._penalized(lambda i: {self._items.all[numbers[0]].sid for numbers in requests[i].history}),
         )
         return [self._expand(*one) for one in zip(requests, ranked, strict=True)]
 

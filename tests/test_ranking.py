@@ -53,6 +53,16 @@ def test_what_was_seen_counts_for_less(files, sft_run, tmp_path):
     assert moved > 3
 
 
+def test_an_item_that_was_seen_before_what_the_model_reads_counts_for_less(files, sft_run):
+    """As in evaluate.py, and as exclude_seen leaves it out."""
+    ranker = Ranker.load(sft_run("lora") / "final_checkpoint", info_file=files["info"], num_beams=40)
+    first = next(item for item in ranker.recommend(["7"], k=40) if item["id"] == "12")["sid"]
+    history = ["12", *["7"] * ranker.encoder.cutoff_len]
+    before = _score_of_sid(ranker.recommend(history, k=40))[first]
+    ranker.seen_penalty = 0.75
+    assert _score_of_sid(ranker.recommend(history, k=40))[first] == pytest.approx(before - 0.75, abs=1e-5)
+
+
 def _score_of_sid(items: list[dict]) -> dict[str, float]:
     """The scores of the SIDs of items, in their order. Items 0 and 1 share one."""
     return {item["sid"]: item["score"] for item in items}
