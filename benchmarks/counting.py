@@ -24,14 +24,13 @@ from benchmarks.fixtures import LEVELS, save_base
 from minionerec.dryrun import passes
 from minionerec.flags import AdapterFlags
 from minionerec.model import fewer_kernels, graphs
+from minionerec.model.graphs import READS, indexes_by_mask
 
 PROMPTS, GENERATIONS, PROMPT_TOKENS = 10, 16, 24  # of an RL step
 REQUESTS, BEAMS = 8, 20  # of a search
 SHAPE = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 128}
 
 NO_KERNEL = set(passes.NO_KERNEL)
-READS = {"_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_dim", "unique_consecutive", "equal"}
-READS |= {"bincount", "repeat_interleave"}  # their output's shape depends on values
 READ_BY_PYTHON = {"tolist", "numpy", "cpu"}  # of a tensor that would be on the device
 
 
@@ -63,7 +62,7 @@ class Launches(TorchDispatchMode):
             self.kernels[self.phase] += 1
             self.operators[self.phase, name] += 1
             shaped_by_values = name in READS and not (kwargs or {}).get("output_size")
-            self._read(shaped_by_values or _by_mask(name, args), name)
+            self._read(shaped_by_values or indexes_by_mask(name, args), name)
         return result
 
     def _read(self, found: bool, name: str) -> None:
@@ -98,13 +97,6 @@ class ReadsByPython(TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
 
-def _by_mask(name: str, args: tuple) -> bool:
-    """Whether an operator indexes by a boolean mask, whose elements the host counts first."""
-    if name not in ("index", "index_put", "index_put_", "_index_put_impl_"):
-        return False
-    return any(isinstance(i, torch.Tensor) and i.dtype in (torch.bool, torch.uint8) for i in args[1] or ())
-
-
 def _place() -> str:
     """The innermost line of Python outside torch that is running; empty where the Trainer logs what the host has."""
     frame = sys._getframe(2)
@@ -131,7 +123,7 @@ class Tape(TorchDispatchMode):
 
     def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         name = function.overloadpacket.__name__
-        if name in READS or _by_mask(name, args):
+        if name in READS or indexes_by_mask(name, args):
             raise RuntimeError(f"{name}: the host reads a value")
         result = function(*args, **(kwargs or {}))
         views = any(of.alias_info is not None and not of.alias_info.is_write for of in function._schema.returns)

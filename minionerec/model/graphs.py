@@ -21,6 +21,7 @@ import torch.distributed as dist
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.autograd.function import FunctionCtx
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from minionerec.model import device
 
@@ -60,6 +61,37 @@ class _CudaRecording:
 
 RECORDINGS: dict[str, Callable[[tuple[int, int] | None], Recording]] = {"cuda": _CudaRecording}
 
+# Operators for which the host waits: their result is a value on it, or their shape depends on values.
+READS = {"_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_dim", "unique_consecutive", "equal"}
+READS |= {"bincount", "repeat_interleave"}
+
+
+def indexes_by_mask(name: str, args: tuple) -> bool:
+    """Whether an operator indexes by a boolean mask, whose elements the host counts first."""
+    if name not in ("index", "index_put", "index_put_", "_index_put_impl_"):
+        return False
+    return any(isinstance(i, torch.Tensor) and i.dtype in (torch.bool, torch.uint8) for i in args[1] or ())
+
+
+class NoReads(TorchDispatchMode):
+    """While open, an operator for which the host waits for device `where` raises RuntimeError. A recording that meets
+    one is invalid, and PyTorch's allocator does not get over that: up to 2.12 it takes the recording for unfinished,
+    and asserts when memory is freed; later it keeps the memory of the pass."""
+
+    def __init__(self, where: torch.device):
+        super().__init__()
+        self.kind = where.type
+
+    def __torch_dispatch__(
+        self, function: Callable, types: object, args: tuple = (), kwargs: dict | None = None
+    ) -> object:
+        name = function.overloadpacket.__name__  # type: ignore[attr-defined]
+        reads = (name in READS and not (kwargs or {}).get("output_size")) or indexes_by_mask(name, args)
+        if reads and any(isinstance(given, torch.Tensor) and given.device.type == self.kind for given in args):
+            raise RuntimeError(f"{name}: the host reads a value")
+        return function(*args, **(kwargs or {}))
+
+
 # --- What a pass asks -------------------------------------------------------------------------------------------------
 
 _in_pass = _recording = False
@@ -71,7 +103,7 @@ def in_pass() -> bool:
 
 
 def recording() -> bool:
-    """Whether a pass is being recorded."""
+    """Whether a pass is being recorded, or tried right before that."""
     return _recording
 
 
@@ -102,8 +134,9 @@ class _Pass:
         self.backward: Recording | None = None
         self.learns: list[nn.Parameter] = []
         # Also makes what is made once, such as converted weights and what was tried, which no recording may hold.
-        with owner.same_random_numbers(), _within(False):
-            outputs = function(*self.inputs)
+        with owner.same_random_numbers(), _within(True):
+            with NoReads(owner.model.device):
+                outputs = function(*self.inputs)
             self.wanted = [tensor.requires_grad for tensor in outputs]
             self.given = [torch.zeros_like(tensor) for tensor in outputs if tensor.requires_grad]
             expected = [tensor.detach() for tensor in outputs]
