@@ -6,6 +6,7 @@ from collections import defaultdict
 
 import numpy as np
 import torch
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -24,6 +25,21 @@ PROMPTS = [[5, 6, 7, 90, 8]] * 3 + [[9, 10, 91]] * 3 + [[11, 12, 13, 14]]
 COMPLETIONS = [[90, 5, 1], [91, 1], [90, 6, 1], [90, 5, 1], [1], [91, 6, 1], [91, 91, 1]]
 IDS = [90, 91, 5]  # of SID rows
 TOKENS = torch.tensor([[1, 90, 5, 7, 91, 3, 8, 9, 10], [2, 5, 90, 91, 8, 4, 3, 2, 1]])
+
+
+class Copies(TorchFunctionMode):
+    """While open, notes for every copy from the CPU to another device whether the host goes on meanwhile. A GPU makes
+    it wait, otherwise, until all that it started before is computed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.go_on: list[bool] = []
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if getattr(function, "__name__", "") == "to" and args[0].device.type == "cpu" != result.device.type:
+            self.go_on.append(bool((kwargs or {}).get("non_blocking")))
+        return result
 
 
 def fuzz_seeds(count: int) -> range:

@@ -137,8 +137,8 @@ def shared_rows(
         count = torch.tensor(groups, dtype=torch.int64)
         group = torch.arange(prompts).repeat_interleave(count)
         first = count.cumsum(0) - count
-        slot = (group * slots + torch.arange(len(group)) - first[group]).to(device)
-        first = first.to(device)
+        slot = (group * slots + torch.arange(len(group)) - first[group]).to(device, non_blocking=True)
+        first = first.to(device, non_blocking=True)
         prompt_ids, prompt_mask = prompt_ids[first], prompt_mask[first]
         tokens = prompt_ids.new_zeros((prompts * slots, depth)).index_copy(0, slot, completion_ids[:, :-1])
         present = prompt_mask.new_zeros((prompts * slots, depth)).index_copy(0, slot, completion_mask[:, :-1])

@@ -120,7 +120,7 @@ def logps_in_passes(
         if len(kept) == len(mask):
             logps, entropies = compute(completed)
         elif len(kept):
-            place = torch.from_numpy(kept).to(mask.device)
+            place = torch.from_numpy(kept).to(mask.device, non_blocking=True)
             values, entropy = compute(completed.pick(kept, place))
             logps, entropies = logps.index_copy(0, place, values), entropies.index_copy(0, place, entropy)
     if torch.is_grad_enabled() and not logps.requires_grad:  # no pass was made

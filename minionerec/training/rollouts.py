@@ -96,7 +96,7 @@ class Rollouts(Completed):
 
     def rows(self, rows: slice | torch.Tensor) -> "Rollouts":
         """Some of the completions, by a slice or by their numbers on the CPU."""
-        on_device = rows if isinstance(rows, slice) else rows.to(self.advantages.device)
+        on_device = rows if isinstance(rows, slice) else rows.to(self.advantages.device, non_blocking=True)
         known = self.known.rows(rows if isinstance(rows, slice) else rows.numpy())
         return self._with(lambda tensor: tensor[on_device] if tensor.dim() else tensor, known)
 
@@ -116,7 +116,8 @@ class Rollouts(Completed):
         source = np.insert(np.arange(count), end, count + np.arange(len(size)))
         last = end - 1  # the last completion of each prompt
         order, place, of_prompt = (
-            torch.from_numpy(numbers).to(self.completion_ids.device) for numbers in (source, source.argsort(), last)
+            torch.from_numpy(numbers).to(self.completion_ids.device, non_blocking=True)
+            for numbers in (source, source.argsort(), last)
         )
 
         def joined(completions: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -137,7 +138,7 @@ class Rollouts(Completed):
                 all_learn[source],
             ),
         )
-        return completed, place, (torch.from_numpy(size) / count).to(self.completion_ids.device)
+        return completed, place, (torch.from_numpy(size) / count).to(self.completion_ids.device, non_blocking=True)
 
 
 def _numbered(prompts: Sequence[np.ndarray], targets: Sequence[tuple[int, ...]]) -> np.ndarray:

@@ -244,8 +244,11 @@ class SFTTrainer(DurableRun, RetriesMicroBatches, Trainer):
             num_workers=args.dataloader_num_workers,
             pin_memory=args.dataloader_pin_memory,
         )
-        # These are this process's batches already; accelerate's `prepare` would shard them once more.
-        return prepare_data_loader(loader, args.device, num_processes=1, process_index=0, put_on_device=True)
+        # These are this process's batches already; accelerate's `prepare` would shard them once more. They are pinned:
+        # the host need not wait until they are copied, after all that a GPU still has to do.
+        return prepare_data_loader(
+            loader, args.device, num_processes=1, process_index=0, put_on_device=True, non_blocking=True
+        )
 
     def _in_few_shapes(self) -> Callable[[list[dict]], dict[str, torch.Tensor]]:
         """The collator of training, which pads token trees to few shapes as long as passes of the model are recorded:

@@ -3,7 +3,10 @@
 import numpy as np
 import pytest
 import torch
+from plain import Copies
 
+from minionerec.model.packed_rows import shared_rows
+from minionerec.training.logprobs import logps_in_passes
 from minionerec.training.rollouts import Rollouts
 
 
@@ -32,3 +35,19 @@ def test_a_target_comes_after_the_completions_of_its_prompt(rollouts):
     assert completed.prompt_ids.tolist() == [[5, 6]] * 5 + [[0, 7]] * 2
     assert completed.known.groups == [3, 2, 2] and completed.known.learns.tolist() == [True, False, *[True] * 5]
     assert place.tolist() == [0, 1, 3, 5, 2, 4, 6] and share.tolist() == [0.5, 0.25, 0.25]
+
+
+def test_the_host_does_not_wait_for_copies(rollouts):
+    """Of the completions themselves, nor of which of them count, are targets, and share a prompt."""
+
+    def of_pass(part):
+        return 2 * (part.completion_ids.float(),)
+
+    with Copies() as copies:
+        there = rollouts.to(torch.device("meta"))
+        there.rows(torch.tensor([3, 0]))
+        there.with_targets()
+        logps_in_passes(of_pass, there, 4, 0)
+        with pytest.raises(AttributeError):  # a model, for the mask
+            shared_rows(None, *there.tensors, [3, 1])
+    assert len(copies.go_on) > 8 and all(copies.go_on)

@@ -5,6 +5,8 @@ from accelerate import PartialState
 from architectures import build
 from datasets import Dataset
 from models import adapted, examples, trainer_of
+from plain import Copies
+from transformers import TrainingArguments
 
 import sft
 from minionerec.data.examples import Collator
@@ -64,6 +66,14 @@ def test_training_takes_its_examples_in_that_order(tmp_path):
         loader.set_epoch(epoch)
         taken = [ids[ids != 0].tolist() for batch in loader for ids in batch["input_ids"]]
         assert taken == expected
+
+
+def test_the_host_does_not_wait_until_a_micro_batch_is_copied(tmp_path, monkeypatch):
+    trainer = trainer_of(tmp_path, 2, "random", seed=5)
+    monkeypatch.setattr(TrainingArguments, "device", torch.device("meta"))
+    with Copies() as copies:
+        next(iter(trainer.get_train_dataloader()))
+    assert copies.go_on and all(copies.go_on)
 
 
 @pytest.mark.parametrize("architecture", ["qwen2", "gpt2", "rwkv", "mamba2", "lfm2", "qwen3_next", "mpt"])
