@@ -36,6 +36,7 @@ shift
 for part in "$@"; do [[ " $PARTS " == *" $part "* ]] || fail "there is no part $part; the parts are $PARTS"; done
 [ -z "${DATA:-}" ] || [ -n "${CATEGORY:-}" ] || fail "CATEGORY is missing; name the category of DATA"
 mkdir -p "$OUT"
+export PYTHONUNBUFFERED=1 # a part that is stopped has written the rows that it had
 
 prepared() { # sets DATA and CATEGORY, and FLAT: a folder that holds the training file, the index and the items
     if [ -z "${DATA:-}" ]; then

@@ -171,6 +171,17 @@ def test_the_script_for_a_card_keeps_what_is_finished(tmp_path):
     assert gpu(tmp_path / "out", PYTHON=recorder(tmp_path)).stdout == ""
 
 
+def test_the_script_for_a_card_keeps_the_rows_of_a_part_that_is_stopped(tmp_path):
+    script = tmp_path / "python"
+    script.write_text(
+        f'#!/bin/bash\n[[ "$*" == -m* ]] || exit 0\n'
+        f"exec {sys.executable} -c 'import time; print(\"| a row |\"); time.sleep(60)'\n"
+    )
+    script.chmod(0o755)
+    assert gpu(tmp_path / "out", "card", PYTHON=str(script), LIMIT="2", PYTHONUNBUFFERED="").returncode == 2
+    assert "| a row |" in (tmp_path / "out" / "card.partial").read_text()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("part", "found"),
