@@ -17,6 +17,7 @@ import random
 import re
 import tempfile
 import time
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from benchmarks.common import in_fresh_process, interleaved_medians, print_json, print_table, quiet
@@ -25,7 +26,7 @@ from minionerec import cli
 from minionerec.data.files import Catalogue, count_rows, read_catalogue, read_interactions
 from minionerec.data.prompts import SEPARATOR, Prompts, load_prompts
 from minionerec.errors import Problems
-from minionerec.flags import check_positive
+from minionerec.flags import Flags, above_zero, command, flag
 from minionerec.process_memory import peak_rss_gb, reset_peak_rss, rss_gb
 
 if TYPE_CHECKING:
@@ -33,6 +34,19 @@ if TYPE_CHECKING:
 
 SIZES = (10_000, 100_000)
 SYLLABLES = re.findall("..", "badecofugahijokelumenioprasiteunvewixaro")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataFlags(Flags):
+    """The files, and what is read from them."""
+
+    rows: int = flag(100000, "rows of the largest file whose memory is measured.", above_zero)
+    compared_rows: int = flag(5000, "rows of the comparison with the loop.", above_zero)
+    items: int = flag(3686, "items of the catalogue.", above_zero)
+    vocab_size: int = flag(4096, "entries of the BPE tokenizer, which is trained on the titles.")
+    cutoff_len: int = flag(512, "the most tokens of an example; the loop does not shorten.")
+    tasks: str = flag("all", "all, or task names separated by commas; those on interactions are measured.")
+    repeats: int = flag(3, "timed rounds; the median is reported.", above_zero)
 
 
 def write_catalogue(folder: str, items: int) -> None:
@@ -124,26 +138,26 @@ def plain_loop(path: str, tokenizer: "PreTrainedTokenizerFast", prompts: Prompts
     return examples
 
 
-def compare(folder: str, tasks: str, rows: int, cutoff_len: int, repeats: int) -> dict[str, float]:
+def compare(folder: str, flags: DataFlags) -> dict[str, float]:
     """Rows per second of both ways."""
     import datasets
 
-    tokenizer, catalogue, prompts = load(folder, tasks)
-    path, output = write_interactions(folder, rows), os.path.join(folder, "examples.arrow")
+    tokenizer, catalogue, prompts = load(folder, flags.tasks)
+    path, output = write_interactions(folder, flags.compared_rows), os.path.join(folder, "examples.arrow")
     seconds = interleaved_medians(
         {
             "loop": lambda: plain_loop(path, tokenizer, prompts),
-            "pipeline": lambda: pipeline(path, output, tokenizer, catalogue, prompts, cutoff_len),
+            "pipeline": lambda: pipeline(path, output, tokenizer, catalogue, prompts, flags.cutoff_len),
         },
-        repeats,
+        flags.repeats,
     )
     written = datasets.Dataset.from_file(output)
     expected = plain_loop(path, tokenizer, prompts)
     assert len(written) == len(expected)
     decoded = {tokenizer.decode(ids) for ids in expected}  # a set: the pipeline goes by task, the loop by row
     shortened = sum(tokenizer.decode(ids) not in decoded for ids in written["input_ids"])
-    assert shortened <= sum(len(ids) > cutoff_len for ids in expected)
-    return {**{name: rows / value for name, value in seconds.items()}, "shortened": shortened}
+    assert shortened <= sum(len(ids) > flags.cutoff_len for ids in expected)
+    return {**{name: flags.compared_rows / value for name, value in seconds.items()}, "shortened": shortened}
 
 
 def memory(folder: str, tasks: str, rows: int, cutoff_len: int) -> dict[str, float]:
@@ -172,40 +186,24 @@ def prepare(folder: str, items: int, vocab_size: int) -> None:
     make_base(os.path.join(folder, "item.json"), base, vocab_size=vocab_size, intermediate_size=8, **smallest)
 
 
-def data(
-    rows: int = 100000,
-    compared_rows: int = 5000,
-    items: int = 3686,
-    vocab_size: int = 4096,
-    cutoff_len: int = 512,
-    tasks: str = "all",
-    repeats: int = 3,
-) -> None:
-    """Prints rows/s of the pipeline and of a plain loop, and the pipeline's peak memory by rows.
-
-    Args:
-        rows: rows of the largest file whose memory is measured.
-        compared_rows: rows of the comparison with the loop.
-        items: items of the catalogue.
-        vocab_size: entries of the BPE tokenizer, which is trained on the titles.
-        cutoff_len: the most tokens of an example; the loop does not shorten.
-        tasks: all, or task names separated by commas; those on interactions are measured.
-        repeats: timed rounds; the median is reported.
-    """
+@command(DataFlags)
+def data(flags: DataFlags) -> None:
+    """Prints rows/s of the pipeline and of a plain loop, and the pipeline's peak memory by rows."""
     problems = Problems()
-    check_positive(problems, rows=rows, compared_rows=compared_rows, items=items, repeats=repeats)
+    flags.check(problems)
+    rows, tasks = flags.rows, flags.tasks
     prompts = problems.attempt(load_prompts, "", None, tasks)
     if prompts and not any(task.rows == "interaction" for task in prompts.tasks.values()):
         problems.add(f"--tasks {tasks}: none of them works on interactions")
     problems.check()
     quiet()
     with tempfile.TemporaryDirectory() as folder:
-        in_fresh_process(prepare, folder, items, vocab_size)
-        speed = in_fresh_process(compare, folder, tasks, compared_rows, cutoff_len, repeats)
+        in_fresh_process(prepare, folder, flags.items, flags.vocab_size)
+        speed = in_fresh_process(compare, folder, flags)
         peaks = []
         for size in [*(size for size in SIZES if size < rows), rows]:
             in_fresh_process(write_interactions, folder, size)
-            peaks.append(in_fresh_process(memory, folder, tasks, size, cutoff_len))
+            peaks.append(in_fresh_process(memory, folder, tasks, size, flags.cutoff_len))
             os.remove(os.path.join(folder, f"{size}.csv"))
     ratio = speed["pipeline"] / speed["loop"]
     names = {"loop": "plain loop", "pipeline": "pipeline"}
@@ -213,7 +211,7 @@ def data(
     print()
     print_table(peaks)
     print()
-    print_json("data", tasks=tasks, compared_rows=compared_rows, speed=speed, speed_up=ratio, memory=peaks)
+    print_json("data", tasks=tasks, compared_rows=flags.compared_rows, speed=speed, speed_up=ratio, memory=peaks)
 
 
 if __name__ == "__main__":

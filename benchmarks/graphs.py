@@ -12,12 +12,13 @@ Without a GPU, tapes that keep the rules of CUDA graphs take their place: result
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 from benchmarks.common import interleaved_medians, print_json, print_table, quiet
 from minionerec import cli
 from minionerec.errors import Problems
-from minionerec.flags import check_positive
+from minionerec.flags import Flags, above_zero, command, flag
 
 PROMPTS, GENERATIONS, BEAMS = 8, 16, 20
 
@@ -99,37 +100,34 @@ def compare(way: str, adapted: str, shape: dict[str, int], tokens: int, repeats:
     }
 
 
-def graphs(
-    hidden_size: int = 896,
-    num_hidden_layers: int = 24,
-    num_attention_heads: int = 14,
-    vocab_size: int = 151936,
-    prompt_tokens: int = 120,
-    repeats: int = 5,
-) -> None:
-    """Prints seconds of passes, kernel by kernel and recorded, and how far their results are apart.
+@dataclass(frozen=True, kw_only=True)
+class GraphFlags(Flags):
+    """The shape of the model, and what runs through it."""
 
-    Args:
-        hidden_size: width of the model; Qwen2.5-0.5B has 896.
-        num_hidden_layers: decoder layers.
-        num_attention_heads: query heads.
-        vocab_size: rows of the embedding.
-        prompt_tokens: tokens of a prompt.
-        repeats: timed passes; medians count.
-    """
+    hidden_size: int = flag(896, "width of the model; Qwen2.5-0.5B has 896.")
+    num_hidden_layers: int = flag(24, "decoder layers.", above_zero)
+    num_attention_heads: int = flag(14, "query heads.")
+    vocab_size: int = flag(151936, "rows of the embedding.")
+    prompt_tokens: int = flag(120, "tokens of a prompt.", above_zero)
+    repeats: int = flag(5, "timed passes; medians count.", above_zero)
+
+
+@command(GraphFlags)
+def graphs(flags: GraphFlags) -> None:
+    """Prints seconds of passes, kernel by kernel and recorded, and how far their results are apart."""
     problems = Problems()
-    check_positive(problems, num_hidden_layers=num_hidden_layers, prompt_tokens=prompt_tokens, repeats=repeats)
+    flags.check(problems)
     problems.check()
     import torch
 
     from benchmarks.counting import as_on_gpu
 
     quiet()
-    shape = {"hidden_size": hidden_size, "num_hidden_layers": num_hidden_layers}
-    shape |= {"num_attention_heads": num_attention_heads, "vocab_size": vocab_size}
+    shape = {"hidden_size": flags.hidden_size, "num_hidden_layers": flags.num_hidden_layers}
+    shape |= {"num_attention_heads": flags.num_attention_heads, "vocab_size": flags.vocab_size}
     ways = [("search", "lora"), ("search", "merged"), ("rl", "lora"), ("sft", "lora"), ("sft", "full")]
     with nullcontext() if torch.cuda.is_available() else as_on_gpu():
-        table = [compare(*of, shape, prompt_tokens, repeats) for of in ways]
+        table = [compare(*of, shape, flags.prompt_tokens, flags.repeats) for of in ways]
     print_table(table)
     print_json("graphs", table=table, shape=shape)
 

@@ -14,59 +14,55 @@ import subprocess
 import sys
 import time
 import zipfile
+from dataclasses import dataclass
 from typing import NoReturn
 
 from benchmarks.fixtures import ROOT
 from minionerec import cli
 from minionerec.errors import Problems
-from minionerec.flags import check_new_folder, check_positive
+from minionerec.flags import Flags, above_zero, check_new_folder, command, flag
 
 DEMO = os.path.join(ROOT, "examples", "demo")
 
 
-def kill_and_resume(output_dir: str = "", kills: int = 20, seed: int = 0) -> None:
-    """Runs the experiment on the bundled demo.
+@dataclass(frozen=True, kw_only=True)
+class KillFlags(Flags):
+    """Where the runs are, and how often they are killed."""
 
-    Args:
-        output_dir: folder for the runs; it must not exist.
-        kills: the least number of kills of each of the two commands; the first run is killed until it finishes.
-        seed: seed of the random times.
-    """
+    output_dir: str = flag("", "folder for the runs; it must not exist.")
+    kills: int = flag(
+        20,
+        "the least number of kills of each of the two commands; the first run is killed until it finishes.",
+        above_zero,
+    )
+    seed: int = flag(0, "seed of the random times.")
+
+
+@command(KillFlags)
+def kill_and_resume(flags: KillFlags) -> None:
+    """Runs the experiment on the bundled demo."""
     problems = Problems()
-    check_new_folder(problems, output_dir)
-    check_positive(problems, kills=kills)
+    check_new_folder(problems, flags.output_dir)
+    flags.check(problems)
     problems.check()
-    rng = random.Random(seed)
+    output_dir = flags.output_dir
+    rng = random.Random(flags.seed)
     base, demo = os.path.join(output_dir, "base"), os.path.join(output_dir, "data")
     raw = ["--interactions", f"{DEMO}/purchases.csv", "--items", f"{DEMO}/items.csv", "--codes", "16"]
     _wait(_start("scripts/prepare_data.py", [*raw, "--output_dir", demo, "--category", "tools"]))
     size = ["--vocab_size", "512", "--hidden_size", "64", "--num_hidden_layers", "2", "--intermediate_size", "128"]
     meta = ["--item_meta_path", f"{demo}/index/tools.item.json"]
     _wait(_start("scripts/make_base.py", [*meta, "--output_dir", base, *size]))
-    data = [
-        *meta,
-        "--train_file",
-        f"{demo}/train/tools.csv",
-        "--eval_file",
-        f"{demo}/valid/tools.csv",
-        "--category",
-        "tools",
-    ]
-    data += [
-        "--sid_index_path",
-        f"{demo}/index/tools.index.json",
-        "--tasks",
-        "sid_history_to_sid",
-        "--use_lora",
-        "True",
-    ]
+    data = [*meta, "--train_file", f"{demo}/train/tools.csv", "--eval_file", f"{demo}/valid/tools.csv"]
+    data += ["--category", "tools", "--sid_index_path", f"{demo}/index/tools.index.json"]
+    data += ["--tasks", "sid_history_to_sid", "--use_lora", "True"]
     sft = ["--base_model", base, "--sample", "400", "--batch_size", "16", "--micro_batch_size", "16"]
     sft += ["--num_epochs", "2", "--eval_step", "0.1", "--learning_rate", "1e-3"]
     rl = ["--model_path", f"{output_dir}/sft/uninterrupted/final_checkpoint", "--info_file", f"{demo}/info/tools.txt"]
     rl += ["--beam_search", "False", "--train_batch_size", "256", "--sample_train", "True", "--learning_rate", "1e-3"]
     rl += ["--sync_ref_model", "True", "--test_during_training", "False", "--save_steps", "0.1"]
-    for script, flags in (("sft.py", [*data, *sft]), ("rl.py", [*data, *rl])):
-        _experiment(script, flags, os.path.join(output_dir, script.removesuffix(".py")), kills, rng)
+    for script, words in (("sft.py", [*data, *sft]), ("rl.py", [*data, *rl])):
+        _experiment(script, words, os.path.join(output_dir, script.removesuffix(".py")), flags.kills, rng)
 
 
 def _experiment(script: str, flags: list[str], folder: str, kills: int, rng: random.Random) -> None:

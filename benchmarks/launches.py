@@ -14,33 +14,35 @@ Each also with passes that are recorded as CUDA graphs; starting one counts as a
     python -m benchmarks.launches --num_hidden_layers 4 --parts sft,decode
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 from benchmarks.common import print_json, print_table, quiet
+from benchmarks.fixtures import some_of
 from minionerec import cli
 from minionerec.errors import Problems
-from minionerec.flags import check_positive
-
-PARTS = ("sft", "rl", "decode")
+from minionerec.flags import Flags, above_zero, command, flag
 
 
-def launches(num_hidden_layers: int = 24, parts: str = "sft,rl,decode", detail: bool = False) -> None:
-    """Prints kernels and host reads of training and search, as on a GPU.
+@dataclass(frozen=True, kw_only=True)
+class LaunchFlags(Flags):
+    """What is counted."""
 
-    Args:
-        num_hidden_layers: decoder layers of the models.
-        parts: what to count: some of sft, rl, decode, separated by commas.
-        detail: also print where the host reads, and the most frequent operators.
-    """
+    num_hidden_layers: int = flag(24, "decoder layers of the models.", above_zero)
+    parts: str = flag("sft,rl,decode", "some of sft, rl, decode, separated by commas.", some_of("sft", "rl", "decode"))
+    detail: bool = flag(False, "also print where the host reads, and the most frequent operators.")
+
+
+@command(LaunchFlags)
+def launches(flags: LaunchFlags) -> None:
+    """Prints kernels and host reads of training and search, as on a GPU."""
     problems = Problems()
-    check_positive(problems, num_hidden_layers=num_hidden_layers)
-    chosen = [name.strip() for name in parts.split(",")]
-    problems += [f"--parts {name!r}: choose from {', '.join(PARTS)}" for name in chosen if name not in PARTS]
+    flags.check(problems)
     problems.check()
     from benchmarks.counting import as_on_gpu, count_decoding, count_rl, count_sft
 
     quiet()
-    layers, results = num_hidden_layers, {}
+    layers, chosen, detail, results = flags.num_hidden_layers, flags.parts.split(","), flags.detail, {}
     with as_on_gpu():
         if "sft" in chosen:
             found = {method: count_sft(method, layers) for method in ("full", "lora", "qlora")}

@@ -13,15 +13,16 @@ row fits, gradient checkpointing is turned on. bfloat16 on a GPU, float32 on a C
 """
 
 import tempfile
+from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
 from benchmarks.common import in_fork, in_fresh_process, in_turn, print_json, print_table
-from benchmarks.fixtures import SPARE_ROWS, save_base
+from benchmarks.fixtures import SPARE_ROWS, save_base, some_of
 from benchmarks.sft_step import METHODS, train
 from minionerec import cli
 from minionerec.errors import Problems
-from minionerec.flags import check_positive
+from minionerec.flags import AdapterFlags, Flags, above_zero, command, flag, zero_or_more
 
 # From the configurations of Qwen2-0.5B, Qwen2-1.5B, Qwen2.5-3B, Qwen2-7B and Qwen2.5-14B: hidden size, layers, heads,
 # key and value heads, feed-forward size, vocabulary, whether head and embedding are tied.
@@ -49,17 +50,32 @@ TARGETS: dict[str, dict[str, float]] = {
 }
 
 
+@dataclass(frozen=True, kw_only=True)
+class MemoryFlags(Flags):
+    """The models, how they train, and on what."""
+
+    sizes: str = flag(",".join(SHAPES), "some of 0.5B, 1.5B, 3B, 7B, 14B, separated by commas.", some_of(*SHAPES))
+    methods: str = flag(
+        ",".join(TARGETS), "some of full_response, lora, lora8, qlora, separated by commas.", some_of(*TARGETS)
+    )
+    rows: int = flag(0, "micro-batch; 0 for the largest of 1 to 16 whose prediction fits the target.", zero_or_more)
+    tokens: int = flag(512, "tokens of a row.", above_zero)
+    response_tokens: int = flag(5, "tokens of a row that carry loss.", above_zero)
+    sids: int = flag(560, "SID tokens that are added.", above_zero)
+    repeats: int = flag(3, "timed steps.", above_zero)
+    lora_r: int = flag(16, "rank of the adapter.", above_zero)
+    lora_target_modules: str = flag("all", "all linear layers, qkv, or names separated by commas.")
+    gradient_checkpointing: bool = flag(False, "in all runs, not only where 1 row does not fit without it.")
+    predict_only: bool = flag(False, "only print predictions, for a GPU.")
+
+    @property
+    def adapter(self) -> dict[str, Any]:
+        """The shape of the adapter."""
+        return {"lora_r": self.lora_r, "lora_target_modules": self.lora_target_modules}
+
+
 def predicted(
-    folder: str,
-    size: str,
-    method: str,
-    rows: int,
-    tokens: int,
-    response: int,
-    sids: int,
-    checkpointing: bool,
-    on_gpu: bool,
-    adapter_flags: dict[str, Any],
+    flags: MemoryFlags, folder: str, size: str, method: str, on_gpu: bool, rows: int, checkpointing: bool
 ) -> float:
     """The prediction in GB. On a GPU, it leaves out the driver's context, which PyTorch does not report. On a CPU, it
     includes the libraries and the tokenizer in `folder`, which the process has loaded, as in a dry run."""
@@ -68,24 +84,23 @@ def predicted(
     import lora_utils
     from minionerec.dryrun.memory import CUDA_CONTEXT, GB, predict
     from minionerec.dryrun.passes import Step
-    from minionerec.flags import AdapterFlags
     from minionerec.model import loading
 
     tokenizer = None if on_gpu else loading.load_tokenizer(folder)
     *numbers, tied = SHAPES[size]
     config = Qwen2Config(**dict(zip(NAMES, numbers, strict=True)), tie_word_embeddings=tied)
-    entries = numbers[-1] - SPARE_ROWS + sids
+    entries = numbers[-1] - SPARE_ROWS + flags.sids
     found = predict(
         config,
         entries,
-        list(range(entries - sids, entries)),
-        Step(rows, tokens, rows * response, accumulate=False),
+        list(range(entries - flags.sids, entries)),
+        Step(rows, flags.tokens, rows * flags.response_tokens, accumulate=False),
         AdapterFlags(
             use_lora=method in ("lora", "lora8"),
             use_qlora=method == "qlora",
             load_in_8bit=method == "lora8",
             gradient_checkpointing=checkpointing,
-            **adapter_flags,
+            **flags.adapter,
         ),
         lora_utils.adapt,
         on_gpu,
@@ -94,58 +109,25 @@ def predicted(
     return found.total - (CUDA_CONTEXT / GB if on_gpu else 0)
 
 
-def memory(
-    sizes: str = ",".join(SHAPES),
-    methods: str = ",".join(TARGETS),
-    rows: int = 0,
-    tokens: int = 512,
-    response_tokens: int = 5,
-    sids: int = 560,
-    repeats: int = 3,
-    lora_r: int = 16,
-    lora_target_modules: str = "all",
-    gradient_checkpointing: bool = False,
-    predict_only: bool = False,
-) -> None:
-    """Prints one row per size and method.
-
-    Args:
-        sizes: some of 0.5B, 1.5B, 3B, 7B, 14B, separated by commas.
-        methods: some of full_response, lora, lora8, qlora, separated by commas.
-        rows: micro-batch; 0 for the largest of 1 to 16 whose prediction fits the target.
-        tokens: tokens of a row.
-        response_tokens: tokens of a row that carry loss.
-        sids: SID tokens that are added.
-        repeats: timed steps.
-        lora_r: rank of the adapter.
-        lora_target_modules: all linear layers, qkv, or names separated by commas.
-        gradient_checkpointing: in all runs, not only where 1 row does not fit without it.
-        predict_only: only print predictions, for a GPU.
-    """
-    chosen_sizes, chosen_methods = ([name.strip() for name in names.split(",")] for names in (sizes, methods))
+@command(MemoryFlags)
+def memory(flags: MemoryFlags) -> None:
+    """Prints one row per size and method."""
     problems = Problems()
-    check_positive(problems, tokens=tokens, response_tokens=response_tokens, sids=sids, repeats=repeats)
-    check_positive(problems, lora_r=lora_r)
-    problems += [f"--sizes {size!r}: choose from {', '.join(SHAPES)}" for size in chosen_sizes if size not in SHAPES]
-    problems += [f"--methods {m!r}: choose from {', '.join(TARGETS)}" for m in chosen_methods if m not in TARGETS]
-    if rows < 0:
-        problems.add(f"--rows {rows}: must be 0 or more")
+    flags.check(problems)
     problems.check()
 
     import torch
 
-    on_gpu = predict_only or torch.cuda.is_available()
-    adapter_flags = {"lora_r": lora_r, "lora_target_modules": lora_target_modules}
+    on_gpu = flags.predict_only or torch.cuda.is_available()
     table = []
-    for size in chosen_sizes:
+    for size in flags.sizes.split(","):
         *numbers, tied = SHAPES[size]
         with tempfile.TemporaryDirectory() as folder:
-            if not predict_only:
+            if not flags.predict_only:
                 shape = dict(zip(NAMES, numbers, strict=True))
                 in_fork(save_base, folder, shape, tied, "bfloat16" if on_gpu else "float32")
-            for method in chosen_methods:
-                settings = (size, method, rows, tokens, response_tokens, sids, repeats, on_gpu, predict_only, folder)
-                row = _measured(*settings, gradient_checkpointing, adapter_flags)
+            for method in flags.methods.split(","):
+                row = _measured(flags, folder, size, method, on_gpu)
                 table.append(row)
                 print_table([row])
     for row in table:
@@ -153,33 +135,21 @@ def memory(
         if full and "rows/s" in full and "rows/s" in row:
             row["times full"] = row["rows/s"] / full["rows/s"]
     print_table(table)
-    print_json("memory", tokens=tokens, response_tokens=response_tokens, sids=sids, **adapter_flags, table=table)
+    sizes = {name: getattr(flags, name) for name in ("tokens", "response_tokens", "sids")}
+    print_json("memory", **sizes, **flags.adapter, table=table)
 
 
-def _measured(
-    size: str,
-    method: str,
-    rows: int,
-    tokens: int,
-    response: int,
-    sids: int,
-    repeats: int,
-    on_gpu: bool,
-    predict_only: bool,
-    folder: str,
-    checkpointing: bool,
-    adapter_flags: dict[str, Any],
-) -> dict[str, Any]:
+def _measured(flags: MemoryFlags, folder: str, size: str, method: str, on_gpu: bool) -> dict[str, Any]:
     """The row of a size and method: the micro-batch that fits, its prediction, and the measurement."""
-    target = TARGETS[method][size]
+    target, checkpointing = TARGETS[method][size], flags.gradient_checkpointing
 
     def prediction(rows: int, checkpointing: bool) -> float:
-        settings = (folder, size, method, rows, tokens, response, sids, checkpointing, on_gpu, adapter_flags)
+        settings = (flags, folder, size, method, on_gpu, rows, checkpointing)
         return predicted(*settings) if on_gpu else in_fresh_process(predicted, *settings)
 
-    chosen = rows or 1
+    chosen = flags.rows or 1
     total = prediction(chosen, checkpointing)
-    if not rows:
+    if not flags.rows:
         if total > target and not checkpointing:
             checkpointing, total = True, prediction(1, True)
         while total <= target and chosen < 16 and (larger := prediction(2 * chosen, checkpointing)) <= target:
@@ -192,10 +162,10 @@ def _measured(
         "target GB": target,
         "predicted GB": total,
     }
-    if not predict_only:
+    if not flags.predict_only:
         try:
-            settings = (folder, chosen, tokens, response, sids, checkpointing, adapter_flags)
-            run = in_turn(train, [method], repeats, *settings)[method]
+            sizes = chosen, flags.tokens, flags.response_tokens, flags.sids
+            run = in_turn(train, [method], flags.repeats, folder, *sizes, checkpointing, flags.adapter)[method]
         except EOFError:  # the process was killed because it ran out of memory
             return {**row, "measured GB": "out of memory"}
         row["measured GB"] = run["peak_gb"]

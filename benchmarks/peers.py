@@ -38,6 +38,7 @@ import sys
 import tempfile
 import time
 from contextlib import redirect_stdout
+from dataclasses import dataclass
 from functools import partial
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
@@ -49,7 +50,7 @@ from minionerec import cli
 from minionerec.checkpoint import check_base
 from minionerec.data.prompts import RECOMMENDATION, load_prompts
 from minionerec.errors import Problems, RunError
-from minionerec.flags import check_batch, check_positive
+from minionerec.flags import Check, Flags, above_zero, check_batch, command, flag
 
 WAYS = ("ours", "ours_one_by_one", "trl", "trl_padding_free", "trl_packing", "llamafactory")
 EVAL_ROWS = 8  # of sft.py's validation file, which it cannot do without; only the last step is evaluated
@@ -319,91 +320,90 @@ def ranked(folder: str, ways: list[str], flags: dict[str, Any]) -> dict[str, dic
     return metrics
 
 
-def peers(
-    data: str = "",
-    base_model: str = "",
-    category: str = "Industrial_and_Scientific",
-    tasks: str = RECOMMENDATION,
-    ways: str = "ours,trl,trl_padding_free",
-    llamafactory: str = "",
-    rows: int = 512,
-    test_rows: int = 256,
-    epochs: int = 1,
-    batch_size: int = 64,
-    micro_batch_size: int = 8,
-    learning_rate: float = 1e-3,
-    cutoff_len: int = 512,
-    num_beams: int = 20,
-) -> None:
-    """Prints rows/s, peak memory, losses and ranking metrics of the same LoRA SFT by this project and by others.
+def _rows(least: int) -> Check[int]:
+    return lambda value: None if value >= least or value == -1 else f"must be {least} or more, or -1 for all"
 
-    Args:
-        data: folder that holds train.csv, test.csv, info.txt, an .index.json and an .item.json file.
-        base_model: folder or hub name of the model to start from.
-        category: what the items are, for the prompts.
-        tasks: all, or task names separated by commas.
-        ways: some of ours, ours_one_by_one, trl, trl_padding_free, trl_packing, llamafactory, separated by commas.
-        llamafactory: the Python of an environment with LLaMA-Factory.
-        rows: rows of each source to train on, chosen at random; -1 for all.
-        test_rows: rows of test.csv to rank, chosen at random; -1 for all, 0 for none.
-        epochs: passes over the rows.
-        batch_size: rows of an optimizer step.
-        micro_batch_size: rows of a forward pass.
-        learning_rate: peak of the schedule.
-        cutoff_len: tokens of a row at most.
-        num_beams: beams of a ranking.
-    """
+
+@dataclass(frozen=True, kw_only=True)
+class PeerFlags(Flags):
+    """The rows, the model, who trains it, and how."""
+
+    data: str = flag("", "folder that holds train.csv, test.csv, info.txt, an .index.json and an .item.json file.")
+    base_model: str = flag("", "folder or hub name of the model to start from.")
+    category: str = flag("Industrial_and_Scientific", "what the items are, for the prompts.")
+    tasks: str = flag(RECOMMENDATION, "all, or task names separated by commas.")
+    ways: str = flag(
+        "ours,trl,trl_padding_free",
+        "some of ours, ours_one_by_one, trl, trl_padding_free, trl_packing, llamafactory, separated by commas.",
+    )
+    llamafactory: str = flag("", "the Python of an environment with LLaMA-Factory.")
+    rows: int = flag(512, "rows of each source to train on, chosen at random; -1 for all.", _rows(1))
+    test_rows: int = flag(256, "rows of test.csv to rank, chosen at random; -1 for all, 0 for none.", _rows(0))
+    epochs: int = flag(1, "passes over the rows.", above_zero)
+    batch_size: int = flag(64, "rows of an optimizer step.", above_zero)
+    micro_batch_size: int = flag(8, "rows of a forward pass.", above_zero)
+    learning_rate: float = flag(1e-3, "peak of the schedule.", above_zero)
+    cutoff_len: int = flag(512, "tokens of a row at most.")
+    num_beams: int = flag(20, "beams of a ranking.", above_zero)
+
+    @property
+    def chosen(self) -> list[str]:
+        """The ways, each once."""
+        return list(dict.fromkeys(way.strip() for way in self.ways.split(",")))
+
+    def check(self, problems: Problems) -> None:
+        check_base(problems, self.base_model)
+        super().check(problems)
+        check_batch(problems, self.batch_size, self.micro_batch_size)
+        problems += [f"--ways {way!r}: there are {', '.join(WAYS)}" for way in self.chosen if way not in WAYS]
+        if "llamafactory" in self.chosen and not shutil.which(self.llamafactory):
+            problems.add(f"--llamafactory {self.llamafactory!r}: give the Python of an environment with LLaMA-Factory")
+        problems.attempt(load_prompts, self.category, None, self.tasks)
+
+
+@command(PeerFlags)
+def peers(flags: PeerFlags) -> None:
+    """Prints rows/s, peak memory, losses and ranking metrics of the same LoRA SFT by this project and by others."""
     # Check the flags and the files.
     problems = Problems()
-    check_base(problems, base_model)
-    check_positive(problems, epochs=epochs, batch_size=batch_size, micro_batch_size=micro_batch_size)
-    check_positive(problems, learning_rate=learning_rate, num_beams=num_beams)
-    check_batch(problems, batch_size, micro_batch_size)
-    for name, value, least in (("rows", rows, 1), ("test_rows", test_rows, 0)):
-        if value < least and value != -1:
-            problems.add(f"--{name} {value}: must be {least} or more, or -1 for all")
-    chosen = list(dict.fromkeys(way.strip() for way in ways.split(",")))
-    problems += [f"--ways {way!r}: there are {', '.join(WAYS)}" for way in chosen if way not in WAYS]
-    if "llamafactory" in chosen and not shutil.which(llamafactory):
-        problems.add(f"--llamafactory {llamafactory!r}: give the Python of an environment with LLaMA-Factory")
-    problems.attempt(load_prompts, category, None, tasks)
-    files = find_files(problems, data, "train.csv", "test.csv", "info.txt", "*.index.json", "*.item.json")
+    flags.check(problems)
+    files = find_files(problems, flags.data, "train.csv", "test.csv", "info.txt", "*.index.json", "*.item.json")
     train_file, test_file, info_file, sid_index_path, item_meta_path = files
+    chosen = flags.chosen
 
     with tempfile.TemporaryDirectory() as folder:
         # Prepare what all ways start from.
         eval_file, ranked_file = os.path.join(folder, "eval.csv"), os.path.join(folder, "test.csv")
         sampled(train_file, eval_file, EVAL_ROWS)
-        sampled(test_file, ranked_file, test_rows)
-        flags = {
-            "base_model": base_model,
+        sampled(test_file, ranked_file, flags.test_rows)
+        of_sft = {
+            "base_model": flags.base_model,
             "train_file": train_file,
             "eval_file": eval_file,
             "sid_index_path": sid_index_path,
             "item_meta_path": item_meta_path,
-            "category": category,
-            "tasks": tasks,
-            "sample": rows,
+            "category": flags.category,
+            "tasks": flags.tasks,
+            "sample": flags.rows,
             "seed": SEED,
             "use_lora": True,
-            "num_epochs": epochs,
-            "batch_size": batch_size,
-            "micro_batch_size": micro_batch_size,
-            "learning_rate": learning_rate,
-            "cutoff_len": cutoff_len,
+            "num_epochs": flags.epochs,
+            **{
+                name: getattr(flags, name) for name in ("batch_size", "micro_batch_size", "learning_rate", "cutoff_len")
+            },
             "eval_step": 0.9999,
         }
-        job = in_fork(prepare, folder, {**flags, "output_dir": folder})
+        job = in_fork(prepare, folder, {**of_sft, "output_dir": folder})
         del job["flags"]["output_dir"]
         with open(os.path.join(folder, "job.json"), "w", encoding="utf-8") as file:
             json.dump(job, file)
 
         # Train, then rank with what each way has saved.
-        runs = in_steps(folder, chosen, llamafactory)
+        runs = in_steps(folder, chosen, flags.llamafactory)
         metrics: dict[str, dict[str, float]] = {way: {} for way in chosen}
-        if test_rows:
-            of_test = {"test_data_path": ranked_file, "info_file": info_file, "category": category}
-            metrics = in_fork(ranked, folder, chosen, {**of_test, "num_beams": num_beams})
+        if flags.test_rows:
+            of_test = {"test_data_path": ranked_file, "info_file": info_file, "category": flags.category}
+            metrics = in_fork(ranked, folder, chosen, {**of_test, "num_beams": flags.num_beams})
 
     table = []
     for way, run in runs.items():
@@ -411,7 +411,7 @@ def peers(
         table.append(
             {
                 "way": way,
-                "rows/s": job["rows"] * epochs / seconds,
+                "rows/s": job["rows"] * flags.epochs / seconds,
                 f"{chosen[0]} times as fast": seconds / sum(runs[chosen[0]]["steps"]),
                 "CPU s": run["cpu_s"],
                 "peak GB": run["peak_gb"],
@@ -419,11 +419,11 @@ def peers(
                 "steps": len(run["steps"]),
                 "first loss": run["losses"][0],
                 "last loss": run["losses"][-1],
-                **{name: metrics[way][name] for name in ("HR@10", "NDCG@10") if test_rows},
+                **{name: metrics[way][name] for name in ("HR@10", "NDCG@10") if flags.test_rows},
             }
         )
     print_table(table)
-    sizes = {"batch_size": batch_size, "micro_batch_size": micro_batch_size, "epochs": epochs, "test_rows": test_rows}
+    sizes = {name: getattr(flags, name) for name in ("batch_size", "micro_batch_size", "epochs", "test_rows")}
     print_json("peers", table=table, rows=job["rows"], tokens=job["tokens"], **sizes, runs=runs)
 
 

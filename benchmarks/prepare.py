@@ -20,13 +20,14 @@ import random
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from benchmarks.common import in_fresh_process, print_json, print_table
 from minionerec import cli
 from minionerec.errors import Problems
-from minionerec.flags import check_new_folder, check_positive
+from minionerec.flags import Flags, above_zero, check_new_folder, command, flag
 from minionerec.prepare import cleaning, row_files, semantic_ids, sources, writing
 from minionerec.process_memory import peak_rss_gb
 from scripts.prepare_data import prepare_data
@@ -146,50 +147,52 @@ def measured(folder: str, names: tuple[str, str], flags: dict[str, Any]) -> dict
     return {**seconds, **stages, "peak GB": peak_rss_gb()}
 
 
-def benchmark(
-    release_dir: str = "",
-    raw_dir: str = "",
-    items: int = 100_000,
-    interactions: int = 1_000_000,
-    users: int = 100_000,
-    min_interactions: int = 5,
-    levels: int = 3,
-    codes: int = 256,
-) -> None:
-    """Prepares a data set in a new process, and prints its time and memory.
+@dataclass(frozen=True, kw_only=True)
+class RawFlags(Flags):
+    """The raw files, and how they are prepared."""
 
-    Args:
-        release_dir: folder with train.csv, valid.csv, test.csv and *.item.json, to rebuild raw files from.
-        raw_dir: folder that keeps the raw files of release_dir and the prepared data set.
-        items: items of synthetic files.
-        interactions: interactions of synthetic files.
-        users: users of synthetic files.
-        min_interactions: as for prepare_data.py.
-        levels: as for prepare_data.py.
-        codes: as for prepare_data.py.
-    """
+    release_dir: str = flag(
+        "", "folder with train.csv, valid.csv, test.csv and *.item.json, to rebuild raw files from."
+    )
+    raw_dir: str = flag("", "folder that keeps the raw files of release_dir and the prepared data set.")
+    items: int = flag(100_000, "items of synthetic files.", above_zero)
+    interactions: int = flag(1_000_000, "interactions of synthetic files.", above_zero)
+    users: int = flag(100_000, "users of synthetic files.", above_zero)
+    min_interactions: int = flag(5, "as for prepare_data.py.")
+    levels: int = flag(3, "as for prepare_data.py.")
+    codes: int = flag(256, "as for prepare_data.py.")
+
+    def check(self, problems: Problems) -> None:
+        super().check(problems)
+        release = Path(self.release_dir)
+        if self.release_dir and not all((release / f"{name}.csv").is_file() for name in ("train", "valid", "test")):
+            problems.add(f"--release_dir {release}: needs train.csv, valid.csv, test.csv and *.item.json")
+        if self.raw_dir:
+            check_new_folder(problems, self.raw_dir)
+
+
+@command(RawFlags)
+def benchmark(flags: RawFlags) -> None:
+    """Prepares a data set in a new process, and prints its time and memory."""
     problems = Problems()
-    check_positive(problems, items=items, interactions=interactions, users=users)
-    if release_dir and not all((Path(release_dir) / name).is_file() for name in ("train.csv", "valid.csv", "test.csv")):
-        problems.add(f"--release_dir {release_dir}: needs train.csv, valid.csv, test.csv and *.item.json")
-    if raw_dir:
-        check_new_folder(problems, raw_dir)
+    flags.check(problems)
     problems.check()
-    flags = {"min_interactions": min_interactions, "levels": levels, "codes": codes}
+    settings = {name: getattr(flags, name) for name in ("min_interactions", "levels", "codes")}
     with tempfile.TemporaryDirectory() as folder:
-        if raw_dir:
-            folder = raw_dir
+        if flags.raw_dir:
+            folder = flags.raw_dir
             os.makedirs(folder)
-        if release_dir:
-            raw_from_release(Path(release_dir), folder)
+        if flags.release_dir:
+            raw_from_release(Path(flags.release_dir), folder)
             names, size = ("reviews.json.gz", "meta.json.gz"), {}
         else:
-            raw_made_up(folder, items, interactions, users)
-            names, size = ("reviews.csv", "meta.csv"), {"items": items, "interactions": interactions, "users": users}
-        row = {**size, **in_fresh_process(measured, folder, names, flags)}
+            size = {name: getattr(flags, name) for name in ("items", "interactions", "users")}
+            raw_made_up(folder, **size)
+            names = "reviews.csv", "meta.csv"
+        row = {**size, **in_fresh_process(measured, folder, names, settings)}
     print()
     print_table([row])
-    print_json("prepare", table=[row], **flags)
+    print_json("prepare", table=[row], **settings)
 
 
 if __name__ == "__main__":

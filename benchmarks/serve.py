@@ -19,6 +19,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import cycle, islice
 
 from benchmarks.common import print_json, print_table
@@ -27,7 +28,7 @@ from minionerec import cli
 from minionerec.data.files import read_info_items
 from minionerec.data.items import Items
 from minionerec.errors import Problems, RunError
-from minionerec.flags import check_positive
+from minionerec.flags import Flags, above_zero, command, flag
 from minionerec.serving.requests import RequestReader
 
 COMMAND = os.path.join(ROOT, "recommend.py")
@@ -125,7 +126,37 @@ def percentiles(seconds: list[float], *wanted: int) -> dict[str, float]:
     return {f"p{p} (ms)": 1000 * ordered[min(len(ordered) * p // 100, len(ordered) - 1)] for p in wanted}
 
 
-def read_bodies(info_file: str, histories: str, most: int) -> list[bytes]:
+@dataclass(frozen=True, kw_only=True)
+class LoadFlags(Flags):
+    """What a server recommends with, and what it is asked."""
+
+    model: str = flag("", "a checkpoint, as in recommend.py.")
+    info_file: str = flag("", "its catalogue.")
+    histories: str = flag("", "file of histories, as in recommend.py; repeated if it has fewer rows than requests.")
+    requests: int = flag(1000, "how many are sent to each server.", above_zero)
+    clients: int = flag(32, "that send them.", above_zero)
+    batch_size: int = flag(32, "most requests of a batch.", above_zero)
+    num_beams: int = flag(50, "SIDs ranked per request.", above_zero)
+
+    @property
+    def words(self) -> list[str]:
+        """The flags of recommend.py that the server and the batch command get."""
+        return [f"--model={self.model}", f"--info_file={self.info_file}", f"--num_beams={self.num_beams}"]
+
+
+def asked(flags: LoadFlags) -> tuple[list[bytes], dict[bytes, dict]]:
+    """The bodies of all requests, of the distinct histories in turn, and what the server must answer to each. Raises
+    InputError."""
+    problems = Problems()
+    flags.check(problems)
+    bodies = problems.attempt(_read_bodies, flags.info_file, flags.histories, flags.requests)
+    problems.check()
+    assert bodies
+    answers = answers_of_the_batch_command(flags.words, bodies, flags.batch_size)
+    return list(islice(cycle(bodies), flags.requests)), answers
+
+
+def _read_bodies(info_file: str, histories: str, most: int) -> list[bytes]:
     """The bodies of requests for the distinct histories of a file, at most `most`. Raises InputError."""
     items = Items(read_info_items(info_file), info_file)
     rows = RequestReader(items, None, K=10, most=10).read_file(histories)
@@ -156,42 +187,25 @@ def wrong(answer: dict, expected: dict) -> bool:
     return any(abs(of.get(item["id"], last) - item["score"]) > TOLERANCE for item in found)
 
 
-def serve(
-    model: str = "",
-    info_file: str = "",
-    histories: str = "",
-    requests: int = 1000,
-    clients: int = 32,
-    batch_size: int = 32,
-    num_beams: int = 50,
-    exclude_seen: bool = True,
-) -> None:
-    """Prints throughput and latency of a server with shared batches, and of one with batches of one.
+@dataclass(frozen=True, kw_only=True)
+class ServeFlags(LoadFlags):
+    """The same, with or without the items of the history."""
 
-    Args:
-        model: a checkpoint, as in recommend.py.
-        info_file: its catalogue.
-        histories: file of histories, as in recommend.py; repeated if it has fewer rows than requests.
-        requests: how many are sent to each server.
-        clients: that send them.
-        batch_size: most requests of a batch.
-        num_beams: SIDs ranked per request.
-        exclude_seen: each request leaves out its own history.
-    """
-    problems = Problems()
-    check_positive(problems, requests=requests, clients=clients, batch_size=batch_size, num_beams=num_beams)
-    distinct = problems.attempt(read_bodies, info_file, histories, requests)
-    problems.check()
-    assert distinct
-    flags = [f"--model={model}", f"--info_file={info_file}", f"--num_beams={num_beams}"]
-    flags += [f"--exclude_seen={exclude_seen}"]
-    answer_of = answers_of_the_batch_command(flags, distinct, batch_size)
-    bodies = list(islice(cycle(distinct), requests))
-    expected = [answer_of[body] for body in bodies]
+    exclude_seen: bool = flag(True, "each request leaves out its own history.")
 
+    @property
+    def words(self) -> list[str]:
+        return [*super().words, f"--exclude_seen={self.exclude_seen}"]
+
+
+@command(ServeFlags)
+def serve(flags: ServeFlags) -> None:
+    """Prints throughput and latency of a server with shared batches, and of one with batches of one."""
+    bodies, answer_of = asked(flags)
+    expected, clients = [answer_of[body] for body in bodies], flags.clients
     table = []
-    for name, size in (("shared batches", batch_size), ("one by one", 1)):
-        with served(flags, size, clients) as (address, _, _):
+    for name, size in (("shared batches", flags.batch_size), ("one by one", 1)):
+        with served(flags.words, size, clients) as (address, _, _):
             load(address, bodies[:clients], clients)  # the first requests find out how the model can be decoded
             answers, seconds, wall = load(address, bodies, clients)
         row: dict[str, object] = {"server": name, "requests/s": len(bodies) / wall, **percentiles(seconds, 50, 95, 99)}
@@ -200,7 +214,8 @@ def serve(
         table.append(row)
     print_table(table)
     print()
-    print_json("serve", requests=requests, clients=clients, batch_size=batch_size, num_beams=num_beams, table=table)
+    sizes = {name: getattr(flags, name) for name in ("requests", "clients", "batch_size", "num_beams")}
+    print_json("serve", **sizes, table=table)
     if any(row["lost"] or row["wrong"] for row in table):
         raise RunError("requests were lost or answered wrongly")
 

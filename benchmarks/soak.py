@@ -18,23 +18,15 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable
-from itertools import cycle, islice
+from dataclasses import dataclass
+from itertools import cycle
 from urllib.parse import urlsplit
 
 from benchmarks.common import print_json, print_table
-from benchmarks.serve import (
-    PATIENCE,
-    answers_of_the_batch_command,
-    ask,
-    in_turns,
-    percentiles,
-    read_bodies,
-    served,
-    wrong,
-)
+from benchmarks.serve import PATIENCE, LoadFlags, ask, asked, in_turns, percentiles, served, wrong
 from minionerec import cli
-from minionerec.errors import Problems, RunError
-from minionerec.flags import check_positive
+from minionerec.errors import RunError
+from minionerec.flags import above_zero, command, flag
 
 SAMPLES = 20  # of the server's memory
 TRICKLE = 30  # seconds that a slow client goes on
@@ -153,38 +145,22 @@ def memory_mb(address: str) -> float:
     return next(float(line.split()[1]) for line in lines if line.startswith("process_resident_memory_bytes")) / 1e6
 
 
-def soak(
-    model: str = "",
-    info_file: str = "",
-    histories: str = "",
-    requests: int = 20_000,
-    clients: int = 64,
-    hostile: float = 0.01,
-    reloads: int = 2,
-    batch_size: int = 32,
-    num_beams: int = 20,
-) -> None:
-    """Prints what was lost or wrong, the latency, the memory, the log and the end of a server under load.
+@dataclass(frozen=True, kw_only=True)
+class SoakFlags(LoadFlags):
+    """What is asked, by whom, and what happens meanwhile."""
 
-    Args:
-        model: a checkpoint, as in recommend.py.
-        info_file: its catalogue.
-        histories: file of histories, as in recommend.py; repeated if it has fewer rows than requests.
-        requests: how many are sent.
-        clients: that send them.
-        hostile: share of the requests that are hostile.
-        reloads: how often the checkpoint is loaded again meanwhile.
-        batch_size: most requests of a batch.
-        num_beams: SIDs ranked per request.
-    """
-    problems = Problems()
-    check_positive(problems, requests=requests, clients=clients, batch_size=batch_size, num_beams=num_beams)
-    distinct = problems.attempt(read_bodies, info_file, histories, requests)
-    problems.check()
-    assert distinct
-    flags = [f"--model={model}", f"--info_file={info_file}", f"--num_beams={num_beams}"]
-    expected = answers_of_the_batch_command(flags, distinct, batch_size)
-    bodies = list(islice(cycle(distinct), requests))
+    requests: int = flag(20_000, "how many are sent.", above_zero)
+    clients: int = flag(64, "that send them.", above_zero)
+    num_beams: int = flag(20, "SIDs ranked per request.", above_zero)
+    hostile: float = flag(0.01, "share of the requests that are hostile.")
+    reloads: int = flag(2, "how often the checkpoint is loaded again meanwhile.")
+
+
+@command(SoakFlags)
+def soak(flags: SoakFlags) -> None:
+    """Prints what was lost or wrong, the latency, the memory, the log and the end of a server under load."""
+    bodies, expected = asked(flags)
+    requests, clients, hostile, reloads = flags.requests, flags.clients, flags.hostile, flags.reloads
     reloaded = {requests * (number + 1) // (reloads + 1) for number in range(reloads)}
     every = round(1 / hostile) if hostile > 0 else requests + 1
 
@@ -193,8 +169,8 @@ def soak(
     seconds: list[float] = []
     memory: list[tuple[int, float]] = []
 
-    with served(flags, batch_size, 2 * clients) as (address, process, log):
-        enemies = Hostile(address, distinct[0])
+    with served(flags.words, flags.batch_size, 2 * clients) as (address, process, log):
+        enemies = Hostile(address, bodies[0])
 
         def good(turn: int) -> None:
             started = time.perf_counter()
@@ -239,7 +215,7 @@ def soak(
     row |= {"log (MB)": len(text) / 1e6, "end (s)": ending}
     print_table([row])
     print("\nanswers to hostile requests: " + "; ".join(f"{n} of {name}" for name, n in sorted(enemies.codes.items())))
-    print_json("soak", **row, clients=clients, num_beams=num_beams, memory=sorted(memory))
+    print_json("soak", **row, clients=clients, num_beams=flags.num_beams, memory=sorted(memory))
     for line in lost[:10]:
         print(line, file=sys.stderr)
     grown = sorted(memory)[-1][1] / settled - 1

@@ -11,6 +11,7 @@ import os
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
 
 import torch
 
@@ -30,7 +31,7 @@ from minionerec.data.files import Interaction, read_info_items
 from minionerec.data.items import Items
 from minionerec.data.sid_tokens import PAD
 from minionerec.errors import InputError, Problems
-from minionerec.flags import PromptFlags, check_new_file, check_positive
+from minionerec.flags import Flags, PromptFlags, above_zero, command, flag
 from minionerec.output import whole_file
 from minionerec.ranking import Ranker
 from minionerec.serving.requests import Request, RequestReader
@@ -127,44 +128,41 @@ def read_requests(items: Items, histories: str, K: int, num_beams: int) -> list[
     return requests
 
 
-def recommend(
-    model: str = "",
-    info_file: str = "",
-    histories: str = "",
-    output: str = "",
-    K: int = 10,
-    num_beams: int = 50,
-    batch_size: int = 8,
-) -> None:
-    """Writes a line for each history, as recommend.py does.
+@dataclass(frozen=True, kw_only=True)
+class SearchFlags(Flags):
+    """The checkpoint, its catalogue, and what is asked."""
 
-    Args:
-        model: a whole checkpoint.
-        info_file: its catalogue.
-        histories: file of histories, as in recommend.py.
-        output: file for the recommendations, as JSON lines.
-        K: items to recommend.
-        num_beams: SIDs that are ranked.
-        batch_size: histories that are searched together.
-    """
+    model: str = flag("", "a whole checkpoint.")
+    info_file: str = flag("", "its catalogue.")
+    histories: str = flag("", "file of histories, as in recommend.py.")
+    output: str = flag("", "file for the recommendations, as JSON lines.")
+    K: int = flag(10, "items to recommend.", above_zero)
+    num_beams: int = flag(50, "SIDs that are ranked.", above_zero)
+    batch_size: int = flag(8, "histories that are searched together.", above_zero)
+
+    def check(self, problems: Problems) -> None:
+        super().check(problems)
+        if self.num_beams < self.K:
+            problems.add(f"--K {self.K}: must be at most --num_beams {self.num_beams}")
+        self.check_output(problems, "output", "the recommendations")
+
+
+@command(SearchFlags)
+def recommend(flags: SearchFlags) -> None:
+    """Writes a line for each history, as recommend.py does."""
     problems = Problems()
-    check_positive(problems, K=K, num_beams=num_beams, batch_size=batch_size)
-    if num_beams < K:
-        problems.add(f"--K {K}: must be at most --num_beams {num_beams}")
-    check_new_file(problems, "output", output, "the recommendations")
-    for name, path in (("info_file", info_file), ("histories", histories)):
-        if path and os.path.realpath(path) == os.path.realpath(output):
-            problems.add(f"--output {output}: would overwrite --{name} {path}; name another file")
+    flags.check(problems)
+    model, info_file, output = flags.model, flags.info_file, flags.output
     checkpoint, _, prompts = read_model(problems, "model", model, "", PromptFlags())
     if is_adapter(model):
         problems.add(f"--model {model}: is an adapter; merge it with merge_lora.py")
     listed = problems.attempt(read_info_items, info_file)
     items = listed and problems.attempt(Items, listed, info_file)
-    requests = items and problems.attempt(read_requests, items, histories, K, num_beams)
+    requests = items and problems.attempt(read_requests, items, flags.histories, flags.K, flags.num_beams)
     problems.check()
 
     where = f"{info_file} belongs to a different catalogue"
-    sizes = {"num_beams": num_beams, "batch_size": batch_size}
+    sizes = {"num_beams": flags.num_beams, "batch_size": flags.batch_size}
     ranker = Ranker(checkpoint, prompts, items.sids, f"--model {model}", where, items=items, **sizes)
     rows = []
     for request in requests:

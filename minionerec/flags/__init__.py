@@ -512,13 +512,6 @@ def _zero_stage() -> str:
 LONGEST_NAME, LONGEST_PATH = 200, 3900
 
 
-def check_positive(problems: Problems, **values: float) -> None:
-    """Values that must be above 0, by the names of their flags."""
-    for name, value in values.items():
-        if wrong := above_zero(value):
-            problems.add(f"--{name} {value}: {wrong}")
-
-
 def check_batch(problems: Problems, batch_size: int, micro_batch_size: int) -> None:
     """The global batch must be a whole number of micro-batches on every process."""
     rows = micro_batch_size * world.size()
