@@ -5,6 +5,8 @@
 #
 #   bash benchmarks/gpu.sh out/gpu                        # the parts of the ten minutes
 #   bash benchmarks/gpu.sh out/gpu trees memory_14B       # these
+#   LIMIT=120 bash benchmarks/gpu.sh out/gpu card graphs sft rl decode sft_1.5B    # where a call must end sooner:
+#   LIMIT=120 bash benchmarks/gpu.sh out/gpu rl_1.5B sft_7B trees                  # six minutes, and then four
 #   TINY=1 bash benchmarks/gpu.sh out/tiny                # small models and few steps: tries each kind, also on a CPU
 #
 #   card      what the host needs to start a kernel, how fast the card computes and copies    30 s
@@ -94,7 +96,6 @@ part() {
         measure trees --data "$FLAT" --category "$CATEGORY" --num_hidden_layers 24 --rows 512 --micro_batch_size 32 --repeats 3 ;;
     compare)
         export BASE_MODEL DATA CATEGORY OUT="$OUT/compare" SEEDS=1 SFT_RATES_full=3e-4 SFT_RATES_lora=3e-3 SFT_RATES_qlora=3e-3
-        export RL_RATES_full=3e-6 RL_RATES_lora=1e-5 RL_RATES_qlora=1e-5
         export SFT_FLAGS="--num_epochs 3 --batch_size 64 --tasks sid_history_to_sid" RL_FLAGS="--tasks sid_history_to_sid"
         export EVAL_FLAGS="--num_beams 20"
         echo "    bash scripts/compare.sh"
