@@ -99,6 +99,22 @@ def test_lists_that_no_policy_would_make_have_finite_gradients():
     assert gradient[0, 1].item() == pytest.approx(-1.0, abs=1e-4) and gradient.isfinite().all()
 
 
+def test_lists_are_whole_in_every_pass(sft, tmp_path):
+    """Passes of at most 6 completions have one list of 4, and change no gradient."""
+    found = []
+    for size in (6, 8):
+        switches = {"listwise": True, "pass_size": size, "sft_weight": 0.5}
+        trainer = make_trainer(sft, "own LoRA", tmp_path, switches=switches)
+        _, inputs = generated(trainer)
+        assert trainer.pass_size == size // 4 * 4 and inputs.advantages.any()
+        trainer.current_gradient_accumulation_steps = 1
+        loss = trainer.compute_loss(trainer.model, inputs)
+        loss.backward()
+        found.append([loss.detach(), *(p.grad.clone() for p in trainer.model.parameters() if p.requires_grad)])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-4)
+
+
 @pytest.mark.parametrize("start", STARTS)
 def test_the_supervised_loss_is_that_of_the_targets(sft, tmp_path, monkeypatch, start):
     """In one pass with the completions, values and gradients are those of a pass of its own without shared prompts: in
