@@ -6,6 +6,7 @@ Reads CSV, TSV, JSON and Parquet, compressed or not; also the Amazon Reviews of 
         --category Tools
     DATA=data/tools CATEGORY=Tools bash scripts/pipeline.sh
     python scripts/prepare_data.py --add_items new.json.gz --dataset data/tools --output_dir data/tools_2
+    python scripts/prepare_data.py --interactions longer.json.gz --dataset data/tools --output_dir data/tools_3
 """
 
 import os
@@ -24,15 +25,15 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 @command(PrepareFlags)
 def prepare_data(flags: PrepareFlags) -> None:
-    """Turns purchases and items into the files that training reads, or adds new items to such a data set."""
+    """Turns purchases and items into the files that training reads, or adds new ones to such a data set."""
     problems = Problems()
     flags.check(problems)
     if not problems:
         locks.hold("output_dir", flags.output_dir, locks.lock_of_new)
     if flags.adds:
-        from minionerec.prepare.extend import add_items
+        from minionerec.prepare.extend import extend
 
-        add_items(problems, flags)
+        extend(problems, flags)
         print(f"\nwrote {flags.output_dir}")
         return
 

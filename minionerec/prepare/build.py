@@ -177,7 +177,12 @@ def build(problems: Problems, flags: PrepareFlags) -> dict[str, object]:
         item_ids: np.ndarray = np.full(len(raw.items), -1, np.int32)
         item_ids[[raw.items[item.original_id] for item in catalogue]] = np.arange(len(catalogue))
         rows, sizes = cleaning.rows_of(spool, os.path.join(scratch, "rows"), item_ids, flags.max_history, flags.split)
-        _print_steps(raw, steps, found, sizes)
+        print_steps(raw, steps)
+        print(
+            f"items: {found['rows']:,} read; {found['not_wanted']:,} without interactions, {found['untitled']:,} "
+            f"without a title and {found['repeated']:,} with a repeated id were left out"
+        )
+        print("rows: " + ", ".join(f"{name} {count:,}" for name, count in sizes.items()))
 
         # Embed the items, and give them codes.
         texts = texts_of(catalogue, flags.text_columns)
@@ -204,7 +209,8 @@ def build(problems: Problems, flags: PrepareFlags) -> dict[str, object]:
         batches = cleaning.in_time_order(rows, sum(sizes.values()), flags.split)
         sids, titles = ["".join(sid) for sid in index.values()], [item.title for item in catalogue]
         users = cleaning.session_names(list(raw.users), sessions) if flags.session_gap else list(raw.users)
-        row_files.write_rows(folder, flags.category, batches, users, sids, titles)
+        paths = [os.path.join(folder, writing.files_of(flags.category)[split]) for split in cleaning.SPLITS]
+        row_files.write_rows(paths, batches, users, sids, titles)
         record: dict[str, object] = {
             "category": flags.category,
             "arguments": {name: getattr(flags, name) for name in ARGUMENTS},
@@ -218,6 +224,7 @@ def build(problems: Problems, flags: PrepareFlags) -> dict[str, object]:
             ],
             "items": {**found, "kept": len(catalogue)},
             "rows": sizes,
+            "latest": cleaning.latest(spool),
             "embeddings": {**made_by, "width": vectors.shape[1]},
             "semantic_ids": made,
             "software": software(),
@@ -325,7 +332,7 @@ def _clean(
 ) -> np.ndarray:
     """Drops interactions that do not count, before the k-core, and adds the counts after each step to `steps`. Returns
     the user of each session, if there are any."""
-    note = partial(_note, spool, raw, steps)
+    note = partial(note_step, spool, raw, steps)
     if not note("in the time window"):
         if raw.earliest > raw.latest:
             raise InputError(f"--interactions {flags.interactions}: none of its {raw.num_rows} rows can be used")
@@ -363,7 +370,7 @@ def _clean(
     return sessions
 
 
-def _note(spool: cleaning.Spool, raw: sources.RawInteractions, steps: list[Step], step: str) -> int:
+def note_step(spool: cleaning.Spool, raw: sources.RawInteractions, steps: list[Step], step: str) -> int:
     """Adds what is left after a step, and returns the number of interactions."""
     steps.append(Step(step, **cleaning.counts_of(spool, len(raw.items))))
     return steps[-1].interactions
@@ -371,7 +378,7 @@ def _note(spool: cleaning.Spool, raw: sources.RawInteractions, steps: list[Step]
 
 def _note_core(spool: cleaning.Spool, raw: sources.RawInteractions, flags: PrepareFlags, steps: list[Step]) -> None:
     """Adds what the k-core left. Raises InputError if that is nothing."""
-    if not _note(spool, raw, steps, f"{flags.min_interactions}-core"):
+    if not note_step(spool, raw, steps, f"{flags.min_interactions}-core"):
         before = steps[-2]
         raise InputError(
             f"--min_interactions {flags.min_interactions}: leaves nothing of {before.interactions} interactions of "
@@ -380,18 +387,13 @@ def _note_core(spool: cleaning.Spool, raw: sources.RawInteractions, flags: Prepa
         )
 
 
-def _print_steps(raw: sources.RawInteractions, steps: list[Step], found: dict[str, int], sizes: dict[str, int]) -> None:
+def print_steps(raw: sources.RawInteractions, steps: list[Step]) -> None:
     """Prints what is left after each step of the cleaning."""
     print(f"{'':<24}{'interactions':>14}{'users':>12}{'items':>12}")
     print(f"{'read':<24}{raw.num_rows - raw.refused:>14,}")
     for step in steps:
         counts = [f"{count:>12,}" for count in (step.users, step.items) if count is not None]
         print(f"{step.step:<24}{step.interactions:>14,}{''.join(counts)}")
-    print(
-        f"items: {found['rows']:,} read; {found['not_wanted']:,} without interactions, {found['untitled']:,} without a "
-        f"title and {found['repeated']:,} with a repeated id were left out"
-    )
-    print("rows: " + ", ".join(f"{name} {count:,}" for name, count in sizes.items()))
 
 
 def print_levels(

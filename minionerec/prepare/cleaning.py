@@ -109,6 +109,18 @@ def keep_items(spool: Spool, known: np.ndarray) -> None:
         spool.replace(part, records[known[records["item"]]])
 
 
+def keep_users(spool: Spool, least: int) -> None:
+    """Drops the interactions of users with fewer than `least`. The parts must be sorted by user."""
+    for part, records in enumerate(spool):
+        _, sizes = _runs(records["user"])
+        spool.replace(part, records[np.repeat(sizes >= least, sizes)])
+
+
+def latest(spool: Spool) -> int:
+    """The time of the last interaction; 0 if there is none."""
+    return max((int(records["time"].max()) for records in spool if len(records)), default=0)
+
+
 def drop_repeats(spool: Spool) -> bool:
     """Drops the interactions with the same item as the one before, of the same user, and returns whether there were
     any. The parts must be sorted by user and time."""
@@ -175,7 +187,7 @@ def _runs(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def rows_of(
-    spool: Spool, folder: str, item_ids: np.ndarray, max_history: int, split: str
+    spool: Spool, folder: str, item_ids: np.ndarray, max_history: int, split: str, after: int | None = None
 ) -> tuple[Spool, dict[str, int]]:
     """Next-item rows, in parts by the time of their target, and the number of rows in each split. There is a row for
     every interaction that has an earlier one of the same user.
@@ -188,9 +200,11 @@ def rows_of(
         split: `last` marks for each user the last row as test, the one before it as valid, and the others as train. A
             user with two rows has none for valid, a user with one row has it for train. With `time`, `in_time_order`
             marks them.
+        after: only rows whose target is later than this, and all of them are for train.
 
     Rows have `user`, `item`, `time`, `split` (an index into SPLITS) and `history`, [max_history] or the longest one if
-    that is shorter, padded on the left with -1. Raises InputError if a split gets no row.
+    that is shorter, padded on the left with -1. Raises InputError if a split gets no row, but
+    not with `after`.
     """
     longest = max((int(_runs(records["user"])[1].max()) for records in spool if len(records)), default=1)
     max_history = min(max_history, max(longest - 1, 1))  # a row takes as much space as its longest history
@@ -211,12 +225,16 @@ def rows_of(
         batch["item"] = items[at]
         past = at[:, None] + np.arange(-max_history, 0)
         batch["history"] = np.where(past < start[at][:, None], -1, items[np.maximum(past, 0)])
-        if split == "last":
+        if after is not None:
+            batch = batch[batch["time"] > after]
+        elif split == "last":
             later, made = start[at] + size[at] - 1 - at, size[at] - 1  # rows of the user after this one, and in all
             batch["split"] = np.where((later == 0) & (made > 1), 2, np.where((later == 1) & (made > 2), 1, 0))
         counts += np.bincount(batch["split"], minlength=len(SPLITS))
         part = np.asarray(np.searchsorted(edges, batch["time"], side="right"))
         rows.append(part, batch)
+    if after is not None:
+        return rows, {SPLITS[0]: int(counts.sum())}
     if split == "time":
         counts = np.diff([0, *_cuts(counts.sum()), counts.sum()])
     sizes_of = dict(zip(SPLITS, counts.tolist(), strict=True))

@@ -1,29 +1,34 @@
-"""Adds new items to an existing data set, with IDs from its codebooks; old items do not change."""
+"""Adds new items to an existing data set, with IDs from its codebooks, and rows of later purchases; old items and rows
+do not change."""
 
 import json
 import os
 import shutil
 from collections import Counter
 from collections.abc import Sequence
-from typing import TypedDict, cast
+from typing import Any, TypedDict, cast
 
 import numpy as np
 
 from minionerec.data.files import FileProblems, shorten
 from minionerec.errors import InputError, Problems
-from minionerec.prepare import item_embeddings, semantic_ids, sources, writing
+from minionerec.prepare import cleaning, item_embeddings, semantic_ids, sources, writing
 from minionerec.prepare.build import (
     ITEM_ROLES,
+    ReadItems,
     encoder_of,
     input_of,
+    layout_of,
     no_text,
     print_levels,
+    read_interactions,
     read_items,
     software,
     texts_of,
     texts_without_column,
 )
-from minionerec.prepare.cleaning import SPLITS
+from minionerec.prepare.new_rows import add_rows, settings_of
+from minionerec.prepare.recognize import open_source
 from minionerec.prepare.settings import PrepareFlags
 
 
@@ -39,26 +44,68 @@ class OldItems(TypedDict):
     text_model: item_embeddings.TextModel  # where they were embedded by it
 
 
-def add_items(problems: Problems, flags: PrepareFlags) -> writing.Record:
-    """Writes a data set with the items of `flags.dataset` and those of the file `flags.add_items` that it lacks;
-    returns its record.
-
-    A new item gets the nearest codes among those that old items use, because a model knows no others. If that ID is
-    taken, it gets the nearest free last code, or the nearest free ID of codes that old items use, unless the data set
-    keeps collisions. Old items do not change, and the interactions are copied.
+def extend(problems: Problems, flags: PrepareFlags) -> writing.Record:
+    """Writes a data set with what `flags.dataset` has, the items of the file `flags.add_items` that it lacks, and rows
+    of the later purchases of `flags.interactions`; returns its record. Old items and rows do not change.
 
     Raises InputError for unusable input; then nothing is written.
     """
-    dataset, encoder, embeddings, output_dir = flags.dataset, flags.encoder, flags.embeddings, flags.output_dir
-    # Read all files, and report all problems together.
-    record = problems.attempt(writing.read_record, dataset)
-    if record is not None:
-        _check_embeddings(problems, record["embeddings"]["kind"], encoder, embeddings)
-    old = problems.attempt(_read_catalogue, dataset, record) if record else None
-    existing = {fields["original_id"] for fields in old["metadata"].values()} if old else set()
-    read = read_items(problems, flags, "add_items", lambda item: item not in existing)
-    problems.check()
-    assert record and old and read
+    dataset = flags.dataset
+    with writing.scratch_folder(flags.output_dir) as scratch:
+        spool = cleaning.Spool(os.path.join(scratch, "interactions"), cleaning.INTERACTION)
+
+        # Read all files, and report all problems together.
+        record = problems.attempt(writing.read_record, dataset)
+        if record is not None and flags.add_items:
+            _check_embeddings(problems, record["embeddings"]["kind"], flags.encoder, flags.embeddings)
+        old = problems.attempt(_read_catalogue, dataset, record) if record else None
+        existing = {fields["original_id"] for fields in old["metadata"].values()} if old else set()
+        settings = problems.attempt(settings_of, flags, record) if record and flags.interactions else None
+        layout = problems.attempt(layout_of, settings) if settings else None
+        log = problems.attempt(open_source, flags.interactions, "interactions", layout) if layout else None
+        read = None
+        if flags.add_items or not flags.interactions:
+            read = read_items(problems, flags, "add_items", lambda item: item not in existing, log)
+        bought = None
+        if settings and log:
+            bought = read_interactions(problems, settings, log, read.source if read else None, spool)
+        unique = list(dict.fromkeys(problems))
+        if unique:
+            raise InputError(unique)
+        assert record and old
+
+        # Write the files of the data set, those of old and new items, and the new rows.
+        folder = os.path.join(scratch, "dataset")
+        os.mkdir(folder)
+        index, metadata, added = old["index"], old["metadata"], dict[str, Any]()
+        if read:
+            index, metadata, added = _add_items(folder, flags, record, old, read)
+        for name in record["files"] if read is None else writing.row_files_of(record):
+            os.makedirs(os.path.dirname(os.path.join(folder, name)), exist_ok=True)
+            shutil.copyfile(os.path.join(dataset, name), os.path.join(folder, name))
+        if settings and bought:
+            print("\n".join(bought.lines))
+            sids = ["".join(sid) for sid in index.values()]
+            made, latest = add_rows(folder, settings, record, bought, spool, metadata, sids, scratch)
+            inputs = {**added.get("inputs", {}), **made.pop("inputs")}
+            added = {**added, **made, "inputs": inputs}
+            record["latest"] = latest
+        record["added"] = [*record.get("added", []), {**added, "software": software()}]
+        writing.write_record(folder, record)
+        writing.publish(folder, flags.output_dir)
+    return record
+
+
+def _add_items(
+    folder: str, flags: PrepareFlags, record: writing.Record, old: OldItems, read: ReadItems
+) -> tuple[dict[str, list[str]], dict[str, dict[str, str]], dict[str, Any]]:
+    """Writes the files of old and new items, and returns their index, their metadata, and what dataset.json records.
+
+    A new item gets the nearest codes among those that old items use, because a model knows no others. If that ID is
+    taken, it gets the nearest free last code, or the nearest free ID of codes that old items use, unless the data set
+    keeps collisions.
+    """
+    dataset, encoder, embeddings = flags.dataset, flags.encoder, flags.embeddings
     new, found, given = read.items, read.counts, read.vectors
     if not new:
         raise InputError(f"--add_items {flags.add_items}: none of its {found['rows']} rows is a new item with a title")
@@ -105,33 +152,16 @@ def add_items(problems: Problems, flags: PrepareFlags) -> writing.Record:
         print(f"note: {', '.join(unknown)} are new tokens, which a model trained before does not know")
 
     # Write old and new items.
-    with writing.scratch_folder(output_dir) as scratch:
-        folder = os.path.join(scratch, "dataset")
-        os.mkdir(folder)
-        metadata = {item: writing.metadata_of(fields) for item, fields in zip(index, new, strict=True)}
-        writing.write_catalogue(
-            folder,
-            record["category"],
-            {**old["index"], **index},
-            {**old["metadata"], **metadata},
-            np.concatenate([old["embeddings"], vectors]),
-            old["codebooks"],
-            old["text_model"],
-        )
-        for split in SPLITS:
-            path = os.path.join(folder, writing.files_of(record["category"])[split])
-            os.makedirs(os.path.dirname(path))
-            shutil.copyfile(os.path.join(dataset, writing.files_of(record["category"])[split]), path)
-        added = {
-            "inputs": {"items": input_of(read.source, ITEM_ROLES, read.columns)},
-            "items": {**found, "kept": len(new)},
-            "semantic_ids": {"levels": report, **resolved},
-            "software": software(),
-        }
-        record = {**record, "added": [*record.get("added", []), added]}
-        writing.write_record(folder, record)
-        writing.publish(folder, output_dir)
-    return record
+    metadata = {item: writing.metadata_of(fields) for item, fields in zip(index, new, strict=True)}
+    index, metadata = {**old["index"], **index}, {**old["metadata"], **metadata}
+    vectors = np.concatenate([old["embeddings"], vectors])
+    writing.write_catalogue(folder, record["category"], index, metadata, vectors, old["codebooks"], old["text_model"])
+    added = {
+        "inputs": {"items": input_of(read.source, ITEM_ROLES, read.columns)},
+        "items": {**found, "kept": len(new)},
+        "semantic_ids": {"levels": report, **resolved},
+    }
+    return index, metadata, added
 
 
 def _give_codes(

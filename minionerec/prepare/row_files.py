@@ -13,9 +13,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from minionerec.prepare.cleaning import SPLITS
-from minionerec.prepare.writing import files_of
-
 COLUMNS = ("user_id", "history_item_title", "item_title", "history_item_id", "item_id", "history_item_sid", "item_sid")
 CHUNK = 1 << 22  # bytes of rows that are joined at a time, about
 TEXT = pa.large_string()  # whose texts may have more than 2 GB together
@@ -23,14 +20,13 @@ _SPECIAL = re.compile('[,"\r\n]')
 
 
 def write_rows(
-    folder: str,
-    category: str,
+    paths: Sequence[str],
     batches: Iterable[np.ndarray],
     users: Sequence[str],
     sids: Sequence[str],
     titles: Sequence[str],
 ) -> None:
-    """Streams the rows of `cleaning.in_time_order` to the files of their splits."""
+    """Streams the rows of `cleaning.in_time_order` to the files of their splits, which are `paths` by number."""
     user_cells, ids = _cells(users), list(map(str, range(len(titles))))
     columns = [  # of the history and of the target
         (_Lists(list(map(repr, titles))), _cells(titles)),
@@ -39,9 +35,8 @@ def write_rows(
     ]
     with ExitStack() as stack:
         files = []
-        for split in SPLITS:
-            path = os.path.join(folder, files_of(category)[split])
-            os.makedirs(os.path.dirname(path))
+        for path in paths:
+            os.makedirs(os.path.dirname(path), exist_ok=True)
             files.append(stack.enter_context(open(path, "wb")))
             files[-1].write(f"{','.join(COLUMNS)}\n".encode())
         size = 1 + sum(lists.size for lists, _ in columns)  # of an item in a history

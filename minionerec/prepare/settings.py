@@ -125,7 +125,11 @@ class PrepareFlags(Flags):
     add_items: str = flag(
         "", "file of new items, which get IDs from the codebooks of dataset; old items do not change."
     )
-    dataset: str = flag("", "folder that this script wrote, for add_items.")
+    dataset: str = flag(
+        "",
+        "folder that this script wrote, for add_items, or for interactions with old and new purchases; the new ones "
+        "become rows of a file of their own.",
+    )
 
     @property
     def columns(self) -> dict[str, str]:
@@ -134,7 +138,7 @@ class PrepareFlags(Flags):
 
     @property
     def adds(self) -> bool:
-        """Whether items are added to a data set."""
+        """Whether items or purchases are added to a data set."""
         return bool(self.add_items or self.dataset)
 
     @property
@@ -155,11 +159,18 @@ class PrepareFlags(Flags):
             problems.add("--encoder and --embeddings exclude each other; keep one")
         if self.adds:
             for one in fields(self):
-                if one.name not in FOR_ADDING and getattr(self, one.name) != one.default:
-                    problems.add(f"--{one.name} is for a new data set; --add_items uses the settings of --dataset")
+                needs = next((name for name, group in FOR_ADDING.items() if one.name in group), "")
+                if getattr(self, one.name) == one.default or (needs and getattr(self, needs)):
+                    continue
+                wrong = f": without --{needs} it does nothing" if needs else " is for a new data set"
+                problems.add(f"--{one.name}{wrong}; the settings are those of --dataset")
             return
         problems.attempt(check_category, self.category)
         super().check(problems)
+        self.check_columns(problems)
+
+    def check_columns(self, problems: Problems) -> None:
+        """Adds the columns of filters that are not there."""
         for name, needs in (("event_column", self.events), ("rating_column", self.min_rating is not None)):
             if getattr(self, name) and not needs:
                 problems.add(
@@ -167,7 +178,12 @@ class PrepareFlags(Flags):
                 )
 
 
-FOR_ADDING = (
-    *("add_items", "dataset", "output_dir", "item_column", "title_column", "description_column"),
-    *("delimiter", "no_header", "encoding", "skip_bad_rows", "encoder", "embeddings"),
-)
+# The flags that go with --dataset, by the flag that they need.
+FOR_ADDING = {
+    "output_dir": (
+        *("add_items", "interactions", "dataset", "output_dir", "item_column"),
+        *("delimiter", "no_header", "encoding", "skip_bad_rows"),
+    ),
+    "add_items": ("title_column", "description_column", "encoder", "embeddings"),
+    "interactions": ("user_column", "time_column", "event_column", "rating_column", "time_format", "end_date"),
+}

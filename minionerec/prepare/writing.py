@@ -3,6 +3,7 @@
 | file | content |
 |---|---|
 | train, valid, test/CATEGORY.csv | next-item rows |
+| new/CATEGORY_1.csv, _2 and so on | rows of later purchases, a file for each time that they were added |
 | info/CATEGORY.txt | SID, title, item id |
 | index/CATEGORY.index.json | item id -> SID tokens |
 | index/CATEGORY.item.json | item id -> title, description, brand, categories, original id |
@@ -18,7 +19,7 @@ import tempfile
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import BinaryIO, TypedDict
+from typing import Any, BinaryIO, TypedDict
 
 import numpy as np
 
@@ -50,6 +51,8 @@ class Record(TypedDict, total=False):
     embeddings: dict[str, str]
     semantic_ids: dict[str, object]
     files: dict[str, str]
+    inputs: dict[str, Any]
+    latest: int  # time of the last purchase, in microseconds since 1970
     added: list[object]
 
 
@@ -64,6 +67,12 @@ def files_of(category: str) -> dict[str, str]:
         "codebooks": f"index/{category}.codebooks.safetensors",
         "tfidf": f"index/{category}.tfidf.safetensors",
     }
+
+
+def row_files_of(record: Record) -> list[str]:
+    """The files of rows of a data set, relative to its folder: those of the splits, then those of later purchases."""
+    later = [name for name in record["files"] if name.startswith("new/")]
+    return [*(files_of(record["category"])[split] for split in SPLITS), *later]
 
 
 @contextmanager

@@ -23,7 +23,8 @@ def test_rows_are_those_of_csv_and_of_lists(tmp_path, monkeypatch):
         monkeypatch.setattr(row_files, "CHUNK", chunk)
         folder = tmp_path / str(number)
         folder.mkdir()
-        row_files.write_rows(str(folder), "any", [rows[:150], rows[150:]], users, sids, titles)
+        paths = [str(folder / split / "any.csv") for split in SPLITS]
+        row_files.write_rows(paths, [rows[:150], rows[150:]], users, sids, titles)
         for place, split in enumerate(SPLITS):
             with open(tmp_path / "expected.csv", "w", encoding="utf-8", newline="") as file:
                 writer = csv.writer(file, lineterminator="\n")
