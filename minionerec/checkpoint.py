@@ -43,6 +43,7 @@ LACKED_IN_0_1: dict[str, dict[str, object]] = {
         "reward_weights": "",
         "sft_weight": 0.0,
         "average_weights": False,
+        "listwise": False,
         "eval_sample": -1,
     },
 }

@@ -271,14 +271,24 @@ def test_a_killed_run_continues_exactly(files, sft, tmp_path):
         ({"reward_type": "semantic"}, "needs a file of item embeddings"),
         ({"reward_type": "sasrec", "cf_path": "nowhere"}, "--cf_path nowhere: no SASRec model is there"),
         ({"dapo": True, "gspo": True}, "--dapo and --gspo exclude each other"),
-        ({"listwise": True}, "--listwise weighs beams by their probability"),
-        ({"listwise": True, "beam_search": True, "add_gt": True}, "--listwise and --add_gt exclude each other"),
-        ({"listwise": True, "beam_search": True, "gspo": True}, "--dapo and --gspo have no effect"),
+        (
+            {"listwise": True, "beam_search": False, "reward_type": "rule"},
+            "--listwise weighs beams by their probability",
+        ),
+        (
+            {"listwise": True, "beam_search": True, "add_gt": True, "reward_type": "rule"},
+            "--listwise and --add_gt exclude each other",
+        ),
+        (
+            {"listwise": True, "beam_search": True, "gspo": True, "reward_type": "rule"},
+            "--dapo and --gspo have no effect",
+        ),
         ({"listwise": True, "beam_search": True, "reward_type": "ranking"}, "and ranking may be negative"),
         (
             {
                 "listwise": True,
                 "beam_search": True,
+                "reward_type": "rule",
                 "train_batch_size": 8,
                 "num_generations": 16,
                 "gradient_accumulation_steps": 2,
