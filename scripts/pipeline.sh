@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Runs SFT, RL on the validation rows, the evaluation of both, and of each with SASRec, which trains in minutes:
 #   METHOD=qlora PRESET=best NPROC=4 bash scripts/pipeline.sh --wandb_project recommender
-# For SFT alone there are sft_lora.sh, sft_qlora.sh and evaluate.sh. Flags go to both trainings; SFT_FLAGS, RL_FLAGS and EVAL_FLAGS are for one
-# stage. Settings: scripts/stages.sh.
+# For SFT alone there are sft_lora.sh, sft_qlora.sh and evaluate.sh. Flags go to both trainings; SFT_FLAGS, RL_FLAGS and
+# EVAL_FLAGS are for one stage. Settings: scripts/stages.sh.
 source "$(dirname "$0")/stages.sh"
 unset MODEL_PATH # RL starts from the SFT of this pipeline
 said=" $* ${SFT_FLAGS:-} ${RL_FLAGS:-} ${EVAL_FLAGS:-} "
