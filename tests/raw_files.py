@@ -36,11 +36,10 @@ def read_raw(path, wanted=None, layout=None, **given):
     """The interactions of a file, part by part, as (user, item, microseconds), what was read, and what was refused."""
     wanted = wanted or sources.Wanted()
     source = open_source(str(path), "interactions", layout)
-    roles = ["user", "item", "time", *["event"] * bool(wanted.events), *["rating"] * (wanted.min_rating is not None)]
     spool = cleaning.Spool(f"{path}.{random.random()}", cleaning.INTERACTION)
     raw, refused = sources.read_all(
         source,
-        lambda: find_columns(source, roles, given),
+        lambda: find_columns(source, wanted.roles, given),
         lambda columns: sources.read_interactions(source, columns, wanted, spool),
     )
     users, items = list(raw.users), list(raw.items)

@@ -120,10 +120,9 @@ def read_interactions(
         zone=zone,
         skip_bad_rows=flags.skip_bad_rows,
     )
-    roles = ("user", "item", "time", *["event"] * bool(wanted.events), *["rating"] * (wanted.min_rating is not None))
 
     def find() -> list[str | None]:
-        return find_columns(source, roles, flags.columns, other.names if other else ())
+        return find_columns(source, wanted.roles, flags.columns, other.names if other else ())
 
     def read(columns: list[str | None]) -> tuple:
         return columns, *sources.read_interactions(source, columns, wanted, spool)
@@ -132,7 +131,7 @@ def read_interactions(
     if found is None:
         return None
     columns, raw, refused = found
-    return ReadInteractions(source, roles, columns, raw, sources.summary(source, refused, columns))
+    return ReadInteractions(source, wanted.roles, columns, raw, sources.summary(source, refused, columns))
 
 
 @dataclass(frozen=True)

@@ -242,6 +242,23 @@ def number_of(value: object) -> float | None:
     return number if math.isfinite(number) and not isinstance(value, bool) else None
 
 
+_AMOUNT = re.compile(
+    r"(?P<minus>[-\u2212]\s*)?\(?\d[\d.,\s]*(?P<after>-|\))?"
+)  # also as SAP and Excel write -3: 3-, (3)
+
+
+def sign_of(value: object) -> int | None:
+    """-1, 0 or 1: whether a number is below, is or is above 0; None for what is no number. Only the sign of a text is
+    read, so a comma in it may separate decimals or thousands."""
+    if isinstance(value, str):
+        found = _AMOUNT.fullmatch(value.strip())
+        if not found:
+            return None
+        return (-1 if found["minus"] or found["after"] else 1) if re.search("[1-9]", value) else 0
+    number = number_of(value)
+    return None if number is None else (number > 0) - (number < 0)
+
+
 _ENTITY = re.compile(r"&#?\w+;")  # Python's unescape also takes the first letters of `&notebooks` for one
 _TAG = re.compile(r"<(?:/?[a-zA-Z]|[!|])[^<>]*>")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")

@@ -21,6 +21,8 @@ COLUMNS = {
         "time": "time timestamp ts date datetime tdat unixtime unixreviewtime eventtime createdat",
         "event": "event eventtype behavior behaviour behaviortype action actiontype",
         "rating": "rating overall stars score",
+        "quantity": "quantity qty lineitemquantity itemquantity itemqty productquantity productqty orderquantity "
+        "orderqty orderedquantity orderedqty quantityordered qtyordered quantitypurchased",
         "title": "title name itemtitle itemname producttitle productname prodname movietitle",
         "description": "description desc itemdescription productdescription detaildesc",
         "features": "feature features",  # stand in for an empty description
@@ -30,7 +32,7 @@ COLUMNS = {
     }.items()
 }
 LAST_RESORT = {"user": ("sessionid",), "item": ("id",)}  # where no other name is there
-OPTIONAL = ("description", "features", "brand", "categories", "price")
+OPTIONAL = ("description", "features", "brand", "categories", "price", "quantity")
 
 
 def is_known_name(name: str) -> bool:

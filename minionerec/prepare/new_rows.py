@@ -43,7 +43,8 @@ def settings_of(flags: PrepareFlags, record: writing.Record) -> PrepareFlags:
     try:
         arguments: dict = {**record["arguments"]}
         values = {name: arguments[name] for name in KEPT}
-        columns = {f"{role}_column": name for role, name in record["inputs"]["interactions"]["columns"].items()}
+        recorded = record["inputs"]["interactions"]["columns"]
+        columns = {f"{role}_column": name for role, name in recorded.items() if role != "quantity"}  # it has no flag
         for name, value in {**values, **columns}.items():
             if type(value) not in (type(getattr(PrepareFlags, name)), *[float] * (name == "min_rating")):
                 raise ValueError(f"{name} is {value!r}")
@@ -204,6 +205,9 @@ def add_rows(
             f"note: {unseen:,} purchases until {until} make no row, although {settings.dataset} has none of them; they "
             "count in histories"
         )
+    quantity = record["inputs"]["interactions"]["columns"].get("quantity")
+    if quantity is not None and bought.columns[bought.roles.index("quantity")] is None:
+        print(f"warning: {path} has no column {quantity}, so its returns count as purchases")
     if lacking:
         print(
             f"warning: {path} lacks the purchases of {lacking:,} rows of {settings.dataset}; histories are without "

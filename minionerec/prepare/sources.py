@@ -19,6 +19,7 @@ from minionerec.prepare.cells import (
     is_shortened,
     not_an_id,
     number_of,
+    sign_of,
     text_of,
     time_reader,
     times_of,
@@ -53,6 +54,12 @@ class Wanted:
     time_format: str = ""
     zone: tzinfo = UTC
     skip_bad_rows: bool = False
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """Of the columns that are read."""
+        asked = (*["event"] * bool(self.events), *["rating"] * (self.min_rating is not None))
+        return ("user", "item", "time", "quantity", *asked)
 
 
 @dataclass
@@ -114,7 +121,9 @@ def read_interactions(
     """Reads the interactions that count into `spool`, in parts by user.
 
     Args:
-        columns: of user, item and time, and of event and rating where `wanted` asks for them.
+        columns: of the roles of `wanted`. That of the quantity may be None. Where it has one, what was returned or
+            cancelled is no purchase: a row with a quantity below 0, or of 0, unless kinds of events are chosen, since
+            a view has a quantity of 0.
 
     Memory grows with users and items, not with rows. Raises InputError naming the first bad cells.
     """
@@ -125,15 +134,23 @@ def read_interactions(
     time_of = time_reader(wanted.time_format, wanted.zone)
     chosen = f"events {', '.join(sorted(wanted.events))}" if wanted.events else ""
     rated = f"rated {wanted.min_rating:g} or more" if wanted.min_rating is not None else ""
-    read.steps = dict.fromkeys([step for step in (chosen, rated) if step], 0)
+    least, returned, example = 0 if chosen else 1, 0, ""
+    sold = f"with {columns[3]} {'of 0 or more' if chosen else 'above 0'}" if columns[3] is not None else ""
+    read.steps = dict.fromkeys([step for step in (chosen, sold, rated) if step], 0)
     for rows, lines, cells in source.batches(columns, refused):
-        # Leave out other events, and low ratings.
+        # Leave out other events, returns, and low ratings.
         kept = list(range(len(rows)))
         if chosen:
-            events = [str(cell).strip() for cell in cells[3]]
+            events = [str(cell).strip() for cell in cells[4]]
             seen.update(events if len(seen) < MOST_EVENTS else ())
             kept = [i for i in kept if events[i] in wanted.events]
             read.steps[chosen] += len(kept)
+        if sold:
+            back = {i for i in kept if (sign := sign_of(cells[3][i])) is not None and sign < least}
+            if back:
+                returned, example = returned + len(back), example or shorten(cells[3][min(back)])
+                kept = [i for i in kept if i not in back]
+            read.steps[sold] += len(kept)
         if rated:
             ratings = {i: number_of(cells[-1][i]) for i in kept}
             for i in [i for i in kept if ratings[i] is None]:
@@ -179,6 +196,11 @@ def read_interactions(
         batch["item"] = [items.setdefault(item, len(items)) for item in cast(list[str], item_ids)]
         spool.append(batch["user"] % spool.parts, batch)
     read.num_rows, read.refused = source.num_rows, refused.count
+    if returned:
+        source.notes.append(
+            f"note: {source.path}: {returned:,} rows with {columns[3]} {'below 0' if chosen else 'of 0 or less'}, such "
+            f"as {example}, are returns or cancellations, so they are left out"
+        )
     _check(source, columns, wanted, read, refused, seen, numbers_as_dates)
     return read, refused
 
