@@ -26,13 +26,17 @@ def whole(value: float, bits: int = 53) -> float:
     return Rounded(value) if abs(value) >= 2**bits else value
 
 
+_FLOAT_ID = re.compile(r"-?\d(?:[.,]\d+)?[eE]\+\d+|-?(?:0|[1-9]\d*)(?:\.0+|,0)")
+
+
 def _text_id(value: str) -> str | None:
-    """An id that is text. A missing id makes pandas write whole numbers as 7.0, and large ones as 1.2e+17."""
+    """An id that is text. A missing id makes pandas write whole numbers as 7.0, and large ones as 1.2e+17; where
+    decimals have a comma, as 7,0 and 1,2e+17."""
     value = present(value)
     if is_shortened(value):
         return None
-    if ("." in value or "+" in value) and re.fullmatch(r"-?\d(?:\.\d+)?[eE]\+\d+|-?(?:0|[1-9]\d*)\.0+", value):
-        return identifier(float(value))
+    if ("." in value or "+" in value or "," in value) and _FLOAT_ID.fullmatch(value):
+        return identifier(float(value.replace(",", ".")))
     return value if value and is_text(value) else None
 
 
@@ -64,18 +68,18 @@ def not_an_id(role: str, cell: object) -> str:
     """What is wrong with a cell that should be an id."""
     text = cell.strip() if isinstance(cell, str) else ""
     is_large = isinstance(cell, float) and math.isfinite(cell) and abs(cell) >= 2**11 and cell.is_integer()
-    if is_large or re.fullmatch(r"-?\d(\.\d+)?[eE]\+\d+|-?\d+\.0+", text):
+    if is_large or re.fullmatch(r"-?\d([.,]\d+)?[eE]\+\d+|-?\d+(\.0+|,0)", text):
         lost = "a spreadsheet shortened it" if is_shortened(text) else "it was stored as a float"
         return f"lost digits when {lost}; write ids as text or as whole numbers"
     return f"expected {'an' if role == 'item' else 'a'} {role} id, text or a whole number"
 
 
 def is_shortened(cell: object) -> bool:
-    """Whether a cell is a number as a spreadsheet saves a long one, such as 1.53834E+12: its last digits are lost. In
-    Python and R the e is small."""
+    """Whether a cell is a number as a spreadsheet saves a long one, such as 1.53834E+12, or 1,53834E+12 where decimals
+    have a comma: its last digits are lost. In Python and R the e is small."""
     if not isinstance(cell, str) or "E+" not in cell:
         return False
-    return bool(re.fullmatch(r"-?\d(?:\.\d+)?E\+(?:0\d|1[0-5])", cell.strip()))
+    return bool(re.fullmatch(r"-?\d(?:[.,]\d+)?E\+(?:0\d|1[0-5])", cell.strip()))
 
 
 def microseconds(value: object, zone: tzinfo = UTC) -> int | None:

@@ -43,6 +43,12 @@ def test_ids_written_both_ways_are_one(tmp_path):
     assert {row[:2] for row in read_seconds(path)[0]} == {("7", "1")}
 
 
+def test_ids_of_a_country_with_decimal_commas_are_read_as_others(tmp_path):
+    path = written(tmp_path / "file", table(";", rows=[("7", "1,0", T0), ("7,0", "1", T0 + 5), ("8,00", "1,5", T0)]))
+    assert {row[:2] for row in read_seconds(path)[0]} == {("7", "1"), ("8,00", "1,5")}
+    assert cells.identifier("9,007199254740992e+15") is None
+
+
 def times_of(path, *values, form="", zone=UTC):
     wanted = sources.Wanted(time_format=form, zone=zone)
     return [
@@ -98,7 +104,7 @@ def test_times_in_common_forms(tmp_path):
     assert cells.microseconds(Decimal(T0)) == T0 * 10**6 and cells.microseconds(date(2018, 1, 1))
 
 
-@pytest.mark.parametrize("cell", ["4.00638E+12", "1.23457E+11", " 5E+12 "])
+@pytest.mark.parametrize("cell", ["4.00638E+12", "1.23457E+11", " 5E+12 ", "4,00638E+12"])
 def test_an_id_that_a_spreadsheet_shortened_is_refused(cell):
     """Several barcodes begin with the six digits that are left."""
     assert cells.identifier(cell) is None and cells.identifier(cell.encode()) is None
