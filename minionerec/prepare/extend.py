@@ -73,6 +73,9 @@ def extend(problems: Problems, flags: PrepareFlags) -> writing.Record:
         if unique:
             raise InputError(unique)
         assert record and old
+        if read and not read.items and bought:  # a catalogue that is given every week has nothing new in some
+            print("\n".join([*read.lines, f"note: --add_items {flags.add_items}: {_nothing_new(read)}"]))
+            read = None
 
         # Write the files of the data set, those of old and new items, and the new rows.
         folder = os.path.join(scratch, "dataset")
@@ -108,7 +111,7 @@ def _add_items(
     dataset, encoder, embeddings = flags.dataset, flags.encoder, flags.embeddings
     new, found, given = read.items, read.counts, read.vectors
     if not new:
-        raise InputError(f"--add_items {flags.add_items}: none of its {found['rows']} rows is a new item with a title")
+        raise InputError(f"--add_items {flags.add_items}: {_nothing_new(read)}")
     print("\n".join(read.lines))
 
     # Embed the new items as the old ones were.
@@ -162,6 +165,10 @@ def _add_items(
         "semantic_ids": {"levels": report, **resolved},
     }
     return index, metadata, added
+
+
+def _nothing_new(read: ReadItems) -> str:
+    return f"none of its {read.counts['rows']:,} rows is a new item with a title"
 
 
 def _give_codes(

@@ -160,10 +160,15 @@ class Source:
 
     def _delimited(self, file: IO[bytes], wanted: list[str], refused: RefusedRows) -> Iterator[tuple]:
         places, width = {name: self.names.index(name) for name in wanted}, len(self.names)
-        first = self.header  # whether the next record is the header
+        header: Record | None = None
+        again: list[int] = []  # lines where an export that was joined to the file begins
         for lines, records in self.records(file):
-            if first:
-                first, lines, records = False, lines[1:], records[1:]
+            if self.header and header is None:
+                header, lines, records = records[0], lines[1:], records[1:]
+            if header in records:
+                again += [line for line, record in zip(lines, records, strict=True) if record == header]
+                lines = [line for line, record in zip(lines, records, strict=True) if record != header]
+                records = [record for record in records if record != header]
             numbers: Sequence[int] = range(self.num_rows + 1, self.num_rows + len(records) + 1)
             self.num_rows += len(records)
             if {*map(len, records)} != {width} or str in {*map(type, records)}:
@@ -182,6 +187,11 @@ class Source:
             if records:
                 columns = list(zip(*records, strict=True))
                 yield numbers, lines, {name: list(columns[place]) for name, place in places.items()}
+        if again:
+            self.notes.append(
+                f"note: {self.path}: {len(again):,} lines repeat the names of the columns, such as line {again[0]}; "
+                "they are no rows"
+            )
 
     def records(self, file: IO[bytes]) -> Iterator[tuple[Sequence[int], list[Record]]]:
         """The records of delimited text, as `read_records` gives them. Raises ReadAgain where quotes turn out to be

@@ -198,7 +198,7 @@ def add_rows(
     if log.unknown:
         print(
             f"note: {len(log.unknown):,} items of later purchases, such as {shorten(log.unknown[0])}, are none of "
-            f"{settings.dataset}; --add_items gives them IDs"
+            f"{settings.dataset}; --add_items in this command gives them IDs, and these purchases rows"
         )
     if unseen:
         print(

@@ -7,7 +7,7 @@ import pytest
 from helpers import encoded
 from hypothesis import given
 from hypothesis import strategies as st
-from raw_files import BAD_CSV, T0, problems_of, read, read_seconds, written
+from raw_files import BAD_CSV, T0, problems_of, read, read_items, read_seconds, written
 
 from minionerec.data.files import present
 from minionerec.errors import InputError
@@ -27,6 +27,19 @@ BAD_JSON = [
     b'{"user": "\xff", "item": 5, "time": 1500000000}',
     b"nonsense",
 ]
+
+
+def test_exports_that_were_joined_repeat_their_header(tmp_path):
+    """Its names are no row: an item whose title is `title` would be sold."""
+    header, later = "user,item,time\n", f"2,8,{T0 + 1}\n"
+    path = written(tmp_path / "file", f"{header}1,7,{T0}\n{header}{later}{header}")
+    found, raw, refused = read_seconds(path)
+    assert found == [("1", "7", T0), ("2", "8", T0 + 1)] and (raw.num_rows, refused.count) == (2, 0)
+    written(path, f"{header}{header}1,7,{T0}\n2,8,soon\n")
+    assert "row 2, time: expected a date" in (told := problems_of(read_seconds, path)) and "(line 4)" in told
+    items, counts, _ = read_items(written(path, "id\tname\n7\tA\nid\tname\n8\tB\n"))
+    assert [item.title for item in items] == ["A", "B"] and counts["rows"] == 2
+    assert "has no rows" in problems_of(read_items, written(path, "id\tname\nid\tname\n"))
 
 
 @given(st.lists(st.one_of(GOOD_ROW, st.integers(0, 100)), min_size=1, max_size=25), st.booleans())

@@ -153,6 +153,15 @@ def test_new_items_and_their_purchases_come_together(tmp_path, capsys):
     for name in ("index", "info"):
         grown, was = (next((folder / name).glob("T*[xt]*")) for folder in (tmp_path / "week_2", first))
         assert grown.read_bytes().startswith(was.read_bytes()[:-1])
+    # A whole catalogue every week has nothing new in some.
+    again = {**flags, "dataset": str(tmp_path / "week_2"), "add_items": new, "item_column": "what"}
+    capsys.readouterr()
+    refused({**again, "output_dir": str(tmp_path / "none")}, "no purchase after")
+    log = log_of(tmp_path / "next.csv", [*old, *later, *bought, ("u1", "N1", T0 + 30 * DAY)])
+    prepare_data(**{**again, "interactions": log, "output_dir": str(tmp_path / "next")})
+    assert "note: --add_items" in (out := capsys.readouterr().out) and "none of its 1 rows is a new item" in out
+    assert len(rows_of(tmp_path / "next" / "new" / "T_2.csv")) == 1
+    assert numbers_of(tmp_path / "next") == numbers_of(tmp_path / "week_2")
     # And items alone keep the rows.
     more = items_of(tmp_path / "more.tsv", ["N2"])
     prepare_data(dataset=str(tmp_path / "week_2"), add_items=more, output_dir=str(tmp_path / "week_3"))
