@@ -2,7 +2,8 @@
 
 from typing import TYPE_CHECKING
 
-__version__ = "0.2.0"
+from minionerec.version import __version__
+
 __all__ = ["InputError", "RLFlags", "Ranker", "RunError", "SFTFlags", "__version__"]
 
 if TYPE_CHECKING:

@@ -9,13 +9,14 @@ from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
 
-from minionerec import __version__, world
+from minionerec import world
 from minionerec.data.files import Catalogue, read_json, sha256_of, shorten
 from minionerec.data.prompts import RECOMMENDATION, Prompts, load_prompts
 from minionerec.errors import InputError, Problems
 from minionerec.flags import AdapterFlags, PromptFlags, engine
 from minionerec.sasrec_files import WEIGHTS_FILE
 from minionerec.validation import ADAPTER, FLAGS, RUN, TRAINER_STATE, check_values
+from minionerec.version import __version__
 
 RUN_FILE = "minionerec.json"  # the resolved configuration of the run that wrote the checkpoint
 ADAPTER_FILE = "adapter_config.json"

@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 
-from minionerec import __version__
 from minionerec.data.files import sha256_of
 from minionerec.errors import InputError, Problems
 from minionerec.prepare import cleaning, item_embeddings, row_files, semantic_ids, sources, writing
@@ -21,6 +20,7 @@ from minionerec.prepare.columns import find_columns
 from minionerec.prepare.formats import Source
 from minionerec.prepare.recognize import Layout, open_source
 from minionerec.prepare.settings import PrepareFlags
+from minionerec.version import __version__
 
 ITEM_ROLES = ("item", "title", "description", "features", "brand", "categories", "price")
 MOST_MOVED = 0.05  # of the items, before a line warns
