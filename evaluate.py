@@ -167,8 +167,7 @@ class EvaluateInput:
 
 def read_input(flags: EvaluateFlags) -> EvaluateInput:
     """Checks the flags, the checkpoint and every row of the files. Raises InputError with everything that is wrong."""
-    problems = Problems()
-    flags.check(problems)
+    problems = flags.problems()
     checkpoint, base, prompts = read_model(problems, "base_model", flags.base_model, flags.adapter, flags)
     listed = problems.attempt(read_info_items, flags.info_file) or []
     sids = list(dict.fromkeys(item.sid for item in listed))

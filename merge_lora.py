@@ -85,8 +85,7 @@ class MergeInput:
 
 def read_input(flags: MergeFlags) -> MergeInput:
     """Checks the flags, the adapter and the rows to compare on. Raises InputError with everything that is wrong."""
-    problems = Problems()
-    flags.check(problems)
+    problems = flags.problems()
     checkpoint, base = None, flags.base_model
     if is_adapter(flags.adapter):
         checkpoint = problems.attempt(Checkpoint.read, flags.adapter)

@@ -201,8 +201,7 @@ class RecommendInput:
 def read_input(flags: RecommendFlags) -> RecommendInput:
     """Checks the flags, the checkpoint, the catalogue and every request. Raises InputError with everything that is
     wrong."""
-    problems = Problems()
-    flags.check(problems)
+    problems = flags.problems()
     return read_files(problems, flags)
 
 

@@ -11,7 +11,6 @@ from itertools import islice
 
 from benchmarks.common import interleaved_medians, print_json, print_table, quiet
 from minionerec import cli
-from minionerec.errors import Problems
 from minionerec.flags import Flags, above_zero, command, flag
 
 
@@ -32,9 +31,7 @@ class BlendedFlags(Flags):
 @command(BlendedFlags)
 def blend(flags: BlendedFlags) -> None:
     """Prints milliseconds per request and their ratio."""
-    problems = Problems()
-    flags.check(problems)
-    problems.check()
+    flags.problems().check()
 
     from minionerec.ranking import Ranker
     from minionerec.serving.requests import RequestReader

@@ -25,7 +25,6 @@ from benchmarks.fixtures import make_base
 from minionerec import cli
 from minionerec.data.files import Catalogue, count_rows, read_catalogue, read_interactions
 from minionerec.data.prompts import SEPARATOR, Prompts, load_prompts
-from minionerec.errors import Problems
 from minionerec.flags import Flags, above_zero, command, flag
 from minionerec.process_memory import peak_rss_gb, reset_peak_rss, rss_gb
 
@@ -189,8 +188,7 @@ def prepare(folder: str, items: int, vocab_size: int) -> None:
 @command(DataFlags)
 def data(flags: DataFlags) -> None:
     """Prints rows/s of the pipeline and of a plain loop, and the pipeline's peak memory by rows."""
-    problems = Problems()
-    flags.check(problems)
+    problems = flags.problems()
     rows, tasks = flags.rows, flags.tasks
     prompts = problems.attempt(load_prompts, "", None, tasks)
     if prompts and not any(task.rows == "interaction" for task in prompts.tasks.values()):

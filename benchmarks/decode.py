@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING
 from benchmarks.common import in_fresh_process, interleaved_medians, print_json, print_table, quiet
 from benchmarks.fixtures import CODES, LEVELS, SmallShapeFlags, random_sids, sid_tokenizer, small_qwen2
 from minionerec import cli
-from minionerec.errors import Problems
 from minionerec.flags import Check, above_zero, command, flag
 from minionerec.process_memory import peak_rss_gb, reset_peak_rss, rss_gb
 
@@ -105,9 +104,7 @@ def generate(
 @command(DecodeFlags)
 def decode(flags: DecodeFlags) -> None:
     """Prints the speed-up over `generate` with 16 and 50 beams, and what a large catalogue and constraints cost."""
-    problems = Problems()
-    flags.check(problems)
-    problems.check()
+    flags.problems().check()
     prompts, prompt_tokens, repeats = flags.prompts, flags.prompt_tokens, flags.repeats
     small_catalogue, large_catalogue = flags.small_catalogue, flags.large_catalogue
     build = in_fresh_process(build_cost, large_catalogue, flags.vocab_size)

@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from benchmarks.common import interleaved_medians, print_json, print_table, quiet
+from benchmarks.fixtures import SmallShapeFlags
 from minionerec import cli
-from minionerec.errors import Problems
-from minionerec.flags import Flags, above_zero, command, flag
+from minionerec.flags import above_zero, command, flag
 
 PROMPTS, GENERATIONS, BEAMS = 8, 16, 20
 
@@ -101,13 +101,13 @@ def compare(way: str, adapted: str, shape: dict[str, int], tokens: int, repeats:
 
 
 @dataclass(frozen=True, kw_only=True)
-class GraphFlags(Flags):
-    """The shape of the model, and what runs through it."""
+class GraphFlags(SmallShapeFlags):
+    """The shape of the model, that of Qwen2.5-0.5B where nothing is said, and what runs through it."""
 
-    hidden_size: int = flag(896, "width of the model; Qwen2.5-0.5B has 896.")
+    hidden_size: int = flag(896, "width of the model.", above_zero)
     num_hidden_layers: int = flag(24, "decoder layers.", above_zero)
-    num_attention_heads: int = flag(14, "query heads.")
-    vocab_size: int = flag(151936, "rows of the embedding.")
+    num_attention_heads: int = flag(14, "query heads.", above_zero)
+    vocab_size: int = flag(151936, "rows of the embedding.", above_zero)
     prompt_tokens: int = flag(120, "tokens of a prompt.", above_zero)
     repeats: int = flag(5, "timed passes; medians count.", above_zero)
 
@@ -115,21 +115,17 @@ class GraphFlags(Flags):
 @command(GraphFlags)
 def graphs(flags: GraphFlags) -> None:
     """Prints seconds of passes, kernel by kernel and recorded, and how far their results are apart."""
-    problems = Problems()
-    flags.check(problems)
-    problems.check()
+    flags.problems().check()
     import torch
 
     from benchmarks.counting import as_on_gpu
 
     quiet()
-    shape = {"hidden_size": flags.hidden_size, "num_hidden_layers": flags.num_hidden_layers}
-    shape |= {"num_attention_heads": flags.num_attention_heads, "vocab_size": flags.vocab_size}
     ways = [("search", "lora"), ("search", "merged"), ("rl", "lora"), ("sft", "lora"), ("sft", "full")]
     with nullcontext() if torch.cuda.is_available() else as_on_gpu():
-        table = [compare(*of, shape, flags.prompt_tokens, flags.repeats) for of in ways]
+        table = [compare(*of, flags.shape, flags.prompt_tokens, flags.repeats) for of in ways]
     print_table(table)
-    print_json("graphs", table=table, shape=shape)
+    print_json("graphs", table=table, shape=flags.shape)
 
 
 if __name__ == "__main__":

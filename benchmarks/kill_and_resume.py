@@ -19,7 +19,6 @@ from typing import NoReturn
 
 from benchmarks.fixtures import ROOT
 from minionerec import cli
-from minionerec.errors import Problems
 from minionerec.flags import Flags, above_zero, check_new_folder, command, flag
 
 DEMO = os.path.join(ROOT, "examples", "demo")
@@ -41,9 +40,8 @@ class KillFlags(Flags):
 @command(KillFlags)
 def kill_and_resume(flags: KillFlags) -> None:
     """Runs the experiment on the bundled demo."""
-    problems = Problems()
+    problems = flags.problems()
     check_new_folder(problems, flags.output_dir)
-    flags.check(problems)
     problems.check()
     output_dir = flags.output_dir
     rng = random.Random(flags.seed)

@@ -20,7 +20,6 @@ from typing import Any
 from benchmarks.common import print_json, print_table, quiet
 from benchmarks.fixtures import some_of
 from minionerec import cli
-from minionerec.errors import Problems
 from minionerec.flags import Flags, above_zero, command, flag
 
 
@@ -36,9 +35,7 @@ class LaunchFlags(Flags):
 @command(LaunchFlags)
 def launches(flags: LaunchFlags) -> None:
     """Prints kernels and host reads of training and search, as on a GPU."""
-    problems = Problems()
-    flags.check(problems)
-    problems.check()
+    flags.problems().check()
     from benchmarks.counting import as_on_gpu, count_decoding, count_rl, count_sft
 
     quiet()

@@ -21,7 +21,6 @@ from benchmarks.common import in_fork, in_fresh_process, in_turn, print_json, pr
 from benchmarks.fixtures import SPARE_ROWS, save_base, some_of
 from benchmarks.sft_step import METHODS, train
 from minionerec import cli
-from minionerec.errors import Problems
 from minionerec.flags import AdapterFlags, Flags, above_zero, command, flag, zero_or_more
 
 # From the configurations of Qwen2-0.5B, Qwen2-1.5B, Qwen2.5-3B, Qwen2-7B and Qwen2.5-14B: hidden size, layers, heads,
@@ -112,9 +111,7 @@ def predicted(
 @command(MemoryFlags)
 def memory(flags: MemoryFlags) -> None:
     """Prints one row per size and method."""
-    problems = Problems()
-    flags.check(problems)
-    problems.check()
+    flags.problems().check()
 
     import torch
 

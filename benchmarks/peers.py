@@ -365,8 +365,7 @@ class PeerFlags(Flags):
 def peers(flags: PeerFlags) -> None:
     """Prints rows/s, peak memory, losses and ranking metrics of the same LoRA SFT by this project and by others."""
     # Check the flags and the files.
-    problems = Problems()
-    flags.check(problems)
+    problems = flags.problems()
     files = find_files(problems, flags.data, "train.csv", "test.csv", "info.txt", "*.index.json", "*.item.json")
     train_file, test_file, info_file, sid_index_path, item_meta_path = files
     chosen = flags.chosen

@@ -174,9 +174,7 @@ class RawFlags(Flags):
 @command(RawFlags)
 def benchmark(flags: RawFlags) -> None:
     """Prepares a data set in a new process, and prints its time and memory."""
-    problems = Problems()
-    flags.check(problems)
-    problems.check()
+    flags.problems().check()
     settings = {name: getattr(flags, name) for name in ("min_interactions", "levels", "codes")}
     with tempfile.TemporaryDirectory() as folder:
         if flags.raw_dir:

@@ -27,7 +27,7 @@ from benchmarks.fixtures import ROOT
 from minionerec import cli
 from minionerec.data.files import read_info_items
 from minionerec.data.items import Items
-from minionerec.errors import Problems, RunError
+from minionerec.errors import RunError
 from minionerec.flags import Flags, above_zero, command, flag
 from minionerec.serving.requests import RequestReader
 
@@ -147,8 +147,7 @@ class LoadFlags(Flags):
 def asked(flags: LoadFlags) -> tuple[list[bytes], dict[bytes, dict]]:
     """The bodies of all requests, of the distinct histories in turn, and what the server must answer to each. Raises
     InputError."""
-    problems = Problems()
-    flags.check(problems)
+    problems = flags.problems()
     bodies = problems.attempt(_read_bodies, flags.info_file, flags.histories, flags.requests)
     problems.check()
     assert bodies

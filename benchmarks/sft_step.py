@@ -30,7 +30,6 @@ from benchmarks.common import (
 )
 from benchmarks.fixtures import ShapeFlags, save_base, some_of
 from minionerec import cli
-from minionerec.errors import Problems
 from minionerec.flags import AdapterFlags, above_zero, command, flag
 
 METHODS = {
@@ -135,8 +134,7 @@ def train(
 @command(StepFlags)
 def sft_step(flags: StepFlags) -> None:
     """Prints rows/s and peak memory of each way to train, against full fine-tuning with all logits."""
-    problems = Problems()
-    flags.check(problems)
+    problems = flags.problems()
     if flags.tokens <= flags.response_tokens:
         problems.add(f"--tokens {flags.tokens}: must be greater than --response_tokens")
     problems.check()

@@ -32,7 +32,6 @@ from benchmarks.common import (
 from benchmarks.fixtures import ShapeFlags, find_files, save_base, set_up, some_of
 from minionerec import cli
 from minionerec.data.prompts import load_prompts
-from minionerec.errors import Problems
 from minionerec.flags import above_zero, check_batch, command, flag
 
 WAYS = ("random", "rows", "trees")
@@ -138,8 +137,7 @@ def train(connection: Connection, way: str, method: str, base: str, files: list[
 @command(TreesFlags)
 def trees(flags: TreesFlags) -> None:
     """Prints seconds, peak memory and losses of SFT steps with shared beginnings against rows one by one."""
-    problems = Problems()
-    flags.check(problems)
+    problems = flags.problems()
     check_batch(problems, flags.rows, flags.micro_batch_size)
     files = find_files(problems, flags.data, "train.csv", "*.index.json", "*.item.json")
     ways, table, record = flags.ways.split(","), [], {}

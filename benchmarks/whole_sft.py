@@ -30,7 +30,6 @@ from benchmarks.common import (
 from benchmarks.fixtures import ShapeFlags, find_files, save_base, set_up
 from minionerec import cli
 from minionerec.data.prompts import load_prompts
-from minionerec.errors import Problems
 from minionerec.flags import above_zero, check_batch, command, flag
 
 FILES = ("train.csv", "valid.csv", "*.index.json", "*.item.json")
@@ -159,8 +158,7 @@ def train(connection: Connection, way: str, base: str, files: list[str], flags: 
 @command(WholeFlags)
 def whole_sft(flags: WholeFlags) -> None:
     """Prints seconds and rows/s of SFT on a file with its evaluations, this project's way and the ordinary one."""
-    problems = Problems()
-    flags.check(problems)
+    problems = flags.problems()
     check_batch(problems, flags.rows, flags.micro_batch_size)
     files = find_files(problems, flags.data, *FILES)
     ways = ["full, all logits", "LoRA, token trees"]

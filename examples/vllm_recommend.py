@@ -150,8 +150,7 @@ class SearchFlags(Flags):
 @command(SearchFlags)
 def recommend(flags: SearchFlags) -> None:
     """Writes a line for each history, as recommend.py does."""
-    problems = Problems()
-    flags.check(problems)
+    problems = flags.problems()
     model, info_file, output = flags.model, flags.info_file, flags.output
     checkpoint, _, prompts = read_model(problems, "model", model, "", PromptFlags())
     if is_adapter(model):

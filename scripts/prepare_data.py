@@ -16,7 +16,6 @@ import sys
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from minionerec import cli, locks
-from minionerec.errors import Problems
 from minionerec.flags import command
 from minionerec.prepare.settings import PrepareFlags
 
@@ -26,8 +25,7 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 @command(PrepareFlags)
 def prepare_data(flags: PrepareFlags) -> None:
     """Turns purchases and items into the files that training reads, or adds new ones to such a data set."""
-    problems = Problems()
-    flags.check(problems)
+    problems = flags.problems()
     if not problems:
         locks.hold("output_dir", flags.output_dir, locks.lock_of_new)
     if flags.adds:

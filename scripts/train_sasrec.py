@@ -58,8 +58,7 @@ class SASRecFlags(Flags):
 def train_sasrec(flags: SASRecFlags) -> dict[str, float]:
     """Trains SASRec on the training file, and keeps the epoch with the best NDCG@10 on the validation file. Several
     models are averaged."""
-    problems = Problems()
-    flags.check(problems)
+    problems = flags.problems()
     items = problems.attempt(read_info_items, flags.info_file) or []
     sids = list(dict.fromkeys(item.sid for item in items)) or None
     for name in ("train_file", "eval_file", "test_data_path"):

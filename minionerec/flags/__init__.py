@@ -91,6 +91,12 @@ class Flags:
             if wrong:
                 problems.add(f"--{f.name} {repr(value) if isinstance(value, str) else value}: {wrong}")
 
+    def problems(self) -> Problems:
+        """What is wrong with the flags by themselves; what is wrong with their files can be added."""
+        problems = Problems()
+        self.check(problems)
+        return problems
+
     def check_output(self, problems: Problems, name: str, what: str, *more: str) -> None:
         """The flag `name` is the path of a file that the command makes or replaces; `what` it is, for the message. No
         flag may name it, or one of the paths `more` that are written with it, as an input."""
