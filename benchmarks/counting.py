@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import TrainerCallback
 
 from benchmarks import rl_step
-from benchmarks.fixtures import LEVELS, save_base
+from benchmarks.fixtures import save_base
 from minionerec.dryrun import passes
 from minionerec.flags import AdapterFlags
 from minionerec.model import fewer_kernels, graphs
@@ -344,44 +344,11 @@ def count_sft(method: str, layers: int, users: int = 80, recorded: bool = False)
 def count_rl(layers: int, recorded: bool = False) -> dict[str, Any]:
     """An optimizer step of RL with a new LoRA adapter, in one pass: kernels and reads by phase."""
     from transformers import PrinterCallback
-    from trl import GRPOConfig
-
-    import lora_utils
-    from minionerec.decoding.trie import Trie
-    from minionerec.model.fewer_kernels import use_fewer_kernels
-    from minionerec.training.rl_trainer import ReReTrainer
 
     shape = {"hidden_size": 64, "num_hidden_layers": layers, "num_attention_heads": 4, "vocab_size": 2048}
-    tokenizer, model, adapter, catalogue, sequences, prompts, silent = rl_step.setting(
-        shape, 400, PROMPTS, PROMPT_TOKENS, 0
-    )
-
-    use_fewer_kernels(model)
-
-    def reward(prompts: list[list[int]], completion_ids: list[list[int]], **_: object) -> list[float]:
-        return [rl_step.reward_of(*of, silent) for of in zip(prompts, completion_ids, strict=True)]
-
-    model = lora_utils.add_lora(model, adapter)
-    graphs.record(model, recorded)
-    trainer = ReReTrainer(
-        model,
-        [reward],
-        GRPOConfig(
-            **run_settings(tempfile.mkdtemp(), save_strategy="no", max_steps=4),
-            per_device_train_batch_size=PROMPTS * GENERATIONS,
-            num_generations=GENERATIONS,
-            beta=0.04,
-            use_bias_correction_kl=False,
-            loss_type="grpo",
-            learning_rate=1e-4,
-            max_completion_length=len(LEVELS) + 1,
-        ),
-        Dataset.from_dict({"prompt": prompts * 3, "target": catalogue[: 3 * PROMPTS]}),
-        processing_class=tokenizer,
-        new_adapter=True,
-        trie=Trie(sequences, tokenizer.eos_token_id),
-        sids=catalogue,
-    )
+    parts = rl_step.setting(shape, 400, PROMPTS, PROMPT_TOKENS, 0)
+    args = run_settings(tempfile.mkdtemp(), save_strategy="no", max_steps=4)
+    trainer = rl_step.our_trainer(parts, GENERATIONS, recorded, times=3, **args)
     with counting() as launches:
 
         class Steps(TrainerCallback):

@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from benchmarks.common import answer, in_turn, peak_memory_gb, print_json, print_table, quiet, reset_peak_memory
 from benchmarks.decode import prefix_table
@@ -29,6 +29,9 @@ from benchmarks.fixtures import LEVELS, SmallShapeFlags, random_sids, sid_tokeni
 from minionerec import cli
 from minionerec.errors import Problems
 from minionerec.flags import AdapterFlags, above_zero, command, flag
+
+if TYPE_CHECKING:
+    from minionerec.training.rl_trainer import ReReTrainer
 
 WAYS = {
     "plain": "plain",
@@ -86,57 +89,65 @@ def reward_of(prompt: list[int], completion: list[int], silent: set[tuple[int, .
     return 1.0 if tuple(prompt) in silent else float(completion[0] % 3 + completion[1] % 2)
 
 
-def ours(connection: Connection, way: str, generations: int, micro_batch: int, *settings: Any) -> None:
-    """Answers with the steps of `ReReTrainer`."""
-    import torch
+def our_trainer(
+    parts: tuple[Any, ...], generations: int, recorded: bool, times: int = 1, more: dict | None = None, **args: Any
+) -> "ReReTrainer":
+    """The trainer of a new LoRA adapter on the `parts` of `setting`. A step has all prompts, and the dataset each of
+    them so many `times`. `more` are its own settings, `args` further ones of a `GRPOConfig`."""
     from datasets import Dataset
     from trl import GRPOConfig
 
     import lora_utils
     from minionerec.decoding.trie import Trie
-    from minionerec.model import device, graphs
+    from minionerec.model import graphs
     from minionerec.model.fewer_kernels import use_fewer_kernels
     from minionerec.training.rl_trainer import ReReTrainer
 
-    tokenizer, model, adapter, catalogue, sequences, prompts, silent = setting(*settings)
+    tokenizer, model, adapter, catalogue, sequences, prompts, silent = parts
     use_fewer_kernels(model)
     model = lora_utils.add_lora(model, adapter)
-    graphs.record(model, True)
-    # As rl.py: a step is one micro-batch, in passes of `micro_batch` completions on a CPU; a GPU that has the memory
-    # takes all at once.
-    pass_size = None if torch.cuda.is_available() else micro_batch
+    graphs.record(model, recorded)
 
     def reward(prompts: list[list[int]], completion_ids: list[list[int]], **_: object) -> list[float]:
         return [reward_of(prompt, ids, silent) for prompt, ids in zip(prompts, completion_ids, strict=True)]
 
-    rows = {"prompt": prompts, "target": catalogue[: len(prompts)]}
+    return ReReTrainer(
+        model,
+        [reward],
+        GRPOConfig(
+            per_device_train_batch_size=len(prompts) * generations,
+            num_generations=generations,
+            beta=BETA,
+            use_bias_correction_kl=False,
+            loss_type="grpo",
+            learning_rate=1e-4,
+            max_completion_length=len(LEVELS) + 1,
+            **args,
+        ),
+        Dataset.from_dict({"prompt": prompts * times, "target": catalogue[: times * len(prompts)]}),
+        processing_class=tokenizer,
+        new_adapter=True,
+        trie=Trie(sequences, tokenizer.eos_token_id),
+        sids=catalogue,
+        **(more or {}),
+    )
+
+
+def ours(connection: Connection, way: str, generations: int, micro_batch: int, *settings: Any) -> None:
+    """Answers with the steps of `ReReTrainer`."""
+    import torch
+
+    from minionerec.model import device
+
+    parts = setting(*settings)
+    on_gpu = torch.cuda.is_available()
+    # As rl.py: a step is one micro-batch, in passes of `micro_batch` completions on a CPU; a GPU that has the memory
+    # takes all at once.
+    more = {"mask_all_zero": way == "masked", "pass_size": None if on_gpu else micro_batch}
+    args = {"report_to": "none", "use_cpu": not on_gpu, "activation_checkpointing": False}
+    args |= {"remove_unused_columns": False, **device.mixed_precision(False)}
     with tempfile.TemporaryDirectory() as folder:
-        trainer = ReReTrainer(
-            model,
-            [reward],
-            GRPOConfig(
-                output_dir=folder,
-                report_to="none",
-                per_device_train_batch_size=len(prompts) * generations,
-                num_generations=generations,
-                beta=BETA,
-                use_bias_correction_kl=False,
-                loss_type="grpo",
-                learning_rate=1e-4,
-                max_completion_length=len(LEVELS) + 1,
-                **device.mixed_precision(False),
-                use_cpu=not torch.cuda.is_available(),
-                activation_checkpointing=False,
-                remove_unused_columns=False,
-            ),
-            Dataset.from_dict(rows),
-            processing_class=tokenizer,
-            new_adapter=True,
-            trie=Trie(sequences, tokenizer.eos_token_id),
-            sids=catalogue,
-            mask_all_zero=way == "masked",
-            pass_size=pass_size,
-        )
+        trainer = our_trainer(parts, generations, True, more=more, output_dir=folder, **args)
     trainer.create_optimizer()
     trainer.current_gradient_accumulation_steps = 1
     trainer.model.train()
@@ -159,7 +170,7 @@ def ours(connection: Connection, way: str, generations: int, micro_batch: int, *
             backward(loss)
 
     trainer.accelerator.backward = timed_backward
-    batch = [row for row in range(len(prompts)) for _ in range(generations)]
+    batch = [row for row in range(len(trainer.train_dataset)) for _ in range(generations)]
 
     def step() -> dict[str, float]:
         phases.clear()
@@ -176,7 +187,7 @@ def ours(connection: Connection, way: str, generations: int, micro_batch: int, *
         return {**phases, "other": seconds - sum(phases.values()), "step": seconds}
 
     reset_peak_memory()
-    for _ in range(3 if torch.cuda.is_available() else 1):  # a GPU records the second pass, and replays the third
+    for _ in range(3 if on_gpu else 1):  # a GPU records the second pass, and replays the third
         step()
     answer(connection, step, lambda: {"peak_gb": peak_memory_gb(), "losses": losses})
 
@@ -283,9 +294,7 @@ class RLStepFlags(SmallShapeFlags):
 @command(RLStepFlags)
 def rl_step(flags: RLStepFlags) -> None:
     """Prints seconds of each phase, the speed-up over the plain way and peak memory."""
-    problems = Problems()
-    flags.check(problems)
-    problems.check()
+    flags.problems().check()
     sizes = (flags.sids, flags.prompts, flags.prompt_tokens, flags.silent_share)
     settings = (flags.num_generations, flags.micro_batch_size, flags.shape, *sizes)
     results = in_turn(work, list(WAYS), flags.repeats, *settings)
