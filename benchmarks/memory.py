@@ -18,7 +18,7 @@ from statistics import median
 from typing import Any
 
 from benchmarks.common import in_fork, in_fresh_process, in_turn, print_json, print_table
-from benchmarks.fixtures import SPARE_ROWS, save_base, some_of
+from benchmarks.fixtures import SPARE_ROWS, ShapeFlags, save_base, some_of
 from benchmarks.sft_step import METHODS, train
 from minionerec import cli
 from minionerec.flags import AdapterFlags, Flags, above_zero, command, flag, zero_or_more
@@ -32,14 +32,7 @@ SHAPES = {
     "7B": (3584, 28, 28, 4, 18944, 152064, False),
     "14B": (5120, 48, 40, 8, 13824, 152064, False),
 }
-NAMES = (
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "intermediate_size",
-    "vocab_size",
-)
+NAMES = tuple(ShapeFlags.__dataclass_fields__)
 # GB, from the guide that this project was built to; LoRA at 7B and 14B on an 8-bit base. QLoRA: the lowest published.
 TARGETS: dict[str, dict[str, float]] = {
     "full_response": {"0.5B": 4, "1.5B": 8, "3B": 16, "7B": 32, "14B": 64},

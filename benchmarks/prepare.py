@@ -86,13 +86,8 @@ def raw_from_release(release: Path, folder: str) -> None:
             except (ValueError, SyntaxError):
                 description = [fields["description"]]
             entry = {"category": ["Industrial & Scientific"], "tech1": "", "description": description, "fit": ""}
-            entry |= {
-                "title": fields["title"],
-                "also_buy": [],
-                "brand": fields.get("brand", ""),
-                "feature": [],
-                "rank": "1",
-            }
+            entry |= {"title": fields["title"], "brand": fields.get("brand", "")}
+            entry |= {"also_buy": [], "feature": [], "rank": "1"}
             file.write(json.dumps({**entry, "details": {}, "main_cat": "", "price": "", "asin": ids[item]}) + "\n")
 
 
