@@ -4,6 +4,7 @@ import gc
 import json
 import os
 import tempfile
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -92,16 +93,14 @@ def base(files, tmp_path_factory) -> str:
 @pytest.fixture(scope="session")
 def sft_run(files, base, tmp_path_factory):
     """`sft_run(method)`: the folder of a run of sft.py that moved far from its base, made once, for tests to read."""
-    runs: dict[str, Path] = {}
 
+    @cache
     def folder(method: str) -> Path:
-        if method not in runs:
-            output = tmp_path_factory.mktemp("sft") / method
-            flags = {"full": {}, "lora": {"use_lora": True}, "qlora": {"use_qlora": True}}[method]
-            result = succeed("sft.py", **sft_flags(files, base, output, **flags, learning_rate=1e-2))
-            assert "deprecated" not in result.stderr
-            runs[method] = output
-        return runs[method]
+        output = tmp_path_factory.mktemp("sft") / method
+        flags = {"full": {}, "lora": {"use_lora": True}, "qlora": {"use_qlora": True}}[method]
+        result = succeed("sft.py", **sft_flags(files, base, output, **flags, learning_rate=1e-2))
+        assert "deprecated" not in result.stderr
+        return output
 
     return folder
 

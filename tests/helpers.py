@@ -9,6 +9,7 @@ import os
 import random
 import resource
 import runpy
+import shutil
 import subprocess
 import sys
 import traceback
@@ -172,6 +173,13 @@ def newest(run: Path) -> Path:
     return max(run.glob("checkpoint-*"), key=lambda folder: int(folder.name.rsplit("-", 1)[1]))
 
 
+def cut_short(run: Path) -> Path:
+    """Takes from a finished run what came after its last checkpoint but one, which is returned."""
+    shutil.rmtree(run / "final_checkpoint")
+    shutil.rmtree(newest(run))
+    return newest(run)
+
+
 def logged(run: Path, key: str) -> list[float]:
     history = json.loads((run / "metrics.json").read_text())["history"]
     return [entry[key] for entry in history if key in entry]
@@ -192,6 +200,18 @@ def encoded(rows: list[dict], form: str, zipped: bool = False) -> bytes:
         writer.writerows(rows)
         content = text.getvalue().encode()
     return gzip.compress(content) if zipped else content
+
+
+def read_rows(path: Path | str) -> list[dict[str, str]]:
+    """The rows of a CSV file, by column."""
+    with open(path, encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def write_rows(path: Path, rows: list[dict]) -> Path:
+    """Writes a CSV file with the columns of the first row."""
+    path.write_bytes(encoded(rows, "csv"))
+    return path
 
 
 def run_rl(files, start, output, **more) -> tuple[dict, subprocess.CompletedProcess]:

@@ -83,36 +83,27 @@ def adapted(architecture: str, tied: bool, method: str):
     return model
 
 
-def trainer_of(tmp_path, micro_batch_size: int, strategy: str = "sequential", count: int = 8, **more) -> SFTTrainer:
-    model = adapted("qwen2", True, "lora")
+QUIET = {
+    "report_to": "none", "use_cpu": True, "remove_unused_columns": False, "save_strategy": "no", "disable_tqdm": True,
+}  # fmt: skip
+
+
+def trainer_of(
+    tmp_path, micro_batch_size: int, strategy="sequential", count=8, rows=None, trees=None, eval_rows=None, **more
+) -> SFTTrainer:
+    """A trainer of one step of SGD over `rows`, `count` examples if not given; `more` are arguments of the Trainer."""
+    rows = rows or examples(count)
+    values = {
+        **QUIET, "output_dir": os.path.join(tmp_path, f"{micro_batch_size}{strategy}"), "max_steps": 1,
+        "per_device_train_batch_size": micro_batch_size, "gradient_accumulation_steps": count // micro_batch_size,
+        "learning_rate": 1e-2, "lr_scheduler_type": "constant", "optim": "sgd", "max_grad_norm": 0.0,
+        "train_sampling_strategy": strategy, "logging_steps": 1, "dataloader_pin_memory": False, **more,
+    }  # fmt: skip
     return SFTTrainer(
-        model=model,
-        run={},
-        data_collator=Collator(0),
-        train_dataset=Dataset.from_list(examples(count)),
-        eval_dataset=Dataset.from_list(examples(count)),
-        args=TrainingArguments(
-            **{
-                "output_dir": os.path.join(tmp_path, f"{micro_batch_size}{strategy}"),
-                "per_device_train_batch_size": micro_batch_size,
-                "gradient_accumulation_steps": count // micro_batch_size,
-                "max_steps": 1,
-                "learning_rate": 1e-2,
-                "lr_scheduler_type": "constant",
-                "optim": "sgd",
-                "max_grad_norm": 0.0,
-                "train_sampling_strategy": strategy,
-                "logging_steps": 1,
-                "report_to": "none",
-                "use_cpu": True,
-                "remove_unused_columns": False,
-                "dataloader_pin_memory": False,
-                "save_strategy": "no",
-                "disable_tqdm": True,
-                **more,
-            }
-        ),
-    )
+        model=adapted("qwen2", True, "lora"), run={}, data_collator=Collator(0), train_batches=trees,
+        train_dataset=Dataset.from_list(rows), eval_dataset=Dataset.from_list(eval_rows or rows),
+        args=TrainingArguments(**values),
+    )  # fmt: skip
 
 
 def predicted(
@@ -221,11 +212,6 @@ def check_last_step(folder: str, output_dir, method: str) -> None:
         if before.requires_grad:
             moved = (after - before).norm()
             assert moved > 0 and (trained[name] - after).norm() < error * moved, name
-
-
-QUIET = {
-    "report_to": "none", "use_cpu": True, "remove_unused_columns": False, "save_strategy": "no", "disable_tqdm": True,
-}  # fmt: skip
 
 
 def numbers_as_words() -> PreTrainedTokenizerFast:

@@ -1,11 +1,11 @@
 """The raw files of a hardware store, and the data set that scripts/prepare_data.py makes of them."""
 
-import csv
 import os
 import random
 from pathlib import Path
 
 import pytest
+from helpers import read_rows
 
 from minionerec.errors import InputError
 from minionerec.prepare import writing
@@ -73,8 +73,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def csv_rows(folder: Path, split: str) -> list[dict]:
-    with open(path_of(folder, split), encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file))
+    return read_rows(path_of(folder, split))
 
 
 def refused(flags: dict, *messages: str) -> None:

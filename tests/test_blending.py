@@ -1,7 +1,6 @@
 """SASRec ranks with the model, and what was seen costs a penalty: against brute force over the catalogue, under
 constraints, and through the commands."""
 
-import csv
 import json
 import os
 import random
@@ -13,7 +12,7 @@ from unittest import mock
 
 import pytest
 import torch
-from helpers import evaluate_flags, refused, run_command, succeed
+from helpers import evaluate_flags, read_rows, refused, run_command, succeed, write_rows
 from safetensors.torch import save_file
 
 import evaluate
@@ -198,19 +197,16 @@ def test_of_equals_the_smallest_numbers_are_taken():
 
 def valid_file(path: Path, files, ranker: Ranker, weight: float, penalty: float) -> str:
     """The rows of the test file, asking for the first SID that the penalty brings up, or what comes first anyhow."""
-    with open(files["test"], encoding="utf-8", newline="") as file:
-        cells = list(csv.DictReader(file))
+    cells = read_rows(files["test"])
     rows, rankings = list(read_interactions(files["test"], "eval_file")), []
     ranker.blend = ranker.blend and replace(ranker.blend, weight=weight)
     for ranker.seen_penalty in (0.0, penalty):
         rankings.append(ranker.rank(ranker.encode(rows), rows=rows))
-    with open(path, "w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, cells[0])
-        writer.writeheader()
-        for row, *both in zip(cells, *rankings, strict=True):
-            up = next((b for a, b in zip(*both, strict=True) if a != b), both[0][0])
-            writer.writerow({**row, "item_sid": up})
-    return str(path)
+    asked = []
+    for row, *both in zip(cells, *rankings, strict=True):
+        up = next((b for a, b in zip(*both, strict=True) if a != b), both[0][0])
+        asked.append({**row, "item_sid": up})
+    return str(write_rows(path, asked))
 
 
 def tried_by_hand(scores: list[dict], rows: list, weights, penalties) -> dict[tuple[float, float], float]:

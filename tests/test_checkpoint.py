@@ -187,7 +187,7 @@ def test_an_adapters_configuration_is_checked(files, tmp_path, changes, message)
         ("base_model.model.model.layers.0.self_attn.q_proj.base_layer.bias", {"bias": "lora_only"}, False),
     ],
 )
-def test_rl_refuses_an_adapter_with_weights_that_it_would_not_save(files, tmp_path, name, config, trains):
+def test_rl_refuses_an_adapter_with_weights_that_it_would_not_save(tmp_path, name, config, trains):
     record(tmp_path / "c")
     config = {"base_model_name_or_path": "hub/base", "peft_type": "LORA", "r": 4, "lora_alpha": 8, **config}
     (tmp_path / "c" / "adapter_config.json").write_text(json.dumps(config))

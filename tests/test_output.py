@@ -94,7 +94,7 @@ def test_a_tokenizer_that_cannot_be_written(disk, base):
         tokenizer.backend_tokenizer.save(str(folder / "tokenizer.json"))
 
 
-def test_other_errors_stay_what_they_are(tmp_path):
+def test_other_errors_stay_what_they_are():
     for error in (RuntimeError("size mismatch"), Exception("no such token"), ValueError("inline_container")):
         with pytest.raises(type(error), match=str(error)), writing("it"):
             raise error

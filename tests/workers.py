@@ -8,7 +8,6 @@ stops_in_a_step FOLDER sft.py --base_mod... sft.py whose last process gets SIGTE
 runs_out FOLDER sft.py --base_model ...     sft.py or rl.py whose last process runs out of memory in a run
 finds_less FOLDER rl.py --model_path ...    rl.py whose evaluations find less from step to step
 last_steps BASE FOLDER                      an epoch whose last step has few rows, for every method
-fsdp                                        a sharded model against a whole one
 probe                                       what processes with shards find out about models
 
 As a script it runs one of them under torchrun or `accelerate launch`.
@@ -27,7 +26,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
@@ -235,43 +233,6 @@ def last_steps(base: str, folder: str) -> None:
         check_last_step(base, Path(folder, method), method)
 
 
-def fsdp() -> None:
-    """A LoRA model whose weights FSDP2 shards, against the same model whole: loss, gradients, beams."""
-    from models import adapted, examples
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-
-    from minionerec.data.examples import Collator
-    from minionerec.decoding.beam_search import constrained_beam_search
-    from minionerec.decoding.trie import Trie
-    from minionerec.training.sft_trainer import response_logits
-
-    dist.init_process_group("gloo")
-    mesh = init_device_mesh("cpu", (2,))
-    batch = Collator(0)(examples(6))
-    trie = Trie([[90, 91], [90, 92], [91, 90], [92, 5, 6]], 0)
-    found = {}
-    for shared_out in (False, True):
-        model = adapted("qwen2", False, "lora")
-        if shared_out:
-            for layer in model.get_base_model().model.layers:
-                fully_shard(layer, mesh=mesh)
-            fully_shard(model, mesh=mesh)
-            assert all(hasattr(p, "to_local") for p in model.parameters())
-        logits, targets = response_logits(model, batch)
-        loss = F.cross_entropy(logits.float(), targets)
-        loss.backward()
-        gradients = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
-        if shared_out:
-            gradients = {name: gradient.full_tensor() for name, gradient in gradients.items()}
-        prompts = batch["input_ids"][:2, :3]
-        rows, scores = constrained_beam_search(model.eval(), prompts, torch.ones_like(prompts), trie, 4)
-        found[shared_out] = (loss.detach(), gradients, rows, scores)
-    assert found[True][1].keys() == found[False][1].keys()
-    torch.testing.assert_close(found[True], found[False], atol=1e-6, rtol=1e-5)
-    dist.destroy_process_group()
-
-
 def probe() -> None:
     """Ranks five prompts of different lengths, in batches of two and with weights sharded over two processes. Under
     FSDP every forward pass is a collective: all processes must try the same ways and run as many passes."""
@@ -306,7 +267,7 @@ def probe() -> None:
     dist.destroy_process_group()
 
 
-MODES = (command, watched, loss_is_nan, disk_is_full, stops_in_a_step, runs_out, finds_less, last_steps, fsdp, probe)
+MODES = (command, watched, loss_is_nan, disk_is_full, stops_in_a_step, runs_out, finds_less, last_steps, probe)
 MODES = {mode.__name__: mode for mode in MODES}
 
 

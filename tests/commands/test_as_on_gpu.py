@@ -2,12 +2,13 @@
 
 import json
 import shutil
+from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
 from as_on_gpu import answer, starts_kernels
-from helpers import logged, newest, rl_flags, sft_flags, strings, tensors_of
+from helpers import cut_short, logged, newest, rl_flags, sft_flags, strings, tensors_of
 from peft import PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -51,15 +52,14 @@ def published(base, tmp_path_factory) -> str:
 @pytest.fixture(scope="module")
 def trained(files, published, tmp_path_factory):
     """`trained(method)`: the folder of an SFT run, made once."""
-    runs: dict[str, Path] = {}
 
+    @cache
     def folder(method: str) -> Path:
-        if method not in runs:
-            runs[method] = tmp_path_factory.mktemp("sft") / method
-            # The head of a frozen model learns only through its SID rows.
-            rate = 3e-2 if method == "freeze_LLM" else 1e-2
-            sft.train(**strings(sft_flags(files, published, runs[method], learning_rate=rate, **SFT[method])))
-        return runs[method]
+        output = tmp_path_factory.mktemp("sft") / method
+        # The head of a frozen model learns only through its SID rows.
+        rate = 3e-2 if method == "freeze_LLM" else 1e-2
+        sft.train(**strings(sft_flags(files, published, output, learning_rate=rate, **SFT[method])))
+        return output
 
     return folder
 
@@ -148,19 +148,18 @@ def test_merging(files, trained, tmp_path, method):
     assert sum(shared) / len(shared) > 0.9
 
 
-def test_a_run_in_full_goes_on_exactly(files, trained, tmp_path):
+def test_a_run_in_full_goes_on_exactly(trained, tmp_path):
     """From its float32 weights: those in the base's precision would have lost the last steps."""
     whole, again = trained("full"), tmp_path / "again"
     shutil.copytree(whole, again)
-    shutil.rmtree(newest(again))
-    shutil.rmtree(again / "final_checkpoint")
+    cut_short(again)
     flags = json.loads((whole / "final_checkpoint" / "minionerec.json").read_text())["flags"]
     sft.train(**{**flags, "output_dir": str(again), "resume_from_checkpoint": "True"})
     one, two = tensors_of(newest(whole)), tensors_of(newest(again))
     assert all(torch.equal(two[name], tensor) for name, tensor in one.items())
 
 
-def test_a_served_adapter_is_merged(files, trained, tmp_path):
+def test_a_served_adapter_is_merged(trained):
     """In 16 bits, which a server takes for speed: recommendations are nearly those of the adapter."""
     folder = trained("lora") / "final_checkpoint"
     checkpoint, tokenizer = Checkpoint.read(str(folder)), loading.load_tokenizer(str(folder))

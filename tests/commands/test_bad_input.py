@@ -4,10 +4,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from helpers import COLUMNS, refused, rl_flags, run_command, sft_flags
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from helpers import COLUMNS, evaluate_flags, refused, rl_flags, run_command, sft_flags
 
-import lora_utils
 from minionerec import RLFlags, SFTFlags
 
 SFT = [
@@ -103,14 +101,8 @@ EVALUATE = [
 
 @pytest.mark.parametrize(("flags", "message"), EVALUATE)
 def test_evaluate_refuses(files, base, tmp_path, flags, message):
-    good = {
-        "base_model": base,
-        "info_file": files["info"],
-        "test_data_path": files["test"],
-        "result_json_data": tmp_path / "r.json",
-        "category": "bolts",
-    }
-    refused("evaluate.py", message, **{**good, **flags})
+    good = {"base_model": base, "category": "bolts", "num_beams": 50}
+    refused("evaluate.py", message, **{**evaluate_flags(files, tmp_path / "r.json", **good), **flags})
     assert not (tmp_path / "r.json").exists()
 
 
@@ -134,15 +126,9 @@ def test_validating_on_the_training_file_is_warned_of(files):
 
 def test_an_info_file_of_another_catalogue_is_refused(files, base, tmp_path):
     (tmp_path / "info.txt").write_text("<z_1>\tBolt\t1\n")
-    refused(
-        "evaluate.py",
-        f"has the target of no row of --test_data_path {files['test']}, such as '<a_",
-        base_model=base,
-        category="bolts",
-        info_file=tmp_path / "info.txt",
-        test_data_path=files["test"],
-        result_json_data=tmp_path / "r.json",
-    )
+    flags = {"base_model": base, "category": "bolts", "info_file": tmp_path / "info.txt"}
+    message = f"has the target of no row of --test_data_path {files['test']}, such as '<a_"
+    refused("evaluate.py", message, **evaluate_flags(files, tmp_path / "r.json", **flags))
 
 
 def test_index_that_is_no_json(files, base, tmp_path):
@@ -160,27 +146,6 @@ def test_evaluate_reports_all_problems_together(base):
         assert result.returncode == 2 and wrong in result.stderr
         # that, num_beams, result_json_data, info_file, test_data_path
         assert len(result.stderr.strip().splitlines()) == 5
-
-
-def test_evaluate_refuses_an_adapter_of_another_base(files, base, tmp_path):
-    config = AutoConfig.from_pretrained(base)
-    config.num_hidden_layers, config.layer_types = 3, ["full_attention"] * 3
-    deeper = AutoModelForCausalLM.from_config(config)
-    adapter = lora_utils.add_lora(deeper, lora_utils.lora_config(deeper, [5]))
-    adapter.save_pretrained(tmp_path / "adapter")
-    AutoTokenizer.from_pretrained(base).save_pretrained(tmp_path / "adapter")
-    refused(
-        "evaluate.py",
-        "does not fit the base",
-        base_model=base,
-        adapter=tmp_path / "adapter",
-        category="bolts",
-        info_file=files["info"],
-        test_data_path=files["test"],
-        result_json_data=tmp_path / "r.json",
-        max_new_tokens=256,
-    )
-    assert not (tmp_path / "r.json").exists()
 
 
 def test_the_batch_must_divide_over_all_processes(files, base, tmp_path, monkeypatch):

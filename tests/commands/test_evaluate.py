@@ -1,10 +1,9 @@
-import csv
 import json
 import shutil
 from pathlib import Path
 
 import pytest
-from helpers import evaluate_flags, refused, run_command, succeed
+from helpers import evaluate_flags, read_rows, refused, run_command, succeed, write_rows
 from processes import start_command
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -73,15 +72,12 @@ def test_what_was_seen_is_not_ranked_before_anything_else(files, checkpoint, tmp
 
 def test_a_target_that_was_seen_is_a_miss(files, checkpoint, tmp_path):
     """Each row asks for the first item of its history, which stands at the end of a ranking of all SIDs."""
-    with open(files["test"], encoding="utf-8", newline="") as file:
-        cells = list(csv.DictReader(file))
-    with open(tmp_path / "test.csv", "w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, cells[0])
-        writer.writeheader()
-        for row, past in zip(cells, read_interactions(files["test"], "test_data_path"), strict=True):
-            first = {"item_sid": past.sid_history[0], "item_id": json.loads(row["history_item_id"])[0]}
-            writer.writerow({**row, **first, "item_title": past.title_history[0]})
-    flags = {"base_model": checkpoint, "test_data_path": tmp_path / "test.csv", "num_beams": 39, "exclude_seen": True}
+    cells = read_rows(files["test"])
+    for row, past in zip(cells, read_interactions(files["test"], "test_data_path"), strict=True):
+        row |= {"item_sid": past.sid_history[0], "item_id": json.loads(row["history_item_id"])[0]}
+        row["item_title"] = past.title_history[0]
+    asked = write_rows(tmp_path / "test.csv", cells)
+    flags = {"base_model": checkpoint, "test_data_path": asked, "num_beams": 39, "exclude_seen": True}
     found, metrics, printed = evaluated(files, tmp_path / "r.json", **flags)
     assert all(row["output"] in row["predict"] for row in found)
     assert metrics["MRR"] == metrics["HR@20"] == metrics["items"]["MRR"] == 0
@@ -136,16 +132,12 @@ def test_a_catalogue_with_fewer_items_than_the_histories_hold(files, checkpoint,
 @pytest.mark.parametrize("popular", ["0", "1"])
 def test_items_that_share_a_sid_have_metrics_of_their_own(files, checkpoint, tmp_path, popular):
     """Ten rows with the targets 0 and 1, which share a SID: the popular one is ranked first."""
-    with open(files["test"], encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = read_rows(files["test"])
     sid = "<a_0><b_0><c_0>"
 
     def write(name: str, items: list[str]) -> Path:
-        with open(tmp_path / name, "w", encoding="utf-8", newline="") as file:
-            writer = csv.DictWriter(file, rows[0])
-            writer.writeheader()
-            writer.writerows({**row, "item_id": i, "item_sid": sid} for row, i in zip(rows, items, strict=True))
-        return tmp_path / name
+        changed = [{**row, "item_id": i, "item_sid": sid} for row, i in zip(rows, items, strict=True)]
+        return write_rows(tmp_path / name, changed)
 
     targets = ["0", "1"] * 5
     flags = {"base_model": checkpoint, "test_data_path": write("t.csv", targets), "num_beams": 39}
@@ -164,19 +156,14 @@ def test_items_that_share_a_sid_have_metrics_of_their_own(files, checkpoint, tmp
 
 def test_items_cannot_be_told_apart_without_their_ids(files, checkpoint, tmp_path):
     """SIDs are evaluated all the same, and a line says why there is no more."""
-    with open(files["test"], encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = read_rows(files["test"])
     without = [{name: cell for name, cell in row.items() if name != "item_id"} for row in rows]
     renumbered = [{**row, "item_id": str((int(row["item_id"]) + 7) % 40)} for row in rows]
     for name, changed, reason in (
         ("without.csv", without, "column item_id is missing"),
         ("renumbered.csv", renumbered, f"in {files['info']} and {rows[0]['item_sid']} in"),
     ):
-        with open(tmp_path / name, "w", encoding="utf-8", newline="") as file:
-            writer = csv.DictWriter(file, changed[0])
-            writer.writeheader()
-            writer.writerows(changed)
-        flags = {"base_model": checkpoint, "test_data_path": tmp_path / name}
+        flags = {"base_model": checkpoint, "test_data_path": write_rows(tmp_path / name, changed)}
         _, metrics, printed = evaluated(files, tmp_path / "r.json", **flags)
         (line,) = [line for line in printed.splitlines() if "share SIDs" in line]
         assert line.startswith("items share SIDs, and metrics are those of SIDs only: ") and reason in line

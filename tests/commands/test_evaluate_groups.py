@@ -1,12 +1,11 @@
 """evaluate.py tells where a model is weak: by how often targets were bought, and by how long histories are."""
 
-import csv
 import json
 import math
 from types import SimpleNamespace
 
 import pytest
-from helpers import COLUMNS
+from helpers import evaluate_flags, read_rows, strings, write_rows
 
 import evaluate
 from minionerec.data.files import read_info_items, read_interactions
@@ -17,26 +16,13 @@ from minionerec.metrics import format_groups, rank_of, ranking_metrics
 @pytest.mark.parametrize("kept", [2, 40])
 def test_rows_are_grouped_by_target_and_history(files, base, tmp_path, capsys, kept):
     """A training file of few rows lacks some targets; one of many lacks none. Some are in histories only."""
-    with open(files["train"], encoding="utf-8", newline="") as file:
-        rows = (list(csv.DictReader(file)) * 7)[:: 40 // kept]
-    with open(tmp_path / "train.csv", "w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        writer.writeheader()
-        writer.writerows(rows)
-    evaluate.evaluate(
-        base_model=base,
-        train_file=str(tmp_path / "train.csv"),
-        info_file=files["info"],
-        category="bolts",
-        test_data_path=files["test"],
-        result_json_data=str(tmp_path / "result.json"),
-        num_beams=20,
-    )
+    cells = (read_rows(files["train"]) * 7)[:: 40 // kept]
+    write_rows(tmp_path / "train.csv", cells)
+    flags = {"base_model": base, "category": "bolts", "train_file": tmp_path / "train.csv"}
+    evaluate.evaluate(**strings(evaluate_flags(files, tmp_path / "result.json", **flags)))
     printed = capsys.readouterr().out
     metrics = json.loads((tmp_path / "result.metrics.json").read_text())
     trained = list(read_interactions(str(tmp_path / "train.csv"), "train_file"))
-    with open(tmp_path / "train.csv", encoding="utf-8", newline="") as file:
-        cells = list(csv.DictReader(file))
     bought = [row.sid for row in trained], [row["item_id"] for row in cells]
     seen = (
         {sid for row in trained for sid in row.sid_history},

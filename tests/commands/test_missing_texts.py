@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import COLUMNS, sft_flags
+from helpers import COLUMNS, read_rows, sft_flags
 from models import config_of
 from prepending import prepending_tokenizer
 from tokenizers import AddedToken
@@ -210,8 +210,7 @@ def base(files, tmp_path_factory) -> str:
 
 def expected_rows(files) -> dict[str, int]:
     """Rows of train.csv, and items, that have the texts of each task."""
-    with open(files["train"], encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = read_rows(files["train"])
     titled = [row["item_title"] not in ("", "nan") for row in rows]
     history = ["Bolt" in row["history_item_title"] or "<s>" in row["history_item_title"] for row in rows]
     return {
@@ -363,7 +362,7 @@ def test_a_tokenizer_that_takes_sids_apart_is_refused_before_a_model_is_loaded(
     assert not (tmp_path / "run").exists() and not (tmp_path / "rl").exists()
 
 
-def test_a_file_without_a_title_is_refused_where_every_task_needs_one(files, base, tmp_path):
+def test_a_file_without_a_title_is_refused_where_every_task_needs_one(tmp_path):
     path = write(tmp_path / "t.csv", [("['', '']", ""), ("[nan, None]", "nan")])
     prompts = load_prompts("x", tasks="title_history_to_title,sid_history_to_title")
     problems = Problems()
@@ -379,7 +378,7 @@ def test_a_file_without_a_title_is_refused_where_every_task_needs_one(files, bas
     assert len(checked.notes) == 3 and "2 of 2 rows" in checked.notes[0]
 
 
-def test_tasks_without_a_row_make_no_examples(files, base):
+def test_tasks_without_a_row_make_no_examples(base):
     tokenizer = loading.load_tokenizer(base)
     encoder = Encoder(tokenizer, load_prompts("x", tasks="title_history_to_title,title_to_sid"), 512)
     row, item = data_files.Interaction(["<a>"], [""], "<b>", ""), data_files.Item("<a>", "", "text")

@@ -1,6 +1,5 @@
 """recommend.py ranks as evaluate.py does, and writes what was asked for."""
 
-import csv
 import json
 import os
 import runpy
@@ -11,7 +10,7 @@ from unittest import mock
 
 import pytest
 import torch
-from helpers import ROOT, evaluate_flags, run_command, succeed
+from helpers import ROOT, evaluate_flags, read_rows, run_command, succeed, write_rows
 from recommended import flags_of, recommended, requests_file
 
 import lora_utils
@@ -79,14 +78,10 @@ def test_items_that_share_a_sid_come_out_by_popularity(files, checkpoint, tmp_pa
     (plain,) = [one(files, checkpoint, "12,15", K=39, num_beams=39)]
     ids = [line[1] for line in plain]
     assert ids.index("1") == ids.index("0") + 1 and plain[ids.index("0")][0] == plain[ids.index("1")][0]
-    with open(files["train"], encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = read_rows(files["train"])
     row = {**rows[0], "item_id": "1", "item_sid": "<a_0><b_0><c_0>"}
-    with open(tmp_path / "train.csv", "w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, row)
-        writer.writeheader()
-        writer.writerows([*rows, *[row] * 50])
-    popular = one(files, checkpoint, "12,15", K=39, num_beams=39, train_file=tmp_path / "train.csv")
+    train_file = write_rows(tmp_path / "train.csv", [*rows, *[row] * 50])
+    popular = one(files, checkpoint, "12,15", K=39, num_beams=39, train_file=train_file)
     ids = [line[1] for line in popular]
     assert ids.index("0") == ids.index("1") + 1
     assert {line[1]: line[0] for line in popular} == {line[1]: line[0] for line in plain}

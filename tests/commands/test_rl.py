@@ -82,7 +82,7 @@ def test_items_that_the_catalogue_lacks_are_not_asked_for(files, sft, tmp_path):
     assert "1 SIDs of the index are not in" in result.stdout
 
 
-def test_a_run_resumes_with_the_metric_that_chose_its_best(tmp_path):
+def test_a_run_resumes_with_the_metric_that_chose_its_best():
     before = Checkpoint("out/checkpoint-4", None, {"flags": {"test_beam": 20}})
     assert rl.chosen_by(rl.RLFlags(test_beam=30), 99, before) == rl.chosen_by(rl.RLFlags(test_beam=20), 99, None) == 10
     assert rl.chosen_by(rl.RLFlags(test_beam=5), 4, before) == 3  # of four SIDs
@@ -401,7 +401,7 @@ def test_sid_rows_alone_are_no_start(files, base, tmp_path):
     assert result.returncode == 2 and "is a checkpoint from the middle of a --freeze_LLM run" in result.stderr
 
 
-def test_another_run_is_not_continued(files, sft, tmp_path):
+def test_another_run_is_not_continued(files, sft):
     folder = Path(sft["lora"]).parent
     before = sorted(os.listdir(folder))
     result = run_command("rl.py", **rl_flags(files, sft["lora"], folder, use_lora=True, resume_from_checkpoint=True))

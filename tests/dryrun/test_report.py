@@ -22,6 +22,7 @@ from rl import RLFlags
 from sft import SFTFlags
 
 ONE_ROW = {"length": [9], "prompt_length": [7]}
+QWEN2 = report.Inputs(config_of("qwen2"), range(96), IDS, None, None, lora_utils.adapt)
 
 
 @pytest.mark.parametrize("architecture", ["bloom", "mamba", "gpt_neo", "mpt", "lfm2", "qwen3_5_text"])
@@ -58,23 +59,21 @@ def test_a_target_to_learn_is_one_more_completion(architecture, step, monkeypatc
 
 def test_a_pass_of_rl_is_as_large_as_the_memory():
     flags = RLFlags(train_batch_size=4, gradient_accumulation_steps=6, num_generations=4, use_lora=True)
-    inputs = report.Inputs(config_of("qwen2"), range(96), IDS, None, None, lora_utils.adapt)
     sizes = []
     for completions in (24, 12, 8, 4):  # the next smaller size does not fit in what the one before it needs
         exact = replace(flags, train_batch_size=completions, gradient_accumulation_steps=24 // completions)
-        needed = report.predict_rl(exact, inputs, 200, 4, False, on_gpu=True).total / (1 - report.SPARE)
-        sizes.append(report.largest_pass(flags, inputs, 200, 4, False, needed * 1.00001))
+        needed = report.predict_rl(exact, QWEN2, 200, 4, False, on_gpu=True).total / (1 - report.SPARE)
+        sizes.append(report.largest_pass(flags, QWEN2, 200, 4, False, needed * 1.00001))
     assert sizes == [24, 12, 8, 4]
-    assert report.largest_pass(flags, inputs, 200, 4, False, 0.0) == 4
+    assert report.largest_pass(flags, QWEN2, 200, 4, False, 0.0) == 4
 
 
 def test_passes_of_a_part_of_a_step_come_next_to_gradients(monkeypatch):
     steps = []
     monkeypatch.setattr(report, "predict_rl", lambda flags, *_, **__: steps.append(flags) or SimpleNamespace(total=9.0))
     flags = RLFlags(train_batch_size=4, gradient_accumulation_steps=4, num_generations=4)
-    inputs = report.Inputs(config_of("qwen2"), range(96), IDS, None, None, lora_utils.adapt)
-    assert report.largest_pass(flags, inputs, 200, 4, False, 1.0) == 4
-    sized = [(of.train_batch_size, report._rl_step(of, inputs.config, 200, 4).accumulate) for of in steps]
+    assert report.largest_pass(flags, QWEN2, 200, 4, False, 1.0) == 4
+    sized = [(of.train_batch_size, report._rl_step(of, QWEN2.config, 200, 4).accumulate) for of in steps]
     assert sized == [(16, False), (8, True)]
 
 
@@ -86,17 +85,15 @@ def test_what_cannot_be_predicted_trains_as_its_flags_say(monkeypatch):
 
     monkeypatch.setattr(report, "predict_rl", refuse)
     flags = RLFlags(train_batch_size=4, gradient_accumulation_steps=6, num_generations=4)
-    inputs = report.Inputs(config_of("qwen2"), range(96), IDS, None, None, lora_utils.adapt)
-    assert report.largest_pass(flags, inputs, 200, 4, False, 80.0) == 4
+    assert report.largest_pass(flags, QWEN2, 200, 4, False, 80.0) == 4
     auto = SFTFlags(batch_size=24, micro_batch_size="auto", pack_rows=0)
     assert report.largest_micro_batch(auto, SimpleNamespace(predict=refuse), ONE_ROW, 80.0) == auto.micro_rows
 
 
 def parts_of_rl(**flags) -> dict[str, float]:
-    inputs = report.Inputs(config_of("qwen2"), range(96), IDS, None, None, lora_utils.adapt)
     continues = flags.pop("continues", False)
     flags = RLFlags(train_batch_size=4, num_generations=2, use_lora=True, **flags)
-    return report.predict_rl(flags, inputs, 20, 4, continues, on_gpu=True).parts
+    return report.predict_rl(flags, QWEN2, 20, 4, continues, on_gpu=True).parts
 
 
 def test_rl_is_predicted_without_dropout():
@@ -214,8 +211,7 @@ def test_rows_are_said_where_auto_would_take_more(monkeypatch, capsys):
         return Prediction({"weights": step.rows / (8 if flags.use_qlora else 0.5)}, 1, Work(), Work(), Work())
 
     monkeypatch.setattr(report.Inputs, "predict", predict)
-    inputs = report.Inputs(config_of("qwen2"), range(96), IDS, None, None, lora_utils.adapt)
-    report.sft(SFTFlags(use_lora=True, micro_batch_size="auto", batch_size=32, pack_rows=0), inputs, list)
+    report.sft(SFTFlags(use_lora=True, micro_batch_size="auto", batch_size=32, pack_rows=0), QWEN2, list)
     printed = capsys.readouterr().out
     assert "this fits: --use_qlora True --use_lora False --micro_batch_size 8\n" in printed
 
@@ -241,11 +237,10 @@ def test_bits_that_an_architecture_refuses_are_not_suggested(monkeypatch):
     assert suggested("qwen2", False, use_lora=True, use_dora=True) == [4, 16]
 
 
-def test_an_adapter_that_is_suggested_has_the_shape_of_the_checkpoint(monkeypatch, capsys):
+def test_an_adapter_that_is_suggested_has_the_shape_of_the_checkpoint(monkeypatch):
     monkeypatch.setattr(report, "print_flags", lambda flags: None)
     monkeypatch.setattr(report, "print_tasks", lambda *_: None)
     seen, flags = [], RLFlags(train_batch_size=4, num_generations=2, gpu_memory="0.001GB")
-    inputs = report.Inputs(config_of("qwen2"), range(96), IDS, None, None, lora_utils.adapt)
     whole = Prediction({"weights": 1.0}, 1, Work(), Work(), Work())
 
     def predict_rl(flags: RLFlags, *arguments: object):
@@ -253,10 +248,10 @@ def test_an_adapter_that_is_suggested_has_the_shape_of_the_checkpoint(monkeypatc
         return whole
 
     monkeypatch.setattr(report, "predict_rl", predict_rl)
-    report.rl(flags, inputs, [[1] * 20], 1, 4, shape={"lora_r": 64})
+    report.rl(flags, QWEN2, [[1] * 20], 1, 4, shape={"lora_r": 64})
     assert set(seen) == {("full", 16, False), ("lora", 64, True), ("qlora", 64, True)}
     seen.clear()
-    report.rl(flags, inputs, [[1] * 20], 1, 4, shape=None)
+    report.rl(flags, QWEN2, [[1] * 20], 1, 4, shape=None)
     assert set(seen) == {("full", 16, False), ("lora", 16, False), ("qlora", 16, False)}
 
 

@@ -159,7 +159,7 @@ def test_the_rank_is_divided_among_the_experts_of_a_token(use_rslora):
     assert many.r == 8 and not many.rank_pattern  # one expert a token
 
 
-def test_names_reach_experts_and_what_stands_beside_them():
+def test_names_reach_experts_and_what_stands_next_to_them():
     model = architecture.meta_model(configuration("deepseek_v3"))
 
     def targets(spec: str) -> tuple[list[str], list[str]]:
@@ -224,7 +224,7 @@ def test_a_base_that_is_stored_quantized_takes_no_adapter():
             lora_utils.check_stored(config, flags)
 
 
-def test_no_loss_of_the_routers_is_computed(saved, tmp_path):
+def test_no_loss_of_the_routers_is_computed(tmp_path):
     model = build("mixtral")
     model.config.output_router_logits = True
     model.save_pretrained(tmp_path)

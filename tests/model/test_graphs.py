@@ -465,7 +465,7 @@ def test_no_graph_of_autograd_is_alive_while_a_pass_is_recorded(monkeypatch):
     assert replays(of) == 1 and recordings == [[None, None]]  # the first pass, and the eager twin of the recording
 
 
-def test_recomputed_activations_draw_the_masks_that_they_had(tmp_path, monkeypatch):
+def test_recomputed_activations_draw_the_masks_that_they_had(monkeypatch):
     """Where masks of a pass that may be recorded are kept, and others are made again, from the first pass on."""
     monkeypatch.setattr(groups, "KEPT_MASK", 0)
     said = []

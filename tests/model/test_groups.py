@@ -370,7 +370,7 @@ def test_biases_are_those_of_the_layers(adapted):
         model = with_adapter(model)
     else:
         groups.join_frozen_layers(model)
-    assert sizes_of(model) == [1, 1, 1, 1, 2, 2, 3, 3] if adapted else [2, 2, 3, 3]
+    assert sizes_of(model) == ([1, 1, 1, 1, 2, 2, 3, 3] if adapted else [2, 2, 3, 3])
     with torch.no_grad():
         model(input_ids=TOKENS)
         layer.bias.add_(1)  # as an optimizer does it

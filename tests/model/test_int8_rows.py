@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from architectures import CHANGES, build
-from helpers import sft_flags
+from helpers import cut_short, sft_flags
 from models import ARCHITECTURES, make_model, predicted
 from peft import AutoPeftModelForCausalLM
 from plain import IDS, TOKENS, Made
@@ -223,7 +223,7 @@ def test_a_quantized_base_is_loaded_so(saved_base, tied, bits):
     assert (back.lm_head.weight is back.model.embed_tokens.weight) == tied
 
 
-def test_while_loading_both_ends_stay_on_the_cpu():
+def test_while_loading_embedding_and_head_stay_on_the_cpu():
     """And transformers reserves no memory for them on a GPU."""
     from transformers import BitsAndBytesConfig
 
@@ -306,10 +306,7 @@ def test_an_adapter_is_merged_into_the_published_rows(runs, tied, bits, dtype):
 def test_a_run_resumes_to_the_same_weights(runs, tied, tmp_path):
     _, output, flags = runs[tied]
     shutil.copytree(output, tmp_path / "again")
-    shutil.rmtree(tmp_path / "again" / "final_checkpoint")
-    shutil.rmtree(newest_checkpoint(str(tmp_path / "again")))
-    stopped = newest_checkpoint(str(tmp_path / "again"))
-    assert stopped and stopped != newest_checkpoint(output)
+    cut_short(tmp_path / "again")
     sft.train(**{**flags, "output_dir": str(tmp_path / "again"), "resume_from_checkpoint": "True"})
     ours, theirs = (
         load_file(os.path.join(newest_checkpoint(str(o)), "adapter_model.safetensors"))

@@ -52,7 +52,7 @@ def test_a_base_that_float16_does_not_fit_is_named(tmp_path, monkeypatch, capsys
         assert ("gemma2 models often overflow float16" in capsys.readouterr().out) == warned
 
 
-def test_a_name_that_is_looked_up_on_the_hub_is_said_first(tmp_path, monkeypatch, capsys):
+def test_a_name_that_is_looked_up_on_the_hub_is_said_first(monkeypatch, capsys):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     loading._look_up.cache_clear()
     with pytest.raises(InputError, match="there is no such folder, and no hub model of this name can be reached"):

@@ -1,7 +1,6 @@
 """scripts/prepare_data.py as a whole: what it writes is what training reads, twice the same, or nothing at all."""
 
 import ast
-import csv
 import json
 import os
 import re
@@ -10,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers import ROOT, encoded, run_command, succeed
+from helpers import ROOT, encoded, read_rows, run_command, sft_flags, succeed
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from raw_bolts import CATEGORY, KINDS, contents, csv_rows, flags_of, path_of, refused, review_rows
@@ -74,18 +73,8 @@ def test_two_runs_give_the_same_files(prepared, raw, tmp_path, monkeypatch):
 
 
 def test_sft_takes_the_files(prepared, base, tmp_path, capsys):
-    sft.train(
-        base_model=base,
-        train_file=path_of(prepared, "train"),
-        eval_file=path_of(prepared, "valid"),
-        sid_index_path=path_of(prepared, "index"),
-        item_meta_path=path_of(prepared, "item"),
-        output_dir=str(tmp_path / "run"),
-        category=CATEGORY,
-        batch_size=8,
-        micro_batch_size=4,
-        dry_run=True,
-    )
+    files = {name: path_of(prepared, name) for name in ("train", "valid", "index", "item")}
+    sft.train(**sft_flags(files, base, str(tmp_path / "run"), category=CATEGORY, dry_run=True))
     assert "examples;" in capsys.readouterr().out
 
 
@@ -258,12 +247,8 @@ def test_the_benchmark_rebuilds_what_a_release_was_made_from(tmp_path):
     assert record["benchmark"] == "prepare" and record["table"][0]["seconds"] > 0
     made = {}
     for path in (tmp_path / "raw" / "prepared").glob("*/*.csv"):
-        with open(path, encoding="utf-8", newline="") as file:
-            made.update(
-                ((row["user_id"], row["history_item_title"]), row["item_title"]) for row in csv.DictReader(file)
-            )
-    with open(release / "test.csv", encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file))
+        made.update(((row["user_id"], row["history_item_title"]), row["item_title"]) for row in read_rows(path))
+    rows = read_rows(release / "test.csv")
     assert len(rows) == 543 and all(
         made[row["user_id"], row["history_item_title"]] == row["item_title"] for row in rows
     )
@@ -382,11 +367,10 @@ def test_an_item_that_follows_itself_counts_once_in_a_session(tmp_path):
     )
     sessions = {}
     for split in ("train", "valid", "test"):
-        with open(out / split / "T.csv", newline="", encoding="utf-8") as file:
-            for row in csv.DictReader(file):
-                history = [*ast.literal_eval(row["history_item_title"]), row["item_title"]]
-                user = row["user_id"]
-                sessions[user] = max(sessions.get(user, []), history, key=len)
+        for row in read_rows(out / split / "T.csv"):
+            history = [*ast.literal_eval(row["history_item_title"]), row["item_title"]]
+            user = row["user_id"]
+            sessions[user] = max(sessions.get(user, []), history, key=len)
     assert {user.split("/")[1]: history for user, history in sessions.items()} == {
         "1": ["Thing A", "Thing B"],
         "2": ["Thing B", "Thing C", "Thing D"],

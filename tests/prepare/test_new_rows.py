@@ -8,7 +8,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from helpers import run_command
+from helpers import read_rows, run_command, sft_flags, strings
 from raw_bolts import contents, refused
 from raw_files import T0, written
 
@@ -43,11 +43,10 @@ def prepared_of(tmp_path: Path, events: list[tuple], items: list[str], **flags) 
 
 def rows_of(path: Path) -> list[tuple]:
     """The rows of a file: user, history of item ids, item id."""
-    with open(path, encoding="utf-8", newline="") as file:
-        return [
-            (row["user_id"], tuple(map(str, ast.literal_eval(row["history_item_id"]))), row["item_id"])
-            for row in csv.DictReader(file)
-        ]
+    return [
+        (row["user_id"], tuple(map(str, ast.literal_eval(row["history_item_id"]))), row["item_id"])
+        for row in read_rows(path)
+    ]
 
 
 def numbers_of(folder: Path) -> dict[str, str]:
@@ -113,7 +112,7 @@ def test_later_purchases_become_rows_of_the_same_ids(tmp_path, capsys):
     rows = rows_of(tmp_path / "week_2" / "new" / "T_1.csv")
     expected = plain_rows([*later, *old, *late], numbers_of(first), last)
     assert rows == expected and ("n1", (numbers_of(first)["W1"],), numbers_of(first)["W2"]) in rows
-    cells = next(csv.DictReader((tmp_path / "week_2" / "new" / "T_1.csv").open()))
+    cells = read_rows(tmp_path / "week_2" / "new" / "T_1.csv")[0]
     info = [line.split("\t") for line in (first / "info" / "T.txt").read_text().splitlines()]
     assert [cells["item_sid"], cells["item_title"], cells["item_id"]] in info
 
@@ -138,7 +137,7 @@ def test_later_purchases_become_rows_of_the_same_ids(tmp_path, capsys):
     assert "note: 2 purchases until" in capsys.readouterr().out  # the same ones as a week ago
 
 
-def test_new_items_and_their_purchases_come_together(tmp_path, capsys):
+def test_new_items_and_their_purchases_come_together(tmp_path):
     old, later = two_weeks()
     first = prepared_of(tmp_path, old, ITEMS)
     bought = [(user, "N1", time + 1) for user, _, time in later[:9]]
@@ -245,7 +244,7 @@ def test_a_later_return_is_no_new_row(tmp_path, capsys):
     assert "renamed has no column qty, so its returns count as purchases" in capsys.readouterr().out
 
 
-def test_a_log_that_gives_no_new_rows_is_refused(tmp_path, capsys):
+def test_a_log_that_gives_no_new_rows_is_refused(tmp_path):
     old, later = two_weeks()
     first = prepared_of(tmp_path, old, ITEMS)
     end = max(time for _, _, time in old)
@@ -303,17 +302,8 @@ def test_sft_takes_the_new_rows(base, tmp_path, capsys):
     log = log_of(tmp_path / "longer.csv", [*old, *later])
     prepare_data(dataset=str(first), interactions=log, output_dir=str(tmp_path / "week_2"))
     week = tmp_path / "week_2"
-    sft.train(
-        base_model=base,
-        train_file=str(week / "new" / "T_1.csv"),
-        eval_file=str(week / "test" / "T.csv"),
-        sid_index_path=str(week / "index" / "T.index.json"),
-        item_meta_path=str(week / "index" / "T.item.json"),
-        tasks="sid_history_to_sid",
-        category="T",
-        output_dir=str(tmp_path / "run"),
-        batch_size=8,
-        micro_batch_size=4,
-        dry_run=True,
-    )
+    files = {"train": week / "new" / "T_1.csv", "valid": week / "test" / "T.csv"}
+    files |= {name: week / "index" / f"T.{name}.json" for name in ("index", "item")}
+    more = {"category": "T", "tasks": "sid_history_to_sid", "dry_run": True}
+    sft.train(**strings(sft_flags(files, base, tmp_path / "run", **more)))
     assert "examples;" in capsys.readouterr().out

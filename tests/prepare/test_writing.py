@@ -47,7 +47,7 @@ def test_a_full_disk_leaves_nothing(raw, tmp_path, monkeypatch):
     assert os.listdir(tmp_path) == []
 
 
-def test_a_dangling_link_and_a_lost_race_are_refused(log, tmp_path, monkeypatch):
+def test_a_dangling_link_and_a_lost_race_are_refused(log, tmp_path):
     os.symlink(tmp_path / "nowhere", tmp_path / "link")
     assert "exists already" in problems_of(prepare_data, **{**log, "output_dir": str(tmp_path / "link")})
     (tmp_path / "made").mkdir()

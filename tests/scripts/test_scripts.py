@@ -200,7 +200,7 @@ def test_a_search_path_of_folders_does_not_lead_to_another_project(checkout, tmp
     assert result.returncode == 0 and result.stdout.strip() == str(checkout)
 
 
-def test_a_python_that_is_missing_is_named(checkout, tmp_path):
+def test_a_python_that_is_missing_is_named(checkout):
     result = bash(checkout, "sft_lora.sh", PYTHON="", BASE_PYTHON="python3.99")
     assert result.returncode == 2 and not (checkout / ".venv").exists()
     assert "setup.sh: error: python3.99 is missing, or older than Python 3.11; name another one" in result.stderr

@@ -446,7 +446,7 @@ def test_one_process_serves(files, base, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_checkpoint_of_another_catalogue_ends_the_server(files, sft_run, tmp_path):
+def test_a_checkpoint_of_another_catalogue_ends_the_server(sft_run, tmp_path):
     (tmp_path / "info.txt").write_text("<a_0><b_0><c_0>\tBolt\t1\n<z_1>\tNut\t2\n")
     flags = {"model": sft_run("lora") / "final_checkpoint", "info_file": tmp_path / "info.txt", "serve": free_port()}
     started = start_command("recommend.py", flags)

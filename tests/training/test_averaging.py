@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from architectures import configuration
-from helpers import evaluate_flags, logged, newest, rl_flags, strings, tensors_of
+from helpers import cut_short, evaluate_flags, logged, newest, rl_flags, strings, tensors_of
 from processes import ENGINES, assert_same_run, two_processes
 from safetensors.torch import load_file
 from torch import nn
@@ -91,9 +91,7 @@ def test_what_is_evaluated_is_saved_and_resumed(files, sft_run, tmp_path, method
     assert found["NDCG@10"] == pytest.approx(logged(whole, "eval_NDCG@10")[-1], abs=1e-6)
     # A run that goes on from its first checkpoint ends as one that was never stopped.
     shutil.copytree(whole, two)
-    shutil.rmtree(two / "final_checkpoint")
-    shutil.rmtree(newest(two))
-    assert (newest(two) / "unaveraged.safetensors").is_file()
+    assert (cut_short(two) / "unaveraged.safetensors").is_file()
     rl.train(**strings(rl_flags(files, start, two, **flags, resume_from_checkpoint="True")))
     assert_same_run(whole, two, 0.0)
     assert all(torch.equal(tensor, tensors_of(newest(two))[name]) for name, tensor in tensors_of(newest(whole)).items())
@@ -133,8 +131,7 @@ def test_an_engine_averages_as_one_process_does(files, sft_run, one, tmp_path, e
     flags = rl_flags(files, sft_run("full") / "final_checkpoint", two, **IN_FULL, train_batch_size=8)
     two_processes(engine, tmp_path, "rl.py", flags)
     same_checkpoint(one, two)
-    shutil.rmtree(newest(two))
-    shutil.rmtree(two / "final_checkpoint")
+    cut_short(two)
     two_processes(engine, tmp_path, "rl.py", {**flags, "resume_from_checkpoint": True})
     same_checkpoint(one, two)
     assert_same_run(one, two, 1e-5)

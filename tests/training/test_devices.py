@@ -3,22 +3,20 @@ adapter on every rank, weights that are sharded, and the engines' configurations
 
 import json
 import re
-import shutil
 import sys
+from functools import cache
 from pathlib import Path
 
 import processes
 import pytest
 import torch
-from accelerate.commands.config.config_args import load_config_from_file
-from helpers import ROOT, flag_words, rl_flags, sft_flags, succeed
+from helpers import cut_short, flag_words, newest, rl_flags, sft_flags, succeed
 from processes import ENGINES, ENGINES_AND_STARTS, assert_same_run, two_processes
 from safetensors.torch import load_file
 
 import lora_utils
 from minionerec.flags import AdapterFlags
 from minionerec.model import loading
-from minionerec.training.resume import newest_checkpoint
 
 METHODS = {
     "full": {},
@@ -34,14 +32,12 @@ LAUNCHED = [("torchrun", "lora"), ("zero2", "qlora")]  # by the launchers themse
 @pytest.fixture(scope="module")
 def trained(files, base, tmp_path_factory):
     """`trained(method)`: the folder of an SFT run in one process, made once."""
-    runs: dict[str, Path] = {}
 
+    @cache
     def folder(method: str) -> Path:
-        if method not in runs:
-            output = tmp_path_factory.mktemp("one") / method
-            succeed("sft.py", **sft_flags(files, base, output, **METHODS[method], **SMALL_STEPS))
-            runs[method] = output
-        return runs[method]
+        output = tmp_path_factory.mktemp("one") / method
+        succeed("sft.py", **sft_flags(files, base, output, **METHODS[method], **SMALL_STEPS))
+        return output
 
     return folder
 
@@ -87,22 +83,19 @@ def test_an_engine_saves_a_tied_matrix_once(files, base, trained, tmp_path, engi
 def test_an_engine_goes_on_from_its_checkpoint(files, base, trained, tmp_path, engine):
     flags = sft_flags(files, base, tmp_path / "two", **METHODS["grouped lora"], **SMALL_STEPS)
     two_processes(engine, tmp_path, "sft.py", flags)
-    newest = newest_checkpoint(str(tmp_path / "two"))
-    shutil.rmtree(newest)
-    shutil.rmtree(tmp_path / "two" / "final_checkpoint")
-    as_older_release(newest_checkpoint(str(tmp_path / "two")))
+    as_older_release(cut_short(tmp_path / "two"))
     two_processes(engine, tmp_path, "sft.py", {**flags, "resume_from_checkpoint": True})
     assert_same_run(trained("grouped lora"), tmp_path / "two", 1e-5)
     assert_same_checkpoint(trained("grouped lora"), tmp_path / "two")
 
 
-def as_older_release(checkpoint: str) -> None:
+def as_older_release(checkpoint: Path) -> None:
     """0.1.0 did not record the engine, and had DeepSpeed compute in bfloat16, which its files are named after."""
-    record = Path(checkpoint, "minionerec.json")
+    record = checkpoint / "minionerec.json"
     run = json.loads(record.read_text())
     kept = {name: run[name] for name in run if name not in ("engine", "processes")}
     record.write_text(json.dumps({**kept, "version": "0.1.0"}))
-    for file in Path(checkpoint).glob("global_step*/*optim_states.pt"):
+    for file in checkpoint.glob("global_step*/*optim_states.pt"):
         file.rename(file.with_name(f"bf16_{file.name}"))
 
 
@@ -124,27 +117,24 @@ SPARSE |= {"sync_ref_model": True, "test_during_training": False}
 @pytest.fixture(scope="module")
 def sparse(files, trained, tmp_path_factory):
     """`sparse(start)`: the flags of an RL run in which few groups count, and the folder of that run in one process."""
-    runs: dict[str, Path] = {}
 
     def flags_of(start: str, output: Path, batch: int) -> dict:
         more = {"use_lora": start == "lora", "train_batch_size": batch, **SPARSE}
         return rl_flags(files, trained(start) / "final_checkpoint", output, **more)
 
+    @cache
     def run(start: str):
-        if start not in runs:
-            folder = tmp_path_factory.mktemp("sparse")
-            flags = flags_of(start, folder / "one", 4)
-            one = processes.start("watched", folder, "rl.py", *flag_words(flags))
-            assert one.wait() == [0], one.errors[-3000:]
-            runs[start] = folder / "one"
-        return runs[start], lambda output: flags_of(start, output, 2)
+        folder = tmp_path_factory.mktemp("sparse")
+        one = processes.start("watched", folder, "rl.py", *flag_words(flags_of(start, folder / "one", 4)))
+        assert one.wait() == [0], one.errors[-3000:]
+        return folder / "one", lambda output: flags_of(start, output, 2)
 
     return run
 
 
 def assert_same_checkpoint(one: Path, two: Path) -> None:
     """The newest checkpoints hold the same weights and, of RL, the same reference."""
-    folders = [Path(newest_checkpoint(str(run))) for run in (one, two)]
+    folders = [newest(run) for run in (one, two)]
     names = [path.name for path in folders[0].glob("*.safetensors")]
     assert folders[0].name == folders[1].name and names
     for name in names:
@@ -164,8 +154,7 @@ def test_a_process_without_a_group_that_counts_keeps_pace(sparse, tmp_path, engi
     assert_same_checkpoint(one, tmp_path / "two")
     assert any(path.name == "reference.safetensors" for path in one.glob("checkpoint-*/*"))
     # Its checkpoint holds what resuming needs: the moving reference too.
-    shutil.rmtree(newest_checkpoint(str(tmp_path / "two")))
-    shutil.rmtree(tmp_path / "two" / "final_checkpoint")
+    cut_short(tmp_path / "two")
     two_processes(engine, tmp_path, "rl.py", {**flags(tmp_path / "two"), "resume_from_checkpoint": True})
     assert_same_run(one, tmp_path / "two", 5e-5)
     assert_same_checkpoint(one, tmp_path / "two")
@@ -181,8 +170,7 @@ def test_sid_rows_trained_alone_are_merged_from_their_shards(files, base, traine
     assert_same_checkpoint(one, two)
     for name in ("config.json", "generation_config.json"):
         assert (one / "final_checkpoint" / name).read_text() == (two / "final_checkpoint" / name).read_text()
-    shutil.rmtree(newest_checkpoint(str(two)))
-    shutil.rmtree(two / "final_checkpoint")
+    cut_short(two)
     two_processes(engine, tmp_path, "sft.py", {**flags, "resume_from_checkpoint": True})
     assert_same_run(one, two, 1e-5)
 
@@ -211,25 +199,10 @@ def test_what_ends_one_process_ends_all(files, base, tmp_path, engine, mode, sai
 
 
 @pytest.mark.slow
-def test_weights_that_fsdp_shares_out_train_and_decode_the_same():
-    two = processes.start("fsdp", ranks=2)
-    assert two.wait() == [0, 0], two.errors[-3000:]
-
-
-@pytest.mark.slow
 def test_two_processes_try_and_rank_alike():
     """Under FSDP every forward pass is a collective: all must try the same ways and run as many passes."""
     two = processes.start("probe", ranks=2)
     assert two.wait() == [0, 0], two.errors[-3000:]
-
-
-@pytest.mark.parametrize("name", ["zero2", "zero3", "fsdp"])
-def test_accelerate_takes_the_configurations(name, monkeypatch):
-    config = load_config_from_file(str(ROOT / "configs" / f"{name}.yaml"))  # refuses unknown keys
-    engine = "FSDP" if name == "fsdp" else "DEEPSPEED"
-    assert config.distributed_type.value == engine and config.num_processes == 2
-    if engine == "DEEPSPEED":
-        assert config.deepspeed_config["zero_stage"] == int(name[-1])
 
 
 def test_four_bits_are_stored_as_a_type_that_the_engine_can_share_out(base, monkeypatch):

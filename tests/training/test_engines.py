@@ -1,19 +1,19 @@
 """A run that resumes under another engine, or over another number of processes: what can be carried over is, what
 cannot is one line before anything is loaded. That engines train as one process does: test_devices.py."""
 
-import json
 import shutil
 from pathlib import Path
 
 import processes
 import pytest
-from helpers import flag_words, newest, sft_flags, strings
-from processes import assert_same_run
+from helpers import cut_short, flag_words, sft_flags, strings
+from processes import ONE, assert_same_run
+from recorded import resumable
 
 import sft
 from minionerec.checkpoint import Checkpoint
 from minionerec.errors import InputError
-from minionerec.flags import RunFlags, engine
+from minionerec.flags import engine
 from minionerec.training.resume import resume_point
 
 KINDS = [(name, count) for name in ("", "ZeRO-2", "ZeRO-3", "FSDP") for count in (1, 2)]
@@ -29,17 +29,6 @@ VARIABLES = {
 }
 
 
-def checkpoint_in(folder: Path, run: dict, *files: str) -> RunFlags:
-    """Makes a checkpoint of these files, and gives the flags that resume it."""
-    folder = folder / "checkpoint-5"
-    for name in (*files, "trainer_state.json", "minionerec.json"):
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).touch()
-    (folder / "trainer_state.json").write_text('{"global_step": 5}')
-    (folder / "minionerec.json").write_text(json.dumps(run))
-    return RunFlags(output_dir=str(folder.parent), resume_from_checkpoint=str(folder))
-
-
 @pytest.mark.parametrize("here", KINDS, ids=str)
 def test_every_engine_resumes_what_it_can(tmp_path, monkeypatch, here):
     for name, value in {**VARIABLES[here[0]], "WORLD_SIZE": str(here[1])}.items():
@@ -47,10 +36,10 @@ def test_every_engine_resumes_what_it_can(tmp_path, monkeypatch, here):
     assert engine() == here[0]
     for there in KINDS:
         run = {**RUN, "engine": there[0], "processes": there[1]}
-        flags, said = checkpoint_in(tmp_path / str(there), run, "optimizer.pt"), []
+        flags, said = resumable(tmp_path / str(there) / "checkpoint-5", run, "optimizer.pt"), []
         if there == here or (there[0] == here[0] and not there[0].startswith("ZeRO")):
             assert resume_point(flags, RUN, said.append)
-            assert len(said) == (there != here) and not any("warning" in line for line in said)
+            assert len(said) == 1 + (there != here) and not any("warning" in line for line in said)
             continue
         with pytest.raises(InputError) as error:
             resume_point(flags, RUN, said.append)
@@ -71,8 +60,8 @@ def test_every_engine_resumes_what_it_can(tmp_path, monkeypatch, here):
     ],
 )
 def test_the_files_of_an_older_release_tell_its_engine(tmp_path, files, found):
-    flags = checkpoint_in(tmp_path, RUN, *files)
-    assert Checkpoint.read(flags.resume_from_checkpoint).engine == found
+    flags = resumable(tmp_path / "checkpoint-5", RUN, *files)
+    assert Checkpoint.read(str(tmp_path / "checkpoint-5")).engine == found
     if found[0]:
         with pytest.raises(InputError, match=f"was written by {found[0]}.* cannot be loaded by one process"):
             resume_point(flags, RUN, print)
@@ -82,10 +71,11 @@ def test_the_files_of_an_older_release_tell_its_engine(tmp_path, files, found):
 
 def test_a_rate_from_before_rows_had_parameters_is_refused(tmp_path):
     run = {**RUN, "flags": {"sid_learning_rate": 0.01}}
-    flags = checkpoint_in(tmp_path, run, "optimizer.pt")
+    flags = resumable(tmp_path / "checkpoint-5", run, "optimizer.pt")
     with pytest.raises(InputError, match="has no optimizer state for SID rows alone"):
         resume_point(flags, run, print)
-    assert resume_point(checkpoint_in(tmp_path, {**run, "engine": "", "processes": 1}, "optimizer.pt"), run, print)
+    flags = resumable(tmp_path / "checkpoint-5", {**run, "engine": "", "processes": 1}, "optimizer.pt")
+    assert resume_point(flags, run, print)
 
 
 def test_the_stage_of_a_deepspeed_file_counts(tmp_path, monkeypatch):
@@ -100,18 +90,14 @@ def test_the_stage_of_a_deepspeed_file_counts(tmp_path, monkeypatch):
 @pytest.fixture(scope="module")
 def one(files, base, tmp_path_factory) -> Path:
     run = tmp_path_factory.mktemp("one") / "run"
-    sft.train(**strings(sft_flags(files, base, run, **LORA)))
+    sft.train(**strings(sft_flags(files, base, run, **ONE)))
     return run
-
-
-LORA = {"use_lora": True, "lora_dropout": 0.0, "micro_batch_size": 4, "learning_rate": 1e-3}
 
 
 def resumed(files, base, run: Path, ranks: int, engine: str = "torchrun") -> processes.Started:
     """A run that continues the first checkpoint of another."""
-    shutil.rmtree(run / "final_checkpoint")
-    shutil.rmtree(newest(run))
-    flags = {**sft_flags(files, base, run, **LORA), "resume_from_checkpoint": True}
+    cut_short(run)
+    flags = {**sft_flags(files, base, run, **ONE), "resume_from_checkpoint": True}
     return processes.start("command", "sft.py", *flag_words(flags), ranks=ranks, engine=engine)
 
 
@@ -127,7 +113,7 @@ def test_the_number_of_processes_may_change(files, base, one, tmp_path):
 
 @pytest.mark.slow
 def test_the_number_of_processes_of_fsdp_may_change(files, base, one, tmp_path):
-    first = processes.start_command("sft.py", sft_flags(files, base, tmp_path, **LORA), ranks=2, engine="fsdp")
+    first = processes.start_command("sft.py", sft_flags(files, base, tmp_path, **ONE), ranks=2, engine="fsdp")
     assert first.wait() == [0, 0], first.errors[-3000:]
     again = resumed(files, base, tmp_path, 1, "fsdp")
     assert again.wait() == [0], again.errors[-3000:]

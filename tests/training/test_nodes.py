@@ -16,14 +16,17 @@ from helpers import ROOT, flag_words, refused, rl_flags, run_command, sft_flags,
 from processes import ONE, assert_same_run, errors_of, launcher_environment, start_nodes, two_processes
 
 
-@pytest.mark.parametrize("name", ["zero2", "zero3", "fsdp"])
-def test_the_configurations_start_a_run_on_two_machines(name):
-    """Otherwise accelerate starts DeepSpeed's own launcher, which trains a model on each machine."""
+@pytest.mark.parametrize(("name", "kind"), [("zero2", "DEEPSPEED"), ("zero3", "DEEPSPEED"), ("fsdp", "FSDP")])
+def test_the_configurations_start_a_run_on_two_machines(name, kind):
+    """Otherwise accelerate starts DeepSpeed's own launcher, which trains a model on each machine. It refuses keys that
+    it does not know."""
     words = ["--config_file", f"{ROOT}/configs/{name}.yaml", "--num_machines", "2", "--machine_rank", "1"]
     words += ["--main_process_ip", "node-0", "--main_process_port", "29500", "script.py"]
     args = accelerate_launch._validate_launch_command(accelerate_launch.launch_command_parser().parse_args(words))[0]
     assert args.num_machines == 2 and (name == "fsdp" or args.deepspeed_multinode_launcher == "standard")
-    assert yaml.safe_load((ROOT / "configs" / f"{name}.yaml").read_text())["num_machines"] == 1
+    config = yaml.safe_load((ROOT / "configs" / f"{name}.yaml").read_text())
+    assert (config["distributed_type"], config["num_machines"], config["num_processes"]) == (kind, 1, 2)
+    assert name == "fsdp" or config["deepspeed_config"]["zero_stage"] == int(name[-1])
 
 
 def test_a_cache_that_cannot_be_written_is_named_before_anything_loads(files, tmp_path, monkeypatch):

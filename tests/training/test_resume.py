@@ -9,15 +9,13 @@ import pytest
 import torch
 from helpers import ROOT, logged, refused, succeed, tensors_of
 from models import trainer_of
-from recorded import problems_of, record
+from recorded import problems_of, resumable
 from safetensors.torch import load_file
 
 from minionerec import __version__
 from minionerec.checkpoint import Checkpoint
 from minionerec.data.prompts import load_prompts
 from minionerec.errors import InputError
-from minionerec.flags import RunFlags
-from minionerec.training import resume
 from minionerec.training.resume import resume_point
 
 STORED = ROOT / "tests" / "runs_0_1_0"
@@ -49,6 +47,9 @@ def stored(tmp_path, monkeypatch) -> Path:
             torch.save(decoded(state, tensors), folder / name)
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+SMALL = {"command": "sft", "method": "full", "base_fingerprint": None, "flags": {}}
 
 
 def flags_of(run: Path) -> dict[str, object]:
@@ -98,41 +99,29 @@ def test_a_run_of_0_1_0_does_not_resume_with_a_rate_for_sid_rows(stored):
     ],
 )
 def test_a_trainer_state_that_cannot_be_resumed(tmp_path, changes, message):
-    checkpoint = record(tmp_path / "checkpoint-2")
+    checkpoint = tmp_path / "checkpoint-2"
     state = {"global_step": 2, "max_steps": 4, "epoch": 0.5, "best_metric": float("inf"), "log_history": []}
-    (checkpoint / "trainer_state.json").write_text(json.dumps(state))
-    run = {"command": "sft", "method": "full", "base_fingerprint": None, "flags": {}}
-    flags = RunFlags(output_dir=str(tmp_path), resume_from_checkpoint="True")
-    (problem,) = problems_of(resume.resume_point, flags=flags, run=run, say=print)
+    flags = resumable(checkpoint, SMALL, state=json.dumps(state))
+    (problem,) = problems_of(resume_point, flags=flags, run=SMALL, say=print)
     assert problem.endswith("has lost its optimizer state; resume from another checkpoint")
     (checkpoint / "optimizer.pt").touch()
-    assert resume.resume_point(flags, run, print).path == str(checkpoint)
+    assert resume_point(flags, SMALL, print).path == str(checkpoint)
     (checkpoint / "trainer_state.json").write_text(json.dumps({**state, **changes}))
-    (problem,) = problems_of(resume.resume_point, flags=flags, run=run, say=print)
+    (problem,) = problems_of(resume_point, flags=flags, run=SMALL, say=print)
     assert message in problem and "resume from another checkpoint" in problem
 
 
 def test_a_record_that_lacks_values_is_of_another_run(tmp_path):
-    checkpoint = record(tmp_path / "checkpoint-2")
-    (checkpoint / "minionerec.json").write_text('{"seconds": 3}')
-    (checkpoint / "trainer_state.json").write_text('{"global_step": 2}')
-    (checkpoint / "optimizer.pt").touch()
-    assert Checkpoint.read(str(checkpoint)).run == {"seconds": 3}
-    run = {"command": "sft", "method": "full", "base_fingerprint": None, "flags": {}}
-    flags = RunFlags(output_dir=str(tmp_path), resume_from_checkpoint="True")
+    flags = resumable(tmp_path / "checkpoint-5", {"seconds": 3}, "optimizer.pt")
+    assert Checkpoint.read(str(tmp_path / "checkpoint-5")).run == {"seconds": 3}
     with pytest.raises(InputError, match="belongs to a different run: the command is None there, sft here"):
-        resume.resume_point(flags, run, print)
+        resume_point(flags, SMALL, print)
 
 
 def test_a_checkpoint_without_a_record_is_resumed_with_a_warning(tmp_path, capsys):
-    checkpoint = record(tmp_path / "checkpoint-2")
-    (checkpoint / "minionerec.json").unlink()
-    (checkpoint / "trainer_state.json").write_text('{"global_step": 2}')
-    (checkpoint / "optimizer.pt").touch()
-    run = {"command": "sft", "method": "full", "base_fingerprint": None, "flags": {}}
-    flags = RunFlags(output_dir=str(tmp_path), resume_from_checkpoint="True")
-    assert resume.resume_point(flags, run, print).path == str(checkpoint)
-    assert f"warning: {checkpoint} records no flags and no wording" in capsys.readouterr().out
+    flags = resumable(tmp_path / "checkpoint-5", None, "optimizer.pt")
+    assert resume_point(flags, SMALL, print).path == str(tmp_path / "checkpoint-5")
+    assert f"warning: {tmp_path}/checkpoint-5 records no flags and no wording" in capsys.readouterr().out
 
 
 class Attack:
@@ -194,12 +183,7 @@ RUN["flags"]["load_in_8bit"] = False
     ],
 )
 def test_a_checkpoint_of_another_run_is_refused(tmp_path, changed, message):
-    folder = tmp_path / "checkpoint-5"
-    folder.mkdir()
-    (folder / "trainer_state.json").write_text('{"global_step": 5}')
-    (folder / "minionerec.json").write_text(json.dumps(RUN))
-    (folder / "optimizer.pt").touch()
-    said, flags = [], RunFlags(output_dir=str(tmp_path), resume_from_checkpoint="True")
+    said, flags = [], resumable(tmp_path / "checkpoint-5", RUN, "optimizer.pt")
     assert resume_point(flags, {**RUN, "flags": {**RUN["flags"], "seed": 2}}, said.append)
     assert said[-1].startswith("warning: --seed is 2 here and was 1 up to ")
     assert resume_point(flags, {**RUN, "flags": {**RUN["flags"], "pack_rows": 16}}, said.append)
@@ -211,26 +195,19 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path, changed, message):
 
 
 def test_another_wording_in_the_same_prompt_file_is_said(tmp_path):
-    folder = tmp_path / "checkpoint-5"
-    folder.mkdir()
     run = {**RUN, "prompts": load_prompts("bolts").to_json()}
     run["flags"] = {**RUN["flags"], "prompt_file": "prompts.json"}
-    (folder / "trainer_state.json").write_text('{"global_step": 5}')
-    (folder / "minionerec.json").write_text(json.dumps(run))
-    (folder / "optimizer.pt").touch()
-    said, flags = [], RunFlags(output_dir=str(tmp_path), resume_from_checkpoint="True")
+    said, flags = [], resumable(tmp_path / "checkpoint-5", run, "optimizer.pt")
     assert resume_point(flags, run, said.append) and not said[1:]
     other = {**run, "prompts": {**run["prompts"], "template": "{instruction} {input}\n"}}
     assert resume_point(flags, other, said.append)
-    assert said[-1] == f"warning: the wording of the prompts is not what it was up to {folder}"
+    assert said[-1] == f"warning: the wording of the prompts is not what it was up to {tmp_path}/checkpoint-5"
 
 
 def test_a_truncated_checkpoint_is_never_resumed(tmp_path):
     for step, state in ((5, '{"global_step": 5}'), (10, '{"global_step": 10, "log_his')):
-        (tmp_path / f"checkpoint-{step}").mkdir()
-        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(state)
-        (tmp_path / f"checkpoint-{step}" / "optimizer.pt").touch()
-    said, flags = [], RunFlags(output_dir=str(tmp_path), resume_from_checkpoint="True")
+        flags = resumable(tmp_path / f"checkpoint-{step}", None, "optimizer.pt", state=state)
+    said = []
     assert resume_point(flags, RUN, said.append).path == str(tmp_path / "checkpoint-5")
     with pytest.raises(InputError, match="is not a complete checkpoint"):
         resume_point(replace(flags, resume_from_checkpoint=str(tmp_path / "checkpoint-10")), RUN, said.append)
@@ -240,11 +217,9 @@ def test_a_truncated_checkpoint_is_never_resumed(tmp_path):
 def test_no_later_checkpoint_is_left_behind(tmp_path):
     """A stop would name it, and True would take it, instead of what was trained since."""
     for step in (5, 10):
-        (tmp_path / f"checkpoint-{step}").mkdir()
-        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(f'{{"global_step": {step}}}')
-        (tmp_path / f"checkpoint-{step}" / "minionerec.json").write_text(json.dumps(RUN))
-        (tmp_path / f"checkpoint-{step}" / "optimizer.pt").touch()
-    flags = RunFlags(output_dir=str(tmp_path), resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
+        state = json.dumps({"global_step": step})
+        flags = resumable(tmp_path / f"checkpoint-{step}", RUN, "optimizer.pt", state=state)
+    flags = replace(flags, resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
     (problem,) = problems_of(resume_point, flags=flags, run=RUN, say=print)
     assert f"{tmp_path} holds a later checkpoint, {tmp_path}/checkpoint-10, which" in problem
     for good in (

@@ -43,7 +43,7 @@ def scored(monkeypatch):
     return use
 
 
-def scores(path: Path, base: Path | None = None) -> torch.Tensor:
+def scores(path: Path) -> torch.Tensor:
     """What a checkpoint computes for a few tokens."""
     tokenizer, checkpoint = AutoTokenizer.from_pretrained(path), Checkpoint.read(str(path))
     if checkpoint.adapter is None:

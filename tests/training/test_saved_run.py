@@ -30,6 +30,20 @@ class Interrupted(TrainerCallback):
             raise KeyboardInterrupt
 
 
+def interrupted(trainer, step: int):
+    """A trainer whose run has ended badly after a step."""
+    trainer.add_callback(Interrupted(step))
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    return trainer
+
+
+def resume(trainer):
+    """A trainer that has gone on from the newest checkpoint of its folder."""
+    trainer.train(Checkpoint.read(newest_checkpoint(trainer.args.output_dir)))
+    return trainer
+
+
 def trained_weights(trainer) -> dict[str, torch.Tensor]:
     return {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
 
@@ -42,13 +56,9 @@ def test_a_resumed_run_meets_the_same_steps(tmp_path, strategy, optim):
     whole = trainer_of(tmp_path / "whole", 2, strategy, count=16, **growing)
     whole.train()
     assert whole.state.global_step == 12
-    stopped = trainer_of(tmp_path / "stopped", 2, strategy, count=16, **growing)
-    stopped.add_callback(Interrupted(8))
-    with pytest.raises(KeyboardInterrupt):
-        stopped.train()
+    interrupted(trainer_of(tmp_path / "stopped", 2, strategy, count=16, **growing), 8)
     torch.manual_seed(99)
-    resumed = trainer_of(tmp_path / "stopped", 2, strategy, count=16, **growing)
-    resumed.train(Checkpoint.read(newest_checkpoint(resumed.args.output_dir)))
+    resumed = resume(trainer_of(tmp_path / "stopped", 2, strategy, count=16, **growing))
     weights = trained_weights(resumed)
     assert all(torch.equal(weights[name], weight) for name, weight in trained_weights(whole).items())
 
@@ -69,13 +79,9 @@ def test_the_cost_of_a_resumed_run_is_that_of_the_whole_one(tmp_path):
 def test_a_resumed_run_takes_the_rate_and_the_evaluations_of_its_flags(tmp_path):
     """A third of the rate, and the schedule of twice the epochs; the run is evaluated by its own flag."""
     settings = {**GROWING, "lr_scheduler_type": "linear", "eval_strategy": "steps", "eval_steps": 0.25}
-    stopped = trainer_of(tmp_path, 2, count=16, **settings)
-    stopped.add_callback(Interrupted(8))
-    with pytest.raises(KeyboardInterrupt):
-        stopped.train()
+    interrupted(trainer_of(tmp_path, 2, count=16, **settings), 8)
     changed = {**settings, "learning_rate": 3e-3, "num_train_epochs": 6, "eval_steps": 0.5}
-    resumed = trainer_of(tmp_path, 2, count=16, **changed)
-    resumed.train(Checkpoint.read(newest_checkpoint(resumed.args.output_dir)))
+    resumed = resume(trainer_of(tmp_path, 2, count=16, **changed))
     log = resumed.state.log_history
     rates = {entry["step"]: entry["learning_rate"] for entry in log if "learning_rate" in entry}
     expected = {step: (1e-2 * (13 - step) / 12 if step < 7 else 3e-3 * (25 - step) / 24) for step in range(1, 25)}
@@ -87,8 +93,7 @@ def test_a_finished_run_that_goes_on_takes_the_rate_of_its_longer_schedule_at_on
     """The schedule of one epoch ended at 0."""
     settings = {"max_steps": -1, "num_train_epochs": 1, "save_strategy": "steps", "lr_scheduler_type": "linear"}
     trainer_of(tmp_path, 2, count=2, **settings).train()
-    resumed = trainer_of(tmp_path, 2, count=2, **{**settings, "num_train_epochs": 2})
-    resumed.train(Checkpoint.read(newest_checkpoint(resumed.args.output_dir)))
+    resumed = resume(trainer_of(tmp_path, 2, count=2, **{**settings, "num_train_epochs": 2}))
     rates = [entry["learning_rate"] for entry in resumed.state.log_history if "learning_rate" in entry]
     assert rates == pytest.approx([1e-2, 5e-3])
 
@@ -148,10 +153,7 @@ def test_a_moved_run_finds_its_best_checkpoint(tmp_path, monkeypatch, capfd, abs
     losses = [5.0, 1.0, 4.0, 3.0, 2.0, 2.5]  # the best is of step 4
     whole = watched("whole", losses)
     whole.train()
-    stopped = watched("before", losses)
-    stopped.add_callback(Interrupted(8))
-    with pytest.raises(KeyboardInterrupt):
-        stopped.train()
+    stopped = interrupted(watched("before", losses), 8)
     assert stopped.best_checkpoint == "checkpoint-4"
     (shutil.copytree if copied else shutil.move)("before", "after")
     resumed = watched("after", losses)
@@ -167,13 +169,9 @@ def test_a_moved_run_finds_its_best_checkpoint(tmp_path, monkeypatch, capfd, abs
 
 
 def test_a_best_checkpoint_that_is_gone_is_named(tmp_path, capfd):
-    stopped = watched(tmp_path, [1.0, 2.0, 3.0])
-    stopped.add_callback(Interrupted(5))
-    with pytest.raises(KeyboardInterrupt):
-        stopped.train()
+    stopped = interrupted(watched(tmp_path, [1.0, 2.0, 3.0]), 5)
     shutil.rmtree(stopped.state.best_model_checkpoint)
-    resumed = watched(tmp_path, [1.0, 2.0, 3.0], max_steps=6)
-    resumed.train(Checkpoint.read(newest_checkpoint(resumed.args.output_dir)))
+    resumed = resume(watched(tmp_path, [1.0, 2.0, 3.0], max_steps=6))
     assert resumed.best_checkpoint is None
     assert "checkpoint-2, no longer exists" in capfd.readouterr().out
 

@@ -1,12 +1,11 @@
 """A learning rate of their own for the rows of SID tokens."""
 
 import copy
-import shutil
 
 import pytest
 import torch
 from architectures import CHANGES, build
-from helpers import newest, sft_flags, strings, tensors_of
+from helpers import cut_short, newest, sft_flags, strings, tensors_of
 from models import IDS, make_model
 from processes import ENGINES, assert_same_run, two_processes
 
@@ -86,8 +85,7 @@ def one(files, base, tmp_path_factory):
 def test_an_engine_that_resumes_trains_as_one_process_does(files, base, one, tmp_path, engine):
     flags = sft_flags(files, base, tmp_path / "two", **RATES)
     two_processes(engine, tmp_path, "sft.py", flags)
-    shutil.rmtree(newest(tmp_path / "two"))
-    shutil.rmtree(tmp_path / "two" / "final_checkpoint")
+    cut_short(tmp_path / "two")
     two_processes(engine, tmp_path, "sft.py", {**flags, "resume_from_checkpoint": True})
     assert_same_run(one, tmp_path / "two", 1e-5)
 

@@ -5,22 +5,19 @@ import re
 import shutil
 from collections import Counter
 from itertools import combinations, pairwise
-from pathlib import Path
 
+import models
 import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from helpers import run_command, sft_flags, succeed
+from helpers import cut_short, run_command, sft_flags, succeed
 from hypothesis import given
 from hypothesis import strategies as st
-from models import adapted
 from processes import assert_same_run, two_processes
-from transformers import TrainingArguments
 from trees import batches_of_rows, examples, inputs_of, of_users, size_of
 
-from minionerec.checkpoint import Checkpoint, newest_checkpoint
-from minionerec.data.examples import Collator
+from minionerec.checkpoint import Checkpoint
 from minionerec.training.row_batches import StepSampler
 from minionerec.training.sft_trainer import SFTTrainer, step_order
 from minionerec.training.tree_batches import Prefixes, Size, TreeBatches
@@ -135,41 +132,13 @@ def test_processes_share_a_step_equally(make, step_rows, micro_rows):
                     assert max(filled) - min(filled) <= 2
 
 
-def trainer_of(folder, rows: list[dict], batches: TreeBatches | None, micro: int, accumulation: int, **more):
-    """An SFT trainer on `rows`, in their order where there are no `batches`."""
-    return SFTTrainer(
-        model=adapted("qwen2", True, "lora"),
-        run={},
-        data_collator=Collator(0),
-        train_batches=batches,
-        train_dataset=Dataset.from_list(rows),
-        eval_dataset=Dataset.from_list(of_users(5, seed=9)),
-        args=TrainingArguments(
-            **{
-                "output_dir": str(folder),
-                "per_device_train_batch_size": micro,
-                "per_device_eval_batch_size": 4,
-                "gradient_accumulation_steps": accumulation,
-                "num_train_epochs": 1,
-                "learning_rate": 1e-2,
-                "lr_scheduler_type": "constant",
-                "optim": "sgd",
-                "train_sampling_strategy": "sequential",
-                "logging_steps": 1,
-                "eval_strategy": "steps",
-                "eval_steps": 1,
-                "prediction_loss_only": True,
-                "report_to": "none",
-                "use_cpu": True,
-                "remove_unused_columns": False,
-                "dataloader_pin_memory": False,
-                "save_strategy": "no",
-                "disable_tqdm": True,
-                "restore_callback_states_from_checkpoint": True,
-                **more,
-            }
-        ),
-    )
+def trainer_of(folder, rows: list[dict], trees: TreeBatches | None, micro: int, accumulation: int, **more):
+    """An SFT trainer on `rows`, in their order where there are no `trees`."""
+    epoch = {"output_dir": str(folder), "max_steps": -1, "num_train_epochs": 1, "max_grad_norm": 1.0}
+    epoch |= {"gradient_accumulation_steps": accumulation, "per_device_eval_batch_size": 4}
+    epoch |= {"eval_strategy": "steps", "eval_steps": 1, "prediction_loss_only": True}
+    epoch |= {"restore_callback_states_from_checkpoint": True, **more}
+    return models.trainer_of(folder, micro, rows=rows, trees=trees, eval_rows=of_users(5, seed=9), **epoch)
 
 
 def curve_and_weights(trainer: SFTTrainer, resume: str | None = None):
@@ -246,9 +215,7 @@ def test_two_processes_train_as_one_which_goes_on_in_the_second_epoch(files, bas
     two_processes("torchrun", tmp_path, "sft.py", two)
     assert_same_run(tmp_path / "one", tmp_path / "two", 1e-5)
     # One process finds the place where two of them stopped.
-    shutil.rmtree(newest_checkpoint(str(tmp_path / "two")))
-    shutil.rmtree(tmp_path / "two" / "final_checkpoint")
-    state = json.loads((Path(newest_checkpoint(str(tmp_path / "two"))) / "trainer_state.json").read_text())
+    state = json.loads((cut_short(tmp_path / "two") / "trainer_state.json").read_text())
     assert 1 < state["epoch"] < 2
     succeed("sft.py", **two, resume_from_checkpoint=True)
     assert_same_run(tmp_path / "one", tmp_path / "two", 1e-5)
