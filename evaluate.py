@@ -123,7 +123,7 @@ class EvaluateFlags(PromptFlags, ScoreFlags, DeviceFlags):
 
     @property
     def metrics_path(self) -> str:
-        """The file for the metrics. Beside a numbered result, MiniOneRec's evaluate.sh takes every other file named
+        """The file for the metrics. Next to a numbered result, MiniOneRec's evaluate.sh takes every other file named
         *.json for one more part of the rankings."""
         path, _ = os.path.splitext(self.result_json_data)
         return f"{path}.metrics" if os.path.basename(path).isdigit() else f"{path}.metrics.json"

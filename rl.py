@@ -235,7 +235,7 @@ def train(flags: RLFlags) -> "dict | Prediction":
         from minionerec.training.rewards import reward_functions
         from minionerec.training.rl_trainer import ReReTrainer
 
-    # Prove that the base can have the adapter, and that every SID becomes its own tokens. Tokenize the prompts.
+    # Check that the base can have the adapter, and that every SID becomes its own tokens. Tokenize the prompts.
     set_seed(flags.seed)
     state = device.process_state(flags.ddp_timeout)
     memory = device.free_memory_gb()

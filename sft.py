@@ -129,7 +129,7 @@ def train(flags: SFTFlags) -> "dict | Prediction":
         from minionerec.training.sft_trainer import SFTTrainer
         from minionerec.training.sid_learning_rate import sid_weights
 
-    # Prove that the teacher loads, that the base can have the adapter, and that every SID becomes its own tokens.
+    # Check that the teacher loads, that the base can have the adapter, and that every SID becomes its own tokens.
     if flags.cf_path:
         sasrec.load(flags.cf_path)
     config = loading.load_config(flags.base_model)

@@ -22,7 +22,7 @@ RUN_FILE = "minionerec.json"  # the resolved configuration of the run that wrote
 ADAPTER_FILE = "adapter_config.json"
 PENALTY_FILE = "penalty-"  # starts the name of a file that evaluate.py adds: no part of the model
 NAME_BASE = "name it with --base_model"
-RECORDED_ITEMS = 64  # enough to tell catalogues apart, few beside an adapter
+RECORDED_ITEMS = 64  # enough to tell catalogues apart, few next to an adapter
 RECOMMENDS_WRONGLY = "what it recommends is wrong; give the file of its training, or train on this catalogue"
 LEARNED_OTHERS = (
     "what it has learned about a SID is about another item; give rows and index with the SIDs of its training, or "

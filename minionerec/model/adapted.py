@@ -84,7 +84,7 @@ def load_adapted(
         model = loading.load_base(base_model, quantization, dtype=merge_in)
     else:
         published = loading.unquantized_weights(base_model, quantization, merge_in)
-        model = _dequantized(loading.load_base(base_model, quantization, ends_in_8_bits=False), merge_in)
+        model = _dequantized(loading.load_base(base_model, quantization, embeddings_in_8_bits=False), merge_in)
         for name, tensor in chain(model.named_parameters(), model.named_buffers()):
             if name in published:
                 tensor.data = published[name].to(tensor.device)

@@ -239,7 +239,7 @@ class _QuantizeExperts(Bnb4bitQuantize):
         return result
 
 
-class _EndsOnCPU(_Conversion):
+class _EmbeddingsOnCPU(_Conversion):
     """Leaves the embedding and the output head on the CPU while the other weights are loaded:
     `int8_rows.quantize_embeddings` packs them there, so that a GPU never holds them in 16 bits."""
 
@@ -252,7 +252,7 @@ class _EndsOnCPU(_Conversion):
     ) -> dict[str, torch.Tensor]:
         name, value = next(iter(input_dict.items()))  # weights come one by one
         assert model
-        if not _is_end(model, name):
+        if not _is_embedding(model, name):
             return super().convert(input_dict, full_layer_name=full_layer_name, model=model, **kwargs)
         value = value[0] if isinstance(value, list) else value
         if value.shape != model.get_parameter(name).shape:
@@ -260,16 +260,16 @@ class _EndsOnCPU(_Conversion):
         return {name: value.to("cpu")}
 
 
-def _is_end(model: PreTrainedModel, name: str) -> bool:
+def _is_embedding(model: PreTrainedModel, name: str) -> bool:
     module, leaf = get_module_from_name(model, name)
     return leaf == "weight" and (module is model.get_input_embeddings() or module is model.get_output_embeddings())
 
 
-class _Quantize4bit(_EndsOnCPU, _QuantizeExperts):
+class _Quantize4bit(_EmbeddingsOnCPU, _QuantizeExperts):
     pass
 
 
-class _Quantize8bit(_EndsOnCPU, Bnb8bitQuantize):
+class _Quantize8bit(_EmbeddingsOnCPU, Bnb8bitQuantize):
     pass
 
 
@@ -278,11 +278,11 @@ class _OurQuantizer(_Quantizer):
     the output head itself."""
 
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: object) -> bool:
-        return _is_end(model, param_name) or super().param_needs_quantization(model, param_name, **kwargs)
+        return _is_embedding(model, param_name) or super().param_needs_quantization(model, param_name, **kwargs)
 
     def param_element_size(self, model: PreTrainedModel, param_name: str, param: torch.Tensor) -> float:
         """What transformers reserves on a GPU before it loads."""
-        return 0 if _is_end(model, param_name) else super().param_element_size(model, param_name, param)
+        return 0 if _is_embedding(model, param_name) else super().param_element_size(model, param_name, param)
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
         model = super()._dequantize(model, dtype=dtype)

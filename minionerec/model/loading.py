@@ -152,7 +152,7 @@ def load_base(
     quantization: BitsAndBytesConfig | None = None,
     from_scratch: bool = False,
     dtype: torch.dtype | str | None = None,
-    ends_in_8_bits: bool = True,
+    embeddings_in_8_bits: bool = True,
 ) -> PreTrainedModel:
     """A causal LM on this process's device, for training or evaluation.
 
@@ -160,7 +160,7 @@ def load_base(
         quantization: how bitsandbytes stores the base; None for no quantization.
         from_scratch: random float32 weights from the configuration, instead of those of the checkpoint.
         dtype: of the weights that are not quantized; "auto" for the type they were saved in, None for `compute_dtype`.
-        ends_in_8_bits: whether embedding and output head of a quantized base are stored in 8 bits.
+        embeddings_in_8_bits: whether embedding and output head of a quantized base are stored in 8 bits.
     """
     from minionerec.model import architecture, experts, fewer_kernels, int8_rows
 
@@ -206,7 +206,7 @@ def load_base(
     if getattr(model, "is_quantized", False):  # also where it is stored so
         _keep_training_layout(model)
     if quantization is not None:
-        if ends_in_8_bits:
+        if embeddings_in_8_bits:
             int8_rows.quantize_embeddings(model, device.local_device())
         else:
             model.get_input_embeddings().to(device.local_device())
@@ -220,7 +220,7 @@ def load_base(
 def unquantized_weights(path: str, quantization: BitsAndBytesConfig, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """The parameters and buffers that a quantized base keeps as they are, by name: as published, in `dtype`, on the
     CPU. Those of a base that trains are rounded to its compute dtype."""
-    model = load_base(path, quantization, dtype=dtype, ends_in_8_bits=False)
+    model = load_base(path, quantization, dtype=dtype, embeddings_in_8_bits=False)
     tensors = chain(model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False))
     return {name: tensor.data.cpu() for name, tensor in tensors if tensor.is_floating_point()}
 

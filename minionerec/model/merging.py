@@ -26,16 +26,16 @@ def merged(wrapped: PeftModel, merge: Merge = methodcaller("merge_and_unload")) 
     own.
     """
     model = wrapped.get_base_model()
-    ends = model.get_input_embeddings(), model.get_output_embeddings()
-    embedding, head = map(_without_adapter, ends)
+    embeddings = model.get_input_embeddings(), model.get_output_embeddings()
+    embedding, head = map(_without_adapter, embeddings)
     weight = head._parameters.get("weight")
-    if weight is not None and weight is embedding._parameters.get("weight") and _differ(*ends):
+    if weight is not None and weight is embedding._parameters.get("weight") and _differ(*embeddings):
         head.weight = nn.Parameter(weight.detach().clone(), requires_grad=False)
     model = merge(wrapped)
-    ends = model.get_input_embeddings(), model.get_output_embeddings()
-    if ends[0].weight is not ends[1].weight:
+    embeddings = model.get_input_embeddings(), model.get_output_embeddings()
+    if embeddings[0].weight is not embeddings[1].weight:
         model.config.get_text_config().tie_word_embeddings = model.config.tie_word_embeddings = False
-        own = {f"{name}.weight" for name, module in model.named_modules() if module in ends}
+        own = {f"{name}.weight" for name, module in model.named_modules() if module in embeddings}
         # Or a checkpoint of it would lack one of them.
         model.all_tied_weights_keys = {n: tied for n, tied in model.all_tied_weights_keys.items() if n not in own}
     return model
@@ -47,7 +47,7 @@ def _without_adapter(end: nn.Module) -> nn.Module:
 
 
 def _differ(embedding: nn.Module, head: nn.Module) -> bool:
-    """Whether an adapter does not change both ends alike, as trained rows of tied ones do."""
+    """Whether an adapter does not change embedding and output head alike, as trained rows of tied ones do."""
     parts = [[type(module) for module in end.modules()] for end in (embedding, head)]
     low_rank, rows = (
         [any(issubclass(kind, layer) for kind in kinds) for kinds in parts]

@@ -96,7 +96,9 @@ def test_four_bit_weights_are_merged_as_what_they_stand_for(trained, base):
     merged = lora_utils.load_adapted(
         Checkpoint.read(trained["4 bits"]), tokenizer, base, quantization, merge_in=torch.float32
     )
-    plain = loading.load_base(base, quantization, ends_in_8_bits=False).dequantize(torch.float32).to(torch.float32)
+    plain = (
+        loading.load_base(base, quantization, embeddings_in_8_bits=False).dequantize(torch.float32).to(torch.float32)
+    )
     published = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).state_dict()
     plain.load_state_dict({n: t for n, t in published.items() if "proj.weight" not in n}, strict=False)
     loading.fit_embeddings(plain, tokenizer)

@@ -66,7 +66,7 @@ def assert_only_text_moved(checkpoint: str, base: str) -> None:
     assert not torch.allclose(logits(loaded)[..., :400], logits(AutoModelForCausalLM.from_pretrained(base)))
 
 
-def test_what_stands_beside_the_text_is_named_and_frozen():
+def test_what_stands_next_to_the_text_is_named_and_frozen():
     model = architecture.meta_model(configuration("gemma3"))
     assert architecture.non_text_modules(model) == ["model.vision_tower", "model.multi_modal_projector"]
     frozen = {name.split(".")[1] for name, p in model.named_parameters() if not p.requires_grad}

@@ -111,7 +111,7 @@ def test_what_was_added_as_text_is_mended_before_training_and_refused_after_it(t
 
 
 @pytest.mark.parametrize("flag", ["lstrip", "rstrip", "single_word", "normalized", "special"])
-def test_tokens_that_look_at_what_stands_beside_them(flag):
+def test_tokens_that_look_at_what_stands_next_to_them(flag):
     tokenizer = prepending_tokenizer()
     added = [AddedToken(token, **{"normalized": False, flag: True}) for token in CATALOGUE.sid_tokens]
     tokenizer.add_tokens(added, special_tokens=flag == "special")

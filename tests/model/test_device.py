@@ -38,7 +38,7 @@ def test_a_card_that_emulates_bfloat16_computes_in_float16(cards, capability, dt
     assert device.master_dtype() == torch.float32
 
 
-def test_a_cpu_computes_in_float32_and_beside_bitsandbytes_in_bfloat16():
+def test_a_cpu_computes_in_float32_and_with_bitsandbytes_in_bfloat16():
     assert device.compute_dtype() == torch.float32 and device.compute_dtype(quantized=True) == torch.bfloat16
     assert device.mixed_precision(False) == {"bf16": False, "fp16": False}
 

@@ -210,7 +210,7 @@ def storage(bits: int):
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_quantized_base_is_loaded_so(saved_base, tied, bits):
     model = loading.load_base(saved_base[tied], storage(bits))
-    whole = loading.load_base(saved_base[tied], storage(bits), ends_in_8_bits=False)
+    whole = loading.load_base(saved_base[tied], storage(bits), embeddings_in_8_bits=False)
     assert len(int8_rows.int8_layers(model)) == 2 and not int8_rows.int8_layers(whole)
     assert torch.equal(model.get_output_embeddings().packed, int8_rows.pack(whole.get_output_embeddings().weight))
     assert lora_utils.count_parameters(model)[1] == lora_utils.count_parameters(whole)[1]

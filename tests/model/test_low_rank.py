@@ -40,7 +40,7 @@ def test_the_lean_update_is_pefts(architecture):
 def test_the_lean_update_on_4_bits_is_pefts(saved_base):
     results, storage = [], lora_utils.quantization_config(AdapterFlags(use_qlora=True))
     for lean in (False, True):
-        model = load_base(saved_base[True], storage, ends_in_8_bits=False)  # PEFT's own layers read weights
+        model = load_base(saved_base[True], storage, embeddings_in_8_bits=False)  # PEFT's own layers read weights
         config = lora_utils.lora_config(model, IDS, AdapterFlags(lora_dropout=0.0))
         model = lora_utils.add_lora(model, config) if lean else get_peft_model(model, config)
         torch.manual_seed(5)
