@@ -3,8 +3,8 @@
 import contextlib
 import os
 import platform
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
 from importlib.metadata import version
@@ -48,7 +48,7 @@ class ReadItems:
         items, counts: as `sources.read_items` returns them.
         vectors: the rows of --embeddings that belong to the items, [items, d]; None without that flag.
         lines: about how it was read.
-        lost_zeros: ids that count and have no title -> one that has, and differs by leading zeros only.
+        lost_zeros: what `LostZeros` says about the ids.
     """
 
     source: Source
@@ -57,7 +57,7 @@ class ReadItems:
     counts: dict[str, int]
     vectors: np.ndarray | None
     lines: list[str]
-    lost_zeros: dict[str, str] = field(default_factory=dict)
+    lost_zeros: str = ""
 
 
 def read_items(
@@ -294,32 +294,35 @@ def _read(problems: Problems, flags: PrepareFlags, spool: cleaning.Spool) -> tup
     if unique:
         raise InputError(unique)
     assert bought and sold  # nothing was wrong
-    titled = {item.original_id for item in sold.items}
-    return bought, replace(sold, lost_zeros={ours: other for ours, other in zeros.other.items() if ours not in titled})
+    return bought, replace(sold, lost_zeros=zeros.remedy())
 
 
 class LostZeros:
-    """Notices items whose ids are those of interactions but for leading zeros, which programs drop that take ids for
-    numbers: 00012 becomes 12.
+    """Notices ids of another file that are known ones but for leading zeros, which programs drop that take ids for
+    numbers: 00012 becomes 12."""
 
-    Attributes:
-        known: the ids of the interactions.
-        other: of them -> the id of such an item.
-    """
-
-    def __init__(self, known: dict[str, int]):
-        self.known, self.other = known, dict[str, str]()
+    def __init__(self, known: Collection[str]):
+        self.known, self._met, self._other = known, set[str](), dict[str, str]()
         self._bare = {item.lstrip("0"): item for item in known if item.startswith("0")}
 
     def wanted(self, item: str) -> bool:
-        """Whether an item of the other file is known by its id."""
+        """Whether an id of the other file is known."""
         if item in self.known:
+            self._met.add(item)
             return True
         bare = item.lstrip("0")
         ours = bare if bare in self.known else self._bare.get(bare)
         if ours is not None and bare.isdigit():
-            self.other.setdefault(ours, item)
+            self._other.setdefault(ours, item)
         return False
+
+    def remedy(self) -> str:
+        """How many known ids the other file has in another form only, and what to do; or ""."""
+        lost = [(ours, other) for ours, other in self._other.items() if ours not in self._met]
+        if not lost:
+            return ""
+        ours, other = lost[0]
+        return f"{len(lost):,} differ by leading zeros only, such as {ours!r} and {other!r}; write them alike"
 
 
 def _clean(
@@ -345,20 +348,14 @@ def _clean(
     known: np.ndarray = np.zeros(len(raw.items), bool)
     known[[raw.items[item.original_id] for item in sold.items]] = True
     cleaning.keep_items(spool, known)
-    left, lost = note("of items with a title"), ""
-    if sold.lost_zeros:
-        ours, other = next(iter(sold.lost_zeros.items()))
-        lost = (
-            f"{len(sold.lost_zeros):,} differ by leading zeros only, such as {ours!r} and {other!r}; write them alike"
-        )
-    if not left:
-        remedy = lost or "do the two files belong together? Name the column of the ids with --item_column"
+    if not note("of items with a title"):
+        remedy = sold.lost_zeros or "do the two files belong together? Name the column of the ids with --item_column"
         raise InputError(
             f"--items {flags.items}: has a title for none of the {len(raw.items)} items of {flags.interactions}, such "
             f"as {next(iter(raw.items))!r}; {remedy}"
         )
-    if lost:
-        print(f"warning: ids of {flags.interactions} that have no title in {flags.items}: {lost}")
+    if sold.lost_zeros:
+        print(f"warning: ids of {flags.interactions} that have no title in {flags.items}: {sold.lost_zeros}")
     sessions: np.ndarray = np.empty(0, np.int32)
     if flags.session_gap:  # before repeats are dropped, which may bridge a gap
         sessions = cleaning.split_sessions(spool, round(min(flags.session_gap * 60e6, sources.LATEST)))

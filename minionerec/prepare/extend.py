@@ -15,6 +15,7 @@ from minionerec.errors import InputError, Problems
 from minionerec.prepare import cleaning, item_embeddings, semantic_ids, sources, writing
 from minionerec.prepare.build import (
     ITEM_ROLES,
+    LostZeros,
     ReadItems,
     encoder_of,
     input_of,
@@ -60,12 +61,13 @@ def extend(problems: Problems, flags: PrepareFlags) -> writing.Record:
             _check_embeddings(problems, record["embeddings"]["kind"], flags.encoder, flags.embeddings)
         old = problems.attempt(_read_catalogue, dataset, record) if record else None
         existing = {fields["original_id"] for fields in old["metadata"].values()} if old else set()
+        zeros = LostZeros(existing)
         settings = problems.attempt(settings_of, flags, record) if record and flags.interactions else None
         layout = problems.attempt(layout_of, settings) if settings else None
         log = problems.attempt(open_source, flags.interactions, "interactions", layout) if layout else None
         read = None
         if flags.add_items or not flags.interactions:
-            read = read_items(problems, flags, "add_items", lambda item: item not in existing, log)
+            read = read_items(problems, flags, "add_items", lambda item: not zeros.wanted(item), log)
         bought = None
         if settings and log:
             bought = read_interactions(problems, settings, log, read.source if read else None, spool)
@@ -81,6 +83,8 @@ def extend(problems: Problems, flags: PrepareFlags) -> writing.Record:
         folder = os.path.join(scratch, "dataset")
         os.mkdir(folder)
         index, metadata, added = old["index"], old["metadata"], dict[str, Any]()
+        if read and (remedy := zeros.remedy()):
+            print(f"warning: {flags.add_items} has ids of {dataset} in another form, as new items: {remedy}")
         if read:
             index, metadata, added = _add_items(folder, flags, record, old, read)
         for name in record["files"] if read is None else writing.row_files_of(record):

@@ -20,7 +20,7 @@ from minionerec.data.files import shorten
 from minionerec.errors import InputError, Problems
 from minionerec.flags import Flags
 from minionerec.prepare import cleaning, row_files, sources, writing
-from minionerec.prepare.build import ReadInteractions, Step, input_of, note_step, print_steps
+from minionerec.prepare.build import LostZeros, ReadInteractions, Step, input_of, note_step, print_steps
 from minionerec.prepare.settings import PrepareFlags
 
 # The settings of a data set that also hold for later purchases. Its end_date does not: they are after it.
@@ -173,13 +173,19 @@ def add_rows(
     log = _clean(spool, raw, settings, latest, numbers)
 
     # Compare with the rows that the data set has.
+    old = _old_rows(settings.dataset, record, bool(settings.session_gap))
+    for what, known, ids in (("items", numbers, raw.items), ("users", old, raw.users)):
+        zeros = LostZeros(known)
+        for one in ids:
+            zeros.wanted(one)
+        if remedy := zeros.remedy():
+            print(f"warning: {what} of {path} that are none of {settings.dataset}: {remedy}")
     tally = _tally(spool, log.owners, len(names), latest)
     if not tally.before.any():
         raise InputError(
             f"--interactions {path}: none of its {raw.num_rows:,} rows is a purchase of the users and items of "
             f"{settings.dataset} until {until}; give old and new purchases together, with the same ids"
         )
-    old = _old_rows(settings.dataset, record, bool(settings.session_gap))
     had = np.array([old[name] for name in names])
     lacking = sum(old.values()) - int(np.minimum(had, tally.before).sum())
     unseen = int(np.maximum(tally.before - had, 0).sum())

@@ -218,6 +218,34 @@ def test_a_log_that_lost_old_purchases_is_a_warning(tmp_path, capsys):
     assert f"lacks the purchases of {of_u0} rows of" in capsys.readouterr().out
 
 
+def test_later_files_that_lost_leading_zeros_are_named(tmp_path, capsys):
+    """Their purchases would be of other users and of unknown items, and a catalogue would have each item twice."""
+    events = [(f"0{user}", f"00{(user + step) % 4}", T0 + user + DAY * step) for user in range(6) for step in range(6)]
+    first = prepared_of(tmp_path, [event for event in events if event[2] < T0 + 4 * DAY], ["000", "001", "002", "003"])
+    bare = [(user.lstrip("0") or "0", item, time) for user, item, time in events]
+    bare += [("00", "2", T0 + 9 * DAY), ("00", "002", T0 + 9 * DAY)]
+    flags = {"dataset": str(first), "add_items": items_of(tmp_path / "new.tsv", ["1", "2", "002", "4"])}
+    capsys.readouterr()
+    prepare_data(
+        **flags, interactions=log_of(tmp_path / "bare.csv", bare), item_column="what", output_dir=str(tmp_path / "2")
+    )
+    printed = capsys.readouterr().out
+    assert (
+        "new.tsv has ids of " in printed and "1 differ by leading zeros only, such as '001' and '1'; write" in printed
+    )
+    assert f"bare.csv that are none of {first}: 5 differ by leading zeros only, such as '01' and '1'; write" in printed
+    prepare_data(dataset=str(first), interactions=log_of(tmp_path / "log.csv", events), output_dir=str(tmp_path / "3"))
+    assert "leading zeros" not in capsys.readouterr().out
+    unlike = [(user, item.lstrip("0") or "0", time) for user, item, time in events]
+    told = {
+        "dataset": str(first),
+        "interactions": log_of(tmp_path / "log.csv", unlike),
+        "output_dir": str(tmp_path / "4"),
+    }
+    refused(told, "with the same ids")
+    assert "3 differ by leading zeros only, such as '001' and '1'; write them alike" in capsys.readouterr().out
+
+
 def test_a_later_return_is_no_new_row(tmp_path, capsys):
     old, later = two_weeks()
     items = items_of(tmp_path / "items.tsv", ITEMS)
