@@ -117,6 +117,8 @@ class Source:
         if self.compression == "zip":
             archive = zipfile.ZipFile(self.path)
             names = [info.filename for info in archive.infolist() if not info.is_dir()]
+            if "xl/workbook.xml" in names:
+                raise self.error("is an Excel workbook; save its sheet as CSV")
             if len(names) != 1:
                 raise self.error(f"is an archive of {len(names)} files; unpack it and name one of them")
             return archive.open(names[0])

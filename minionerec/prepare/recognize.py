@@ -20,7 +20,12 @@ from minionerec.prepare.formats import UNREADABLE, Source, values_of
 HEAD_ROWS = 1000  # of a file that are searched for keys, and for columns that are empty
 DELIMITERS = ("\t", ",", ";", "|", "::")
 COMPRESSED = {b"\x1f\x8b": "gzip", b"\xfd7zXZ\0": "xz", b"BZh": "bzip2", b"PK\x03\x04": "zip"}
-OTHER_FILES = {b"\x28\xb5\x2f\xfd": "compressed by zstd", b"7z\xbc\xaf": "compressed by 7-Zip", b"SQLite": "SQLite"}
+OTHER_FILES = {
+    b"\x28\xb5\x2f\xfd": "compressed by zstd",
+    b"7z\xbc\xaf": "compressed by 7-Zip",
+    b"SQLite": "SQLite",
+    b"\xd0\xcf\x11\xe0": "an Excel workbook of before 2007",
+}
 FORMATS = "CSV, TSV, JSON or Parquet file, compressed or not"
 
 

@@ -141,7 +141,7 @@ def read_interactions(
         # Leave out other events, returns, and low ratings.
         kept = list(range(len(rows)))
         if chosen:
-            events = [str(cell).strip() for cell in cells[4]]
+            events = ["" if cell is None else str(cell).strip() for cell in cells[4]]
             seen.update(events if len(seen) < MOST_EVENTS else ())
             kept = [i for i in kept if events[i] in wanted.events]
             read.steps[chosen] += len(kept)
@@ -196,6 +196,11 @@ def read_interactions(
         batch["item"] = [items.setdefault(item, len(items)) for item in cast(list[str], item_ids)]
         spool.append(batch["user"] % spool.parts, batch)
     read.num_rows, read.refused = source.num_rows, refused.count
+    if seen[""]:
+        source.notes.append(
+            f"note: {source.path}: {seen['']:,} rows without {columns[4]} are left out; where a shop writes it in the "
+            "first row of an order only, copy it to the others"
+        )
     if returned:
         source.notes.append(
             f"note: {source.path}: {returned:,} rows with {columns[3]} {'below 0' if chosen else 'of 0 or less'}, such "

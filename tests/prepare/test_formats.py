@@ -1,7 +1,9 @@
 """Every row of a raw file is read as it is meant, the same from every format, or refused and counted; none is lost."""
 
 import gzip
+import io
 import json
+import zipfile
 
 import pytest
 from helpers import encoded
@@ -114,6 +116,14 @@ def test_any_bytes_are_read_or_refused(tmp_path_factory, content):
 GOOD = "user,item,time\nu,i,1\n"
 
 
+def zipped(*names: str) -> bytes:
+    """An archive of files with these names."""
+    with zipfile.ZipFile(file := io.BytesIO(), "w") as archive:
+        for name in names:
+            archive.writestr(name, "x")
+    return file.getvalue()
+
+
 REFUSED = [
     (b"", "is empty"),
     (b"  \n", "is empty"),
@@ -121,6 +131,9 @@ REFUSED = [
     (gzip.compress(GOOD.encode() * 5000)[:-20], "cannot be read"),
     (b"PAR1abc", "cannot be read"),
     (b"\x00\x01\x02", "is neither Parquet nor UTF-8 text"),
+    (b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1", "is an Excel workbook of before 2007; give a CSV"),
+    (zipped("[Content_Types].xml", "xl/workbook.xml"), "is an Excel workbook; save its sheet as CSV"),
+    (zipped("a.csv", "b.csv"), "is an archive of 2 files; unpack it and name one of them"),
     (GOOD.encode("utf-16-le"), "is neither Parquet nor UTF-8 text; for UTF-16 give --encoding utf-16-le"),
     ("user,item,time\nü,i,1\n".encode("latin-1"), "line 2: is not UTF-8 (byte 0xfc); name the file's --encoding"),
     (b"user,item,time\n", "has no rows"),

@@ -4,6 +4,7 @@ from helpers import encoded
 from raw_files import problems_of, read, read_items, read_seconds, written
 
 from minionerec.prepare import sources
+from scripts.prepare_data import prepare_data
 
 
 def test_the_published_reviews_of_2018_and_2023_need_no_flags(tmp_path):
@@ -80,3 +81,19 @@ def test_a_chosen_view_has_a_quantity_of_0(tmp_path):
     found, raw, _ = read_seconds(path, sources.Wanted(events=frozenset({"view", "buy"}), min_rating=None))
     assert [item for _, item, _ in found] == ["1", "2"] and list(raw.steps.values()) == [3, 2]
     assert [item for _, item, _ in read_seconds(path)[0]] == ["2"]
+
+
+def test_lines_of_an_order_that_lack_its_status_are_named(tmp_path, capsys):
+    """Shopify writes it in the first line of an order only, so the choice leaves one item of each."""
+    lines = ["Name,Email,Financial Status,Created at,Lineitem sku"]
+    for line in range(12):
+        status = "" if line % 2 else "paid"
+        lines.append(f"#{line // 2},a@b.c,{status},2023-01-{line // 2 + 10} 10:33:20 -0500,0{line}")
+    files = {
+        "interactions": str(written(tmp_path / "orders.csv", "\n".join(lines))),
+        "items": str(written(tmp_path / "items.csv", "id,title\n" + "".join(f"0{i},Nut {i}\n" for i in range(12)))),
+    }
+    columns = {"user_column": "Email", "item_column": "Lineitem sku", "event_column": "Financial Status"}
+    flags = {"category": "T", "codes": 2, "min_interactions": 1, "split": "last", "output_dir": str(tmp_path / "out")}
+    prepare_data(**files, **columns, **flags, events="paid", time_column="Created at")
+    assert "orders.csv: 6 rows without Financial Status are left out" in capsys.readouterr().out
