@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from minionerec.data.files import sha256_of
+from minionerec.data.files import sha256_of, shorten
 from minionerec.errors import InputError, Problems
 from minionerec.prepare import cleaning, item_embeddings, row_files, semantic_ids, sources, writing
 from minionerec.prepare.co_purchases import CoPurchases, joined
@@ -23,6 +23,7 @@ from minionerec.prepare.settings import PrepareFlags
 from minionerec.version import __version__
 
 ITEM_ROLES = ("item", "title", "description", "features", "brand", "categories", "price")
+GUEST, GUEST_SHARE, GUEST_TIMES = 1000, 0.01, 100  # interactions of one user, of all, and of the mean, before a line
 MOST_MOVED = 0.05  # of the items, before a line warns
 SOFTWARE = ("numpy", "pyarrow", "scikit-learn", "scipy")
 # The flags that dataset.json records as its arguments.
@@ -345,6 +346,7 @@ def _clean(
         )
     cleaning.order_and_drop_duplicates(spool)
     note("without duplicates")
+    _note_guests(spool, raw, steps[-1])
     known: np.ndarray = np.zeros(len(raw.items), bool)
     known[[raw.items[item.original_id] for item in sold.items]] = True
     cleaning.keep_items(spool, known)
@@ -364,6 +366,16 @@ def _clean(
         cleaning.drop_repeats(spool)
         note("without repeats")
     return sessions
+
+
+def _note_guests(spool: cleaning.Spool, raw: sources.RawInteractions, step: Step) -> None:
+    """Prints a note if one user has so many of the interactions that many people may be behind it."""
+    busiest, count = cleaning.busiest(spool)
+    if count > max(GUEST, GUEST_SHARE * step.interactions, GUEST_TIMES * step.interactions / (step.users or 1)):
+        print(
+            f"note: {count:,} of {step.interactions:,} interactions are of user {shorten(list(raw.users)[busiest])}; "
+            "if that stands for all guests of a shop, as 0 often does, leave its rows out of the log"
+        )
 
 
 def note_step(spool: cleaning.Spool, raw: sources.RawInteractions, steps: list[Step], step: str) -> int:

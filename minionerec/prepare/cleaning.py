@@ -116,6 +116,16 @@ def keep_users(spool: Spool, least: int) -> None:
         spool.replace(part, records[np.repeat(sizes >= least, sizes)])
 
 
+def busiest(spool: Spool) -> tuple[int, int]:
+    """The user with the most interactions, and how many; (0, 0) if there is none. The parts must be sorted by user."""
+    most = (0, 0)
+    for records in spool:
+        starts, sizes = _runs(records["user"])
+        if len(sizes) and sizes.max() > most[1]:
+            most = int(records["user"][starts[sizes.argmax()]]), int(sizes.max())
+    return most
+
+
 def latest(spool: Spool) -> int:
     """The time of the last interaction; 0 if there is none."""
     return max((int(records["time"].max()) for records in spool if len(records)), default=0)

@@ -3,6 +3,7 @@
 import ast
 import json
 import os
+import random
 import re
 import subprocess
 import sys
@@ -197,6 +198,23 @@ def test_ids_that_lost_leading_zeros_in_one_file_are_named(tmp_path, capsys):
     assert "2 differ by leading zeros only, such as '12' and '00012'; write them alike" in capsys.readouterr().out
     prepare_data(**flags, **files("log", "log"))
     assert "leading zeros" not in capsys.readouterr().out
+
+
+def test_a_user_who_may_be_all_guests_is_named(tmp_path, capsys):
+    """WooCommerce writes 0 for everyone who buys without an account."""
+    rng = random.Random(0)
+    bought = [("0", T0 + time) for time in range(1100)] + [(f"u{n % 300}", T0 + n * 60) for n in range(900)]
+    rows = "".join(f"{user},i{rng.randrange(20)},{time}\n" for user, time in bought)
+    items = "".join(f"i{n},Red nut {n}\n" for n in range(20))
+    for user in ("0", "u1"):
+        alike = rows if user == "0" else re.sub("^0,", lambda _: f"u{rng.randrange(300)},", rows, flags=re.M)
+        files = {
+            "interactions": str(written(tmp_path / "log.csv", f"user,item,time\n{alike}")),
+            "items": str(written(tmp_path / "items.csv", f"id,title\n{items}")),
+        }
+        flags = {"category": "T", "codes": 4, "levels": 2, "min_interactions": 2, "output_dir": str(tmp_path / user)}
+        prepare_data(**files, **flags)
+        assert ("note: 1,100 of 2,000 interactions are of user '0'; " in capsys.readouterr().out) is (user == "0")
 
 
 def test_too_few_rows_for_three_splits(tmp_path):
