@@ -121,9 +121,8 @@ def read_interactions(
     """Reads the interactions that count into `spool`, in parts by user.
 
     Args:
-        columns: of the roles of `wanted`. That of the quantity may be None. Where it has one, what was returned or
-            cancelled is no purchase: a row with a quantity below 0, or of 0, unless kinds of events are chosen, since
-            a view has a quantity of 0.
+        columns: of the roles of `wanted`. That of the quantity may be None. A row with a quantity below 0 is a return,
+            and no purchase. One of 0 may be a view, a cancelled line, or a purchase of unknown size, and counts.
 
     Memory grows with users and items, not with rows. Raises InputError naming the first bad cells.
     """
@@ -134,8 +133,8 @@ def read_interactions(
     time_of = time_reader(wanted.time_format, wanted.zone)
     chosen = f"events {', '.join(sorted(wanted.events))}" if wanted.events else ""
     rated = f"rated {wanted.min_rating:g} or more" if wanted.min_rating is not None else ""
-    least, returned, example = 0 if chosen else 1, 0, ""
-    sold = f"with {columns[3]} {'of 0 or more' if chosen else 'above 0'}" if columns[3] is not None else ""
+    sold = f"with {columns[3]} of 0 or more" if columns[3] is not None else ""
+    returned, zeros = 0, 0
     read.steps = dict.fromkeys([step for step in (chosen, sold, rated) if step], 0)
     for rows, lines, cells in source.batches(columns, refused):
         # Leave out other events, returns, and low ratings.
@@ -146,10 +145,10 @@ def read_interactions(
             kept = [i for i in kept if events[i] in wanted.events]
             read.steps[chosen] += len(kept)
         if sold:
-            back = {i for i in kept if (sign := sign_of(cells[3][i])) is not None and sign < least}
-            if back:
-                returned, example = returned + len(back), example or shorten(cells[3][min(back)])
-                kept = [i for i in kept if i not in back]
+            signs = {i: sign_of(cells[3][i]) for i in kept}
+            kept = [i for i in kept if signs[i] != -1]
+            returned += len(signs) - len(kept)
+            zeros += sum(sign == 0 for sign in signs.values())
             read.steps[sold] += len(kept)
         if rated:
             ratings = {i: number_of(cells[-1][i]) for i in kept}
@@ -203,8 +202,12 @@ def read_interactions(
         )
     if returned:
         source.notes.append(
-            f"note: {source.path}: {returned:,} rows with {columns[3]} {'below 0' if chosen else 'of 0 or less'}, such "
-            f"as {example}, are returns or cancellations, so they are left out"
+            f"note: {source.path}: {returned:,} rows with a negative {columns[3]} are returns, and left out"
+        )
+    if zeros and not chosen:
+        source.notes.append(
+            f"note: {source.path}: {zeros:,} rows with a {columns[3]} of 0 count as purchases; if they were cancelled, "
+            "leave them out of the file"
         )
     _check(source, columns, wanted, read, refused, seen, numbers_as_dates)
     return read, refused

@@ -258,16 +258,13 @@ def test_a_later_return_is_no_new_row(tmp_path, capsys):
     returned = [((user, item, time + 1), -1) for user, item, time in [old[0], later[0]]]
     events = [(event, 1) for event in [*old, *later]]
     prepare_data(interactions=log("log", [*events[: len(old)], returned[0]]), output_dir=str(tmp_path / "1"), **flags)
-    assert (
-        "note: " in (out := capsys.readouterr().out)
-        and "1 rows with qty of 0 or less, such as '-1', are returns" in out
-    )
+    assert "1 rows with a negative qty are returns, and left out" in capsys.readouterr().out
     given = {"dataset": str(tmp_path / "1"), "interactions": log("longer", [*events, *returned])}
     prepare_data(output_dir=str(tmp_path / "2"), **given)
     rows = rows_of(tmp_path / "2" / "new" / "T_1.csv")
     end = max(time for _, _, time in old)
     assert rows == plain_rows([*old, *later], numbers_of(tmp_path / "1"), end)
-    assert "2 rows with qty of 0 or less" in (out := capsys.readouterr().out) and "no column qty" not in out
+    assert "2 rows with a negative qty" in (out := capsys.readouterr().out) and "no column qty" not in out
     prepare_data(**{**given, "interactions": log("renamed", events, "menge")}, output_dir=str(tmp_path / "3"))
     assert "renamed has no column qty, so its returns count as purchases" in capsys.readouterr().out
 

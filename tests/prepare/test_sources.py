@@ -58,29 +58,35 @@ def test_events_and_ratings_are_chosen_and_counted(tmp_path):
     assert "row 1, rating: expected a number, found ''" in problems_of(read_seconds, path, sources.Wanted(min_rating=4))
 
 
-def test_returns_and_cancelled_lines_are_no_purchases(tmp_path):
-    """As shops export them: a quantity of 0 or below, in whatever way it is written. Without a number, a row counts."""
-    bought = ["1", "2,5", "1.000", "", "NULL", "2 pcs"]
-    returned = ["-12", "0", "0,00", "-1,234.50", "\u22123", "(3)", "3-", " - 1"]
+def test_returns_are_no_purchases(tmp_path):
+    """A quantity below 0, in whatever way it is written. Without a number a row counts, and so it does with 0, which
+    YooChoose has where the quantity is not known."""
+    bought = ["1", "2,5", "1.000", "", "NULL", "2 pcs", "0", "0,00", "-0"]
+    returned = ["-12", "-1,234.50", "\u22123", "(3)", "3-", " - 1"]
     for name in ("Quantity", "Lineitem quantity", "qty_ordered"):
         rows = [f"u;{i};{100 + i};{quantity}" for i, quantity in enumerate([*returned, *bought])]
         path = written(tmp_path / "file", f"user;item;ts;{name}\n" + "\n".join(rows) + "\n;;soon;-1")
         found, raw, _ = read_seconds(path)
         assert [int(item) for _, item, _ in found] == list(range(len(returned), len(rows)))
-        assert raw.steps == {f"with {name} above 0": len(bought)} and raw.num_rows == len(rows) + 1
+        assert raw.steps == {f"with {name} of 0 or more": len(bought)} and raw.num_rows == len(rows) + 1
     typed = [{"user": "u", "item": 1, "ts": 100 + i, "qty": quantity} for i, quantity in enumerate([-1, 0.0, 2, None])]
     (tmp_path / "file").write_bytes(encoded([*typed, {"user": "u", "item": 2, "ts": 200}], "json"))
-    assert len(read_seconds(tmp_path / "file")[0]) == 3
+    assert len(read_seconds(tmp_path / "file")[0]) == 4
     written(tmp_path / "file", "user,item,ts,qty\nu,1,100,-1\n")
-    assert "none of its 1 rows is left: with qty above 0" in problems_of(read_seconds, tmp_path / "file")
+    assert "none of its 1 rows is left: with qty of 0 or more" in problems_of(read_seconds, tmp_path / "file")
 
 
-def test_a_chosen_view_has_a_quantity_of_0(tmp_path):
-    lines = ["user,item,ts,event,qty", "a,1,100,view,0", "a,2,200,buy,1", "a,3,300,buy,-1", "a,4,400,refund,-1"]
+def test_returns_are_left_out_among_chosen_events(tmp_path):
+    lines = [
+        "user,item,ts,event,qty,rating",
+        "a,1,100,view,0,5",
+        "a,2,200,buy,1,5",
+        "a,3,300,buy,-1,",
+        "a,4,400,back,-1,5",
+    ]
     path = written(tmp_path / "file", "\n".join(lines))
-    found, raw, _ = read_seconds(path, sources.Wanted(events=frozenset({"view", "buy"}), min_rating=None))
-    assert [item for _, item, _ in found] == ["1", "2"] and list(raw.steps.values()) == [3, 2]
-    assert [item for _, item, _ in read_seconds(path)[0]] == ["2"]
+    found, raw, _ = read_seconds(path, sources.Wanted(events=frozenset({"view", "buy"}), min_rating=4))
+    assert [item for _, item, _ in found] == ["1", "2"] and list(raw.steps.values()) == [3, 2, 2]
 
 
 def test_lines_of_an_order_that_lack_its_status_are_named(tmp_path, capsys):
