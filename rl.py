@@ -159,7 +159,11 @@ def read_input(flags: RLFlags) -> RLInput:
         problems.add(
             f"--num_generations {flags.num_generations}: {flags.info_file} has only {len(sids)} different SIDs"
         )
-    notes = check_interactions(problems, "train_file", flags.train_file, sids, prompts).notes
+    before = len(problems)
+    checked = check_interactions(problems, "train_file", flags.train_file, sids, prompts)
+    if prompts and catalogue and sids and len(problems) == before:
+        _check_step(problems, flags, checked.num_examples + _num_item_prompts(prompts, catalogue, sids))
+    notes = checked.notes
     eval_checked = check_interactions(problems, "eval_file", flags.eval_file, sids, validation)
     notes += eval_checked.notes
     notes += items_left_out(catalogue, prompts, flags.item_meta_path) + flags.notes
@@ -190,6 +194,25 @@ def read_input(flags: RLFlags) -> RLInput:
     return RLInput(
         flags, checkpoint, base, prompts, validation, wording, endings.pop(), catalogue, sids, eval_sample, notes
     )
+
+
+def _num_item_prompts(prompts: Prompts, catalogue: Catalogue, sids: Iterable[str]) -> int:
+    """How many prompts the tasks on items make."""
+    tasks = [task for task in prompts.tasks.values() if task.rows == "item"]
+    known = set(sids) if tasks else set()
+    items = [item for item in catalogue.items_with_text() if item.sid in known] if tasks else []
+    return sum(task.weight * sum(map(task.suits, items)) for task in tasks)
+
+
+def _check_step(problems: Problems, flags: RLFlags, prompts: int) -> None:
+    """A run must have a whole step: the rows of a small shop's validation file may be less."""
+    if flags.sample_train:
+        prompts -= int(LEFT_OUT * prompts)
+    if prompts < flags.prompts_of_step:
+        problems.add(
+            f"--train_file {flags.train_file}: {prompts} prompts are less than the {flags.prompts_of_step} of a step; "
+            "lower --gradient_accumulation_steps or --train_batch_size"
+        )
 
 
 def _how_it_continues(checkpoint: Checkpoint, flags: RLFlags) -> list[str]:
@@ -335,11 +358,9 @@ def train(flags: RLFlags) -> "dict | Prediction":
 
 
 def count_steps(flags: RLFlags, prompts: int, state: "PartialState") -> int:
-    """The optimizer steps of a run on so many prompts; prints what a step is. Raises InputError if there is none."""
-    step = flags.train_batch_size * flags.gradient_accumulation_steps * state.num_processes // flags.num_generations
+    """The optimizer steps of a run on so many prompts; prints what a step is."""
+    step = flags.prompts_of_step
     steps = prompts // step * flags.num_train_epochs
-    if not steps:
-        raise InputError(f"--train_file {flags.train_file}: {prompts} prompts are less than the {step} of a step")
     processes = f", on {state.num_processes} processes" if state.num_processes > 1 else ""
     state.print(f"an optimizer step: {step:,} prompts x {flags.num_generations} completions{processes}")
     if flags.sync_ref_model and steps < SYNC_STEPS:

@@ -13,10 +13,11 @@ R = TypeVar("R", Interaction, Item)
 
 @dataclass(frozen=True)
 class CheckedFile:
-    """An interactions file whose rows are right: how many of them have the texts of at least one task, and a line for
-    each task that skips some."""
+    """An interactions file whose rows are right: how many of them have the texts of at least one task, how many
+    examples all tasks make of them, and a line for each task that skips some."""
 
     num_usable: int = 0
+    num_examples: int = 0
     notes: list[str] = field(default_factory=list)
 
 
@@ -34,7 +35,8 @@ def check_interactions(
     if suited and not any(suited.values()):
         problems.add(f"--{flag} {path}: no row has the titles that {', '.join(suited)} need; choose other --tasks")
     usable = sum(count for row, count in rows if any(task.suits(row) for task in tasks))
-    return CheckedFile(usable, _left_out(path, sum(counted.values()), suited))
+    examples = sum(suited[task.name] * task.weight for task in tasks)
+    return CheckedFile(usable, examples, _left_out(path, sum(counted.values()), suited))
 
 
 def _row_with(target: bool, history: bool) -> Interaction:

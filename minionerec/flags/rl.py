@@ -4,6 +4,7 @@ import math
 import os
 from dataclasses import dataclass
 
+from minionerec import world
 from minionerec.errors import Problems
 from minionerec.flags import TrainingFlags, above_zero, flag, fraction_of_training, one_of, zero_or_more
 
@@ -166,6 +167,12 @@ class RLFlags(TrainingFlags):
     def save_fraction(self) -> float:
         """`save_steps` as a fraction of the training."""
         return self.save_steps or (self.eval_step if self.test_during_training else 0.199)
+
+    @property
+    def prompts_of_step(self) -> int:
+        """The prompts of an optimizer step, over all processes."""
+        completions = self.train_batch_size * self.gradient_accumulation_steps * world.size()
+        return completions // max(self.num_generations, 1)
 
     @property
     def reward_names(self) -> list[str]:

@@ -4,9 +4,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from helpers import COLUMNS, evaluate_flags, refused, rl_flags, run_command, sft_flags
+from helpers import COLUMNS, evaluate_flags, refused, rl_flags, run_command, sft_flags, strings
+from transformers import AutoTokenizer
 
+import rl
 from minionerec import RLFlags, SFTFlags
+from minionerec.data.encoding import Encoder
+from minionerec.data.examples import prompt_dataset
+from minionerec.errors import InputError
 
 SFT = [
     ({"use_lroa": True}, "unknown flag --use_lroa; did you mean --use_lora?"),
@@ -285,6 +290,27 @@ def test_recommendations_do_not_overwrite_the_requests(files, sft_run, tmp_path)
     flags = {"model": sft_run("lora") / "final_checkpoint", "info_file": files["info"], "histories": requests}
     refused("recommend.py", f"would overwrite --histories {requests}", **flags, output=requests)
     assert requests.read_text() == '{"history": ["3"]}\n'
+
+
+@pytest.mark.parametrize("tasks", ["sid_history_to_sid", "sid_history_to_sid,title_to_sid", "title_to_sid"])
+def test_an_rl_run_without_a_whole_step_is_refused(files, base, tmp_path, tasks):
+    """The prompts that are counted are those of the training."""
+
+    def read(**more) -> rl.RLInput:
+        flags = rl_flags(files, base, tmp_path / "run", tasks=tasks, num_generations=2, reward_type="rule", **more)
+        return rl.read_input(RLFlags(**strings(flags)))
+
+    inputs = read(train_batch_size=2)
+    encoder = Encoder(AutoTokenizer.from_pretrained(base), inputs.prompts, 512)
+    prompts = len(prompt_dataset(encoder, inputs.train_rows, 500))
+    read(train_batch_size=2 * prompts)
+    left = prompts - int(rl.LEFT_OUT * prompts)
+    read(train_batch_size=2 * left, sample_train=True)
+    for more, found in (({}, prompts), ({"sample_train": True}, left)):
+        with pytest.raises(InputError) as refused:
+            read(train_batch_size=2 * found + 2, **more)
+        (line,) = refused.value.problems
+        assert f"--train_file {files['train']}: {found} prompts are less than the {found + 1} of a step" in line
 
 
 @pytest.mark.parametrize("seed", [-1, 2**32])

@@ -22,6 +22,7 @@ from minionerec.cli import parse_flags
 from minionerec.errors import Problems
 from scripts.train_sasrec import train_sasrec
 
+SMALL_STEP = "--gradient_accumulation_steps 1"  # 4 prompts: the validation file here has 10 rows
 RL_STEP = ("train_batch_size", "gradient_accumulation_steps")
 
 
@@ -371,10 +372,18 @@ def test_wrong_flags_of_later_stages_are_refused_before_sft_trains(checkout, bas
     assert any("--reward_type 'rul': " in line for line in lines) and any("different SIDs" in line for line in lines)
     assert lines[-1] == last and not (tmp_path / "none").exists()
     # Checkpoints that are there do not start what is only to be checked.
-    others = {"MODEL_PATH": base, "RL_FLAGS": f"--model_path {base}"}
+    others = {"MODEL_PATH": base, "RL_FLAGS": f"{SMALL_STEP} --model_path {base}"}
     others["EVAL_FLAGS"] = f"--base_model {base} --num_beams 0"
     started = bash(checkout, script, **wrong | others)
     assert started.returncode == 2 and started.stderr.splitlines() == [last] and not (tmp_path / "none").exists()
+
+
+def test_a_validation_file_below_an_rl_step_is_refused_before_sft_trains(checkout, base, tmp_path):
+    refused = bash(checkout, "pipeline.sh", BASE_MODEL=base, OUT=str(tmp_path / "none"))
+    assert refused.returncode == 2 and not refused.stdout and not (tmp_path / "none").exists()
+    (line,) = refused.stderr.splitlines()
+    assert line.startswith("rl.py: error: --train_file data/Amazon/valid/Bolts_5_2016-10-2018-11.csv: 10 prompts are ")
+    assert line.endswith("the 64 of a step; lower --gradient_accumulation_steps or --train_batch_size")
 
 
 def test_flags_that_do_not_fit_the_processes_are_refused_before_sft_trains(checkout, base, tmp_path):
@@ -402,7 +411,14 @@ def test_the_preset_for_little_memory(checkout, method):
 
 def test_a_dry_run_of_the_pipeline_stops_where_rl_needs_a_checkpoint(checkout, base, tmp_path):
     result = bash(
-        checkout, "pipeline.sh", "--dry_run", "True", BASE_MODEL=base, OUT=str(tmp_path / "none"), PYTHON=quick_python()
+        checkout,
+        "pipeline.sh",
+        "--dry_run",
+        "True",
+        BASE_MODEL=base,
+        OUT=str(tmp_path / "none"),
+        PYTHON=quick_python(),
+        RL_FLAGS=SMALL_STEP,
     )
     assert result.returncode == 0, result.stderr
     assert "peak memory" in result.stdout and "RL starts from the checkpoint of SFT" in result.stdout
