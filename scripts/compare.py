@@ -6,6 +6,7 @@ A run is a folder in OUT, named after what it is. A finished one is kept, so the
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from typing import NoReturn
 # Learning rates to choose from, where the environment names none.
 SFT_RATES = {"full": "1e-4 3e-4 1e-3", "lora": "3e-4 1e-3 3e-3", "qlora": "3e-4 1e-3 3e-3"}
 RL_RATES = {"full": "1e-4", "lora": "5e-4", "qlora": "5e-4"}
+METRICS = "result.metrics.json"  # of an evaluated run: the last file that evaluate.py writes
 FIRST_SEED = 42  # of the runs that choose the rates
 # What all runs in a folder must share.
 SHARED = ["BASE_MODEL", "PRESET", "CATEGORY", "SFT_FLAGS", "TRY_SFT", "RL_FLAGS", "EVAL_FLAGS"]
@@ -29,7 +31,10 @@ def setting(name: str, default: str = "") -> str:
 
 
 def flags_in(name: str) -> list[str]:
-    return setting(name).split()
+    try:
+        return shlex.split(setting(name))
+    except ValueError:
+        fail(f"{name}={setting(name)}: a quote in it is not closed")
 
 
 def fail(problem: str) -> NoReturn:
@@ -140,9 +145,13 @@ class Method:
             self.train("sft", sft_runs[-1], sft_rate, seed, sft_flags, None)
             self.train("rl", rl_runs[-1], rl_rate, seed, rl_flags, sft_runs[-1])
 
-        for folder in (*sft_runs, *rl_runs):
-            if not (folder / "result.json").is_file():
-                run(*STAGE, "evaluate", folder, *flags_in("EVAL_FLAGS"), METHOD=self.name)
+        # RL has learned the validation rows, so numbers that an evaluation chooses on them are those of SFT.
+        evaluations: list[tuple[Path, Sequence[str | Path]]] = [(folder, ["evaluate"]) for folder in sft_runs]
+        pairs = zip(sft_runs, rl_runs, strict=True)
+        evaluations += [(folder, ["evaluate_as", start / METRICS]) for start, folder in pairs]
+        for folder, stage in evaluations:
+            if not (folder / METRICS).is_file():
+                run(*STAGE, *stage, folder, *flags_in("EVAL_FLAGS"), METHOD=self.name)
         return [(f"{self.name} SFT", one) for one in sft_runs] + [(f"{self.name} SFT + RL", one) for one in rl_runs]
 
 

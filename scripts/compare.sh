@@ -8,6 +8,6 @@
 #   SFT_FLAGS, RL_FLAGS, EVAL_FLAGS: more flags for a stage
 source "$(dirname "$0")/stages.sh"
 [ $# = 0 ] || fail "takes no flags; put those of a stage into SFT_FLAGS, RL_FLAGS or EVAL_FLAGS"
-rl_batch ${RL_FLAGS:-} # refuses before anything trains
+rl_batch "${RL_WORDS[@]}" # refuses before anything trains
 export PYTHON BASE_MODEL PRESET CATEGORY TRAIN_FILE RL_FILE EVAL_FILE TEST_FILE INFO_FILE INDEX_FILE ITEM_FILE OUT="$COMPARE_OUT"
 exec "$PYTHON" scripts/compare.py

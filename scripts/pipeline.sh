@@ -12,21 +12,21 @@ dry_run='(^| )__dry_run(=[Tt][Rr][Uu][Ee]| [Tt][Rr][Uu][Ee]| __| *$)' of_rl="${R
 [[ ! "${of_rl//-/_}" =~ $dry_run ]] || fail "RL_FLAGS=$of_rl: trains nothing to evaluate; give the flag to rl.py"
 [ ! -e "$OUT/sasrec" ] || [ -f "$OUT/sasrec/result.json" ] ||
     fail "$OUT/sasrec: has no result.json, which the table needs; remove this folder to train SASRec again"
-rl_batch "$@" ${RL_FLAGS:-} # refuses before SFT trains
+rl_batch "$@" "${RL_WORDS[@]}" # refuses before SFT trains
 check_later "$@"
-sft "$@" ${SFT_FLAGS:-}
+sft "$@" "${SFT_WORDS[@]}"
 said="$* ${SFT_FLAGS:-}"
 if [[ "${said//-/_}" =~ $dry_run ]]; then
     echo "RL starts from the checkpoint of SFT, and its dry run needs one: rl.py --dry_run True"
     exit 0
 fi
-rl "$@" ${RL_FLAGS:-}
-evaluate "$OUT/sft" ${EVAL_FLAGS:-}
-evaluate "$OUT/rl" ${EVAL_FLAGS:-}
+rl "$@" "${RL_WORDS[@]}"
+# The model of SFT chooses the weight of SASRec, and the penalty of --seen_penalty auto, on the validation rows, which RL
+# has learned.
+evaluate "$OUT/sft" "${EVAL_WORDS[@]}"
+evaluate_as "$OUT/sft/result.metrics.json" "$OUT/rl" "${EVAL_WORDS[@]}"
 sasrec
-# SFT chooses the weight of SASRec on the validation rows, which RL has learned.
-evaluate "$OUT/sft" --result_json_data "$OUT/sft/blended.json" --blend "$OUT/sasrec" --eval_file "$EVAL_FILE" ${EVAL_FLAGS:-}
-weight="$("$PYTHON" -c 'import json, sys; print(json.load(open(sys.argv[1]))["blend"]["weight"])' "$OUT/sft/blended.metrics.json")"
-evaluate "$OUT/rl" --result_json_data "$OUT/rl/blended.json" --blend "$OUT/sasrec" --blend_weight "$weight" ${EVAL_FLAGS:-}
+evaluate "$OUT/sft" --result_json_data "$OUT/sft/blended.json" --blend "$OUT/sasrec" --eval_file "$EVAL_FILE" "${EVAL_WORDS[@]}"
+evaluate_as "$OUT/sft/blended.metrics.json" "$OUT/rl" --result_json_data "$OUT/rl/blended.json" --blend "$OUT/sasrec" "${EVAL_WORDS[@]}"
 "$PYTHON" scripts/table.py --train_file "$TRAIN_FILE" --test_data_path "$TEST_FILE" --info_file "$INFO_FILE" \
     --runs "SASRec=$OUT/sasrec,$METHOD SFT=$OUT/sft,$METHOD SFT + RL=$OUT/rl,$METHOD SFT with SASRec=$OUT/sft/blended.json,$METHOD SFT + RL with SASRec=$OUT/rl/blended.json"

@@ -9,6 +9,8 @@
 #   TRAIN_FILE, EVAL_FILE, TEST_FILE, INFO_FILE, INDEX_FILE, ITEM_FILE instead of the files in DATA
 #   RL_FILE=$EVAL_FILE, the rows that RL learns: the newest, which SFT has not learned. With another file, RL is evaluated
 #   on EVAL_FILE while it trains, and its best model is kept.
+#   SFT_FLAGS, RL_FLAGS, EVAL_FLAGS: more flags of a stage, where a script runs several. A value with spaces is quoted:
+#   SFT_FLAGS='--wandb_run_name "first try"'
 #   Relative paths start at the root of the repository.
 #   PYTHON=python to use your own environment instead of .venv
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
@@ -23,6 +25,11 @@ fail() {
     echo "$(basename "$0"): error: $1" >&2
     exit 2
 }
+words() { xargs -r printf '%s\0' <<<"${!1:-}" 2>/dev/null; } # words NAME: the words of a variable, quoted as in a shell
+for name in SFT_FLAGS RL_FLAGS EVAL_FLAGS; do
+    words "$name" >/dev/null || fail "$name=${!name}: a quote in it is not closed"
+    mapfile -t -d '' "${name%FLAGS}WORDS" < <(words "$name")
+done
 first() { # first folder ending setting: the file of the category, or the one that begins with it, or where it should be
     local files=("$DATA/$1/$CATEGORY"*"$2")
     [ ! -f "$DATA/$1/$CATEGORY$2" ] || files=("$DATA/$1/$CATEGORY$2")
@@ -108,13 +115,21 @@ evaluate() { # evaluate folder flags...: evaluates the final checkpoint of a run
         --test_data_path "$TEST_FILE" --train_file "$TRAIN_FILE" --result_json_data "$1/result.json" \
         --batch_size auto "${@:2}"
 }
+evaluate_as() { # evaluate_as metrics.json folder flags...: with the penalty, and the weight of SASRec, of that evaluation
+    local numbers
+    numbers="$("$PYTHON" -c 'import json, sys
+used = json.load(open(sys.argv[1]))
+print("--seen_penalty", used.get("seen_penalty", 0))
+if "blend" in used: print("--blend_weight", used["blend"]["weight"])' "$1")"
+    evaluate "${@:2}" $numbers --eval_file "" # nothing is chosen on it
+}
 check_later() { # check_later flags...: refuses before SFT trains what RL and the evaluation would refuse after it
     local start="$OUT/sft/final_checkpoint" wrong # all but this checkpoint, which they find missing before they start
     [ ! -e "$start" ] || return 0
     wrong="$({
         launch() { "$PYTHON" "$@"; } # one process, with the flags of each of $NPROC
-        CONFIG="" rl "$@" ${RL_FLAGS:-} --model_path "$start"
-        evaluate "$OUT/sft" ${EVAL_FLAGS:-} --base_model "$start"
+        CONFIG="" rl "$@" "${RL_WORDS[@]}" --model_path "$start"
+        evaluate "$OUT/sft" "${EVAL_WORDS[@]}" --base_model "$start"
     } 2>&1 >/dev/null | grep ": error: " | grep -v "/final_checkpoint: no such folder" || true)"
     [ -z "$wrong" ] || { echo "$wrong" >&2; exit 2; }
 }

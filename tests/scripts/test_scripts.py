@@ -230,6 +230,7 @@ def test_a_file_of_a_category_is_not_another_that_begins_with_it(checkout, tmp_p
         ((), {"SFT_FLAGS": "--batch_size 32 --seed 7"}),
         ((), {"RL_FLAGS": "--learning-rate=1e-5"}),
         ((), {"TRY_SFT": "--dry_run True"}),
+        ((), {"TRY_SFT": '--num_epochs "1'}),
         ((), {"EVAL_FLAGS": "--result_json_data out/result.json"}),
     ],
 )
@@ -239,12 +240,12 @@ def test_a_comparison_refuses_what_it_does_not_know_before_it_trains(checkout, f
 
 
 # Stands in for PYTHON: notes the flags of a stage, and writes what the stage would leave. A rate of 1e-3 has the lowest
-# validation loss and the highest metric.
+# validation loss and the highest metric; evaluations choose a penalty of 1, next to SASRec 1.5, and a weight of 0.3.
 STAND_IN = """#!{python} -S
 import csv, json, math, os, sys
 
 command, *words = sys.argv[1:]
-if command in ("scripts/compare.py", "scripts/table.py"):
+if command in ("-c", "scripts/compare.py", "scripts/table.py"):
     os.execv({python!r}, [{python!r}, command, *words])
 flags = dict(zip(words[::2], words[1::2]))
 start = flags.get("--model_path") or flags.get("--base_model", "")
@@ -265,7 +266,12 @@ if command != "evaluate.py":
 if command not in ("sft.py", "rl.py"):
     with open(flags["--test_data_path"], newline="") as file:
         targets = [row["item_sid"] for row in csv.DictReader(file)]
-    with open(out + "/result.json", "w") as file:
+    result = flags.get("--result_json_data", out + "/result.json")
+    blend = {{"blend": {{"weight": 0.3}}}} if "--blend" in flags else {{}}
+    penalty = flags.get("--seen_penalty", 0)
+    with open(result[:-5] + ".metrics.json", "w") as file:
+        json.dump({{**blend, "seen_penalty": (1.5 if blend else 1.0) if penalty == "auto" else float(penalty)}}, file)
+    with open(result, "w") as file:
         json.dump([{{"output": target, "predict": ["<a_0><b_0><c_0>"] * 10}} for target in targets], file)
 """
 STAGES = {"sft.py": sft.train, "rl.py": rl.train, "evaluate.py": evaluate.evaluate}
@@ -349,6 +355,31 @@ def test_a_comparison_chooses_rates_and_repeats_the_best_with_other_seeds(checko
     assert damaged.returncode == 2 and len(damaged.stderr.splitlines()) == 1
     assert "compared/settings.json: is damaged, so the settings of the runs there are not known" in damaged.stderr
     assert stages(checkout) == ran
+
+
+@pytest.mark.parametrize("script", ["pipeline.sh", "compare.sh"])
+def test_rl_is_evaluated_with_the_numbers_that_sft_chose(checkout, stand_in, tmp_path, script):
+    """It has learned the rows that they are chosen on. A value with spaces is one."""
+    auto = f"--seen_penalty auto --eval_file '{tmp_path}/valid 1.csv'"
+    settings = {"PYTHON": stand_in, "OUT": str(tmp_path / "out"), "METHODS": "lora", "SFT_RATES_lora": "1e-3"}
+    settings |= {"EVAL_FLAGS": auto, "SFT_FLAGS": '--wandb_run_name "first try"', "RL_FLAGS": "--wandb_run_name 'r *'"}
+    done = bash(checkout, script, **settings)
+    assert done.returncode == 0, done.stderr[-3000:]
+    ran = stages(checkout)
+    assert [flags["wandb_run_name"] for command, _, flags in ran if command in ("sft.py", "rl.py")] == [
+        "first try",
+        "r *",
+    ]
+    names = ("seen_penalty", "blend_weight", "eval_file")
+    used = [[flags.get(name) for name in names] for command, _, flags in ran if command == "evaluate.py"]
+    chosen, given = ["auto", None, f"{tmp_path}/valid 1.csv"], ["1.0", None, ""]
+    blended = [chosen, ["1.5", "0.3", ""]] if script == "pipeline.sh" else []
+    assert used == [chosen, given, *blended]
+
+    settings["EVAL_FLAGS"] = "--prompt_file Bob's.json"
+    refused = bash(checkout, script, **settings)
+    assert refused.returncode == 2 and refused.stderr.count("\n") == 1 and stages(checkout) == ran
+    assert f"{script}: error: EVAL_FLAGS=--prompt_file Bob's.json: a quote in it is not closed" in refused.stderr
 
 
 def test_a_comparison_ends_with_the_stage_that_fails(checkout, stand_in):
