@@ -137,7 +137,7 @@ def test_later_purchases_become_rows_of_the_same_ids(tmp_path, capsys):
     assert "note: 2 purchases until" in capsys.readouterr().out  # the same ones as a week ago
 
 
-def test_new_items_and_their_purchases_come_together(tmp_path):
+def test_new_items_and_their_purchases_come_together(tmp_path, capsys):
     old, later = two_weeks()
     first = prepared_of(tmp_path, old, ITEMS)
     bought = [(user, "N1", time + 1) for user, _, time in later[:9]]
