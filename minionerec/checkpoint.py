@@ -349,7 +349,8 @@ def check_model(problems: Problems, name: str, path: str) -> None:
             meant = f"did you mean {final}?" if os.path.isdir(final) else "is it a model?"
             problems.add(f"--{name} {path}: the folder has no config.json and no {ADAPTER_FILE}; {meant}")
     elif not HUB_NAME.fullmatch(path) or os.path.exists(path):
-        problems.add(f"--{name} {path}: no such folder")
+        what = "is a file, not a folder" if os.path.isfile(path) else "no such folder"
+        problems.add(f"--{name} {path}: {what}")
 
 
 WITH_BASE = "give the folder of the base as --{0}, and this one as --adapter"

@@ -43,21 +43,21 @@ MOST_PROBLEMS = 5  # of one file that are listed; the others are only counted
 
 
 class FileProblems:
-    """The problems of one file: the first few in full, and the number of the others."""
+    """The problems of one file, `named` as messages begin: the first few in full, and the number of the others."""
 
-    def __init__(self, path: str):
-        self.path = path
+    def __init__(self, named: str):
+        self.named = named
         self.lines: list[str] = []
         self.count = 0
 
     def add(self, place: str, problem: str) -> None:
         self.count += 1
         if self.count <= MOST_PROBLEMS:
-            self.lines.append(f"{self.path}{place}: {problem}")
+            self.lines.append(f"{self.named}{place}: {problem}")
 
     def check(self) -> None:
         if self.count > MOST_PROBLEMS:
-            self.lines.append(f"{self.path}: {self.count - MOST_PROBLEMS} more problems like these")
+            self.lines.append(f"{self.named}: {self.count - MOST_PROBLEMS} more problems like these")
         if self.lines:
             raise InputError(self.lines)
 
@@ -191,7 +191,7 @@ def read_catalogue(sid_index_path: str, item_meta_path: str | None = None) -> Ca
     if item_meta_path is not None:
         metadata = missing.attempt(read_json_object, item_meta_path, "item_meta_path") or {}
     missing.check()
-    problems = FileProblems(sid_index_path)
+    problems = FileProblems(f"--sid_index_path {sid_index_path}")
     tokens_of: dict[str, list[str]] = {}
     for item, tokens in index.items():
         if not isinstance(tokens, list) or not tokens or not all(is_text(t) and t.strip() for t in tokens):
@@ -199,7 +199,7 @@ def read_catalogue(sid_index_path: str, item_meta_path: str | None = None) -> Ca
         elif (other := tokens_of.setdefault("".join(tokens), tokens)) != tokens:
             problems.add(f", item {item!r}", f"{shorten(tokens)} and {shorten(other)} join to one text; rename tokens")
     problems.check()
-    problems = FileProblems(item_meta_path or "")
+    problems = FileProblems(f"--item_meta_path {item_meta_path}")
     items = {}
     for item, tokens in index.items():
         texts = _item_texts(metadata.get(item, {}), item, problems)
@@ -217,7 +217,7 @@ def read_catalogue(sid_index_path: str, item_meta_path: str | None = None) -> Ca
 def read_titles_and_descriptions(item_meta_path: str) -> list[str]:
     """The titles and descriptions of a metadata file, to train a tokenizer on."""
     metadata = read_json_object(item_meta_path, "item_meta_path")
-    problems = FileProblems(item_meta_path)
+    problems = FileProblems(f"--item_meta_path {item_meta_path}")
     entries = [_item_texts(fields, item, problems) for item, fields in metadata.items()]
     problems.check()
     good = [entry for entry in entries if entry is not None]  # all of them, or `check` has raised
@@ -301,7 +301,7 @@ def read_info_items(path: str, catalogue: Catalogue | None = None) -> list[InfoI
     Raises InputError for a line of another form, an empty file, and, if a catalogue is given, an item whose SID differs
     between the two files.
     """
-    problems = FileProblems(path)
+    problems = FileProblems(f"--info_file {path}")
     items: list[InfoItem] = []
     with open_text(path, "info_file", newline="\n") as file:
         try:
@@ -421,7 +421,7 @@ def read_interactions(
     Raises InputError after the last row, naming file, line and value of the first bad cells.
     """
     known = set(sids) if sids is not None else None
-    problems = FileProblems(path)
+    problems = FileProblems(f"--{flag} {path}")
     for line, cells in _csv_rows(path, flag, SID_COLUMNS + (TITLE_COLUMNS if titles else ())):
         interaction = _interaction(cells, titles, known)
         if isinstance(interaction, str):
@@ -442,7 +442,7 @@ def check_rows(
     parts = parallel.num_parts(os.path.getsize(path) if os.path.isfile(path) else 0)
     known = list(sids) if sids is not None else None
     found = parallel.in_parts(_check_part, parts, path=path, flag=flag, sids=known, titles=titles)
-    problems = FileProblems(path)
+    problems = FileProblems(f"--{flag} {path}")
     bad = sorted((line, problem) for _, listed, _ in found for line, problem in listed)
     for line, problem in bad[:MOST_PROBLEMS]:
         problems.add(f", line {line}", problem)
@@ -551,10 +551,9 @@ def _csv_rows(path: str, flag: str, needed: tuple[str, ...]) -> Iterator[tuple[i
             header = next(reader, [])
             missing = [name for name in needed if name not in header]
             if missing:
-                raise InputError(
-                    f"--{flag} {path}: column {', '.join(missing)} is missing; "
-                    f"the file has {', '.join(header) or 'no header'}"
-                )
+                found = ", ".join(header) or "no header"
+                found = found if len(found) <= 200 else f"{found[:199]}…"  # JSON in one line is one long header
+                raise InputError(f"--{flag} {path}: column {', '.join(missing)} is missing; the file has {found}")
             place_of = {name: place for place, name in enumerate(header)}
             places = [place_of[name] for name in needed]
             last = max(places)

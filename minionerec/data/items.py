@@ -46,7 +46,7 @@ class Items:
     ):
         """
         Args:
-            source: names the file.
+            source: the info file, for messages.
             purchases: the ids of items that were bought, each as often as it was. Items that share a SID are ordered by
                 them; ties keep the order of the file.
             only_original_ids: requests name items by those, and never by the ids of the info file. Else they may use
@@ -57,7 +57,7 @@ class Items:
         self.all = list(dict.fromkeys(items))
         self.number_of = {item.id: number for number, item in enumerate(self.all)}
         if len(self.number_of) < len(self.all) or "" in self.number_of:
-            problems, seen = FileProblems(source), dict[str, InfoItem]()
+            problems, seen = FileProblems(f"--info_file {source}"), dict[str, InfoItem]()
             for item in self.all:
                 if not item.id:
                     problems.add("", f"{item.sid} has no item id")

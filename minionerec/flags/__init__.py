@@ -617,5 +617,6 @@ def not_writable(path: str) -> str:
     above = os.path.realpath(path)  # a link may lead to a folder that does not exist yet
     while not os.path.exists(above):
         above = os.path.dirname(above)
-    good = os.path.isdir(above) and os.access(above, os.W_OK | os.X_OK)
-    return "" if good else f"{above} cannot be written to"
+    if not os.path.isdir(above):
+        return f"{above} is a file, not a folder"
+    return "" if os.access(above, os.W_OK | os.X_OK) else f"{above} cannot be written to"

@@ -90,7 +90,9 @@ def test_what_is_no_text_is_refused(tmp_path, name, value):
     with pytest.raises(InputError) as error:
         catalogue_of(tmp_path, **{name: value})
     (problem,) = error.value.problems
-    assert problem.startswith(f"{tmp_path}/item.json, item '1': {name} must be text or a list of texts, found ")
+    assert problem.startswith(
+        f"--item_meta_path {tmp_path}/item.json, item '1': {name} must be text or a list of texts, found "
+    )
     with pytest.raises(InputError) as again:
         data_files.read_titles_and_descriptions(str(tmp_path / "item.json"))
     assert again.value.problems == [problem]

@@ -59,7 +59,7 @@ def test_lists_may_be_json(tmp_path):
 def test_a_bad_row_is_named(tmp_path, bad, message):
     path = write(tmp_path / "t.csv", [row(), bad])
     text = problem(data_files.count_rows, path, "train_file", ["<a>", "<b>"])
-    assert f"{path}, line 3: {message}" in text
+    assert text.startswith(f"--train_file {path}, line 3: {message}")
     assert not (tmp_path / "hacked").exists()
 
 
@@ -106,7 +106,29 @@ def test_bad_catalogues_are_named(tmp_path):
         ('{"7": "<a_1>"}', "item '7': expected a list of SID tokens"),
     ):
         path.write_text(content)
-        assert message in problem(data_files.read_catalogue, str(path))
+        text = problem(data_files.read_catalogue, str(path))
+        assert text.startswith(f"--sid_index_path {path}") and message in text
+
+
+def test_the_flag_of_swapped_files_is_named(tmp_path):
+    """Each file is good by itself, so only the flag says what is wrong."""
+    index, texts, info = (str(tmp_path / name) for name in ("index.json", "item.json", "info.txt"))
+    for path, content in ((index, '{"7": ["<a>"]}'), (texts, '{"7": {"title": "Bolt"}}'), (info, "<a>\tBolt\t7\n")):
+        with open(path, "w") as file:
+            file.write(content)
+    assert problem(data_files.read_catalogue, texts, index).startswith(f"--sid_index_path {texts}, item '7': ")
+    assert problem(data_files.read_catalogue, index, index).startswith(f"--item_meta_path {index}, item '7': ")
+    assert problem(data_files.read_info_items, index).startswith(f"--info_file {index}, line 1: ")
+    assert problem(data_files.read_info, info, data_files.Catalogue({}, [], {})).startswith(f"--info_file {info}, line")
+
+
+def test_the_header_of_a_long_line_is_cut(tmp_path):
+    """As where an index, JSON in one line, is given for rows."""
+    path = tmp_path / "index.json"
+    path.write_text(json.dumps({str(number): ["<a_1>", "<b_1>"] for number in range(10_000)}))
+    for read in (data_files.count_rows, lambda *args: list(data_files.read_interactions(*args))):
+        text = problem(read, str(path), "train_file")
+        assert text.startswith(f"--train_file {path}: column ") and len(text) < 500
 
 
 def test_both_files_of_a_catalogue_are_missed_together():

@@ -66,7 +66,9 @@ def test_no_room_to_write_keeps_the_last_good_checkpoint(files, base, whole, tmp
 def test_a_folder_that_cannot_be_written(files, base, tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     output = tmp_path / "file" / "run"
-    refused("sft.py", f"--output_dir {output}: {tmp_path}/file cannot be written to", **sft_flags(files, base, output))
+    refused(
+        "sft.py", f"--output_dir {output}: {tmp_path}/file is a file, not a folder", **sft_flags(files, base, output)
+    )
     monkeypatch.setattr(os, "access", lambda path, mode: path != str(tmp_path))  # read-only, which a superuser ignores
     problems = Problems()
     check_output_dir(problems, str(tmp_path / "new" / "run"), resume=None)
@@ -77,7 +79,7 @@ def test_an_output_that_is_a_link_to_nowhere_is_refused_or_made(files, base, tmp
     """Where it leads to decides."""
     (tmp_path / "file").touch()
     (tmp_path / "bad").symlink_to(tmp_path / "file" / "run")
-    refused("sft.py", f"{tmp_path}/file cannot be written to", **sft_flags(files, base, tmp_path / "bad"))
+    refused("sft.py", f"{tmp_path}/file is a file, not a folder", **sft_flags(files, base, tmp_path / "bad"))
     (tmp_path / "good").symlink_to(tmp_path / "disk" / "run")
     problems = Problems()
     check_output_dir(problems, str(tmp_path / "good"), resume=None)
