@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from itertools import islice
 
 from minionerec import cli
-from minionerec.checkpoint import RUN_FILE, Checkpoint, check_base, is_adapter
+from minionerec.checkpoint import RUN_FILE, Checkpoint, check_adapter, check_base, is_adapter
 from minionerec.data.files import Catalogue, Interaction, read_catalogue, read_interactions
 from minionerec.data.prompts import RECOMMENDATION, Prompts
 from minionerec.errors import InputError, Problems
@@ -64,10 +64,8 @@ class MergeFlags(Flags):
         super().check(problems)
         if not self.adapter:
             problems.add("--adapter is missing; give the folder of an adapter checkpoint")
-        elif not is_adapter(self.adapter):
-            problems.add(
-                f"--adapter {self.adapter}: no adapter_config.json there; give the folder of an adapter checkpoint"
-            )
+        else:
+            check_adapter(problems, self.adapter)
         check_new_folder(problems, self.output_dir)
 
 

@@ -353,6 +353,14 @@ def check_model(problems: Problems, name: str, path: str) -> None:
         problems.add(f"--{name} {path}: {what}")
 
 
+def check_adapter(problems: Problems, path: str) -> None:
+    """A folder that holds an adapter."""
+    if not is_adapter(path):
+        final = os.path.join(path, "final_checkpoint")
+        meant = f"did you mean {final}?" if is_adapter(final) else "give the folder of an adapter checkpoint"
+        problems.add(f"--adapter {path}: no {ADAPTER_FILE} there; {meant}")
+
+
 WITH_BASE = "give the folder of the base as --{0}, and this one as --adapter"
 
 
@@ -364,9 +372,9 @@ def read_model(
     (--adapter). None where there are problems."""
     before = len(problems)
     check_model(problems, name, path)
-    if adapter and not is_adapter(adapter):
-        problems.add(f"--adapter {adapter}: no adapter_config.json there; give the folder of an adapter checkpoint")
-    elif adapter and is_adapter(path):
+    if adapter:
+        check_adapter(problems, adapter)
+    if adapter and is_adapter(path):
         problems.add(f"--{name} {path}: is an adapter, not a model; name the base of --adapter {adapter}")
     checkpoint = problems.attempt(Checkpoint.read, adapter or path)
     base: str | None = path

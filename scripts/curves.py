@@ -64,6 +64,8 @@ def curves(runs: str = "", figure: str = "") -> None:
 def _losses(folder: str) -> dict[float, float]:
     """Epoch -> validation loss of a run. Raises InputError if there is none."""
     path = os.path.join(folder, "metrics.json")
+    if not os.path.isfile(path):
+        raise InputError(f"--runs: {folder} has no metrics.json; give the folder of an SFT run")
     metrics: object = read_json(path)
     history = metrics.get("history") if isinstance(metrics, dict) else None
     losses = {

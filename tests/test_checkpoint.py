@@ -17,10 +17,18 @@ import recommend
 import rl
 import sft
 from minionerec import __version__
-from minionerec.checkpoint import HUB_NAME, LACKED_IN_0_1, Checkpoint, newest_checkpoint, run_record
+from minionerec.checkpoint import (
+    HUB_NAME,
+    LACKED_IN_0_1,
+    Checkpoint,
+    check_adapter,
+    check_model,
+    newest_checkpoint,
+    run_record,
+)
 from minionerec.data.files import Catalogue, Item, read_info_items
 from minionerec.data.prompts import RECOMMENDATION, load_prompts
-from minionerec.errors import InputError
+from minionerec.errors import InputError, Problems
 from minionerec.flags.rl import RLFlags
 from minionerec.flags.sft import SFTFlags
 
@@ -309,4 +317,24 @@ def test_flags_that_an_adapter_of_peft_ignores_are_named(tmp_path):
     assert Checkpoint.read(str(tmp_path)).differing_flags(flags, tuple(flags)) == [
         f"warning: --lora_r 32 is ignored: {tmp_path} was trained with 8",
         f"warning: --use_rslora True is ignored: {tmp_path} was trained with False",
+    ]
+
+
+def test_the_folder_of_a_run_and_a_file_are_no_checkpoints(tmp_path):
+    """A run's folder, in place of the final_checkpoint in it, is what people give first."""
+    (tmp_path / "run" / "final_checkpoint").mkdir(parents=True)
+    for name in ("run/final_checkpoint/adapter_config.json", "model.safetensors"):
+        (tmp_path / name).touch()
+    problems = Problems()
+    for path in ("run", "model.safetensors", "none"):
+        check_model(problems, "model", str(tmp_path / path))
+        check_adapter(problems, str(tmp_path / path))
+    what = [problem.replace(str(tmp_path), "").partition(": ")[2] for problem in problems]
+    assert what == [
+        "the folder has no config.json and no adapter_config.json; did you mean /run/final_checkpoint?",
+        "no adapter_config.json there; did you mean /run/final_checkpoint?",
+        "is a file, not a folder",
+        "no adapter_config.json there; give the folder of an adapter checkpoint",
+        "no such folder",
+        "no adapter_config.json there; give the folder of an adapter checkpoint",
     ]
