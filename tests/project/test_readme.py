@@ -30,9 +30,10 @@ def after_a_quick_start(base, tmp_path, monkeypatch):
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     with open("examples/demo/purchases.csv", encoding="utf-8", newline="") as file:
         header, *rows = csv.reader(file)
-    some = set(sorted({row[0] for row in rows})[::10])
+    customer = header.index("customer")
+    some = set(sorted({row[customer] for row in rows})[::10])
     with open("purchases.csv", "w", encoding="utf-8", newline="") as file:
-        csv.writer(file).writerows([header, *(row for row in rows if row[0] in some)])
+        csv.writer(file).writerows([header, *(row for row in rows if row[customer] in some)])
     succeed(
         "scripts/prepare_data.py",
         interactions="purchases.csv",
