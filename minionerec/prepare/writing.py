@@ -196,6 +196,8 @@ def write_record(folder: str, record: Mapping[str, object]) -> None:
 def read_record(folder: str) -> Record:
     """The record of a data set that `write_record` wrote. Raises InputError if there is none, or if files have changed
     since then."""
+    if os.path.isfile(folder):
+        raise InputError(f"--dataset {folder}: is a file, not a folder")
     path = os.path.join(folder, RECORD)
     if not folder or not os.path.isfile(path):
         raise InputError(f"--dataset {folder}: has no {RECORD}; give a folder that prepare_data.py wrote")

@@ -77,6 +77,7 @@ def test_new_items_that_find_no_room_need_a_new_token(raw, tmp_path, capsys):
 def test_a_changed_dataset_takes_no_items(prepared, raw, tmp_path):
     add = {"add_items": raw["add_items"], "output_dir": str(tmp_path / "more")}
     refused({**add, "dataset": str(tmp_path)}, "has no dataset.json")
+    refused({**add, "dataset": str(prepared / "dataset.json")}, "is a file, not a folder")
     broken = tmp_path / "broken"
     for name, content in contents(prepared).items():
         (broken / name).parent.mkdir(parents=True, exist_ok=True)
