@@ -150,6 +150,8 @@ class EvaluateInput:
         scoring: what changes the model's scores.
         eval_file, weighed: the validation file and its rows that numbers of `scoring` are chosen on; none where they
             are known.
+        recordable: whether the numbers that are chosen on these rows may be recorded for other commands: not where a
+            model has learned the rows.
     """
 
     checkpoint: Checkpoint
@@ -162,6 +164,7 @@ class EvaluateInput:
     scoring: blending.Scoring
     eval_file: str
     weighed: list[Interaction]
+    recordable: bool
     notes: list[str]
 
 
@@ -191,7 +194,8 @@ def read_input(flags: EvaluateFlags) -> EvaluateInput:
             items, targets = read_targets(listed, flags.info_file, flags.train_file, flags.test_data_path)
         except InputError as error:
             notes.append(f"items share SIDs, and metrics are those of SIDs only: {error.problems[0]}")
-    notes += _notes_on_learned(flags, checkpoint, scoring, eval_file, weighed)
+    learned = _notes_on_learned(flags, checkpoint, scoring, eval_file, weighed)
+    notes += learned
     if not weighed:
         of_record = f", as recorded in {scoring.path}"
         if scoring.blend:
@@ -211,7 +215,7 @@ def read_input(flags: EvaluateFlags) -> EvaluateInput:
     notes += checkpoint.notes_on_catalogue(pairs, f"--info_file {flags.info_file}")
     notes += checkpoint.notes_on_wording(prompts, flags.category, flags.prompt_file)
     return EvaluateInput(
-        *(checkpoint, base, prompts, sids, items, targets, examples, scoring, eval_file, weighed, notes)
+        *(checkpoint, base, prompts, sids, items, targets, examples, scoring, eval_file, weighed, not learned, notes)
     )
 
 
@@ -271,7 +275,7 @@ def _notes_on_learned(
             give = " and ".join(f"--{number}" for number in flags.automatic)
             notes.append(
                 f"warning: {name} was trained on {learned} of {len(rows)} rows of --eval_file {eval_file}, so {effect}"
-                f"; give {give} as chosen for a run that has not learned them"
+                f", and nothing is recorded; give {give} as chosen for a run that has not learned them"
             )
     return notes
 
@@ -407,7 +411,7 @@ def evaluate(flags: EvaluateFlags) -> dict[str, float]:
 
 def choose(flags: EvaluateFlags, inputs: EvaluateInput, ranker: "Ranker", is_main: bool) -> None:
     """Lets the ranker use the best weight of SASRec and penalty by the validation rows, as far as they are auto; prints
-    and records them."""
+    them and, unless these rows are learned, records them."""
     from minionerec.training import nodes
 
     weights = blending.WEIGHTS if "blend_weight" in flags.automatic else (inputs.scoring.numbers[0] or 0.0,)
@@ -429,8 +433,9 @@ def choose(flags: EvaluateFlags, inputs: EvaluateInput, ranker: "Ranker", is_mai
             with_other = f" with weight {weight:g}" if both else ""
             print(f"seen_penalty{with_other}, {metric} on {rows} rows of {inputs.eval_file}:")
             print_tried("seen_penalty", penalty, {other: tried[weight, other] for other in penalties})
-        by = {"checkpoint": inputs.checkpoint.path, "eval_file": inputs.eval_file, "rows": rows, "metric": metric}
-        scoring.record(flags.automatic, flags.num_beams, tried, **by)
+        if inputs.recordable:
+            by = {"checkpoint": inputs.checkpoint.path, "eval_file": inputs.eval_file, "rows": rows, "metric": metric}
+            scoring.record(flags.automatic, flags.num_beams, tried, **by)
 
 
 def print_tried(name: str, used: float, tried: dict[float, float]) -> None:

@@ -43,6 +43,16 @@ def other(files, tmp_path) -> str:
     return save_sasrec(tmp_path / "sasrec", files["info"])
 
 
+@pytest.fixture
+def not_learned(checkpoint, tmp_path) -> str:
+    """The checkpoint, with a record of training rows that are gone: those of the tests have the validation rows."""
+    copy = shutil.copytree(checkpoint, tmp_path / "not_learned")
+    record = json.loads((copy / "minionerec.json").read_text())
+    record["flags"]["train_file"] = "gone.csv"
+    (copy / "minionerec.json").write_text(json.dumps(record))
+    return str(copy)
+
+
 @pytest.fixture(scope="module")
 def plain(files, checkpoint) -> Ranker:
     """Ranks the whole catalogue, without SASRec."""
@@ -101,13 +111,13 @@ def test_under_constraints_the_union_of_both_is_ranked_by_both(files, checkpoint
     assert more  # SASRec's own finds were among the best
 
 
-def test_the_weight_is_chosen_once_and_recorded(files, checkpoint, plain, other, tmp_path):
+def test_the_weight_is_chosen_once_and_recorded(files, not_learned, plain, other, tmp_path):
     """On the validation file of the checkpoint's run; recommend.py, a Ranker and a second evaluation take it."""
-    request = {"model": checkpoint, "info_file": files["info"], "history": "12, 30", "blend": other}
+    request = {"model": not_learned, "info_file": files["info"], "history": "12, 30", "blend": other}
     refused("recommend.py", f"--blend {other}: no weight is recorded for this checkpoint", **request)
     with pytest.raises(InputError, match="no weight is recorded"):
-        Ranker.load(checkpoint, files["info"], blend=other)
-    flags = evaluate_flags(files, tmp_path / "r.json", base_model=checkpoint, blend=other, num_beams=39)
+        Ranker.load(not_learned, files["info"], blend=other)
+    flags = evaluate_flags(files, tmp_path / "r.json", base_model=not_learned, blend=other, num_beams=39)
     first = succeed("evaluate.py", **{**flags, "num_beams": 39})
 
     by_hand = {}
@@ -131,7 +141,7 @@ def test_the_weight_is_chosen_once_and_recorded(files, checkpoint, plain, other,
     assert f"weight of {other}: 2.5, as recorded in {path}" in again.stdout
     assert json.loads((tmp_path / "r.metrics.json").read_text())["blend"]["weight"] == 2.5
     done = run_command("recommend.py", **request)
-    ranker = Ranker.load(checkpoint, files["info"], blend=other)
+    ranker = Ranker.load(not_learned, files["info"], blend=other)
     assert ranker.blend.weight == 2.5 and done.returncode == 0, done.stderr
     assert [line.split()[2] for line in done.stdout.splitlines() if line[:1] == " "] == [
         item["id"] for item in ranker.recommend(["12", "30"])
@@ -139,9 +149,9 @@ def test_the_weight_is_chosen_once_and_recorded(files, checkpoint, plain, other,
     path.write_text('{"weight": -3}')
     refused("recommend.py", f"{path}: weight is -3 and must be a number from 0 to 1000; remove the file", **request)
     with pytest.raises(InputError, match="must be auto or a number from 0 to 1000"):
-        Ranker.load(checkpoint, files["info"], blend=other, blend_weight=float("nan"))
+        Ranker.load(not_learned, files["info"], blend=other, blend_weight=float("nan"))
     path.write_text(json.dumps(record))
-    shutil.copytree(checkpoint, tmp_path / "copy")  # the weight belongs to the weights, not to their place
+    shutil.copytree(not_learned, tmp_path / "copy")  # the weight belongs to the weights, not to their place
     assert Ranker.load(tmp_path / "copy", files["info"], blend=other).blend.weight == 2.5
     run_command("evaluate.py", **{**flags, "num_beams": 39, "eval_file": files["valid"]})  # chosen again
     assert json.loads(path.read_text())["weight"] == best
@@ -237,24 +247,23 @@ def reloaded(**flags) -> recommend.RecommendInput:
     return recommend.read_files(Problems(), recommend.RecommendFlags(**flags, serve=1))
 
 
-def test_the_penalty_is_chosen_once_and_recorded(files, checkpoint, plain, tmp_path):
+def test_the_penalty_is_chosen_once_and_recorded(files, not_learned, plain, tmp_path):
     """For a checkpoint that ranks alone, in its own folder; recommend.py, its server and a Ranker take it."""
-    copy = str(shutil.copytree(checkpoint, tmp_path / "copy"))
-    asked = {"model": copy, "info_file": files["info"], "num_beams": 39, "seen_penalty": "auto"}
+    asked = {"model": not_learned, "info_file": files["info"], "num_beams": 39, "seen_penalty": "auto"}
     missing = "--seen_penalty auto: no penalty is recorded for this checkpoint; evaluate.py with --seen_penalty auto"
     refused("recommend.py", missing, **asked, history="12, 30")
     with pytest.raises(InputError, match="no penalty is recorded for this checkpoint"):
-        Ranker.load(copy, files["info"], seen_penalty="auto")
-    given = Ranker.load(copy, files["info"], num_beams=39)
+        Ranker.load(not_learned, files["info"], seen_penalty="auto")
+    given = Ranker.load(not_learned, files["info"], num_beams=39)
     valid = valid_file(tmp_path / "valid.csv", files, given, 0.0, 1.5)
-    flags = evaluate_flags(files, str(tmp_path / "r.json"), base_model=copy, seen_penalty="auto", num_beams=39)
+    flags = evaluate_flags(files, str(tmp_path / "r.json"), base_model=not_learned, seen_penalty="auto", num_beams=39)
     printed = succeed("evaluate.py", **flags, eval_file=valid).stdout
 
     rows = list(read_interactions(valid, "eval_file"))
     scores = [{item["sid"]: (item["score"], 0.0) for item in plain.recommend(row.sid_history, k=40)} for row in rows]
     by_hand = tried_by_hand(scores, rows, (0.0,), PENALTIES)
     _, best = best_pair(by_hand)
-    (path,) = (tmp_path / "copy").glob("penalty-*.json")
+    (path,) = Path(not_learned).glob("penalty-*.json")
     record = json.loads(path.read_text())
     assert record["seen_penalty"] == best > 0 and (record["num_beams"], record["rows"]) == (39, 10)
     assert tried_in(record) == pytest.approx(by_hand) and f"seen_penalty {best:g} is used" in printed
@@ -262,7 +271,7 @@ def test_the_penalty_is_chosen_once_and_recorded(files, checkpoint, plain, tmp_p
     given.seen_penalty = best
     expected = [item["id"] for item in given.recommend(["12", "30"])]
     assert ids_of(succeed("recommend.py", **asked, history="12, 30").stdout) == expected
-    ranker = Ranker.load(copy, files["info"], num_beams=39, seen_penalty="auto")
+    ranker = Ranker.load(not_learned, files["info"], num_beams=39, seen_penalty="auto")
     assert ranker.seen_penalty == best and [item["id"] for item in ranker.recommend(["12", "30"])] == expected
 
     path.write_text(json.dumps({**record, "seen_penalty": 0.6}))  # what stands there is used, after a reload too
@@ -276,12 +285,12 @@ def test_the_penalty_is_chosen_once_and_recorded(files, checkpoint, plain, tmp_p
     refused("recommend.py", f"{path}: seen_penalty is -1 and must be a number from 0", **asked, history="12")
 
 
-def test_weight_and_penalty_are_chosen_together(files, checkpoint, plain, other, tmp_path):
+def test_weight_and_penalty_are_chosen_together(files, not_learned, plain, other, tmp_path):
     """On one search, for the pair of both models; what is chosen for it is used as a pair."""
-    given = Ranker.load(checkpoint, files["info"], num_beams=39, blend=other, blend_weight=0)
+    given = Ranker.load(not_learned, files["info"], num_beams=39, blend=other, blend_weight=0)
     valid = valid_file(tmp_path / "valid.csv", files, given, 0.1, 1.5)
-    asked = {"model": checkpoint, "info_file": files["info"], "num_beams": 39, "blend": other, "seen_penalty": "auto"}
-    flags = evaluate_flags(files, str(tmp_path / "r.json"), base_model=checkpoint, blend=other, num_beams=39)
+    asked = {"model": not_learned, "info_file": files["info"], "num_beams": 39, "blend": other, "seen_penalty": "auto"}
+    flags = evaluate_flags(files, str(tmp_path / "r.json"), base_model=not_learned, blend=other, num_beams=39)
     succeed("evaluate.py", **flags, eval_file=valid)  # a weight for the penalty that is given, here none
     (path,) = (tmp_path / "sasrec").glob("weight-*.json")
     assert json.loads(path.read_text())["seen_penalty"] == 0
@@ -343,14 +352,24 @@ def test_a_weight_that_is_chosen_on_learned_rows_is_warned_of(files, checkpoint,
     copy = shutil.copytree(checkpoint, tmp_path / "copy")
     record = json.loads((copy / "minionerec.json").read_text())
     warning = f"warning: {copy} was trained on 10 of 10 rows of --eval_file {files['valid']}, so SASRec counts for too"
-    small = warning.replace("so SASRec counts for too", "so the penalty is too small; give --seen_penalty as chosen")
+    small = warning.replace("so SASRec counts for too", "so the penalty is too small, and nothing is recorded; give")
     for train_file, warned in ((files["train"], True), (files["test"], False), ("gone.csv", False)):
         record["flags"]["train_file"] = train_file
         (copy / "minionerec.json").write_text(json.dumps(record))
         flags = evaluate_flags(files, str(tmp_path / "r.json"), base_model=str(copy))
         for more, start in (({"blend": other}, warning), ({"seen_penalty": "auto"}, small)):
-            notes = evaluate.read_input(evaluate.EvaluateFlags(**flags, **more)).notes
-            assert any(note.startswith(start) for note in notes) == warned
+            inputs = evaluate.read_input(evaluate.EvaluateFlags(**flags, **more))
+            assert any(note.startswith(start) for note in inputs.notes) == warned != inputs.recordable
+
+
+def test_what_is_chosen_on_learned_rows_is_not_recorded(files, checkpoint, tmp_path):
+    """No later command takes it without a word."""
+    copy = str(shutil.copytree(checkpoint, tmp_path / "copy"))
+    flags = evaluate_flags(files, str(tmp_path / "r.json"), base_model=copy, seen_penalty="auto")
+    evaluate.evaluate(**flags, eval_file=files["valid"])
+    assert (tmp_path / "r.json").exists() and not list((tmp_path / "copy").glob("penalty-*.json"))
+    missing = "--seen_penalty auto: no penalty is recorded for this checkpoint"
+    refused("recommend.py", missing, model=copy, info_file=files["info"], history="12, 30", seen_penalty="auto")
 
 
 def test_rows_that_sasrec_has_learned_are_warned_of(files, base, tmp_path):
