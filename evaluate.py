@@ -52,6 +52,7 @@ from minionerec.metrics import (
     format_metrics,
     history_group,
     metrics_of_groups,
+    metrics_path,
     popularity,
     rank_of,
     rank_without,
@@ -123,10 +124,8 @@ class EvaluateFlags(PromptFlags, ScoreFlags, DeviceFlags):
 
     @property
     def metrics_path(self) -> str:
-        """The file for the metrics. Next to a numbered result, MiniOneRec's evaluate.sh takes every other file named
-        *.json for one more part of the rankings."""
-        path, _ = os.path.splitext(self.result_json_data)
-        return f"{path}.metrics" if os.path.basename(path).isdigit() else f"{path}.metrics.json"
+        """The file for the metrics."""
+        return metrics_path(self.result_json_data)
 
     def check(self, problems: Problems) -> None:
         super().check(problems)

@@ -1,6 +1,7 @@
 """Ranking metrics over semantic IDs; every metric is a mean over rows, between 0 and 1."""
 
 import math
+import os
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
@@ -8,6 +9,13 @@ CUTOFFS = (1, 3, 5, 10, 20, 50)
 TARGETS = ("never", "1 to 5 times", "more often")  # bought in the training file
 HISTORIES = ("1 item", "2 or 3 items", "4 or more items")
 OF_ITEMS = "items "  # starts the names of metrics of items, where several share a SID
+
+
+def metrics_path(result: str) -> str:
+    """The file for the metrics of a file of rankings. Next to a numbered one, MiniOneRec's evaluate.sh takes every
+    other file named *.json for one more part of the rankings."""
+    path, _ = os.path.splitext(result)
+    return f"{path}.metrics" if os.path.basename(path).isdigit() else f"{path}.metrics.json"
 
 
 def watched_cutoff(length: int) -> int:

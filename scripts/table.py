@@ -9,16 +9,16 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from minionerec import cli
-from minionerec.data.files import count_rows, read_info_items, read_interactions, read_json, shorten
-from minionerec.data.items import Items, read_targets, share_sids
+from minionerec.data.files import Interaction, count_rows, read_info_items, read_interactions, read_json, shorten
+from minionerec.data.items import ExcludeSeen, Items, read_targets, seen_sids, share_sids
 from minionerec.errors import InputError, Problems
 from minionerec.flags import check_new_file
-from minionerec.metrics import popularity, rank_of
+from minionerec.metrics import metrics_path, popularity, rank_of
 from minionerec.validation import is_number
 
 if TYPE_CHECKING:
@@ -42,19 +42,29 @@ COSTS = {
 
 @dataclass(frozen=True)
 class Targets:
-    """What the test rows ask for: the SID of each target, the SIDs of the catalogue if that is given, and where items
-    share SIDs, the items and the number of each target."""
+    """What the test rows ask for: the rows, the SIDs of the catalogue if that is given, and where items share SIDs, the
+    items and the number of each target."""
 
-    sids: list[str]
+    rows: list[Interaction]
     catalogue: frozenset[str]
     items: Items | None
     numbers: list[int | None]
 
-    def metrics(self, rankings: Sequence[Sequence[str]], length: int) -> "dict[str, np.ndarray]":
-        """The metrics of every row, [rows] each, of rankings that are cut to `length` SIDs."""
+    @property
+    def sids(self) -> list[str]:
+        """The SID of each target."""
+        return [row.sid for row in self.rows]
+
+    def metrics(
+        self, rankings: Sequence[Sequence[str]], length: int, exclude_seen: ExcludeSeen = False
+    ) -> "dict[str, np.ndarray]":
+        """The metrics of every row, [rows] each, of rankings that are cut to `length` SIDs. A target that
+        `exclude_seen` leaves out is a miss, as in evaluate.py: where the catalogue is hardly larger than a ranking, it
+        stands at the end of one."""
         from minionerec.statistics import row_metrics
 
-        cut = [ranking[:length] for ranking in rankings]
+        pairs = zip(self.rows, rankings, strict=True)
+        cut = [[] if row.sid in seen_sids(row, exclude_seen) else ranking[:length] for row, ranking in pairs]
         found = row_metrics([rank_of(*row) for row in zip(self.sids, cut, strict=True)], length)
         if self.items:
             ranks = [self.items.rank_of(*row, length) for row in zip(self.numbers, cut, strict=True)]
@@ -105,7 +115,8 @@ def table(
     problems.check()
     assert targets  # nothing was wrong
 
-    for note in notes_on_seen(results):
+    seen = {path: read_seen(path) for path in paths}
+    for note in notes_on_seen(results, seen):
         print(f"table.py: {note}", file=sys.stderr)
 
     from minionerec.statistics import Bootstrap
@@ -115,7 +126,10 @@ def table(
     bought = (row.sid for row in read_interactions(train_file, "train_file", titles=False))
     top = popularity((sid for sid in bought if not targets.catalogue or sid in targets.catalogue), length)
     found = {"popularity": [targets.metrics([top] * len(targets.sids), length)]}
-    found |= {name: [targets.metrics(rankings[path], length) for path in seeds] for name, seeds in results.items()}
+    found |= {
+        name: [targets.metrics(rankings[path], length, seen[path]["exclude_seen"]) for path in seeds]
+        for name, seeds in results.items()
+    }
 
     # Print.
     bootstrap = Bootstrap(len(targets.sids))
@@ -136,16 +150,16 @@ def table(
 def read_test_targets(test_data_path: str, info_file: str, train_file: str) -> Targets:
     """What the rows of the test file ask for, also as items where the catalogue is given and items share SIDs; where
     they cannot be told apart, a line says so, as in evaluate.py."""
-    sids = [row.sid for row in read_interactions(test_data_path, "test_data_path", titles=False)]
+    rows = list(read_interactions(test_data_path, "test_data_path", titles=False))
     listed = read_info_items(info_file) if info_file else []
     catalogue = frozenset(item.sid for item in listed)
     if share_sids(listed):
         try:
-            return Targets(sids, catalogue, *read_targets(listed, info_file, train_file, test_data_path))
+            return Targets(rows, catalogue, *read_targets(listed, info_file, train_file, test_data_path))
         except InputError as error:
             reason = f"items share SIDs, and metrics are those of SIDs only: {error.problems[0]}"
             print(f"table.py: {reason}", file=sys.stderr)
-    return Targets(sids, catalogue, None, [])
+    return Targets(rows, catalogue, None, [])
 
 
 def folders_of(problems: Problems, runs: str) -> dict[str, list[str]]:
@@ -215,16 +229,22 @@ def read_costs(folder: str) -> dict[str, float]:
     return costs
 
 
-def notes_on_seen(results: dict[str, list[str]]) -> list[str]:
+def read_seen(path: str) -> dict[str, Any]:
+    """The flags about what was seen that evaluate.py ranked with; False where it did not, or did not rank."""
+    written = metrics_path(path)
+    metrics: object = read_json(written) if os.path.isfile(written) else None
+    known = metrics if isinstance(metrics, dict) else {}
+    return {flag: known.get(flag) or False for flag in ("exclude_seen", "seen_penalty")}
+
+
+def notes_on_seen(results: dict[str, list[str]], seen: dict[str, dict[str, Any]]) -> list[str]:
     """A line for each of the flags about what was seen that some rows have and others have not, or otherwise: they
     answer different questions. Popularity and train_sasrec.py leave nothing out and lower nothing."""
     names: dict[str, dict[str, list[str]]] = {flag: {"": ["popularity"]} for flag in ("exclude_seen", "seen_penalty")}
     for name, paths in results.items():
         for path in paths:
-            written = f"{os.path.splitext(path)[0]}.metrics.json"  # by evaluate.py
-            metrics: object = read_json(written) if os.path.isfile(written) else None
             for flag, by_value in names.items():
-                value = metrics.get(flag) if isinstance(metrics, dict) else None
+                value = seen[path][flag]
                 by_value.setdefault(f"{value:g}" if type(value) is float else str(value or ""), []).append(name)
     notes = []
     for flag, by_value in names.items():

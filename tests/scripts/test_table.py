@@ -115,6 +115,23 @@ def test_rows_that_treat_what_was_seen_otherwise_are_told_from_others(tmp_path, 
     assert capsys.readouterr().err == f"table.py: note: rows that do not compare: {line}\n"
 
 
+@pytest.mark.parametrize(("result", "metrics"), [("result.json", "result.metrics.json"), ("0.json", "0.metrics")])
+@pytest.mark.parametrize(("exclude_seen", "found"), [(True, 0.5), ("earlier", 1.0), (False, 1.0)])
+def test_a_target_that_was_seen_is_a_miss_as_in_evaluate(
+    tmp_path, make_run, capsys, result, metrics, exclude_seen, found
+):
+    """In a catalogue hardly larger than a ranking it stands there all the same."""
+    for name in ("train", "test"):
+        (tmp_path / f"{name}.csv").write_text("history_item_sid,item_sid\n\"['a']\",a\n\"['a']\",b\n")
+    run = make_run("r", [1, 1])
+    (tmp_path / "r" / "result.json").rename(tmp_path / "r" / result)
+    (tmp_path / "r" / metrics).write_text(json.dumps({"exclude_seen": exclude_seen}))
+    table(f"{tmp_path}/train.csv", f"{tmp_path}/test.csv", runs=f"x={run}/{result}")
+    printed, errors = capsys.readouterr()
+    assert printed.splitlines()[-1].startswith(f"| x | {found:.4f} |")
+    assert ("x with --exclude_seen" in errors) == bool(exclude_seen)
+
+
 @pytest.mark.parametrize("repeated", [True, False])
 def test_items_that_cannot_be_told_apart_leave_the_metrics_of_sids(tmp_path, make_run, capsys, repeated):
     """The files have no item ids. A line that the catalogue repeats is no item that shares a SID."""
