@@ -101,7 +101,8 @@ class EvaluateFlags(PromptFlags, ScoreFlags, DeviceFlags):
     seed: int = flag(42, "seed of the choice of rows of eval_file; nothing else is random.")
     length_penalty: float = flag(
         0.0,
-        "beam scores are divided by their length to this power; no effect if all SIDs have the same length.",
+        "beam scores are divided by their length to this power; no effect if all SIDs have the same length, unless "
+        "blend or seen_penalty add to them. recommend.py has no such flag.",
         lambda value: None if abs(value) <= 10 else "must be from -10 to 10",
     )
     max_new_tokens: int = flag(256, "the most tokens a SID may have.", above_zero)
@@ -202,7 +203,7 @@ def read_input(flags: EvaluateFlags) -> EvaluateInput:
             notes.append(weight + (of_record if flags.blend_weight == "auto" else ""))
         if flags.seen_penalty == "auto":
             notes.append(f"seen_penalty: {scoring.seen_penalty:g}{of_record}")
-        notes += scoring.notes(flags.num_beams)
+        notes += scoring.notes(flags.num_beams, flags.exclude_seen, flags.length_penalty)
     if len(sids) < flags.K:
         notes.append(f"--K {flags.K} has no metrics: {flags.info_file} has {len(sids)} SIDs to rank")
     known = set(sids)
@@ -434,7 +435,8 @@ def choose(flags: EvaluateFlags, inputs: EvaluateInput, ranker: "Ranker", is_mai
             print_tried("seen_penalty", penalty, {other: tried[weight, other] for other in penalties})
         if inputs.recordable:
             by = {"checkpoint": inputs.checkpoint.path, "eval_file": inputs.eval_file, "rows": rows, "metric": metric}
-            scoring.record(flags.automatic, flags.num_beams, tried, **by)
+            how = {"exclude_seen": flags.exclude_seen, "length_penalty": flags.length_penalty}
+            scoring.record(flags.automatic, flags.num_beams, tried, **how, **by)
 
 
 def print_tried(name: str, used: float, tried: dict[float, float]) -> None:

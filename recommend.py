@@ -246,7 +246,7 @@ def read_files(problems: Problems, flags: RecommendFlags) -> RecommendInput:
     notes = checkpoint.notes_on_catalogue(pairs, f"--info_file {flags.info_file}")
     notes += notes_on_titles(items.all, metadata or {}, f"--item_meta_path {path}")
     notes += checkpoint.notes_on_wording(prompts, flags.category, flags.prompt_file) + items.notes
-    notes += scoring.notes(flags.num_beams)
+    notes += scoring.notes(flags.num_beams, flags.exclude_seen)
     return RecommendInput(
         checkpoint, base, prompts, items, reader, scoring, request, count, settings, done, keys, notes
     )

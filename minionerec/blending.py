@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from minionerec import sasrec_files
 from minionerec.checkpoint import PENALTY_FILE, RUN_FILE, Checkpoint
 from minionerec.data.files import InfoItem, read_json, shorten
+from minionerec.data.items import ExcludeSeen
 from minionerec.errors import InputError, Problems
 from minionerec.flags import HEAVIEST, ScoreFlags, penalty_of_seen, weight_of_blend
 from minionerec.metrics import watched_cutoff
@@ -47,6 +48,8 @@ RECORD = {
     "weight": (is_weight, f"a number from 0 to {HEAVIEST}"),
     "seen_penalty": (is_penalty, "a number from 0"),
     "num_beams": (lambda value: type(value) is int and value >= 1, "a whole number from 1"),
+    "length_penalty": (is_number, "a number"),
+    "exclude_seen": (lambda value: isinstance(value, bool) or value == "earlier", "true, false or earlier"),
     "chosen": (lambda value: isinstance(value, list), "a list of flags"),
 }
 
@@ -132,15 +135,17 @@ class Scoring:
         problems.check()
         return self
 
-    def notes(self, num_beams: int) -> list[str]:
-        """A line if what is recorded was chosen with other numbers than those that rank now."""
+    def notes(self, num_beams: int, exclude_seen: ExcludeSeen | None = None, length_penalty: float = 0.0) -> list[str]:
+        """A line if what is recorded was chosen for other rankings than those of now: by another of the two numbers,
+        with more or fewer beams, of another part of the history (None where requests say), or of other scores."""
         weight, penalty = self.numbers
-        now = {"blend_weight": weight, "seen_penalty": penalty, "num_beams": num_beams}
+        now: dict[str, object] = {"blend_weight": weight, "seen_penalty": penalty, "num_beams": num_beams}
+        now |= {"length_penalty": length_penalty} | ({} if exclude_seen is None else {"exclude_seen": exclude_seen})
         then = {**self.recorded, "blend_weight": self.recorded.get("weight")}
         other = [name for name in now if then.get(name) not in (None, now[name])]
         if not other:
             return []
-        was, is_now = (" ".join(f"--{name} {of[name]:g}" for name in other) for of in (then, now))
+        was, is_now = (" ".join(f"--{name} {_shown(of[name])}" for name in other) for of in (then, now))
         return [f"{self.path} was chosen with {was}, not {is_now}; evaluate.py with --eval_file chooses it again"]
 
     def record(self, chosen: list[str], num_beams: int, found: dict[Pair, float], **more: object) -> None:
@@ -152,6 +157,11 @@ class Scoring:
         numbers = {"weight": weight, "seen_penalty": penalty, "num_beams": num_beams, "chosen": chosen}
         with writing(self.path):
             write_json(self.path, {**numbers, **more, "tried": tried})
+
+
+def _shown(value: object) -> str:
+    """A value of a flag, as it is given."""
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def metrics_of_pairs(

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 import evaluate
 import recommend
 from minionerec import InputError, Ranker, blending, sasrec
-from minionerec.blending import BEST, PENALTIES, WEIGHTS, best_pair, metrics_of_pairs
+from minionerec.blending import BEST, PENALTIES, WEIGHTS, Scoring, best_pair, metrics_of_pairs
 from minionerec.data.files import read_info_items, read_interactions
 from minionerec.data.items import left_out
 from minionerec.errors import Problems
@@ -266,6 +266,7 @@ def test_the_penalty_is_chosen_once_and_recorded(files, not_learned, plain, tmp_
     (path,) = Path(not_learned).glob("penalty-*.json")
     record = json.loads(path.read_text())
     assert record["seen_penalty"] == best > 0 and (record["num_beams"], record["rows"]) == (39, 10)
+    assert (record["exclude_seen"], record["length_penalty"]) == (False, 0)
     assert tried_in(record) == pytest.approx(by_hand) and f"seen_penalty {best:g} is used" in printed
     assert json.loads((tmp_path / "r.metrics.json").read_text())["seen_penalty"] == best
     given.seen_penalty = best
@@ -280,9 +281,25 @@ def test_the_penalty_is_chosen_once_and_recorded(files, not_learned, plain, tmp_
     assert not again.weighed and f"seen_penalty: 0.6, as recorded in {path}" in again.notes
     note = f"{path} was chosen with --num_beams 39, not --num_beams 20; evaluate.py with --eval_file chooses it again"
     assert note in evaluate.read_input(evaluate.EvaluateFlags(**{**flags, "num_beams": 20})).notes
+    note_on_seen = f"{path} was chosen with --exclude_seen False, not --exclude_seen earlier; evaluate.py with"
+    (told,) = [line for line in reloaded(**asked, exclude_seen="earlier").notes if str(path) in line]
+    assert told.startswith(note_on_seen)
     assert note in reloaded(**{**asked, "num_beams": 20}).notes and note not in reloaded(**asked).notes
     path.write_text('{"seen_penalty": -1, "chosen": ["seen_penalty"]}')
     refused("recommend.py", f"{path}: seen_penalty is -1 and must be a number from 0", **asked, history="12")
+
+
+def test_what_was_chosen_for_other_rankings_is_named():
+    """A penalty for the last item alone, as where the others are left out, is none for the whole history; and scores
+    that were divided by their length take a smaller one."""
+    recorded = {"num_beams": 50, "seen_penalty": 0.5, "exclude_seen": "earlier", "length_penalty": 1.0}
+    scoring = Scoring(None, 0.5, "penalty-1.json", recorded)
+    (note,) = scoring.notes(50, False)
+    was = "--length_penalty 1 --exclude_seen earlier, not --length_penalty 0 --exclude_seen False"
+    assert note == f"penalty-1.json was chosen with {was}; evaluate.py with --eval_file chooses it again"
+    assert scoring.notes(50, "earlier", 1.0) == scoring.notes(50, None, 1.0) == []
+    old = {name: value for name, value in recorded.items() if name in ("num_beams", "seen_penalty")}  # without these
+    assert replace(scoring, recorded=old).notes(50, True, 2.0) == []
 
 
 def test_weight_and_penalty_are_chosen_together(files, not_learned, plain, other, tmp_path):
