@@ -116,6 +116,10 @@ def run(app: fastapi.FastAPI, host: str, port: int) -> None:
                 self.cycle.message_event.set()
             self.transport.close()
 
+        def _unsupported_upgrade_warning(self) -> None:
+            """An offer of HTTP/2, as Java's HttpClient makes with every request, is answered over HTTP/1.1. uvicorn
+            would say each time that a WebSocket library is missing."""
+
     _log_to_standard_error()
     config = uvicorn.Config(
         app,

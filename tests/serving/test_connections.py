@@ -114,6 +114,18 @@ def test_a_head_request_gets_the_head_of_the_answer(listening):
     assert status == 200 and int(length) == size and answers["HEAD"] == (200, length, 0)
 
 
+def test_an_offer_of_http_2_is_answered_without_a_warning(listening, caplog):
+    """As Java's HttpClient makes it, on a connection that it keeps."""
+    client = http.client.HTTPConnection("127.0.0.1", listening.port, timeout=20)
+    offer = {"Connection": "Upgrade, HTTP2-Settings", "Upgrade": "h2c", "HTTP2-Settings": "AAEAAEAAAAIAAAAB"}
+    for _ in range(2):
+        client.request("POST", "/recommend", b'{"history": ["1"]}', offer)
+        answer = client.getresponse()
+        assert answer.status == 200 and answer.read()
+    client.close()
+    assert not [record for record in caplog.records if record.name.startswith("uvicorn")]
+
+
 def test_a_body_that_is_no_http_is_no_traceback(listening, caplog):
     """Neither before the answer, together with the head or later, nor after it."""
     head, bad = b"/recommend HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n", b"no chunk\r\n"
