@@ -110,7 +110,7 @@ class EvaluateFlags(PromptFlags, ScoreFlags, DeviceFlags):
     exclude_seen: bool | Literal["earlier"] = flag(
         False,
         "do not rank the SIDs of the history; earlier: all but the last one. For metrics of what recommend.py gives "
-        "with this flag.",
+        "with this flag; there, others that share the SID of an item in the history stay.",
     )
     temperature: float = flag(
         1.0, "accepted for MiniOneRec's argument lists; no effect, because beams are not sampled.", above_zero
@@ -209,8 +209,13 @@ def read_input(flags: EvaluateFlags) -> EvaluateInput:
     known = set(sids)
     if outside := sum(example.sid not in known for example in examples):
         notes.append(f"{outside} of {len(examples)} rows have a target that --info_file lacks; they count as misses")
-    if lost := sum(row.sid in seen_sids(row, flags.exclude_seen) for row in examples):
-        notes.append(f"{lost} of {len(examples)} rows have a target that --exclude_seen leaves out")
+    if lost := [row.sid for row in examples if row.sid in seen_sids(row, flags.exclude_seen)]:
+        items_of = Counter(item.sid for item in set(listed))
+        shared = sum(items_of[sid] > 1 for sid in lost)
+        more = f"; {shared} have a SID of several items, of which recommend.py leaves out only those of the history"
+        notes.append(
+            f"{len(lost)} of {len(examples)} rows have a target that --exclude_seen leaves out{more if shared else ''}"
+        )
     pairs = ((item.id, item.sid) for item in listed)
     notes += checkpoint.notes_on_catalogue(pairs, f"--info_file {flags.info_file}")
     notes += checkpoint.notes_on_wording(prompts, flags.category, flags.prompt_file)

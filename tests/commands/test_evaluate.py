@@ -7,6 +7,7 @@ from helpers import evaluate_flags, read_rows, refused, run_command, succeed, wr
 from processes import start_command
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import evaluate
 from minionerec.data.files import read_info, read_interactions
 from minionerec.metrics import format_metrics, popularity, rank_of, ranking_metrics
 
@@ -82,6 +83,20 @@ def test_a_target_that_was_seen_is_a_miss(files, checkpoint, tmp_path):
     assert all(row["output"] in row["predict"] for row in found)
     assert metrics["MRR"] == metrics["HR@20"] == metrics["items"]["MRR"] == 0
     assert "10 of 10 rows have a target that --exclude_seen leaves out" in printed
+
+
+@pytest.mark.parametrize(("target", "shared"), [("1", True), ("5", False)])
+def test_targets_that_recommend_py_would_not_leave_out_are_counted(files, base, tmp_path, target, shared):
+    """Where a SID is left out, so are all its items: here item 1 after item 0."""
+    cells = read_rows(files["test"])
+    sid = {"1": "<a_0><b_0><c_0>", "5": "<a_0><b_1><c_2>"}[target]
+    asked = {"history_item_sid": str([sid]), "history_item_title": "['x']", "item_sid": sid, "item_id": target}
+    path = str(write_rows(tmp_path / "test.csv", [{**cells[0], **asked}, *cells[1:]]))
+    flags = evaluate_flags(files, str(tmp_path / "r.json"), base_model=base, category="bolts", test_data_path=path)
+    notes = evaluate.read_input(evaluate.EvaluateFlags(**flags, exclude_seen=True)).notes
+    (note,) = [note for note in notes if "a target that --exclude_seen leaves out" in note]
+    of_several = "1 have a SID of several items, of which recommend.py leaves out only those of the history"
+    assert note.endswith(of_several) == shared
 
 
 @pytest.mark.slow
