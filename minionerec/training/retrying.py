@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch._utils import _flatten_dense_tensors, _take_tensors, _unflatten_dense_tensors
 
 from minionerec.flags import engine
 from minionerec.model.halving import Halving
@@ -22,6 +23,7 @@ else:
     _Trainer = object
 
 EXAMPLES = "examples"  # in a batch: what it was made of
+BUCKET = 25 * 2**20  # bytes of the gradients that are averaged together
 
 
 class Examples:
@@ -45,15 +47,15 @@ def averaged_afterwards(trainer: "_Trainer", model: nn.Module) -> Iterator[None]
         return
     with trainer.accelerator.no_sync(model):
         yield
-    waiting = []
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-            parameter.grad.div_(trainer.args.world_size)
-            waiting.append(dist.all_reduce(parameter.grad, async_op=True))
-    for one in waiting:
-        one.wait()
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in trained:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    # In buckets, as DDP does it: an adapter has some hundred small parameters, and each would start two kernels.
+    for bucket in _take_tensors([parameter.grad for parameter in trained], BUCKET):
+        flat = _flatten_dense_tensors(bucket)
+        dist.all_reduce(flat.div_(trainer.args.world_size))
+        torch._foreach_copy_(bucket, _unflatten_dense_tensors(flat, bucket))
 
 
 class RetriesMicroBatches(_Trainer):

@@ -1,9 +1,12 @@
 """Memory that runs out: steps and evaluations go on in smaller parts, and give what they would have given."""
 
 import json
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 from datasets import Dataset
 from helpers import rl_flags, sft_flags, succeed
 from models import QUIET, examples, model_of, tree_trainer
@@ -11,6 +14,7 @@ from processes import assert_same_run, two_processes
 from transformers import TrainingArguments
 
 from minionerec.data.examples import Collator
+from minionerec.training import retrying
 from minionerec.training.sft_trainer import SFTTrainer
 
 
@@ -81,6 +85,30 @@ def test_a_row_that_does_not_fit_ends_the_run(base, tmp_path):
     runs_out(trainer, 0, False)
     with pytest.raises(torch.OutOfMemoryError):
         trainer.train()
+
+
+def test_gradients_of_processes_are_averaged_in_few_messages(monkeypatch):
+    """Those of small parameters together, a large one by itself; a process without a gradient counts as 0."""
+    model = torch.nn.ModuleList([*(torch.nn.Linear(8, 8, dtype=torch.float32) for _ in range(30))])
+    model.append(torch.nn.Linear(64, 64, dtype=torch.float32)).append(torch.nn.Linear(8, 8, dtype=torch.bfloat16))
+    model[0].bias.requires_grad_(False)
+    monkeypatch.setattr(retrying, "BUCKET", 4 * 64 * 64)
+    sent = []
+
+    def with_those_of_two_others(tensor, **_):
+        sent.append(tensor.numel())
+        tensor.add_(2)
+
+    monkeypatch.setattr(dist, "all_reduce", with_those_of_two_others)
+    trainer = SimpleNamespace(args=SimpleNamespace(world_size=3), accelerator=SimpleNamespace(no_sync=nullcontext))
+    with retrying.averaged_afterwards(trainer, model):
+        for number, parameter in enumerate(model.parameters()):
+            if parameter.requires_grad and number % 3:
+                parameter.grad = torch.full_like(parameter, 3.0 * number)
+    for number, parameter in enumerate(model.parameters()):
+        expected = torch.full_like(parameter, number + 2.0 if number % 3 else 2.0)
+        assert torch.equal(parameter.grad, expected) if parameter.requires_grad else parameter.grad is None
+    assert len(sent) == 4 and sum(sent) == sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
 @pytest.mark.slow
