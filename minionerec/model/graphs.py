@@ -345,12 +345,16 @@ class Graphs:
             self.give_up(f"{type(error).__name__}: {error}".splitlines()[0][:200])
         return self.passes.get(key)
 
-    def give_up(self, why: str) -> None:
-        self.on = False
+    def release(self) -> None:
+        """Drops all recordings, for their memory. A pass that comes again is recorded anew."""
         self.passes.clear()
         self._gradients.clear()
         self._grown = 0.0
         torch.cuda.empty_cache()
+
+    def give_up(self, why: str) -> None:
+        self.on = False
+        self.release()
         self.say(f"passes are not recorded as CUDA graphs, but computed kernel by kernel: {why}")
 
 

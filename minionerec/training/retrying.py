@@ -15,6 +15,7 @@ from torch import nn
 from torch._utils import _flatten_dense_tensors, _take_tensors, _unflatten_dense_tensors
 
 from minionerec.flags import engine
+from minionerec.model import graphs
 from minionerec.model.halving import Halving
 
 if TYPE_CHECKING:
@@ -97,7 +98,11 @@ class RetriesMicroBatches(_Trainer):
         """The loss of the last micro-batch."""
         to_do = self._of_step[-1:]
         while (losses := self._attempt(to_do, *args)) is None:
-            self.halving.halve()
+            # Recordings hold as much as a micro-batch needs, and no half of one is padded to their shapes.
+            if recorded := self._recordings():
+                recorded.give_up("memory ran out")
+            else:
+                self.halving.halve()
             self.model.zero_grad()
             to_do = self._of_step
         return losses[-1]
@@ -107,9 +112,15 @@ class RetriesMicroBatches(_Trainer):
         try:
             return [self._in_parts(inputs, *args) for inputs in micro_batches]
         except torch.OutOfMemoryError:
-            if self.halving.parts >= max(len(inputs[EXAMPLES].rows) for inputs in micro_batches):
+            most = max(len(inputs[EXAMPLES].rows) for inputs in micro_batches)
+            if self.halving.parts >= most and not self._recordings():
                 raise
         return None
+
+    def _recordings(self) -> graphs.Graphs | None:
+        """Those of the model, where there are any."""
+        recorded = graphs.of(self.model)
+        return recorded if recorded and any(recorded.passes.values()) else None
 
     def _in_parts(self, inputs: dict, model: nn.Module, num_items_in_batch: torch.Tensor | int | None) -> torch.Tensor:
         if self.halving.parts == 1:

@@ -25,7 +25,7 @@ from trl.models import unwrap_model_for_generation
 from minionerec.decoding.probe import probe
 from minionerec.decoding.trie import Trie
 from minionerec.flags import engine
-from minionerec.model import device
+from minionerec.model import device, graphs
 from minionerec.model.halving import Halving
 from minionerec.model.token_trees import attend_in_blocks
 from minionerec.training.completions import Completions, Tokens
@@ -244,6 +244,8 @@ class ReReTrainer(RLRun):
         with averaged_afterwards(self, model) if self._goes_back() else nullcontext():
             while (loss := self._attempt(model, rollouts, num_items_in_batch)) is None:
                 self.pass_size = math.ceil(self.pass_size / 2 / self.num_generations) * self.num_generations
+                if recorded := graphs.of(self.model):
+                    recorded.release()  # those of larger passes hold memory, and will not come again
                 print(f"out of memory: passes have {self.pass_size} completions from here on", flush=True)
         if self.mask_all_zero and not self._passes_are_collective() and self.accelerator.sync_gradients:
             # If all groups were masked, no pass was made. The gradient is then 0, as in a run with several processes.

@@ -349,6 +349,26 @@ def test_a_run_is_the_same_with_and_without_recordings_also_resumed(tmp_path, ca
         assert len(resumed) == len(curves[on]) > 4 and resumed == pytest.approx(curves[on], rel=1e-4)
 
 
+def test_memory_that_runs_out_is_taken_from_recordings_first(tmp_path):
+    curves = []
+    for limited in (False, True):
+        said = []
+        run = trainer(tmp_path, True, said)
+        of, back = graphs.of(run.model), run.accelerator.backward
+
+        def too_large(loss, of=of, back=back, limited=limited):
+            back(loss)
+            if limited and replays(of):
+                raise torch.OutOfMemoryError
+
+        run.accelerator.backward = too_large
+        run.train()
+        curves.append([entry["loss"] for entry in run.state.log_history if "loss" in entry])
+        assert run.halving.parts == 1
+    assert said == ["passes are not recorded as CUDA graphs, but computed kernel by kernel: memory ran out"]
+    assert curves[1] == pytest.approx(curves[0], rel=1e-4)
+
+
 class OnlyOnTheDevice(TorchDispatchMode):
     """Raises where an operator would copy from the host, or wait for it."""
 
