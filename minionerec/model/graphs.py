@@ -74,9 +74,9 @@ def indexes_by_mask(name: str, args: tuple) -> bool:
 
 
 class NoReads(TorchDispatchMode):
-    """While open, an operator for which the host waits for device `where` raises RuntimeError. A recording that meets
-    one is invalid, and PyTorch's allocator does not get over that: up to 2.12 it takes the recording for unfinished,
-    and asserts when memory is freed; later it keeps the memory of the pass."""
+    """While open, an operator for which the host waits for device `where`, or that copies between the two, raises
+    RuntimeError. A recording that meets one is invalid, and PyTorch's allocator does not get over that: up to 2.12 it
+    takes the recording for unfinished, and asserts when memory is freed; later it keeps the memory of the pass."""
 
     def __init__(self, where: torch.device):
         super().__init__()
@@ -86,10 +86,16 @@ class NoReads(TorchDispatchMode):
         self, function: Callable, types: object, args: tuple = (), kwargs: dict | None = None
     ) -> object:
         name = function.overloadpacket.__name__  # type: ignore[attr-defined]
-        reads = (name in READS and not (kwargs or {}).get("output_size")) or indexes_by_mask(name, args)
-        if reads and any(isinstance(given, torch.Tensor) and given.device.type == self.kind for given in args):
+        kwargs = kwargs or {}
+        reads = (name in READS and not kwargs.get("output_size")) or indexes_by_mask(name, args)
+        kinds = {given.device.type for given in args if isinstance(given, torch.Tensor)}
+        if kwargs.get("device") is not None:
+            kinds.add(torch.device(kwargs["device"]).type)
+        if reads and self.kind in kinds:
             raise RuntimeError(f"{name}: the host reads a value")
-        return function(*args, **(kwargs or {}))
+        if name in ("_to_copy", "copy_") and self.kind in kinds and len(kinds) > 1:
+            raise RuntimeError(f"{name}: a copy between host and device")
+        return function(*args, **kwargs)
 
 
 # --- What a pass asks -------------------------------------------------------------------------------------------------

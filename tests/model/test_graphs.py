@@ -441,6 +441,17 @@ def test_a_pass_that_reads_on_the_host_is_not_begun_to_be_recorded(monkeypatch):
     assert len(said) == 1 and "_local_scalar_dense: the host reads a value" in said[0]
 
 
+def test_a_copy_between_host_and_device_is_found_before_a_recording_begins():
+    """As Llama 4 makes one with LoRA: it asks where its embedding is, and PEFT copies row numbers there to answer."""
+    there, here = torch.ones(2, device="meta"), torch.ones(2)
+    with graphs.NoReads(there.device):
+        there.double().add_(1).mul_(here.sum()).copy_(there)  # a number of the host is an argument of the kernel
+        here.double().copy_(here)
+        for copy_of in (lambda: here.to("meta"), lambda: there.copy_(here), there.cpu):
+            with pytest.raises(RuntimeError, match="a copy between host and device"):
+                copy_of()
+
+
 def test_a_recording_with_other_gradients_is_not_used(monkeypatch):
     """As it would be if a backward pass kept a value of the host."""
     compute, said = graphs._Pass._compute_gradients, []
