@@ -196,6 +196,11 @@ def test_a_seed_of_the_host_is_not_recorded(monkeypatch):
     ]
 
 
+def test_masks_of_a_micro_batch_that_waits_for_the_host_can_be_recorded():
+    """8 rows of 512 tokens at the shape of Qwen2.5-0.5B, whose widest input has 4,864 features."""
+    assert groups.KEPT_IN_GRAPHS >= 8 * 512 * 4864
+
+
 @pytest.mark.parametrize("method", ["qlora", "checkpointing"])
 def test_four_bits_are_recorded_and_recomputed_activations_are_not(tmp_path, method):
     make_model(scale=2.0).save_pretrained(tmp_path)
