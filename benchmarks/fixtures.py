@@ -3,7 +3,9 @@
 import glob
 import os
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 from minionerec.data.files import Catalogue, count_rows, read_catalogue, read_interactions
@@ -15,6 +17,8 @@ if TYPE_CHECKING:  # torch is imported after the memory of a trie is measured
     import torch
     from datasets import Dataset
     from transformers import PreTrainedModel, PreTrainedTokenizerFast, Qwen2Config
+
+    from minionerec.training.tree_batches import TreeBatches
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 SPARE_ROWS = 271  # how many more rows than tokens Qwen2-0.5B has
@@ -178,6 +182,36 @@ class Trained:
 
         encoder = Encoder(self.tokenizer, prompts, self.cutoff_len)
         return tokenized_dataset(encoder, rows_of, [file, *self.index_files])
+
+    def losses_of(self, collate: Callable, losses: Callable) -> Callable:
+        """A function of examples: their batch is moved and computed as a Trainer does it. Gives the `losses` of the
+        response tokens, and how many tokens that are."""
+        import torch
+
+        from minionerec.data.examples import IGNORE
+
+        where, dtype = self.device, self.dtype
+
+        def found(examples: list[dict]) -> tuple[torch.Tensor, int]:
+            batch = collate(examples)
+            count = int((batch.get("shift_labels", batch["labels"]) != IGNORE).sum())
+            if where.type == "cuda":  # pinned, so that the host does not wait for the card
+                batch = {name: tensor.pin_memory().to(where, non_blocking=True) for name, tensor in batch.items()}
+            with torch.autocast(where.type, dtype, enabled=dtype != torch.float32):
+                return losses(self.model, batch)[0], count
+
+        return found
+
+    def tree_losses_of(self, trees: "TreeBatches") -> Callable:
+        """The same for the micro-batches of token trees, as sft.py trains on them: a GPU pads them to few shapes, and
+        records passes as CUDA graphs."""
+        from minionerec.model import graphs
+        from minionerec.training.sft_trainer import in_few_shapes, recorded_tree_losses, tree_collator
+
+        graphs.record(self.model, True)
+        collate = tree_collator(self.model, self.tokenizer.pad_token_id, self.device)
+        collate = in_few_shapes(self.model, collate, trees, print)
+        return self.losses_of(collate, partial(recorded_tree_losses, dtype=self.dtype))
 
 
 def set_up(base: str, index_files: list[str], method: str, cutoff_len: int, dropout: float = 0.05) -> Trained:

@@ -7,6 +7,7 @@
 #   bash benchmarks/gpu.sh out/gpu trees memory_14B       # these
 #   LIMIT=120 bash benchmarks/gpu.sh out/gpu card graphs sft rl decode sft_1.5B    # where a call must end sooner:
 #   LIMIT=120 bash benchmarks/gpu.sh out/gpu rl_1.5B sft_7B trees                  # six minutes, and then four
+#   PYTHON=python3 bash benchmarks/gpu.sh out/gpu         # where nothing can be installed: with its packages
 #   TINY=1 bash benchmarks/gpu.sh out/tiny                # small models and few steps: tries each kind, also on a CPU
 #
 #   card      what the host needs to start a kernel, how fast the card computes and copies    30 s

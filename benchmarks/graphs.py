@@ -39,6 +39,9 @@ def compare(way: str, adapted: str, shape: dict[str, int], tokens: int, repeats:
     from minionerec.training.sft_trainer import tree_losses
 
     tokenizer, model, adapter, _, sequences, prompts, _ = setting(shape, 3000, PROMPTS, tokens, 0)
+    dtype = model.dtype
+    if adapted == "full":
+        model.to(device.master_dtype())
     use_fewer_kernels(model)
     if adapted != "full":
         model = lora_utils.add_lora(model, adapter)
@@ -55,23 +58,26 @@ def compare(way: str, adapted: str, shape: dict[str, int], tokens: int, repeats:
     names = tuple(tree)
 
     def losses_of(*tensors: torch.Tensor) -> tuple[torch.Tensor]:
-        return (tree_losses(model, dict(zip(names, tensors, strict=True)))[0],)
+        return (tree_losses(model, dict(zip(names, tensors, strict=True)), dtype=dtype)[0],)
+
+    def losses() -> torch.Tensor:
+        with torch.autocast(where.type, dtype, enabled=dtype != torch.float32):
+            if way == "sft":
+                recorded = graphs.of(model)
+                return (recorded(("trees",), losses_of, *tree.values()) if recorded else losses_of(*tree.values()))[0]
+            groups = [GENERATIONS] * PROMPTS
+            present = torch.ones_like(answers)
+            return completion_logps(model, *repeated, answers, present, shared=True, width=tokens, groups=groups)[0]
 
     def one() -> torch.Tensor:
         """A pass as the product makes it: its results and, in training, its gradients, in one tensor."""
         if way == "search":
             return constrained_beam_search(model, ids, mask, trie, BEAMS)[1].flatten()
         model.zero_grad()
-        if way == "sft":
-            recorded = graphs.of(model)
-            losses = recorded(("trees",), losses_of, *tree.values()) if recorded else losses_of(*tree.values())
-        else:
-            groups = [GENERATIONS] * PROMPTS
-            present = torch.ones_like(answers)
-            losses = completion_logps(model, *repeated, answers, present, shared=True, width=tokens, groups=groups)
-        losses[0].sum().backward()
+        found = losses()
+        found.sum().backward()
         norms = torch._foreach_norm([p.grad.float() for p in model.parameters() if p.grad is not None])
-        return torch.cat([losses[0].detach().flatten(), torch.stack(norms)])
+        return torch.cat([found.detach().flatten(), torch.stack(norms)])
 
     said: list[str] = []
     eager = one()

@@ -5,7 +5,8 @@ processes take their steps in turn, so that other load on the machine slows both
 logits at response positions only (`response_logits`), LoRA as PEFT does it (dense SID rows, logits at every position),
 this project's LoRA, on a base in its own precision and in 8 bits, and its QLoRA. The model has the shape of Qwen2-0.5B
 and random weights; 560 SID tokens are added. Memory is measured from before a process's first step, which is not timed.
-float32 on a CPU, bfloat16 on a GPU. A pair of full fine-tunings takes 25 GB on a CPU, full and LoRA 18 GB.
+float32 on a CPU, bfloat16 on a GPU. There this project's ways are what sft.py trains: token trees, of rows that share
+nothing, in passes that are recorded as CUDA graphs. A pair of full fine-tunings takes 25 GB on a CPU, full and LoRA 18.
 
     python -m benchmarks.sft_step
     python -m benchmarks.sft_step --methods full_response,peft,lora,qlora --rows 16 --repeats 20
@@ -68,9 +69,10 @@ def train(
     sids: int,
     gradient_checkpointing: bool = False,
     adapter_flags: dict[str, Any] | None = None,
+    as_trained: bool = False,
 ) -> None:
     """Answers each request with the seconds of a step, and at the end with peak memory in GB, that while the model was
-    loaded (on a GPU), and the first loss."""
+    loaded (on a GPU), and the first loss. `as_trained`: on a GPU, token trees in recorded passes, not rows."""
     quiet()
     import torch
     import torch.nn.functional as F
@@ -78,9 +80,10 @@ def train(
 
     import lora_utils
     from minionerec.data.examples import IGNORE
-    from minionerec.model import loading
+    from minionerec.model import graphs, loading
     from minionerec.model.device import compute_dtype, local_device, master_dtype
-    from minionerec.training.sft_trainer import response_logits
+    from minionerec.model.token_trees import Shape, pad_to
+    from minionerec.training.sft_trainer import recorded_tree_losses, response_logits, tree_collator
 
     torch.manual_seed(0)
     tokenizer = loading.load_tokenizer(folder)
@@ -104,6 +107,12 @@ def train(
     labels = input_ids.clone()
     labels[:, : tokens - response_tokens] = IGNORE
     inputs = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids), "labels": labels}
+    trees = as_trained and device.type == "cuda" and method not in ("full", "peft")
+    if trees:
+        graphs.record(model, True)
+        examples = [{"input_ids": row, "prompt_length": tokens - response_tokens} for row in input_ids.tolist()]
+        inputs = tree_collator(model, tokenizer.pad_token_id, device)(examples)
+        inputs = pad_to(inputs, Shape(*inputs["input_ids"].shape, len(inputs["labels"])))
     inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=3e-4, fused=True)
@@ -111,7 +120,9 @@ def train(
 
     def step() -> None:
         with torch.autocast(device.type, dtype, dtype != torch.float32, cache_enabled=not gradient_checkpointing):
-            if method in ("full", "peft"):
+            if trees:
+                loss = recorded_tree_losses(model, inputs, dtype=dtype)[0].mean()
+            elif method in ("full", "peft"):
                 loss = model(**inputs, use_cache=False).loss
             else:
                 logits, targets = response_logits(model, inputs)
@@ -123,7 +134,8 @@ def train(
 
     loading_gb = peak_memory_gb() if device.type == "cuda" else None
     reset_peak_memory()
-    step()
+    for _ in range(3 if trees else 1):  # a GPU records the second pass, and replays the third
+        step()
 
     def end() -> dict[str, Any]:
         return {"peak_gb": peak_memory_gb(), "loading_gb": loading_gb, "loss": losses[0]}
@@ -148,7 +160,7 @@ def sft_step(flags: StepFlags) -> None:
         in_fork(save_base, folder, flags.shape, True, "float32")
         for group in groups:
             sizes = (rows, flags.tokens, flags.response_tokens, flags.sids)
-            runs = in_turn(train, ["full", *group], flags.repeats, folder, *sizes)
+            runs = in_turn(train, ["full", *group], flags.repeats, folder, *sizes, False, None, True)
             full = runs["full"]
             for name, run in runs.items():
                 speed_up = median(f / s for f, s in zip(full["steps"], run["steps"], strict=True))

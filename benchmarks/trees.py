@@ -3,9 +3,9 @@ the same steps with every row by itself: seconds, peak memory in GB, losses.
 
 The model has the shape of Qwen2.5-0.5B with fewer layers, random weights, and a tokenizer that is trained on the data's
 own text. Processes take the same steps in turn, so that whatever else the machine does slows all, after a micro-batch
-that is not timed. `trees` cuts the steps into the micro-batches of sft.py, `rows` into those of `--pack_rows 0`: sorted
-by length. `random` pads rows in random order. Dropout is 0, so that all have the same losses. Memory counts from before
-that first micro-batch.
+that is not timed. `trees` cuts the steps into the micro-batches of sft.py, which a GPU records as CUDA graphs, `rows`
+into those of `--pack_rows 0`: sorted by length. `random` pads rows in random order. Dropout is 0, so that all have the
+same losses. Memory counts from before what is not timed.
 
     python -m benchmarks.trees --data data/Industrial_and_Scientific
     python -m benchmarks.trees --data data/Industrial_and_Scientific --rows 512 --num_hidden_layers 4 --repeats 2
@@ -15,6 +15,7 @@ that first micro-batch.
 import sys
 import tempfile
 from dataclasses import dataclass
+from itertools import islice
 from multiprocessing.connection import Connection
 from statistics import median
 
@@ -66,20 +67,20 @@ def train(connection: Connection, way: str, method: str, base: str, files: list[
     import torch
 
     from minionerec.data.examples import Collator
-    from minionerec.training.sft_trainer import row_losses, step_order, tree_collator, tree_losses
+    from minionerec.training.sft_trainer import row_losses, step_order
     from minionerec.training.tree_batches import Prefixes, TreeBatches
 
     train_file, *index_files = files
     trained = set_up(base, index_files, method, flags.cutoff_len, dropout=0.0)
-    model, tokenizer, device, dtype = trained.model, trained.tokenizer, trained.device, trained.dtype
+    model, tokenizer = trained.model, trained.tokenizer
     dataset = trained.dataset(train_file, load_prompts(flags.category, None, flags.tasks))
     prefixes, rows, micro_rows = Prefixes(dataset), flags.rows, flags.micro_batch_size
     pack_rows = max(rows // 32, 1) if flags.pack_rows == -1 else flags.pack_rows
     plan = TreeBatches(prefixes, step_order(prefixes, pack_rows, rows, 42), 1, micro_rows, rows)
     if way == "trees":
-        collate, losses_of = tree_collator(model, tokenizer.pad_token_id, device), tree_losses
+        losses_of = trained.tree_losses_of(plan)
     else:
-        collate, losses_of = Collator(tokenizer.pad_token_id), row_losses
+        losses_of = trained.losses_of(Collator(tokenizer.pad_token_id), row_losses)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=True)
     responses = np.array(dataset["length"][:]) - np.array(dataset["prompt_length"][:])
     generator = np.random.default_rng(42)
@@ -97,31 +98,33 @@ def train(connection: Connection, way: str, method: str, base: str, files: list[
         counts.append((int(prefixes.length[of_step].sum()), computed))
         return parts
 
-    def losses_on(part: np.ndarray) -> torch.Tensor:
-        batch = {name: tensor.to(device) for name, tensor in collate(dataset.__getitems__(part.tolist())).items()}
-        more = {"dtype": dtype} if way == "trees" else {}
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            return losses_of(model, batch, **more)[0]
-
     def step() -> None:
-        total = found = 0
-        parts = micro_batches()
+        found, parts = 0, micro_batches()
         labels = int(responses[np.concatenate(parts)].sum())
+        total = torch.zeros((), device=trained.device)
         for part in parts:
-            losses = losses_on(part)
+            losses, count = losses_of(dataset.__getitems__(part.tolist()))
             loss = losses.sum() / labels
             loss.backward()
-            total, found = total + loss.item(), found + len(losses)
+            total, found = total + loss.detach(), found + count
+            del losses, loss  # their graph, which no recording may meet
         if found != labels:
             raise RuntimeError(f"{found} of {labels} response tokens were learned from")
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        step_losses.append(total)
+        step_losses.append(total.item())
 
     def warm_up() -> None:
-        """One micro-batch, whose gradients are dropped."""
-        losses_on(next(plan.steps())[0][:micro_rows]).sum().backward()
+        """One micro-batch, whose gradients are dropped. A GPU records a shape of token trees when it comes for the
+        second time, so it gets all micro-batches of two steps, three times."""
+        parts = [part for parts in islice(plan.steps(), 2) for part in parts] * 3
+        if way != "trees" or trained.device.type != "cuda":
+            parts = [parts[0][:micro_rows]]
+        for part in parts:
+            losses, _ = losses_of(dataset.__getitems__(part.tolist()))
+            losses.sum().backward()
+            del losses  # its graph, which no recording may meet
         optimizer.zero_grad()
 
     reset_peak_memory()

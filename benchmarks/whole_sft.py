@@ -13,6 +13,7 @@ and random weights.
 
 import tempfile
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing.connection import Connection
 from statistics import median
 
@@ -73,7 +74,7 @@ def train(connection: Connection, way: str, base: str, files: list[str], flags: 
     prompts = load_prompts(flags.category, None, "all")
     ours = way == "LoRA, token trees"
     trained = set_up(base, index_files, "lora" if ours else "full", flags.cutoff_len)
-    model, tokenizer, device, dtype = trained.model, trained.tokenizer, trained.device, trained.dtype
+    model, tokenizer = trained.model, trained.tokenizer
     training = trained.dataset(train_file, prompts)
     validation = trained.dataset(eval_file, prompts.for_validation())
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=True)
@@ -90,7 +91,9 @@ def train(connection: Connection, way: str, base: str, files: list[str], flags: 
             for p, cut in ((prefixes, batches), (of_validation, eval_batches))
         )
         stretch, eval_stretch = slice(plan.accumulation), slice(None, None, max(len(eval_batches) - 1, 1))
-        collate = tree_collator(model, tokenizer.pad_token_id, device)
+        losses_of = trained.tree_losses_of(plan)
+        collate = tree_collator(model, tokenizer.pad_token_id, trained.device)
+        eval_losses_of = trained.losses_of(collate, partial(tree_losses, dtype=trained.dtype))
     else:
         generator = np.random.default_rng(42)
 
@@ -113,16 +116,15 @@ def train(connection: Connection, way: str, base: str, files: list[str], flags: 
                 labels[row, start + example["prompt_length"] :] = input_ids[row, start + example["prompt_length"] :]
             return {"input_ids": input_ids, "attention_mask": mask, "labels": labels}
 
-    def loss_of(dataset, batch: list[int]) -> torch.Tensor:
-        inputs = {name: tensor.to(device) for name, tensor in collate(dataset.__getitems__(batch)).items()}
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            if ours:
-                return tree_losses(model, inputs, dtype=dtype)[0].sum() / len(inputs["labels"])
-            return model(**inputs, use_cache=False).loss
+        losses_of = eval_losses_of = trained.losses_of(
+            collate, lambda model, batch: (model(**batch, use_cache=False).loss,)
+        )
 
     def passes(chosen: list[list[int]]) -> None:
         for batch in chosen:
-            loss_of(training, batch).backward()
+            losses, count = losses_of(training.__getitems__(batch))
+            (losses.sum() / count if ours else losses).backward()
+            del losses  # its graph, which no recording may meet
 
     def update() -> None:
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -133,14 +135,17 @@ def train(connection: Connection, way: str, base: str, files: list[str], flags: 
         model.eval()
         with torch.no_grad():
             for batch in eval_batches[eval_stretch]:
-                loss_of(validation, batch).item()
+                losses, _ = eval_losses_of(validation.__getitems__(batch))
+                losses.sum().item()
         model.train()
 
     def measure() -> tuple[float, float, float]:
         return seconds_of(lambda: passes(batches[stretch])), seconds_of(update), seconds_of(evaluation)
 
     reset_peak_memory()
-    passes(batches[:1])  # not timed: the first one also pays for fresh memory
+    # Not timed: the first pass also pays for fresh memory, and a GPU records a shape when it comes for the second time.
+    for _ in range(3 if trained.device.type == "cuda" else 1):
+        passes(batches[stretch if trained.device.type == "cuda" else slice(1)])
     update()
 
     def end() -> dict:

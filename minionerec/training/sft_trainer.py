@@ -89,10 +89,52 @@ def tree_losses(
     return losses * inputs["counted"] if "counted" in inputs else losses, inputs["row"]
 
 
+def recorded_tree_losses(
+    model: nn.Module,
+    inputs: dict[str, torch.Tensor],
+    unwrapped: nn.Module | None = None,
+    dtype: torch.dtype | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `tree_losses`; of a batch that `pad_to` has padded recorded or replayed, where passes of the model are."""
+    unwrapped = unwrapped if unwrapped is not None else model
+    recorded = graphs.of(unwrapped) if "counted" in inputs else None
+    if recorded is None:
+        return tree_losses(model, inputs, unwrapped, dtype)
+    names = tuple(inputs)
+
+    def losses_of(*tensors: torch.Tensor) -> tuple[torch.Tensor]:
+        return (tree_losses(model, dict(zip(names, tensors, strict=True)), unwrapped, dtype)[0],)
+
+    return recorded(("trees", *names), losses_of, *inputs.values())[0], inputs["row"]
+
+
 def tree_collator(model: nn.Module, pad_token_id: int, where: torch.device) -> TreeCollator:
     """The collator of token trees for `model`, which attends in blocks if it can."""
     hidden_size = None if attend_in_blocks(model) else model.config.get_text_config().hidden_size
     return TreeCollator(pad_token_id, hidden_size, 16 if device.starts_kernels(where) else 1)
+
+
+def in_few_shapes(
+    model: nn.Module, collate: TreeCollator, trees: TreeBatches, say: Callable[[str], None]
+) -> Callable[[list[dict]], dict[str, torch.Tensor]]:
+    """The collator of the micro-batches of `trees`, which pads them to few shapes as long as passes of the model are
+    recorded: each recording is for one shape."""
+    recorded = graphs.of(model)
+    if recorded is None or not recorded.possible():
+        return collate
+    collate = copy.copy(collate)  # evaluations are not padded
+    shapes, more = trees.few_shapes(collate)
+    say(f"micro-batches are padded to {len(shapes)} shapes, by {more:.0%}, and recorded as CUDA graphs")
+
+    def padded(examples: list[dict]) -> dict[str, torch.Tensor]:
+        batch = collate(examples)
+        rows, nodes = batch["input_ids"].shape
+        size = rows, nodes, len(batch["labels"])
+        fitting = (shape for shape in shapes if all(a >= b for a, b in zip(shape, size, strict=True)))
+        shape = next(fitting, None) if graphs.of(model) else None
+        return batch if shape is None else pad_to(batch, shape)
+
+    return padded
 
 
 def step_order(prefixes: Prefixes, pack_rows: int, batch_size: int, seed: int) -> Sampler:
@@ -240,7 +282,7 @@ class SFTTrainer(DurableRun, RetriesMicroBatches, Trainer):
         loader = DataLoader(
             self.train_dataset,
             batch_sampler=batches,
-            collate_fn=self._in_few_shapes(),
+            collate_fn=self._training_collator(),
             num_workers=args.dataloader_num_workers,
             pin_memory=args.dataloader_pin_memory,
         )
@@ -250,29 +292,12 @@ class SFTTrainer(DurableRun, RetriesMicroBatches, Trainer):
             loader, args.device, num_processes=1, process_index=0, put_on_device=True, non_blocking=True
         )
 
-    def _in_few_shapes(self) -> Callable[[list[dict]], dict[str, torch.Tensor]]:
-        """The collator of training, which pads token trees to few shapes as long as passes of the model are recorded:
-        each is for one shape."""
-        model, trees = self.unwrapped(self.model), self.train_batches
-        recorded = graphs.of(model)
-        if trees is None or recorded is None or not recorded.possible():
+    def _training_collator(self) -> Callable[[list[dict]], dict]:
+        if self.train_batches is None:
             return self.data_collator
         assert isinstance(self.collate, TreeCollator)
-        collate = copy.copy(self.collate)  # evaluations are not padded
-        shapes, more = trees.few_shapes(collate)
-        self.accelerator.print(
-            f"micro-batches are padded to {len(shapes)} shapes, by {more:.0%}, and recorded as CUDA graphs"
-        )
-
-        def padded(examples: list[dict]) -> dict[str, torch.Tensor]:
-            batch = collate(examples)
-            rows, nodes = batch["input_ids"].shape
-            size = rows, nodes, len(batch["labels"])
-            fitting = (shape for shape in shapes if all(a >= b for a, b in zip(shape, size, strict=True)))
-            shape = next(fitting, None) if graphs.of(model) else None
-            return batch if shape is None else pad_to(batch, shape)
-
-        return keeping_examples(padded)
+        model = self.unwrapped(self.model)
+        return keeping_examples(in_few_shapes(model, self.collate, self.train_batches, self.accelerator.print))
 
     def evaluate(
         self,
@@ -336,16 +361,7 @@ class SFTTrainer(DurableRun, RetriesMicroBatches, Trainer):
         if self.train_batches is None:
             return row_losses(model, inputs, unwrapped)
         dtype = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else None
-        recorded = graphs.of(unwrapped) if "counted" in inputs else None
-        if recorded is None:
-            return tree_losses(model, inputs, unwrapped, dtype)
-
-        names = tuple(inputs)
-
-        def losses_of(*tensors: torch.Tensor) -> tuple[torch.Tensor]:
-            return (tree_losses(model, dict(zip(names, tensors, strict=True)), unwrapped, dtype)[0],)
-
-        return recorded(("trees", *names), losses_of, *inputs.values())[0], inputs["row"]
+        return recorded_tree_losses(model, inputs, unwrapped, dtype)
 
     def compute_loss(
         self,

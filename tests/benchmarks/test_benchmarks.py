@@ -11,6 +11,12 @@ from helpers import ROOT, run_command, succeed
 from processes import quick_python, start_fork_server
 
 from benchmarks import common
+from benchmarks.counting import as_on_gpu
+from benchmarks.fixtures import set_up
+from minionerec.data.prompts import load_prompts
+from minionerec.model import graphs
+from minionerec.training.sft_trainer import step_order
+from minionerec.training.tree_batches import Prefixes, TreeBatches
 
 
 @pytest.fixture
@@ -85,6 +91,22 @@ def test_a_benchmark_trains_the_rows_of_a_folder(files, tmp_path, quick, script,
         computed = [row["computed"] for row in record["table"][:3]]
         assert computed[2] < record["tokens"] <= computed[1] <= computed[0]
         assert all(float(row["losses differ by"]) < 1e-5 for row in record["table"])
+
+
+def test_token_trees_are_timed_as_they_are_trained(files, base):
+    """On a GPU, by recordings: of micro-batches that are padded to few shapes."""
+    with as_on_gpu():
+        trained = set_up(base, [files["index"], files["item"]], "lora", 512)
+        rows = trained.dataset(files["train"], load_prompts("bolts", None, "sid_history_to_sid"))
+        prefixes = Prefixes(rows)
+        plan = TreeBatches(prefixes, step_order(prefixes, 1, 16, 42), 1, 4, 16)
+        losses_of, part = trained.tree_losses_of(plan), next(plan.steps())[0].tolist()
+        for _ in range(3):
+            losses, count = losses_of(rows.__getitems__(part))
+            losses.sum().backward()
+            assert count == prefixes.responses[part].sum() == losses.count_nonzero()
+            del losses
+        assert any(graphs.of(trained.model).passes.values())
 
 
 def folder_of(files, folder, **names):
