@@ -109,7 +109,9 @@ def hold(name: str, target: str, place: Callable[[str], str]) -> None:
         os.ftruncate(file, 0)
         os.write(file, f"{os.getpid()}\n{socket.gethostname()}\n{_run_address()}\n".encode())
     except OSError as error:
-        if error.errno in CANNOT_WRITE - {errno.EACCES, errno.EPERM}:
+        # The superuser passes every check of permissions, and yet /proc takes no folder and no file.
+        no_folder = fcntl is not None and not os.path.isdir(os.path.dirname(path))
+        if no_folder or error.errno in {errno.ENOENT, *CANNOT_WRITE} - {errno.EACCES, errno.EPERM}:
             raise InputError(f"--{name} {target}: cannot be written: {error.strerror}") from None
         print(
             f"warning: {os.path.dirname(path)}: locks do not work there ({error.strerror}); nothing stops a second "

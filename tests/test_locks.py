@@ -144,6 +144,14 @@ def test_a_file_system_without_locks_is_named(tmp_path, monkeypatch, capsys, num
     assert "locks do not work there" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("folder", ["/proc", "/proc/x", "/dev/null/x"])
+@pytest.mark.parametrize("place", [lock_of_folder, lock_of_new])
+def test_a_folder_that_takes_no_files_is_refused(folder, place):
+    """Before a model is loaded, also for the superuser, who may write anywhere as far as permissions go."""
+    with pytest.raises(InputError, match=f"^--output_dir {folder}/run: cannot be written: "), releasing():
+        hold("output_dir", f"{folder}/run", place)
+
+
 def test_the_dry_run_locks_nothing(files, base, tmp_path, held):
     held(tmp_path / "run")
     succeed("sft.py", **sft_flags(files, base, tmp_path / "run", use_lora=True, dry_run=True))
