@@ -29,7 +29,7 @@ from minionerec.errors import InputError
 from minionerec.flags import AdapterFlags, RunFlags
 from minionerec.model import architecture, experts, int8_rows, loading
 from minionerec.model.adapted import check_dora, load_adapted, load_checkpoint, quantization_config  # noqa: F401
-from minionerec.model.adapters import join_layers, prepare_quantized, set_up_adapter
+from minionerec.model.adapters import does_not_fit, join_layers, prepare_quantized, set_up_adapter
 
 DEFAULTS = AdapterFlags()
 
@@ -225,14 +225,27 @@ def train_sid_rows_only(model: nn.Module, sid_token_ids: list[int], gradient_che
     return _wrapped_by_peft(model, config, gradient_checkpointing)
 
 
-def adapt(model: nn.Module, flags: AdapterFlags, sid_token_ids: list[int]) -> nn.Module:
+def adapt(model: nn.Module, flags: AdapterFlags, sid_token_ids: list[int], adapter_path: str = "") -> nn.Module:
     """The model with what `flags.method` trains: a new adapter (lora, qlora), its SID rows only (freeze_LLM), or as it
-    is (full)."""
+    is (full). With `adapter_path` the new adapter has the form of the one in that folder, without its values."""
     if flags.adapted:
+        if adapter_path:
+            return _add_alike(model, flags, adapter_path)
         return add_lora(model, lora_config(model, sid_token_ids, flags), flags.gradient_checkpointing)
     if flags.method == "freeze_LLM":
         return train_sid_rows_only(model, sid_token_ids, flags.gradient_checkpointing)
     return model
+
+
+def _add_alike(model: nn.Module, flags: AdapterFlags, adapter_path: str) -> PeftModel:
+    """The model with a new adapter of the form of the one in a folder. Raises InputError where they do not fit."""
+    config = LoraConfig.from_pretrained(adapter_path)
+    config.inference_mode, config.lora_dropout = False, flags.lora_dropout
+    config.init_lora_weights = True  # other starts read the values of the base
+    try:
+        return add_lora(model, config, flags.gradient_checkpointing)
+    except (RuntimeError, ValueError, IndexError, TypeError, KeyError) as error:
+        raise does_not_fit(adapter_path, model, config, error) from None
 
 
 # --- Reporting --------------------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ import math
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 from minionerec import cli, sasrec_files, world
@@ -278,7 +279,9 @@ def train(flags: RLFlags) -> "dict | Prediction":
     for line in [*inputs.notes, *without_effect(flags, trie)]:
         state.print(line)
     sid_token_ids = sorted(tokenizer.convert_tokens_to_ids(inputs.catalogue.sid_tokens))
-    predictor = report.Inputs(config, tokenizer, sid_token_ids, encoded.encoder, inputs.train_rows, lora_utils.adapt)
+    own_adapter = checkpoint.path if checkpoint.adapter is not None else ""  # which an adapter run trains on
+    adapt = partial(lora_utils.adapt, adapter_path=own_adapter)
+    predictor = report.Inputs(config, tokenizer, sid_token_ids, encoded.encoder, inputs.train_rows, adapt)
     if flags.dry_run:
         print(*adapter_summary, sep="\n", end="\n" if adapter_summary else "")
         shape = checkpoint.adapter_shape if checkpoint.adapter is not None else None

@@ -141,8 +141,16 @@ class Checkpoint:
 
     @property
     def adapter_shape(self) -> dict:
-        """The recorded flags that its adapter keeps when it is continued."""
-        return {name: self.flags[name] for name in AdapterFlags.SHAPE if name in self.flags}
+        """The flags that its adapter keeps when it is continued: as recorded, else as PEFT's configuration says."""
+        adapter = self.adapter or {}
+        named = {"lora_r": "r", **{name: name for name in ("lora_alpha", "use_rslora", "use_dora")}}
+        known = {flag: adapter[name] for flag, name in named.items() if name in adapter}
+        modules = adapter.get("target_modules") or []  # a text is an expression
+        modules = [modules] if isinstance(modules, str) else sorted(modules)
+        if targets := [*modules, *(adapter.get("target_parameters") or [])]:
+            known["lora_target_modules"] = ",".join(targets)
+        known |= self.flags
+        return {name: known[name] for name in AdapterFlags.SHAPE if name in known}
 
     @property
     def base_fingerprint(self) -> str | None:
@@ -260,9 +268,7 @@ class Checkpoint:
     def differing_flags(self, flags: dict, names: tuple[str, ...]) -> list[str]:
         """A warning for each flag of these names that had another value in the run that wrote it, or, where that is not
         recorded, in its adapter."""
-        adapter = self.adapter or {}
-        named = {"lora_r": "r", **{name: name for name in ("lora_alpha", "use_rslora", "use_dora")}}
-        known = {flag: adapter[name] for flag, name in named.items() if name in adapter} | self.flags
+        known = self.adapter_shape | self.flags
         return [
             f"warning: --{name} {flags[name]} is ignored: {self.path} was trained with {known[name]}"
             for name in names

@@ -28,6 +28,10 @@ def _is_release(value: object) -> bool:
     return isinstance(value, str) and re.match(r"\d{1,9}\.\d{1,9}(\.|$)", value) is not None
 
 
+def _is_names(value: object) -> bool:
+    return value is None or (isinstance(value, list) and all(map(_is(str), value)))
+
+
 def _is_log(value: object) -> bool:
     lists = value.get("metrics", {}) if isinstance(value, dict) else None
     if not isinstance(value, dict) or not isinstance(lists, dict) or not all(map(_is(list), lists.values())):
@@ -60,7 +64,8 @@ RUN = {
 FLAGS = {
     "cutoff_len": (_is_whole(32), "a whole number from 32"),
     **dict.fromkeys(("use_lora", "use_qlora", "load_in_8bit", "use_rslora", "use_dora"), TRUE_OR_FALSE),
-    **dict.fromkeys(("lora_r", "lora_alpha", "test_beam"), (_is_whole(1), "a whole number from 1")),
+    **dict.fromkeys(("lora_r", "test_beam"), (_is_whole(1), "a whole number from 1")),
+    "lora_alpha": (is_number, "a number"),  # an adapter of PEFT may have a fraction
     **dict.fromkeys(("category", "sid_index_path", "train_file", "eval_file", "lora_target_modules"), TEXT),
 }
 ADAPTER = {
@@ -77,11 +82,9 @@ ADAPTER = {
         lambda value: not str(value).startswith("pissa_niter_"),
         "another start: this one changes the base at random, each time in another way",
     ),
-    "target_modules": (_is(str, list, type(None)), "a list of names"),
-    "modules_to_save": (
-        lambda value: value is None or (isinstance(value, list) and all(map(_is(str), value))),
-        "a list of names",
-    ),
+    **dict.fromkeys(("use_rslora", "use_dora"), TRUE_OR_FALSE),
+    "target_modules": (lambda value: isinstance(value, str) or _is_names(value), "a list of names"),
+    **dict.fromkeys(("target_parameters", "modules_to_save"), (_is_names, "a list of names")),
     # These would import a module that the file names, and repeat layers as often as it says.
     **dict.fromkeys(("megatron_config", "layer_replication"), (lambda value: not value, "null")),
 }

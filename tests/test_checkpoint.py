@@ -157,7 +157,10 @@ ADAPTERS = [
     ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights is 'pissa_niter_4' and must be another start"),
     ({"rank_pattern": [1]}, "rank_pattern is [1] and must be an object of ranks"),
     ({"lora_alpha": "x"}, "lora_alpha is 'x' and must be a number"),
+    ({"use_dora": "yes"}, "use_dora is 'yes' and must be true or false"),
     ({"target_modules": {}}, "target_modules is {} and must be a list of names"),
+    ({"target_modules": [5]}, "target_modules is [5] and must be a list of names"),
+    ({"target_parameters": "x"}, "target_parameters is 'x' and must be a list of names"),
     ({"modules_to_save": [5]}, "modules_to_save is [5] and must be a list of names"),
     ({"megatron_config": {"x": 1}, "megatron_core": "os"}, "megatron_config is {'x': 1} and must be null"),
     ({"layer_replication": [[0, 2]] * 9}, "layer_replication is [[0, 2]"),
@@ -338,3 +341,27 @@ def test_the_folder_of_a_run_and_a_file_are_no_checkpoints(tmp_path):
         "no such folder",
         "no adapter_config.json there; give the folder of an adapter checkpoint",
     ]
+
+
+@pytest.mark.parametrize(
+    ("targets", "named"),
+    [
+        ({"target_modules": ["v_proj", "q_proj"]}, "q_proj,v_proj"),
+        ({"target_modules": r".*\.(up|down)_proj"}, r".*\.(up|down)_proj"),
+        ({"target_modules": None, "target_parameters": ["mlp.experts.gate_up_proj"]}, "mlp.experts.gate_up_proj"),
+    ],
+)
+def test_an_adapter_of_peft_keeps_its_shape_where_no_run_recorded_one(files, tmp_path, targets, named):
+    config = {"base_model_name_or_path": "hub/base", "peft_type": "LORA", "r": 8, "lora_alpha": 12.5, "use_dora": True}
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text(json.dumps({**config, **targets}))
+    shape = {"lora_r": 8, "lora_alpha": 12.5, "lora_target_modules": named, "use_dora": True}
+    assert Checkpoint.read(str(adapter)).adapter_shape == shape
+    paths = {"info_file": files["info"], "sid_index_path": files["index"], "item_meta_path": files["item"]}
+    data = {"train_file": files["train"], "eval_file": files["valid"], **paths}
+    flags = RLFlags(model_path=str(adapter), output_dir="rl", category="bolts", use_lora=True, **data)
+    assert rl.read_input(flags).flags == replace(flags, **shape)  # what the run then records
+    record(adapter, flags={"lora_r": 16, "lora_alpha": 12.5})
+    recorded = {"lora_r": 16, "lora_alpha": 12.5}
+    assert Checkpoint.read(str(adapter)).adapter_shape == {**shape, **recorded}

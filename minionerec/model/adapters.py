@@ -127,15 +127,18 @@ def load_adapter(model: PreTrainedModel, path: str, trainable: bool = False) -> 
     except SafetensorError as error:
         raise InputError(f"adapter {path}: its weights cannot be read, the file is damaged: {error}") from None
     except (RuntimeError, ValueError, IndexError, TypeError, KeyError) as error:
-        reason = next((line.strip() for line in str(error).splitlines() if "size mismatch" in line), str(error))
-        if "require gradients" in str(error) and config.modules_to_save:
-            whole = ", ".join(config.modules_to_save)
-            reason = f"it trains all of {whole}, which a quantized base cannot; leave out --use_qlora or --load_in_8bit"
-        raise InputError(
-            f"adapter {path} does not fit the base {model.config._name_or_path}: {reason.strip()[:300]}"
-        ) from None
+        raise does_not_fit(path, model, config, error) from None
     _check_names(wrapped, path)
     return join_layers(set_up_adapter(wrapped))
+
+
+def does_not_fit(path: str, model: nn.Module, config: PeftConfig, error: Exception) -> InputError:
+    """What is wrong where PEFT raised `error` for the adapter of a folder on a base."""
+    reason = next((line.strip() for line in str(error).splitlines() if "size mismatch" in line), str(error))
+    if "require gradients" in str(error) and config.modules_to_save:
+        whole = ", ".join(config.modules_to_save)
+        reason = f"it trains all of {whole}, which a quantized base cannot; leave out --use_qlora or --load_in_8bit"
+    return InputError(f"adapter {path} does not fit the base {model.config._name_or_path}: {reason.strip()[:300]}")
 
 
 def adapter_parameters(model: nn.Module, adapter: str) -> dict[str, nn.Parameter]:

@@ -3,13 +3,15 @@
 import json
 import re
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
 from architectures import configuration
 from helpers import refused, rl_flags, run_command, sft_flags, succeed
-from models import IDS, config_of
+from models import IDS, config_of, make_model
+from peft import LoraConfig, get_peft_model
 
 import lora_utils
 from minionerec.dryrun import memory, report
@@ -17,6 +19,7 @@ from minionerec.dryrun.memory import Prediction, predict
 from minionerec.dryrun.passes import Measured, Step, Work
 from minionerec.dryrun.report import smaller_micro_batches, smaller_passes, suggestion
 from minionerec.errors import InputError
+from minionerec.model.adapters import load_adapter
 from minionerec.process_memory import rss_gb
 from rl import RLFlags
 from sft import SFTFlags
@@ -164,6 +167,26 @@ def test_a_dry_run_of_rl(files, base, tmp_path):
     trainable = json.loads((tmp_path / "sft" / "metrics.json").read_text())["trainable_parameters"]
     assert f"trainable parameters: {trainable:,}\n" in done.stdout
     assert not (tmp_path / "rl").exists() and rss_gb() > 0.1
+
+
+@pytest.mark.parametrize(
+    ("settings", "bits"),
+    [
+        ({"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "lm_head"]}, 16),
+        ({"target_modules": r".*\.(up|down)_proj", "use_rslora": True, "lora_alpha": 12.5}, 4),
+        ({"target_modules": ["q_proj", "k_proj"], "rank_pattern": {"k_proj": 2}, "use_dora": True}, 16),
+    ],
+)
+def test_the_adapter_that_rl_continues_is_the_one_that_is_predicted(tmp_path, settings, bits):
+    """Also where PEFT made it, with other layers or whole matrices."""
+    get_peft_model(make_model(), LoraConfig(r=4, task_type="CAUSAL_LM", **settings)).save_pretrained(tmp_path)
+    trained, _ = lora_utils.count_parameters(load_adapter(make_model(), str(tmp_path), trainable=True))
+    inputs = replace(QWEN2, adapt=partial(lora_utils.adapt, adapter_path=str(tmp_path)))
+    flags = RLFlags(use_lora=bits == 16, use_qlora=bits == 4, train_batch_size=4, num_generations=2)
+    assert report.predict_rl(flags, inputs, 20, 4, continues=True, on_gpu=True).trainable == trained
+    if "modules_to_save" in settings:
+        with pytest.raises(InputError, match="it trains all of embed_tokens, lm_head, which a quantized base cannot"):
+            report.predict_rl(replace(flags, use_qlora=True), inputs, 20, 4, continues=True, on_gpu=True)
 
 
 def test_a_search_halves_what_is_left():
