@@ -24,6 +24,7 @@ from torch.autograd.function import FunctionCtx
 from transformers import PreTrainedModel
 from transformers.integrations import moe
 from transformers.integrations.bitsandbytes import Bnb4bitQuantize, Bnb8bitQuantize
+from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 from transformers.quantizers.quantizer_bnb_8bit import Bnb8BitHfQuantizer
@@ -239,8 +240,11 @@ class _QuantizeExperts(Bnb4bitQuantize):
         return result
 
 
-class _EmbeddingsOnCPU(_Conversion):
-    """Leaves the embedding and the output head on the CPU while the other weights are loaded:
+class _OfGivenShape(_Conversion):
+    """Converts only weights of the shape that the configuration asks for: transformers does not compare the shapes of
+    what a quantizer handles. Others are left out, so that they count as missing.
+
+    The embedding and the output head are left on the CPU while the other weights are loaded:
     `int8_rows.quantize_embeddings` packs them there, so that a GPU never holds them in 16 bits."""
 
     def convert(
@@ -252,11 +256,13 @@ class _EmbeddingsOnCPU(_Conversion):
     ) -> dict[str, torch.Tensor]:
         name, value = next(iter(input_dict.items()))  # weights come one by one
         assert model
+        value = value[0] if isinstance(value, list) else value
+        module, _ = get_module_from_name(model, name)
+        shape = model.get_parameter(name).shape
+        if value.shape != (shape[::-1] if getattr(module, "source_cls", None) is Conv1D else shape):
+            return {}
         if not _is_embedding(model, name):
             return super().convert(input_dict, full_layer_name=full_layer_name, model=model, **kwargs)
-        value = value[0] if isinstance(value, list) else value
-        if value.shape != model.get_parameter(name).shape:
-            raise ValueError(f"{name} has the shape {list(value.shape)}, not {list(model.get_parameter(name).shape)}")
         return {name: value.to("cpu")}
 
 
@@ -265,11 +271,11 @@ def _is_embedding(model: PreTrainedModel, name: str) -> bool:
     return leaf == "weight" and (module is model.get_input_embeddings() or module is model.get_output_embeddings())
 
 
-class _Quantize4bit(_EmbeddingsOnCPU, _QuantizeExperts):
+class _Quantize4bit(_OfGivenShape, _QuantizeExperts):
     pass
 
 
-class _Quantize8bit(_EmbeddingsOnCPU, Bnb8bitQuantize):
+class _Quantize8bit(_OfGivenShape, Bnb8bitQuantize):
     pass
 
 

@@ -142,8 +142,8 @@ def unrounded(state: dict[str, torch.Tensor], path: str, dtype: torch.dtype) -> 
 OVERFLOW_FLOAT16 = ("gemma", "gpt_oss", "qwen3_5", "qwen3_moe", "t5")
 
 
-# In the RuntimeErrors of a cut pytorch_model.bin, of a quantized weight of another shape than config.json says, which
-# transformers reports above, and of a size below 0.
+# In the RuntimeErrors of a cut pytorch_model.bin, of weights that transformers cannot convert, as it reports above, and
+# of a size below 0.
 OF_BAD_WEIGHTS = ("PytorchStreamReader", "automatic conversion of the weights", "negative dimension")
 
 
