@@ -33,7 +33,7 @@ def test_a_cache_that_cannot_be_written_is_named_before_anything_loads(files, tm
     (tmp_path / "file").touch()
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "file" / "cache"))
     flags = sft_flags(files, "no/such/base", tmp_path / "run")
-    refused("sft.py", f"HF_DATASETS_CACHE {tmp_path}/file/cache/minionerec: {tmp_path}/file cannot be written", **flags)
+    refused("sft.py", f"HF_DATASETS_CACHE {tmp_path}/file/cache/minionerec: {tmp_path}/file is a file, not", **flags)
     monkeypatch.delenv("HF_DATASETS_CACHE")
     monkeypatch.setenv("HF_HOME", str(tmp_path / "file"))
     refused("sft.py", f"HF_DATASETS_CACHE {tmp_path}/file/datasets/minionerec: ", **flags)
