@@ -127,7 +127,9 @@ check_later() { # check_later flags...: refuses before SFT trains what RL and th
     local start="$OUT/sft/final_checkpoint" wrong # all but this checkpoint, which they find missing before they start
     [ ! -e "$start" ] || return 0
     wrong="$({
-        launch() { "$PYTHON" "$@"; } # one process, with the flags of each of $NPROC
+        # Of $NPROC processes the first: a step is that of all.
+        export WORLD_SIZE="$NPROC" LOCAL_WORLD_SIZE="$NPROC" RANK=0 LOCAL_RANK=0 MASTER_ADDR=localhost MASTER_PORT=29500
+        launch() { "$PYTHON" "$@"; }
         CONFIG="" rl "$@" "${RL_WORDS[@]}" --model_path "$start"
         evaluate "$OUT/sft" "${EVAL_WORDS[@]}" --base_model "$start"
     } 2>&1 >/dev/null | grep ": error: " | grep -v "/final_checkpoint: no such folder" || true)"

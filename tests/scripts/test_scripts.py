@@ -410,20 +410,34 @@ def test_wrong_flags_of_later_stages_are_refused_before_sft_trains(checkout, bas
     assert started.returncode == 2 and started.stderr.splitlines() == [last] and not (tmp_path / "none").exists()
 
 
-def test_a_validation_file_below_an_rl_step_is_refused_before_sft_trains(checkout, base, tmp_path):
-    refused = bash(checkout, "pipeline.sh", BASE_MODEL=base, OUT=str(tmp_path / "none"))
+@pytest.fixture
+def no_launcher(tmp_path) -> str:
+    """A Python that starts no launcher."""
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\n[ "$1" != -m ] || exit 9\nexec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    return str(python)
+
+
+@pytest.mark.parametrize("processes", [1, 8])
+def test_a_validation_file_below_an_rl_step_is_refused_before_sft_trains(
+    checkout, base, tmp_path, no_launcher, processes
+):
+    """A step is that of all processes: one of eight makes 8 prompts of it."""
+    settings = {"PYTHON": no_launcher, "BASE_MODEL": base, "OUT": str(tmp_path / "none"), "NPROC": str(processes)}
+    refused = bash(checkout, "pipeline.sh", **settings)
     assert refused.returncode == 2 and not refused.stdout and not (tmp_path / "none").exists()
     (line,) = refused.stderr.splitlines()
     assert line.startswith("rl.py: error: --train_file data/Amazon/valid/Bolts_5_2016-10-2018-11.csv: 10 prompts are ")
     assert line.endswith("the 64 of a step; lower --gradient_accumulation_steps or --train_batch_size")
 
 
-def test_flags_that_do_not_fit_the_processes_are_refused_before_sft_trains(checkout, base, tmp_path):
+def test_flags_that_do_not_fit_the_processes_are_refused_before_sft_trains(checkout, base, tmp_path, no_launcher):
     """A process of 64 has 16 completions of a step: no whole group of 32."""
-    python = tmp_path / "python"  # starts no launcher
-    python.write_text(f'#!/bin/sh\n[ "$1" != -m ] || exit 9\nexec {sys.executable} "$@"\n')
-    python.chmod(0o755)
-    settings = {"PYTHON": str(python), "BASE_MODEL": base, "OUT": str(tmp_path / "none"), "NPROC": "64"}
+    settings = {"PYTHON": no_launcher, "BASE_MODEL": base, "OUT": str(tmp_path / "none"), "NPROC": "64"}
+    header, *rows = (checkout / "data/Amazon/valid/Bolts_5_2016-10-2018-11.csv").read_text().splitlines()
+    (tmp_path / "rows.csv").write_text("\n".join([header, *rows * 13]) + "\n")  # enough for a step of 128 prompts
+    settings["RL_FILE"] = str(tmp_path / "rows.csv")
     refused = bash(checkout, "pipeline.sh", **settings, RL_FLAGS="--num_generations 32")
     assert refused.returncode == 2 and refused.stderr.startswith(
         "rl.py: error: --num_generations 32 does not divide --train_batch_size 16 x --gradient_accumulation_steps 1 "
