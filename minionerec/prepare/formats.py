@@ -162,15 +162,16 @@ class Source:
 
     def _delimited(self, file: IO[bytes], wanted: list[str], refused: RefusedRows) -> Iterator[tuple]:
         places, width = {name: self.names.index(name) for name in wanted}, len(self.names)
-        header: Record | None = None
+        headers: list[Record] = []  # the first line, and how it stands where a file was joined that has a mark of UTF-8
         again: list[int] = []  # lines where an export that was joined to the file begins
         for lines, records in self.records(file):
-            if self.header and header is None:
-                header, lines, records = records[0], lines[1:], records[1:]
-            if header in records:
-                again += [line for line, record in zip(lines, records, strict=True) if record == header]
-                lines = [line for line, record in zip(lines, records, strict=True) if record != header]
-                records = [record for record in records if record != header]
+            if self.header and not headers:
+                headers = [records[0], ["\ufeff" + records[0][0], *records[0][1:]]]
+                lines, records = lines[1:], records[1:]
+            if any(header in records for header in headers):
+                again += [line for line, record in zip(lines, records, strict=True) if record in headers]
+                lines = [line for line, record in zip(lines, records, strict=True) if record not in headers]
+                records = [record for record in records if record not in headers]
             numbers: Sequence[int] = range(self.num_rows + 1, self.num_rows + len(records) + 1)
             self.num_rows += len(records)
             if {*map(len, records)} != {width} or str in {*map(type, records)}:

@@ -42,6 +42,9 @@ def test_exports_that_were_joined_repeat_their_header(tmp_path):
     items, counts, _ = read_items(written(path, "id\tname\n7\tA\nid\tname\n8\tB\n"))
     assert [item.title for item in items] == ["A", "B"] and counts["rows"] == 2
     assert "has no rows" in problems_of(read_items, written(path, "id\tname\nid\tname\n"))
+    # Those of Excel in UTF-8 begin with a mark each.
+    items, counts, _ = read_items(written(path, "\ufeffid,name\n7,A\n\ufeffid,name\n8,B\nid,name\n"))
+    assert [item.original_id for item in items] == ["7", "8"] and counts["rows"] == 2
 
 
 @given(st.lists(st.one_of(GOOD_ROW, st.integers(0, 100)), min_size=1, max_size=25), st.booleans())
