@@ -246,9 +246,8 @@ def number_of(value: object) -> float | None:
     return number if math.isfinite(number) and not isinstance(value, bool) else None
 
 
-_AMOUNT = re.compile(
-    r"(?P<minus>[-\u2212]\s*)?\(?\d[\d.,\s]*(?P<after>-|\))?"
-)  # also as SAP and Excel write -3: 3-, (3)
+# Also as SAP and Excel write -3: 3-, (3); and as Oracle writes -0.5: -.5
+_AMOUNT = re.compile(r"(?P<minus>[-\u2212]\s*)?\(?[.,]?\d[\d.,\s]*(?P<after>-|\))?")
 
 
 def sign_of(value: object) -> int | None:
