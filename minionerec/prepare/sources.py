@@ -134,7 +134,7 @@ def read_interactions(
     chosen = f"events {', '.join(sorted(wanted.events))}" if wanted.events else ""
     rated = f"rated {wanted.min_rating:g} or more" if wanted.min_rating is not None else ""
     sold = f"with {columns[3]} of 0 or more" if columns[3] is not None else ""
-    returned, zeros = 0, 0
+    without, returned, zeros = 0, 0, 0
     read.steps = dict.fromkeys([step for step in (chosen, sold, rated) if step], 0)
     for rows, lines, cells in source.batches(columns, refused):
         # Leave out other events, returns, and low ratings.
@@ -142,6 +142,7 @@ def read_interactions(
         if chosen:
             events = ["" if cell is None else str(cell).strip() for cell in cells[4]]
             seen.update(events if len(seen) < MOST_EVENTS else ())
+            without += events.count("")
             kept = [i for i in kept if events[i] in wanted.events]
             read.steps[chosen] += len(kept)
         if sold:
@@ -195,9 +196,9 @@ def read_interactions(
         batch["item"] = [items.setdefault(item, len(items)) for item in cast(list[str], item_ids)]
         spool.append(batch["user"] % spool.parts, batch)
     read.num_rows, read.refused = source.num_rows, refused.count
-    if seen[""]:
+    if without:
         source.notes.append(
-            f"note: {source.path}: {seen['']:,} rows without {columns[4]} are left out; where a shop writes it in the "
+            f"note: {source.path}: {without:,} rows without {columns[4]} are left out; where a shop writes it in the "
             "first row of an order only, copy it to the others"
         )
     if returned:

@@ -3,7 +3,10 @@
 from helpers import encoded
 from raw_files import problems_of, read, read_items, read_seconds, written
 
-from minionerec.prepare import sources
+from minionerec.prepare import cleaning, sources
+from minionerec.prepare.columns import find_columns
+from minionerec.prepare.formats import BATCH_ROWS
+from minionerec.prepare.recognize import open_source
 from scripts.prepare_data import prepare_data
 
 
@@ -61,8 +64,8 @@ def test_events_and_ratings_are_chosen_and_counted(tmp_path):
 def test_returns_are_no_purchases(tmp_path):
     """A quantity below 0, in whatever way it is written. Without a number a row counts, and so it does with 0, which
     YooChoose has where the quantity is not known."""
-    bought = ["1", "2,5", "1.000", "", "NULL", "2 pcs", "0", "0,00", "-0"]
-    returned = ["-12", "-1,234.50", "\u22123", "(3)", "3-", " - 1"]
+    bought = ["1", "2,5", "1.000", ".5", "", "NULL", "2 pcs", "0", "0,00", "-0"]
+    returned = ["-12", "-1,234.50", "\u22123", "(3)", "3-", " - 1", "-.5"]
     for name in ("Quantity", "Lineitem quantity", "qty_ordered"):
         rows = [f"u;{i};{100 + i};{quantity}" for i, quantity in enumerate([*returned, *bought])]
         path = written(tmp_path / "file", f"user;item;ts;{name}\n" + "\n".join(rows) + "\n;;soon;-1")
@@ -103,3 +106,14 @@ def test_lines_of_an_order_that_lack_its_status_are_named(tmp_path, capsys):
     flags = {"category": "T", "codes": 2, "min_interactions": 1, "split": "last", "output_dir": str(tmp_path / "out")}
     prepare_data(**files, **columns, **flags, events="paid", time_column="Created at")
     assert "orders.csv: 6 rows without Financial Status are left out" in capsys.readouterr().out
+
+
+def test_rows_without_an_event_are_counted_among_many_kinds(tmp_path):
+    """Kinds beyond the first are no longer counted, but these are."""
+    events = [*(f"e{i}" for i in range(sources.MOST_EVENTS)), *["", "buy"] * BATCH_ROWS]
+    rows = [{"user": "u", "item": i % 9, "time": 1000 + i, "event": event} for i, event in enumerate(events)]
+    (tmp_path / "log").write_bytes(encoded(rows, "json"))
+    source, wanted = open_source(str(tmp_path / "log"), "interactions"), sources.Wanted(events=frozenset({"buy"}))
+    spool = cleaning.Spool(str(tmp_path / "spool"), cleaning.INTERACTION)
+    sources.read_interactions(source, find_columns(source, wanted.roles, {}), wanted, spool)
+    assert f"{BATCH_ROWS:,} rows without event are left out" in source.notes[0]
