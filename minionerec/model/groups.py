@@ -28,8 +28,8 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from minionerec.model import device, graphs
 
 # Elements of an input up to which its dropout mask is kept, a byte each. A larger one takes longer to read than a
-# kernel to start: its mask is made again in the backward pass. In a pass that is recorded, none can be made again, and
-# up to this size one must be: 8 rows of 512 tokens at the shape of Qwen2.5-0.5B still wait for the host.
+# kernel to start: its mask is made again in the backward pass. A recording cannot do that, so it keeps larger ones,
+# too: those of 8 rows of 512 tokens at the shape of Qwen2.5-0.5B, a micro-batch that is still bound by the host.
 KEPT_MASK, KEPT_IN_GRAPHS = 2**21, 2**25
 # Values of a group in 4 bits up to which their scales are kept in float32, a 16th of a byte each, so that one kernel
 # dequantizes them. A larger group takes longer to dequantize than kernels to start.
