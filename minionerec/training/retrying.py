@@ -59,6 +59,12 @@ def averaged_afterwards(trainer: "_Trainer", model: nn.Module) -> Iterator[None]
         torch._foreach_copy_(bucket, _unflatten_dense_tensors(flat, bucket))
 
 
+def recordings(model: nn.Module) -> graphs.Graphs | None:
+    """Those of a model, where there are any."""
+    recorded = graphs.of(model)
+    return recorded if recorded and any(recorded.passes.values()) else None
+
+
 class RetriesMicroBatches(_Trainer):
     """A mixin for a Trainer whose batches come from `keeping_examples(collate)`.
 
@@ -99,7 +105,7 @@ class RetriesMicroBatches(_Trainer):
         to_do = self._of_step[-1:]
         while (losses := self._attempt(to_do, *args)) is None:
             # Recordings hold as much as a micro-batch needs, and no half of one is padded to their shapes.
-            if recorded := self._recordings():
+            if recorded := recordings(self.model):
                 recorded.give_up("memory ran out")
             else:
                 self.halving.halve()
@@ -113,14 +119,9 @@ class RetriesMicroBatches(_Trainer):
             return [self._in_parts(inputs, *args) for inputs in micro_batches]
         except torch.OutOfMemoryError:
             most = max(len(inputs[EXAMPLES].rows) for inputs in micro_batches)
-            if self.halving.parts >= most and not self._recordings():
+            if self.halving.parts >= most and not recordings(self.model):
                 raise
         return None
-
-    def _recordings(self) -> graphs.Graphs | None:
-        """Those of the model, where there are any."""
-        recorded = graphs.of(self.model)
-        return recorded if recorded and any(recorded.passes.values()) else None
 
     def _in_parts(self, inputs: dict, model: nn.Module, num_items_in_batch: torch.Tensor | int | None) -> torch.Tensor:
         if self.halving.parts == 1:

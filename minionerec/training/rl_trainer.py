@@ -25,7 +25,7 @@ from trl.models import unwrap_model_for_generation
 from minionerec.decoding.probe import probe
 from minionerec.decoding.trie import Trie
 from minionerec.flags import engine
-from minionerec.model import device, graphs
+from minionerec.model import device
 from minionerec.model.halving import Halving
 from minionerec.model.token_trees import attend_in_blocks
 from minionerec.training.completions import Completions, Tokens
@@ -34,7 +34,7 @@ from minionerec.training.logprobs import completion_logps, logps_in_passes
 from minionerec.training.policy_loss import PolicyLoss
 from minionerec.training.prompts import Columns, PromptSampler, look_up
 from minionerec.training.reference import Reference, as_given, disable_dropout
-from minionerec.training.retrying import averaged_afterwards
+from minionerec.training.retrying import averaged_afterwards, recordings
 from minionerec.training.rewards import advantages_of, equal_in_group, rewards_of
 from minionerec.training.rl_log import RLLog
 from minionerec.training.rl_run import RLRun
@@ -243,8 +243,13 @@ class ReReTrainer(RLRun):
         rollouts = self._prepare_inputs(inputs)
         with averaged_afterwards(self, model) if self._goes_back() else nullcontext():
             while (loss := self._attempt(model, rollouts, num_items_in_batch)) is None:
+                recorded = recordings(self.model)
+                if self.pass_size <= self.num_generations:
+                    assert recorded  # or the attempt has raised
+                    recorded.give_up("memory ran out")
+                    continue
                 self.pass_size = math.ceil(self.pass_size / 2 / self.num_generations) * self.num_generations
-                if recorded := graphs.of(self.model):
+                if recorded:
                     recorded.release()  # those of larger passes hold memory, and will not come again
                 print(f"out of memory: passes have {self.pass_size} completions from here on", flush=True)
         if self.mask_all_zero and not self._passes_are_collective() and self.accelerator.sync_gradients:
@@ -255,13 +260,13 @@ class ReReTrainer(RLRun):
         return loss
 
     def _attempt(self, *args: object) -> torch.Tensor | None:
-        """A training step, or None where it does not fit in memory and smaller passes may. Then no gradient is left of
-        it, and nothing in the log."""
+        """A training step, or None where it does not fit in memory, and smaller passes or those without recordings may.
+        Then no gradient is left of it, and nothing in the log."""
         logged = self.step_log.sizes()
         try:
             return super().training_step(*args)
         except torch.OutOfMemoryError:
-            if not self._goes_back() or self.pass_size <= self.num_generations:
+            if not self._goes_back() or (self.pass_size <= self.num_generations and not recordings(self.model)):
                 raise
         self.model.zero_grad()
         self.step_log.cut(logged)

@@ -4,9 +4,11 @@ import pytest
 import torch
 from rl_trainers import generated, loss_settings, make_trainer, sids_of
 
-from minionerec.model import adapters
+from benchmarks.counting import as_on_gpu
+from minionerec.model import adapters, graphs
 from minionerec.model.token_trees import tree_rows
 from minionerec.training import rewards, rl_trainer
+from minionerec.training.retrying import recordings
 
 
 @pytest.mark.parametrize("sft_weight", [0.0, 0.5])
@@ -75,6 +77,27 @@ def test_a_step_that_does_not_fit_is_made_in_smaller_passes(sft, tmp_path, monke
     monkeypatch.setattr(rl_trainer, "completion_logps", lambda *args, **kwargs: small(args[0], [0] * 5))
     with pytest.raises(torch.OutOfMemoryError):  # a group by itself does not fit
         make_trainer(sft, "own LoRA", tmp_path, switches={"pass_size": 4}).train()
+
+
+def test_the_smallest_passes_are_made_without_recordings_where_both_do_not_fit(sft, tmp_path, monkeypatch):
+    real, said, trained = rl_trainer.completion_logps, [], []
+    for limited in (False, True):
+        trainer = make_trainer(sft, "own LoRA", tmp_path, max_steps=3, switches={"pass_size": 4})
+        with as_on_gpu():
+            graphs.record(trainer.model, limited, said.append)
+
+            def small(*args, of=trainer.model, **kwargs):
+                if recordings(of):
+                    raise torch.OutOfMemoryError
+                return real(*args, **kwargs)
+
+            monkeypatch.setattr(rl_trainer, "completion_logps", small)
+            trainer.train()
+        trained.append(adapters.adapter_parameters(trainer.model, "default"))
+        assert trainer.pass_size == 4
+    assert said == ["passes are not recorded as CUDA graphs, but computed kernel by kernel: memory ran out"]
+    for name, parameter in trained[0].items():
+        torch.testing.assert_close(trained[1][name], parameter, atol=2e-4, rtol=1e-3)
 
 
 # --- Groups without a signal, and targets -----------------------------------------------------------------------------
