@@ -236,8 +236,8 @@ def test_while_loading_embedding_and_head_stay_on_the_cpu():
         elsewhere = torch.empty(96, 64, device="meta")
         with pytest.raises(NotImplementedError, match="meta"):  # it is sent to the CPU
             quantizer.get_quantize_ops().convert({name: [elsewhere]}, model=model)
-        with pytest.raises(ValueError, match=r"has the shape \[95, 64\], not \[96, 64\]"):
-            quantizer.get_quantize_ops().convert({name: [torch.empty(95, 64)]}, model=model)
+        # One of another shape is left out: `load_base` refuses a base that lacks weights.
+        assert quantizer.get_quantize_ops().convert({name: [torch.empty(95, 64)]}, model=model) == {}
 
 
 @pytest.mark.parametrize("tied", [True, False])
