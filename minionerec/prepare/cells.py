@@ -251,8 +251,8 @@ _AMOUNT = re.compile(r"(?P<minus>[-\u2212]\s*)?\(?[.,]?\d[\d.,\s]*(?P<after>-|\)
 
 
 def sign_of(value: object) -> int | None:
-    """-1, 0 or 1: whether a number is below, is or is above 0; None for what is no number. Only the sign of a text is
-    read, so a comma in it may separate decimals or thousands."""
+    """The sign of a number: -1, 0 or 1; None if the cell is not a number. A text may use a comma for decimals or for
+    thousands, since only its sign is read."""
     if isinstance(value, str):
         found = _AMOUNT.fullmatch(value.strip())
         if not found:
